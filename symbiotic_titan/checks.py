@@ -1,0 +1,170 @@
+"""Rules that span sections, checked before anything is built."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.device import device_type, supports_flex_attention
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.moe.partition import check_expert_parallel_degree
+from symbiotic_titan.sequence.modality import modality_ids
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A torchtitan option that has no effect here unless it stays at ``allowed``."""
+
+    key: str
+    allowed: Any
+    remedy: str
+
+
+_UNSUPPORTED = (
+    Unsupported(
+        "parallelism.tensor_parallel_degree",
+        1,
+        "use parallelism.expert_parallel_degree and FSDP",
+    ),
+    Unsupported("parallelism.pipeline_parallel_degree", 1, "use FSDP and expert parallelism"),
+    Unsupported(
+        "parallelism.context_parallel_degree", 1, "use a shorter training.seq_len and more rows"
+    ),
+    Unsupported("parallelism.expert_tensor_parallel_degree", 1, "leave it at 1"),
+    Unsupported("parallelism.expert_parallel_comm_backend", "standard", "leave it at 'standard'"),
+    Unsupported("training.dataset", "c4_test", "name files in [[data.sources]]"),
+    Unsupported("training.dataset_path", None, "name files in [[data.sources]]"),
+    Unsupported("training.enable_cpu_offload", False, "shard over more ranks"),
+    Unsupported(
+        "training.dataloader.persistent_workers", False, "workers live as long as the run here"
+    ),
+    Unsupported("validation.enable", False, "evaluate a checkpoint after training"),
+    Unsupported("fault_tolerance.enable", False, "resume from a checkpoint"),
+    Unsupported("memory_estimation.enable", False, "run a few steps with metrics on"),
+    Unsupported("optimizer.early_step_in_backward", False, "use gradient clipping as it is"),
+    Unsupported("model.converters", [], "train in bfloat16"),
+    Unsupported("compile.enable", False, "train eagerly"),
+    Unsupported("checkpoint.last_save_in_hf", False, "save a distributed checkpoint"),
+    Unsupported("checkpoint.initial_load_in_hf", False, "load a distributed checkpoint"),
+    Unsupported("debug.moe_force_load_balance", False, "train with real routing"),
+)
+
+
+def _value(config: JobConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check_supported(config: JobConfig) -> None:
+    """Options of torchtitan that this trainer does not act on must stay at their defaults."""
+    for option in _UNSUPPORTED:
+        value = _value(config, option.key)
+        if value != option.allowed:
+            raise ValueError(
+                f"{option.key} = {value!r} is not supported by this trainer; {option.remedy}"
+            )
+    if config.activation_checkpoint.mode == "memory_budget":
+        raise ValueError(
+            "activation_checkpoint.mode = 'memory_budget' is not supported by this trainer; "
+            "use 'none', 'selective' or 'full'"
+        )
+
+
+def check_device(config: JobConfig, args: ModelArgs) -> None:
+    """What the device cannot do is said now, not at the first backward."""
+    if args.attention_backend == "flex" and not supports_flex_attention():
+        raise ValueError(
+            "attention_backend = 'flex' needs a CUDA device: FlexAttention has no backward on this one; use 'sdpa'"
+        )
+    if device_type() != "cpu":
+        return
+    for key in ("profiling.enable_profiling", "profiling.enable_memory_snapshot"):
+        if _value(config, key):
+            raise ValueError(
+                f"{key} needs an accelerator; on a CPU measure with tools/bench/step.py"
+            )
+    if config.checkpoint.async_mode == "async_with_pinned_mem":
+        raise ValueError(
+            "checkpoint.async_mode = 'async_with_pinned_mem' needs an accelerator; use 'async'"
+        )
+
+
+def check_parallelism(config: JobConfig, args: ModelArgs, world_size: int) -> None:
+    """Degrees must factor the number of ranks, the experts and the batch."""
+    p = config.parallelism
+    replicate, shard = p.data_parallel_replicate_degree, p.data_parallel_shard_degree
+    for key in ("data_parallel_replicate_degree", "expert_parallel_degree"):
+        if getattr(p, key) < 1:
+            raise ValueError(f"parallelism.{key}: must be at least 1, got {getattr(p, key)}")
+    if shard == -1:
+        shard = world_size // replicate
+    if shard < 1 or replicate * shard != world_size:
+        raise ValueError(
+            f"parallelism: data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree ({shard}) "
+            f"must equal the number of ranks ({world_size}); set the shard degree to -1 to use what is left"
+        )
+    if replicate > 1 and shard == 1:
+        raise ValueError(
+            f"parallelism.data_parallel_replicate_degree = {replicate}: replication without sharding is not supported; "
+            "use fewer replicas, so that each is sharded over at least 2 ranks"
+        )
+    if shard % p.expert_parallel_degree != 0:
+        raise ValueError(
+            f"parallelism.expert_parallel_degree = {p.expert_parallel_degree} does not divide the "
+            f"{shard} ranks that a replica is sharded over"
+        )
+    check_expert_parallel_degree(args.groups, p.expert_parallel_degree)
+    check_batch(config, world_size)
+
+
+def check_batch(config: JobConfig, num_data_ranks: int) -> None:
+    """The global batch must be whole micro-batches on every rank."""
+    local, total = config.training.local_batch_size, config.training.global_batch_size
+    if local < 1:
+        raise ValueError(f"training.local_batch_size: must be at least 1, got {local}")
+    if total > 0 and total % (local * num_data_ranks) != 0:
+        raise ValueError(
+            f"training.global_batch_size = {total} must be a multiple of training.local_batch_size ({local}) "
+            f"x data-parallel ranks ({num_data_ranks}) = {local * num_data_ranks}"
+        )
+
+
+def check_shielding(config: JobConfig) -> None:
+    """Shielding acts on shared experts: asking for it without them is an error."""
+    modality_ids(config.shielding.modalities, key="shielding.modalities")
+    if config.shielding.enabled and not config.experts.shared:
+        raise ValueError(
+            "[shielding] has no effect with experts.shared = false; "
+            "set shielding.steps = 0 and shielding.after_scale = 1, or keep the shared expert"
+        )
+
+
+def global_batch_size(config: JobConfig, num_data_ranks: int) -> int:
+    """Rows of one optimizer step over all ranks; -1 in the config means one micro-batch per rank."""
+    total = config.training.global_batch_size
+    return total if total > 0 else config.training.local_batch_size * num_data_ranks
+
+
+def check_job(config: JobConfig) -> None:
+    """All rules that span sections.
+
+    Raises:
+        ValueError: names key, value, rule and remedy.
+    """
+    check_supported(config)
+    if config.model.name != "symbiotic":
+        raise ValueError(
+            f"model.name = {config.model.name!r}: this trainer trains 'symbiotic'; choose its size with model.flavor"
+        )
+    if config.training.steps < 1:
+        raise ValueError(f"training.steps: must be at least 1, got {config.training.steps}")
+    if not config.data.sources:
+        raise ValueError("[[data.sources]]: none given; name at least one source of samples")
+    check_shielding(config)
+    args = FLAVORS[config.model.flavor]
+    args.update_from_config(config)
+    check_device(config, args)
+    check_parallelism(config, args, int(os.environ.get("WORLD_SIZE", "1")))

@@ -1,0 +1,79 @@
+"""[experts] and [shielding]: how routed experts are split, and what the shared expert is shielded from."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from symbiotic_titan.config.rows import row_from_dict
+
+
+@dataclass
+class ExpertGroupRow:
+    """One table of [experts.partition.<name>]."""
+
+    modalities: list[str]
+    """Modalities whose tokens route inside this group: text, vit, vae."""
+
+    num_experts: int
+    """Experts of the group, in every MoE layer."""
+
+
+def _standard_moe() -> dict[str, Any]:
+    return {}
+
+
+@dataclass
+class Experts:
+    partition: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=_standard_moe)
+    """Tables [experts.partition.<name>] with ``modalities`` and ``num_experts``; set in TOML. None: one pool for all."""
+
+    shared: bool = True
+    """Whether the flavor's shared expert is kept."""
+
+    capacity_factor: float = 1.0
+    """Factor on the fair share of assignments per expert in the capacity-rate metric. No token is ever dropped."""
+
+    def __post_init__(self) -> None:
+        self.partition = {
+            name: row_from_dict(ExpertGroupRow, row, f"experts.partition.{name}")
+            for name, row in self.partition.items()
+        }
+        if self.capacity_factor <= 0:
+            raise ValueError(
+                f"experts.capacity_factor: must be positive, got {self.capacity_factor}"
+            )
+
+
+@dataclass
+class Shielding:
+    steps: int = 0
+    """Steps during which shielded tokens send no gradient through the shared experts. 0: no warm-up shield."""
+
+    after_scale: float = 1.0
+    """Scale of that gradient after the warm-up shield (0.1 in the paper). 1: untouched."""
+
+    modalities: list[str] = field(default_factory=lambda: ["vae"])
+    """Modalities that are shielded."""
+
+    mode: Literal["output", "weights"] = "output"
+    """``output``: the shared expert's output is detached (scaled) for these tokens; ``weights``: only the gradient of its weights is."""
+
+    ramp: Literal["step", "linear"] = "step"
+    """``step``: 0 until ``steps``, then ``after_scale``; ``linear``: rises from 0 at step 1 to ``after_scale`` behind ``steps``."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"shielding.steps: must be zero or positive, got {self.steps}")
+        if not 0.0 <= self.after_scale <= 1.0:
+            raise ValueError(f"shielding.after_scale: must lie in [0, 1], got {self.after_scale}")
+        if self.ramp == "linear" and self.steps == 0:
+            raise ValueError(
+                "shielding.ramp: 'linear' rises over shielding.steps, which is 0; "
+                "set shielding.steps or use ramp = 'step'"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any gradient is ever scaled."""
+        return bool(self.modalities) and (self.steps > 0 or self.after_scale != 1.0)

@@ -1,0 +1,35 @@
+"""JobConfig: torchtitan's sections and ours. One field per section, nothing else."""
+
+from dataclasses import dataclass, field
+
+from torchtitan.config import JobConfig as UpstreamJobConfig
+from torchtitan.config.job_config import Model as UpstreamModel
+
+from symbiotic_titan.config.data import Data, Latents
+from symbiotic_titan.config.experts import Experts, Shielding
+from symbiotic_titan.config.losses import Flow, Losses
+from symbiotic_titan.config.optimizer import Optimizer
+
+
+@dataclass
+class Model(UpstreamModel):
+    name: str = "symbiotic"
+    """Which train spec to use"""
+
+    flavor: str = "debug"
+    """Which named size to train"""
+
+    hf_assets_path: str = "."
+    """Folder of Hugging Face assets; not used by the flavors that train from scratch"""
+
+
+@dataclass
+class JobConfig(UpstreamJobConfig):
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    experts: Experts = field(default_factory=Experts)
+    shielding: Shielding = field(default_factory=Shielding)
+    losses: Losses = field(default_factory=Losses)
+    flow: Flow = field(default_factory=Flow)
+    data: Data = field(default_factory=Data)
+    latents: Latents = field(default_factory=Latents)

@@ -1,0 +1,90 @@
+"""Turn rows of a TOML array (or inline tables) into dataclasses, with messages a user can act on."""
+
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def unknown_key_message(where: str, key: str, known: list[str]) -> str:
+    """Message for a key that no config class has, with the nearest known one."""
+    near = get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return f"{where}: unknown key {key!r}; {hint}"
+
+
+def _describe(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(repr(v) for v in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_describe(a) for a in get_args(annotation) if a is not NoneType)
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    return names.get(annotation, str(annotation))
+
+
+def check_value(where: str, value: Any, annotation: Any) -> None:
+    """Raise ValueError unless ``value`` fits ``annotation``; ``where`` is the key as the user wrote it.
+
+    Understands bool, int, float, str, Literal, X | None, list[X], tuple[X, ...] and dict[str, X]. An integer is accepted
+    where a float is asked for; a bool is never accepted as a number.
+    """
+    origin, args = get_origin(annotation), get_args(annotation)
+    ok: bool
+    if annotation is Any:
+        return
+    if origin in (Union, UnionType):
+        for option in args:
+            try:
+                return check_value(where, value, option)
+            except ValueError:
+                continue
+        ok = False
+    elif origin is Literal:
+        ok = any(value == option and type(value) is type(option) for option in args)
+    elif origin in (list, tuple):
+        if isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                check_value(f"{where}[{i}]", item, args[0])
+            return
+        ok = False
+    elif origin is dict:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                check_value(f"{where}.{name}", item, args[1])
+            return
+        ok = False
+    elif annotation is float:
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif annotation is int:
+        ok = isinstance(value, int) and not isinstance(value, bool)
+    elif annotation in (NoneType, None):
+        ok = value is None
+    else:
+        ok = isinstance(value, annotation)
+    if not ok:
+        raise ValueError(f"{where}: must be {_describe(annotation)}, got {value!r}")
+
+
+def row_from_dict(cls: type[T], row: Any, where: str) -> T:
+    """``cls`` built from one TOML table, every key and type checked. A ready ``cls`` is returned as it is.
+
+    Raises:
+        ValueError: not a table, an unknown or missing key, or a value of the wrong type; ``where`` leads the message.
+    """
+    if isinstance(row, cls):
+        return row
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be a table, got {row!r}")
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key, value in row.items():
+        if key not in known:
+            raise ValueError(unknown_key_message(where, key, known))
+        check_value(f"{where}.{key}", value, hints[key])
+    for f in fields(cls):  # type: ignore[arg-type]
+        required = f.default is MISSING and f.default_factory is MISSING
+        if required and f.name not in row:
+            raise ValueError(f"{where}: missing key {f.name!r}")
+    return cls(**row)

@@ -1,0 +1,170 @@
+"""What is logged, under which name, and the console line of a step."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torchtitan.components.metrics import LoggerContainer, MetricsProcessor, TensorBoardLogger
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.moe.statistics import capacity_rate, idle_experts, imbalance_ratio
+from symbiotic_titan.sequence.modality import MODALITY_NAMES
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one logged step has to tell; all numbers are over all ranks.
+
+    losses       by name; ``total``, ``text``, ``flow``, ``balance`` and ``by_task/*``.
+    grad_norms   before clipping; ``all`` and one per parameter group.
+    rates        learning rate of each parameter group.
+    assignments  (layers, modalities, E) routed assignments of the step.
+    fill         share of positions that are not padding.
+    tokens_seen  (modalities,) tokens since the start of training.
+    """
+
+    step: int
+    losses: dict[str, float]
+    grad_norms: dict[str, float]
+    rates: dict[str, float]
+    assignments: torch.Tensor
+    shield_scale: float
+    fill: float
+    num_skipped: int
+    tokens_seen: torch.Tensor
+
+
+def group_grad_norms(groups: list[dict[str, Any]]) -> dict[str, float]:
+    """L2 norm of the gradient of each parameter group. A collective where parameters are sharded."""
+    norms = {}
+    for group in groups:
+        by_mesh: dict[Any, list[torch.Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+                by_mesh.setdefault(mesh, []).append(parameter.grad)
+        squares = 0.0
+        for grads in by_mesh.values():
+            norm = torch.nn.utils.get_total_norm(grads)
+            squares += float(norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2
+        norms[group["name"]] = squares**0.5
+    return norms
+
+
+def routing_metrics(assignments: torch.Tensor, capacity_factor: float) -> dict[str, float]:
+    """Routing statistics of (layers, modalities, E) assignments, averaged over layers; of modalities with tokens only."""
+    metrics: dict[str, float] = {}
+    views = {"all": assignments.sum(1)}
+    views |= {name: assignments[:, i] for i, name in enumerate(MODALITY_NAMES)}
+    for name, counts_LE in views.items():
+        if counts_LE.sum() == 0:
+            continue
+        metrics[f"routing/capacity_rate/{name}"] = float(
+            torch.stack([capacity_rate(c, capacity_factor) for c in counts_LE]).mean()
+        )
+        metrics[f"routing/imbalance/{name}"] = float(
+            torch.stack([imbalance_ratio(c) for c in counts_LE]).mean()
+        )
+        metrics[f"routing/idle_experts/{name}"] = float(
+            torch.stack([idle_experts(c) for c in counts_LE]).float().mean()
+        )
+    return metrics
+
+
+class SymbioticMetrics(MetricsProcessor):
+    """torchtitan's loggers and memory monitor, with this project's metric names."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+        super().__init__(job_config, parallel_dims)
+        self.num_steps = job_config.training.steps
+        self.capacity_factor = job_config.experts.capacity_factor
+        self.last_logged_step: int | None = None
+
+    def should_log(self, step: int) -> bool:
+        """As upstream, and the last step."""
+        return super().should_log(step) or step == self.num_steps
+
+    def performance(self, step: int) -> dict[str, float]:
+        """Throughput since the last call; model FLOPS utilisation only where the device's peak is known."""
+        elapsed = time.perf_counter() - self.time_last_log
+        num_steps = max(step - (self.last_logged_step or step - 1), 1)
+        tokens_per_second = self.ntokens_since_last_log / elapsed
+        loading = sum(self.data_loading_times)
+        per_device = tokens_per_second / self.parallel_dims.world_size
+        utilisation = 100 * self.num_flops_per_token * per_device / self.gpu_peak_flops
+        memory = self.device_memory_monitor.get_peak_stats()
+        metrics = {
+            "perf/tokens_per_second": tokens_per_second,
+            "perf/tflops_per_device": self.num_flops_per_token * per_device / 1e12,
+            "perf/step_seconds": elapsed / num_steps,
+            "perf/data_loading_percent": 100 * loading / elapsed,
+            "perf/memory_gib": memory.max_reserved_gib,
+        }
+        if utilisation == utilisation:  # nan where the peak is unknown
+            metrics["perf/mfu"] = utilisation
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.device_memory_monitor.reset_peak_stats()
+        self.time_last_log = time.perf_counter()
+        self.last_logged_step = step
+        return metrics
+
+    def log_step(self, report: StepReport) -> None:
+        """Write one step to TensorBoard (or W&B) and to the console."""
+        metrics = {f"loss/{name}": value for name, value in report.losses.items()}
+        metrics |= {f"grad_norm/{name}": value for name, value in report.grad_norms.items()}
+        metrics |= {f"lr/{name}": value for name, value in report.rates.items()}
+        metrics |= routing_metrics(report.assignments, self.capacity_factor)
+        metrics |= {
+            f"tokens/{name}": int(count)
+            for name, count in zip(MODALITY_NAMES, report.tokens_seen, strict=True)
+        }
+        metrics |= {"shield/scale": report.shield_scale}
+        metrics |= {"data/fill": report.fill, "data/skipped": report.num_skipped}
+        metrics |= self.performance(report.step)
+        self.logger.log(metrics, report.step)
+        self.log_heat_maps(report)
+        self.log_console(report, metrics)
+
+    def log_heat_maps(self, report: StepReport) -> None:
+        """One image per modality: layers down, experts across; white is the layer's most used expert."""
+        writers = [
+            sink.writer
+            for sink in getattr(self.logger, "_loggers", [])
+            if isinstance(self.logger, LoggerContainer) and isinstance(sink, TensorBoardLogger)
+        ]
+        if not writers or report.assignments.numel() == 0:
+            return
+        for i, name in enumerate(MODALITY_NAMES):
+            counts_LE = report.assignments[:, i].float().cpu()
+            if counts_LE.sum() == 0:
+                continue
+            shares_LE = counts_LE / counts_LE.max(dim=1, keepdim=True).values.clamp(min=1)
+            image = shares_LE.repeat_interleave(16, 0).repeat_interleave(8, 1).unsqueeze(0)
+            for writer in writers:
+                writer.add_image(f"routing/experts/{name}", image, report.step)
+
+    def log_console(self, report: StepReport, metrics: dict[str, float]) -> None:
+        color = self.color
+        capacity = metrics.get("routing/capacity_rate/all", float("nan"))
+        logger.info(
+            f"{color.red}step: {report.step:2}  "
+            f"{color.green}text: {report.losses['text']:7.4f}  flow: {report.losses['flow']:7.4f}  "
+            f"balance: {report.losses['balance']:6.3f}  "
+            f"{color.orange}capacity: {capacity:5.3f}  "
+            f"{color.yellow}grad_norm: {report.grad_norms['all']:8.4f}  "
+            f"{color.turquoise}memory: {metrics['perf/memory_gib']:5.2f}GiB  "
+            f"{color.blue}tokens/s: {metrics['perf/tokens_per_second']:,.0f}{color.reset}"
+        )
+
+
+def build_metrics(
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args: ModelArgs
+) -> SymbioticMetrics:
+    """Fills the train spec's metrics slot."""
+    return SymbioticMetrics(job_config, parallel_dims)

@@ -1,0 +1,1 @@
+"""The sequence contract: what data produces and the model consumes."""

@@ -1,0 +1,93 @@
+"""PackedBatch: every tensor that the model receives.
+
+Letters: B rows, T positions of a row, V ViT tokens a row may hold, M ViT patches per ViT token, L latent tokens a row may
+hold, Z numbers in one latent patch, Q numbers in one ViT patch. All sizes are static for a config: what a row does not
+use is padding, so compiled code and block masks are never rebuilt, and a row without any image has the same shapes.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch.utils import _pytree as pytree
+
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, NUM_MODALITIES
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B packed rows. A row holds several documents, then padding.
+
+    tokens     (B, T) int64     token ids; image positions hold the placeholder id of their modality.
+    modality   (B, T) int64     TEXT, VIT, VAE or PADDING.
+    document   (B, T) int64     document number within the row, from 0; -1 on padding.
+    span       (B, T) int64     number of the image within the row, from 0; -1 on text and padding. ViT and VAE images share
+                                one numbering; all tokens of one image share one span.
+    positions  (B, T, 3) int64  rotary positions (temporal, height, width), starting at 0 in every document. Text has three
+                                equal values. See ``sequence.positions`` for the two conventions for images.
+    labels     (B, T) int64     id of the next token where it is trained on, else IGNORE_INDEX. Already shifted.
+    task       (B, T) int64     index into TASK_NAMES; NO_TASK on padding.
+
+    vit_patches (B, V*M, Q) float32  flattened patches (channel, row, column), normalised to mean 0.5 and std 0.5; the M
+                                     patches of one token are adjacent (merge-window order).
+    vit_coords  (B, V*M, 2) int64    (row, column) of each patch in its image's patch grid.
+    vit_image   (B, V*M) int64       span number of each patch's image; -1 where unused.
+    vit_index   (B, V) int64         position in the row of each ViT token; T where unused.
+
+    latents     (B, L, Z) float32    clean latent patches x_0, flattened (channel, row, column).
+    vae_coords  (B, L, 2) int64      (row, column) of each latent token in its image's token grid.
+    vae_image   (B, L) int64         span number of each latent token's image; -1 where unused.
+    vae_index   (B, L) int64         position in the row of each latent token; T where unused.
+    """
+
+    tokens: torch.Tensor
+    modality: torch.Tensor
+    document: torch.Tensor
+    span: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    task: torch.Tensor
+    vit_patches: torch.Tensor
+    vit_coords: torch.Tensor
+    vit_image: torch.Tensor
+    vit_index: torch.Tensor
+    latents: torch.Tensor
+    vae_coords: torch.Tensor
+    vae_image: torch.Tensor
+    vae_index: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch on ``device``; copies do not block where the source is pinned."""
+        return replace(
+            self,
+            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)},
+        )
+
+    def pin_memory(self) -> "PackedBatch":
+        """Called by torch's DataLoader when ``pin_memory`` is on."""
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+
+    def num_tokens(self) -> torch.Tensor:
+        """(NUM_MODALITIES,) int64: positions of each modality in this batch."""
+        one_hot = self.modality.flatten().unsqueeze(-1) == torch.arange(
+            NUM_MODALITIES, device=self.modality.device
+        )
+        return one_hot.sum(0)
+
+    def num_labels(self) -> torch.Tensor:
+        """() int64: positions with a next-token loss."""
+        return (self.labels != IGNORE_INDEX).sum()
+
+    def num_latent_tokens(self) -> torch.Tensor:
+        """() int64: positions with a flow loss."""
+        return (self.vae_image >= 0).sum()
+
+
+def stack_rows(rows: list[PackedBatch]) -> PackedBatch:
+    """One batch from batches of the same static sizes, joined along the row dim."""
+    return PackedBatch(
+        **{f.name: torch.cat([getattr(r, f.name) for r in rows]) for f in fields(PackedBatch)}
+    )
+
+
+# FSDP and activation checkpointing look for tensors with pytree: they must see through the dataclass.
+pytree.register_dataclass(PackedBatch)

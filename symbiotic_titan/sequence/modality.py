@@ -1,0 +1,28 @@
+"""Modalities and tasks, and the integers that stand for them in tensors."""
+
+# A token's modality. Padding is none of them, and sorts behind them so that a table of size NUM_MODALITIES + 1 covers all.
+TEXT, VIT, VAE = 0, 1, 2
+NUM_MODALITIES = 3
+PADDING = 3
+MODALITY_NAMES = ("text", "vit", "vae")
+
+# A document's task; a padding token belongs to none.
+TASK_NAMES = ("lm", "mmu", "t2i", "t2i_long")
+NO_TASK = -1
+
+# Label of a token that has no next-token loss (upstream uses the same value).
+IGNORE_INDEX = -100
+
+
+def modality_ids(names: list[str] | tuple[str, ...], *, key: str) -> tuple[int, ...]:
+    """Integers of modality ``names``, in the order given.
+
+    Raises:
+        ValueError: a name is no modality; the message names the config ``key`` it came from.
+    """
+    for name in names:
+        if name not in MODALITY_NAMES:
+            raise ValueError(
+                f"{key}: unknown modality {name!r}; choose from {', '.join(MODALITY_NAMES)}"
+            )
+    return tuple(MODALITY_NAMES.index(name) for name in names)

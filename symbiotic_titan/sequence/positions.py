@@ -1,0 +1,36 @@
+"""Rotary positions of a document, in two conventions.
+
+``shared``: 1-D. Text counts up by one; all tokens of one image share one position and the text behind it goes on at the
+next one (arXiv 2505.14683, section 3). All three axes carry the same number.
+
+``grid``: 3 axes (temporal, height, width), as multimodal rotary backbones expect (arXiv 2409.12191, section 2.1). Text has
+three equal values. A token of an image that starts at p has (p, p + row, p + column); text goes on behind the largest of
+the image's positions.
+"""
+
+from typing import Literal
+
+import torch
+
+RotaryLayout = Literal["shared", "grid"]
+
+
+def text_positions(start: int, length: int) -> tuple[torch.Tensor, int]:
+    """((length, 3) positions of a run of text, the next free position)."""
+    positions = torch.arange(start, start + length).unsqueeze(-1).expand(-1, 3)
+    return positions, start + length
+
+
+def image_positions(
+    start: int, height: int, width: int, layout: RotaryLayout
+) -> tuple[torch.Tensor, int]:
+    """((height * width, 3) positions of an image's tokens in row-major order, the next free position).
+
+    ``height`` and ``width`` are counted in sequence tokens, not pixels.
+    """
+    if layout == "shared":
+        return torch.full((height * width, 3), start), start + 1
+    rows = torch.arange(height).repeat_interleave(width)
+    columns = torch.arange(width).repeat(height)
+    offsets = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
+    return start + offsets, start + max(height, width)

@@ -1,0 +1,67 @@
+"""Entry point: read the config, check it, run the trainer.
+
+``python -m symbiotic_titan.train --job.config_file train_configs/debug.toml [--section.key value]``; ``run_train.sh`` calls it.
+"""
+
+import importlib
+import sys
+import traceback
+
+from symbiotic_titan import device
+
+device.prepare()
+
+import torch  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
+from torchtitan.tools.logging import init_logger, logger  # noqa: E402
+
+from symbiotic_titan.checks import check_job  # noqa: E402
+from symbiotic_titan.config.load import load_job_config  # noqa: E402
+from symbiotic_titan.train_spec import register  # noqa: E402
+from symbiotic_titan.trainer import SymbioticTrainer  # noqa: E402
+
+
+@record
+def run(args: list[str]) -> None:
+    """Train as ``args`` say.
+
+    Raises:
+        ValueError: a user's mistake, before anything is built where it can be known by then.
+    """
+    config = load_job_config(args)
+    if config.experimental.custom_import:
+        importlib.import_module(config.experimental.custom_import)
+    register()
+    check_job(config)
+    trainer = None
+    try:
+        trainer = SymbioticTrainer(config)
+        trainer.train()
+    finally:
+        if trainer is not None:
+            trainer.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def raised_by_us(error: ValueError) -> bool:
+    """Whether ``error`` was raised in this package: then its message is meant for the user and no traceback is needed."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("symbiotic_titan")
+
+
+def main() -> int:
+    """Exit status: 0 when the run ended or was stopped by a signal, 2 on a user's mistake (one line tells it)."""
+    init_logger()
+    try:
+        run(sys.argv[1:])
+    except ValueError as error:
+        if not raised_by_us(error):
+            raise
+        logger.error(f"{error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Which part fills which slot of torchtitan's train spec."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import train_spec as upstream
+
+from symbiotic_titan.checks import global_batch_size
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.data.loader import PackedLoader, build_loader
+from symbiotic_titan.data.tokenizer import ByteTokenizer
+from symbiotic_titan.losses.terms import loss_terms
+from symbiotic_titan.metrics import build_metrics
+from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.optim.build import build_optimizers, build_schedulers, freeze_parameters
+from symbiotic_titan.parallel.parallelize import parallelize_symbiotic
+
+
+def _share_over_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
+    states: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(states, state)
+    return states
+
+
+def build_dataloader(
+    *, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+) -> PackedLoader:
+    """Packed rows of the configured mixture, with the geometry of the configured flavor."""
+    args = FLAVORS[job_config.model.flavor]
+    args.update_from_config(job_config)
+    workers = job_config.training.dataloader
+    return build_loader(
+        job_config.data,
+        latents=job_config.latents,
+        geometry=args.geometry,
+        rotary_layout=args.rotary_layout,
+        tokenizer=tokenizer,
+        seq_len=job_config.training.seq_len,
+        local_batch_size=job_config.training.local_batch_size,
+        global_batch_size=global_batch_size(job_config, dp_world_size),
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        num_workers=workers.num_workers,
+        pin_memory=workers.pin_memory,
+        prefetch_factor=workers.prefetch_factor,
+        share=_share_over_ranks if dp_world_size > 1 else None,
+    )
+
+
+def build_tokenizer(job_config: JobConfig) -> ByteTokenizer:
+    """The tokenizer of the flavors that train from scratch."""
+    return ByteTokenizer()
+
+
+def parallelize(
+    model: SymbioticModel, parallel_dims: ParallelDims, job_config: JobConfig
+) -> nn.Module:
+    """Freeze what the parameter groups say, then make the model parallel; FSDP looks at the flag when it shards."""
+    freeze_parameters(model, job_config.optimizer.param_groups)
+    return parallelize_symbiotic(model, parallel_dims, job_config)
+
+
+def build_loss(job_config: JobConfig, **kwargs: Any) -> Any:
+    """The sums and counts that the trainer weighs and divides."""
+    return loss_terms
+
+
+def register() -> None:
+    """Make ``model.name = "symbiotic"`` known to torchtitan. Idempotent."""
+    spec = upstream.TrainSpec(
+        model_cls=SymbioticModel,
+        model_args=FLAVORS,
+        parallelize_fn=parallelize,
+        pipelining_fn=None,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_schedulers,
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=build_tokenizer,
+        build_loss_fn=build_loss,
+        build_metrics_processor_fn=build_metrics,
+    )
+    if "symbiotic" not in upstream._extra_train_specs:
+        upstream.register_train_spec("symbiotic", spec)

@@ -1,0 +1,320 @@
+"""The trainer: batch -> noise -> model -> loss terms -> step.
+
+It is torchtitan's Trainer with one ``train_step`` of its own, because two losses have two normalisers and because routing
+records leave the model beside its predictions. What differs from upstream's step: targets are counted per task and divided
+once; noise is drawn per row; the balancing loss may need the whole step's expert counts; every step is checked for
+non-finite values before the weights change; a stop signal ends the run at a step's end with a checkpoint.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
+from torchtitan.train import Trainer
+
+from symbiotic_titan.checkpoint.resume import newest_complete_step
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.flow.path import interpolate, velocity_target
+from symbiotic_titan.flow.timesteps import draw_noise_and_timesteps
+from symbiotic_titan.losses.terms import LossTerms, target_counts
+from symbiotic_titan.metrics import StepReport, SymbioticMetrics, group_grad_norms
+from symbiotic_titan.model.symbiotic import ModelOutput
+from symbiotic_titan.moe.balance import balance_loss
+from symbiotic_titan.optim.shield_schedule import shield_scale
+from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, TASK_NAMES
+from symbiotic_titan.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What the targets of one step count over all ranks and micro-batches; known before any forward.
+
+    text, flow  (J,) labelled and generated tokens by task.   modality  (3,) tokens.   positions  () tokens and padding.
+    """
+
+    text: torch.Tensor
+    flow: torch.Tensor
+    modality: torch.Tensor
+    positions: torch.Tensor
+
+
+class SymbioticTrainer(Trainer):
+    """Trains the model of the train spec ``symbiotic`` from a checked JobConfig."""
+
+    job_config: JobConfig
+    metrics_processor: SymbioticMetrics  # type: ignore[assignment]
+
+    def __init__(self, job_config: JobConfig) -> None:
+        self.stop = StopRequest()
+        self.tokens_seen = torch.zeros(len(MODALITY_NAMES), dtype=torch.int64)
+        super().__init__(job_config)
+        self.shield_scale = torch.ones((), device=self.device)
+        if job_config.training.mixed_precision_param == "float32":
+            # Upstream enters autocast(float32) on one process, which torch only warns about.
+            self.maybe_enable_amp = contextlib.nullcontext()
+
+    # ---- data ---------------------------------------------------------------------------------------------------------
+
+    def batch_generator(self, data_iterable: Iterable[PackedBatch]) -> Iterator[PackedBatch]:  # type: ignore[override]
+        """Batches from the loader, with the time that waiting for them took."""
+        iterator = iter(data_iterable)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration as end:
+                raise DataloaderExhaustedError from end
+            self.metrics_processor.data_loading_times.append(time.perf_counter() - start)
+            yield batch
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` summed over the data ranks; the same on all of them."""
+        if self.parallel_dims.dp_enabled:
+            mesh = self.parallel_dims.get_mesh("batch")
+            dist.all_reduce(values, group=mesh.get_group())
+        return values
+
+    def count_targets(self, batches: list[PackedBatch]) -> StepTotals:
+        """Totals of the step, by one all-reduce."""
+        rows = []
+        for batch in batches:
+            text, flow = target_counts(batch)
+            positions = torch.tensor([batch.tokens.numel()], device=text.device)
+            rows.append(torch.cat([text, flow, batch.num_tokens(), positions]).double())
+        total = self.sum_over_ranks(torch.stack(rows).sum(0))
+        text, flow, modality, positions = total.split(
+            [len(TASK_NAMES), len(TASK_NAMES), len(MODALITY_NAMES), 1]
+        )
+        return StepTotals(text.float(), flow.float(), modality, positions)
+
+    # ---- one step -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one step over all ranks."""
+        ranks = self.parallel_dims.get_mesh("batch").size() if self.parallel_dims.dp_enabled else 1
+        return self.gradient_accumulation_steps * ranks
+
+    def first_row(self, micro_batch: int) -> int:
+        """Index, in the step's global batch, of the first row of this rank's ``micro_batch``."""
+        rank = (
+            self.parallel_dims.get_mesh("batch").get_local_rank()
+            if self.parallel_dims.dp_enabled
+            else 0
+        )
+        index = rank * self.gradient_accumulation_steps + micro_batch
+        return index * self.job_config.training.local_batch_size
+
+    def forward(self, batch: PackedBatch, micro_batch: int) -> tuple[ModelOutput, torch.Tensor]:
+        """(the model's output on a freshly noised batch, its (B, L, Z) velocity target)."""
+        noise_BLZ, timesteps_BL = draw_noise_and_timesteps(
+            batch.vae_image,
+            batch.latents.shape[-1],
+            config=self.job_config.flow,
+            step=self.step,
+            first_row=self.first_row(micro_batch),
+        )
+        noised_BLZ = interpolate(batch.latents, noise_BLZ, timesteps_BL)
+        with self.train_context(), self.maybe_enable_amp:
+            output = self.model_parts[0](batch, noised_BLZ, timesteps_BL, self.shield_scale)
+        return output, velocity_target(batch.latents, noise_BLZ)
+
+    def count_assignments(self, batches: list[PackedBatch]) -> torch.Tensor:
+        """(layers, modalities, E) assignments of the whole step, by a forward without gradients."""
+        with torch.no_grad():
+            counts = [
+                torch.stack([record.counts for record in self.forward(batch, i)[0].records])
+                for i, batch in enumerate(batches)
+            ]
+        return self.sum_over_ranks(torch.stack(counts).sum(0))
+
+    def balance_of(
+        self, output: ModelOutput, totals: StepTotals, step_counts: torch.Tensor | None
+    ) -> torch.Tensor:
+        """This micro-batch's share of the step's balancing loss."""
+        if not output.records:
+            return torch.zeros((), device=self.device)
+        if self.job_config.losses.balance_scope == "local":
+            return balance_loss(output.records) / self.num_micro_batches
+        if step_counts is None:
+            step_counts = torch.stack([record.counts for record in output.records])
+            step_counts = self.sum_over_ranks(step_counts)
+        return balance_loss(output.records, counts=step_counts)
+
+    def forward_backward(
+        self,
+        batch: PackedBatch,
+        micro_batch: int,
+        totals: StepTotals,
+        step_counts: torch.Tensor | None,
+    ) -> tuple[LossTerms, torch.Tensor, torch.Tensor]:
+        """(terms, share of the balancing loss, (layers, modalities, E) assignments), all detached, after backward."""
+        weights = self.job_config.losses
+        output, target_BLZ = self.forward(batch, micro_batch)
+        terms: LossTerms = self.loss_fn(output.logits, output.velocity, target_BLZ, batch)
+        balance = self.balance_of(output, totals, step_counts)
+        loss = (
+            weights.text * terms.text_sum.sum() / totals.text.sum().clamp(min=1)
+            + weights.flow * terms.flow_sum.sum() / totals.flow.sum().clamp(min=1)
+            + weights.balance * balance
+        )
+        counts = [record.counts.detach() for record in output.records]
+        loss.backward()
+        detached = LossTerms(
+            terms.text_sum.detach(), terms.text_count, terms.flow_sum.detach(), terms.flow_count
+        )
+        return detached, balance.detach(), torch.stack(counts) if counts else torch.zeros(0)
+
+    def train_step(self, data_iterator: Iterator[PackedBatch]) -> None:  # type: ignore[override]
+        """One optimizer step over ``gradient_accumulation_steps`` micro-batches."""
+        self.optimizers.zero_grad()
+        self.shield_scale.fill_(shield_scale(self.job_config.shielding, self.step))
+        batches = [
+            next(data_iterator).to(self.device) for _ in range(self.gradient_accumulation_steps)
+        ]
+        totals = self.count_targets(batches)
+        counts_beforehand = (
+            self.count_assignments(batches)
+            if self.job_config.losses.balance_scope == "global" and len(batches) > 1
+            else None
+        )
+        results = [
+            self.forward_backward(batch, i, totals, counts_beforehand)
+            for i, batch in enumerate(batches)
+        ]
+        should_log = self.metrics_processor.should_log(self.step)
+        norms = group_grad_norms(self.optimizers.groups) if should_log else {}  # type: ignore[attr-defined]
+        grad_norm = dist_utils.clip_grad_norm_(
+            [p for p in self.model_parts[0].parameters() if p.requires_grad],
+            self.job_config.training.max_norm,
+            foreach=True,
+            ep_enabled=self.parallel_dims.ep_enabled,
+        )
+        losses = self.reduce_losses(results, totals)
+        self.check_finite(losses, float(grad_norm), results)
+        rates = {group["name"]: group["lr"] for group in self.optimizers.groups}  # type: ignore[attr-defined]
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step()
+        self.lr_schedulers.step()
+        self.count_tokens(totals)
+        if should_log:
+            assignments = self.sum_over_ranks(torch.stack([r[2] for r in results]).sum(0))
+            self.metrics_processor.log_step(
+                StepReport(
+                    step=self.step,
+                    losses=losses,
+                    grad_norms={"all": float(grad_norm), **norms},
+                    rates=rates,
+                    assignments=assignments,
+                    shield_scale=float(self.shield_scale),
+                    fill=float(totals.modality.sum() / totals.positions),
+                    num_skipped=self.dataloader.num_skipped,  # type: ignore[union-attr]
+                    tokens_seen=self.tokens_seen,
+                )
+            )
+
+    def count_tokens(self, totals: StepTotals) -> None:
+        """Add the step's tokens to the running totals."""
+        tokens = totals.modality.to("cpu", torch.int64)
+        self.tokens_seen += tokens
+        self.ntokens_seen = int(self.tokens_seen.sum())
+        self.metrics_processor.ntokens_since_last_log += int(tokens.sum())
+
+    def reduce_losses(
+        self, results: list[tuple[LossTerms, torch.Tensor, torch.Tensor]], totals: StepTotals
+    ) -> dict[str, float]:
+        """Losses of the step over all ranks, by name; a task without a token in this step is left out."""
+        rows = [torch.cat([t.text_sum, t.flow_sum, b.reshape(1)]) for t, b, _ in results]
+        total = self.sum_over_ranks(torch.stack(rows).sum(0))
+        text_sum, flow_sum, balance = total.split([len(TASK_NAMES), len(TASK_NAMES), 1])
+        losses = {
+            "text": float(text_sum.sum() / totals.text.sum().clamp(min=1)),
+            "flow": float(flow_sum.sum() / totals.flow.sum().clamp(min=1)),
+            "balance": float(balance),
+        }
+        weights = self.job_config.losses
+        losses["total"] = sum(getattr(weights, name) * losses[name] for name in losses)
+        for i, task in enumerate(TASK_NAMES):
+            if totals.text[i] > 0:
+                losses[f"by_task/{task}_text"] = float(text_sum[i] / totals.text[i])
+            if totals.flow[i] > 0:
+                losses[f"by_task/{task}_flow"] = float(flow_sum[i] / totals.flow[i])
+        return losses
+
+    def check_finite(
+        self,
+        losses: dict[str, float],
+        grad_norm: float,
+        results: list[tuple[LossTerms, torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Stop before the weights change if a loss or the gradient norm is not finite. The last checkpoint stays."""
+        values = {**{k: losses[k] for k in ("text", "flow", "balance")}, "grad_norm": grad_norm}
+        bad = [name for name, value in values.items() if not torch.isfinite(torch.tensor(value))]
+        if not bad:
+            return
+        local = torch.stack([t.text_sum.sum() + t.flow_sum.sum() + b for t, b, _ in results])
+        flags: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(flags, bool(torch.isfinite(local).all()))
+        ranks = [rank for rank, finite in enumerate(flags) if not finite]
+        where = f"on ranks {ranks}" if ranks else "in the backward pass"
+        raise FloatingPointError(
+            f"step {self.step}: {', '.join(bad)} not finite, {where} ({values}); the weights were not changed. "
+            "Resume from the last checkpoint with a lower learning rate or other data"
+        )
+
+    # ---- stopping, saving, resuming -----------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Resume from the newest complete checkpoint, train, and save when a signal asks to stop."""
+        self.stop.install()
+        self.choose_checkpoint()
+        super().train()
+
+    def choose_checkpoint(self) -> None:
+        """Point ``checkpoint.load_step`` at the newest complete checkpoint, and say which were passed over."""
+        config = self.job_config.checkpoint
+        folder = Path(self.job_config.job.dump_folder) / config.folder
+        if not config.enable or config.load_step != -1 or not folder.is_dir():
+            return
+        config.load_step, skipped = newest_complete_step(folder)
+        for line in skipped:
+            logger.warning(line)
+
+    def should_continue_training(self) -> bool:
+        """Whether to take another step; on a stop signal anywhere, all ranks save and stop."""
+        if self.step and self.stop_requested():
+            signal_name = self.stop.signal_name or "a stop signal on another rank"
+            logger.info(f"{signal_name}: saving a checkpoint at step {self.step} and stopping")
+            self.save_and_stop()
+            return False
+        return super().should_continue_training()
+
+    def stop_requested(self) -> bool:
+        """Whether any rank received a stop signal."""
+        flag = torch.tensor(float(self.stop.signal_name is not None), device=self.device)
+        return bool(self.sum_over_ranks(flag) > 0)
+
+    def save_and_stop(self) -> None:
+        """A full checkpoint of this step, unless the step was just saved."""
+        folder = self.job_config.checkpoint.interval
+        if not self.job_config.checkpoint.enable or self.step % folder == 0:
+            return
+        self.checkpointer.last_save_model_only = False
+        self.checkpointer.save(self.step, last_step=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "tokens_seen": self.tokens_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+        self.tokens_seen = state_dict["tokens_seen"]
+        self.ntokens_seen = int(self.tokens_seen.sum())

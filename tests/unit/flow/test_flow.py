@@ -1,0 +1,67 @@
+"""The path, the timestep laws, and draws that do not depend on how a step is split."""
+
+import torch
+
+from symbiotic_titan.config.losses import Flow
+from symbiotic_titan.flow.path import interpolate, velocity_target
+from symbiotic_titan.flow.timesteps import (
+    draw_noise_and_timesteps,
+    draw_timesteps,
+    first_token_of_image,
+    row_generator,
+    shift_timesteps,
+)
+
+
+def test_path_runs_from_data_to_noise_with_the_target_as_its_derivative():
+    data, noise = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    t = torch.rand(2, 5)
+    assert torch.equal(interpolate(data, noise, torch.zeros(2, 5)), data)
+    assert torch.equal(interpolate(data, noise, torch.ones(2, 5)), noise)
+    step = 1e-3
+    slope = (interpolate(data, noise, t + step) - interpolate(data, noise, t)) / step
+    torch.testing.assert_close(slope, velocity_target(data, noise), rtol=1e-2, atol=1e-3)
+
+
+def test_shift_keeps_the_ends_and_moves_the_middle_towards_noise():
+    t = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.equal(shift_timesteps(t, 1.0), t)
+    shifted = shift_timesteps(t, 3.0)
+    assert shifted.tolist() == [0.0, 0.75, 1.0]
+
+
+def test_logit_normal_timesteps_follow_their_mean():
+    generator = torch.Generator().manual_seed(0)
+    t = draw_timesteps((20_000,), Flow(timesteps="logit_normal", mean=0.0), generator)
+    low = draw_timesteps((20_000,), Flow(timesteps="logit_normal", mean=-2.0), generator)
+    uniform = draw_timesteps((20_000,), Flow(timesteps="uniform"), generator)
+    assert abs(t.mean() - 0.5) < 0.01 and t.std() < uniform.std()
+    assert low.mean() < 0.2
+    assert abs(uniform.mean() - 0.5) < 0.01 and abs(uniform.std() - 12**-0.5) < 0.01
+
+
+def test_tokens_of_one_image_share_a_timestep_and_images_differ():
+    image = torch.tensor([[4, 4, 7, 7, 7, -1]])
+    assert first_token_of_image(image).tolist() == [[0, 0, 2, 2, 2, 5]]
+    _, t = draw_noise_and_timesteps(image, 3, config=Flow(), step=1, first_row=0)
+    assert t[0, 0] == t[0, 1] and t[0, 2] == t[0, 3] == t[0, 4]
+    assert t[0, 0] != t[0, 2] and t[0, 5] == 0.0
+
+
+def test_draws_do_not_depend_on_how_rows_are_split_into_micro_batches():
+    image = torch.zeros(4, 6, dtype=torch.int64)
+    whole = draw_noise_and_timesteps(image, 2, config=Flow(), step=9, first_row=0)
+    halves = [
+        draw_noise_and_timesteps(image[:2], 2, config=Flow(), step=9, first_row=row)
+        for row in (0, 2)
+    ]
+    for i in range(2):
+        assert torch.equal(whole[i], torch.cat([half[i] for half in halves]))
+
+
+def test_draws_change_with_seed_step_and_row():
+    draws = {
+        torch.randn(1, generator=row_generator(*key)).item()
+        for key in [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (0, 11, 0), (0, 1, 10)]
+    }
+    assert len(draws) == 6

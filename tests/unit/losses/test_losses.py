@@ -1,0 +1,93 @@
+"""Sums and counts per task equal a plain loop; splitting a batch changes nothing."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from symbiotic_titan.losses.terms import loss_terms, target_counts
+from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
+from symbiotic_titan.sequence.modality import IGNORE_INDEX
+
+
+def random_batch(rows: int = 2, length: int = 12, slots: int = 5) -> PackedBatch:
+    """Rows whose first half is a text document (task 0) and whose second half holds an image (task 2)."""
+    generator = torch.Generator().manual_seed(0)
+    task = torch.zeros(rows, length, dtype=torch.int64)
+    task[:, length // 2 :] = 2
+    task[:, -1] = -1
+    labels = torch.randint(0, 7, (rows, length), generator=generator)
+    labels[torch.rand(rows, length, generator=generator) < 0.3] = IGNORE_INDEX
+    labels[:, -1] = IGNORE_INDEX
+    vae_index = torch.arange(length // 2, length // 2 + slots).repeat(rows, 1)
+    vae_image = torch.zeros(rows, slots, dtype=torch.int64)
+    vae_image[:, -2:], vae_index[:, -2:] = -1, length
+    zeros = torch.zeros(rows, length, dtype=torch.int64)
+    empty = torch.zeros(rows, 0, dtype=torch.int64)
+    return PackedBatch(
+        tokens=zeros, modality=zeros, document=zeros, span=zeros, labels=labels, task=task,
+        positions=zeros.unsqueeze(-1).expand(-1, -1, 3),
+        vit_patches=torch.zeros(rows, 0, 1), vit_coords=torch.zeros(rows, 0, 2, dtype=torch.int64),
+        vit_image=empty, vit_index=empty,
+        latents=torch.randn(rows, slots, 3, generator=generator),
+        vae_coords=torch.zeros(rows, slots, 2, dtype=torch.int64),
+        vae_image=vae_image, vae_index=vae_index,
+    )  # fmt: skip
+
+
+def test_terms_equal_a_plain_loop():
+    batch = random_batch()
+    logits, velocity = torch.randn(2, 12, 7), torch.randn(2, 5, 3)
+    target = torch.randn(2, 5, 3)
+    terms = loss_terms(logits, velocity, target, batch)
+    text, flow = [0.0] * 4, [0.0] * 4
+    for row in range(2):
+        for t in range(12):
+            if batch.labels[row, t] != IGNORE_INDEX:
+                text[batch.task[row, t]] += F.cross_entropy(
+                    logits[row, t], batch.labels[row, t]
+                ).item()
+        for slot in range(3):
+            flow[2] += (velocity[row, slot] - target[row, slot]).square().mean().item()
+    torch.testing.assert_close(terms.text_sum, torch.tensor(text), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(terms.flow_sum, torch.tensor(flow), rtol=1e-5, atol=1e-5)
+    assert terms.flow_count.tolist() == [0, 0, 6, 0]
+    assert terms.text_count.sum() == (batch.labels != IGNORE_INDEX).sum()
+
+
+def test_counts_are_known_before_the_forward():
+    batch = random_batch()
+    text, flow = target_counts(batch)
+    terms = loss_terms(torch.randn(2, 12, 7), torch.randn(2, 5, 3), torch.randn(2, 5, 3), batch)
+    assert torch.equal(text, terms.text_count) and torch.equal(flow, terms.flow_count)
+
+
+def test_sums_of_two_rows_are_the_sum_of_each():
+    batch = random_batch()
+    rows = [replace_rows(batch, i) for i in range(2)]
+    assert torch.equal(stack_rows(rows).labels, batch.labels)
+    logits, velocity, target = torch.randn(2, 12, 7), torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    whole = loss_terms(logits, velocity, target, batch)
+    parts = [
+        loss_terms(logits[i : i + 1], velocity[i : i + 1], target[i : i + 1], rows[i])
+        for i in range(2)
+    ]
+    torch.testing.assert_close(whole.text_sum, parts[0].text_sum + parts[1].text_sum)
+    torch.testing.assert_close(whole.flow_sum, parts[0].flow_sum + parts[1].flow_sum)
+
+
+def replace_rows(batch: PackedBatch, row: int) -> PackedBatch:
+    return replace(batch, **{k: v[row : row + 1] for k, v in vars(batch).items()})
+
+
+def test_batch_without_images_still_gives_the_velocity_a_zero_gradient():
+    batch = random_batch()
+    batch = replace(
+        batch,
+        vae_image=torch.full_like(batch.vae_image, -1),
+        vae_index=torch.full_like(batch.vae_index, 12),
+    )
+    velocity = torch.randn(2, 5, 3, requires_grad=True)
+    terms = loss_terms(torch.randn(2, 12, 7), velocity, torch.randn(2, 5, 3), batch)
+    terms.flow_sum.sum().backward()
+    assert terms.flow_sum.sum() == 0 and torch.equal(velocity.grad, torch.zeros_like(velocity))
