@@ -1,9 +1,9 @@
 """The device seam: decides what device this process trains on, and gives torchtitan what it expects of an accelerator.
 
-``prepare()`` must run before any torchtitan module but its package root is imported. On a machine with an accelerator it
-changes nothing. Without one it (1) stands in for a kernel module that needs Triton, (2) tells torchtitan's two early
-modules that the device is the CPU, and (3) hands it an object with the functions that torch.cuda has and torch.cpu lacks.
-torch itself is never patched.
+``stub_triton_kernels()`` runs when the package is imported and lets torchtitan be imported without Triton. ``prepare()`` must
+run before torchtitan's trainer, metrics or distributed helpers are imported; on a machine with an accelerator it changes
+nothing. Without one it tells torchtitan's two early modules that the device is the CPU, and hands it an object with the
+functions that torch.cuda has and torch.cpu lacks. torch itself is never patched.
 """
 
 import importlib.util
@@ -91,7 +91,7 @@ class CpuDeviceModule:
         }
 
 
-def _stub_triton_kernels() -> None:
+def stub_triton_kernels() -> None:
     """Stand in for torchtitan's Triton kernels where there is no Triton; they are never called by this project."""
     name = "torchtitan.models.moe.kernels"
     if name in sys.modules or importlib.util.find_spec("triton") is not None:
@@ -111,7 +111,6 @@ def prepare() -> None:
     Raises:
         RuntimeError: a torchtitan module that copies the device was imported before.
     """
-    _stub_triton_kernels()
     if has_accelerator():
         return
     import torchtitan.distributed.parallel_dims as parallel_dims

@@ -12,6 +12,7 @@ from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.moe.statistics import capacity_rate, idle_experts, imbalance_ratio
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
 
@@ -23,7 +24,7 @@ class StepReport:
     losses       by name; ``total``, ``text``, ``flow``, ``balance`` and ``by_task/*``.
     grad_norms   before clipping; ``all`` and one per parameter group.
     rates        learning rate of each parameter group.
-    assignments  (layers, modalities, E) routed assignments of the step.
+    assignments  (layers, modalities, E) routed assignments of the step; None without MoE layers.
     fill         share of positions that are not padding.
     tokens_seen  (modalities,) tokens since the start of training.
     """
@@ -32,7 +33,7 @@ class StepReport:
     losses: dict[str, float]
     grad_norms: dict[str, float]
     rates: dict[str, float]
-    assignments: torch.Tensor
+    assignments: torch.Tensor | None
     shield_scale: float
     fill: float
     num_skipped: int
@@ -56,31 +57,54 @@ def group_grad_norms(groups: list[dict[str, Any]]) -> dict[str, float]:
     return norms
 
 
-def routing_metrics(assignments: torch.Tensor, capacity_factor: float) -> dict[str, float]:
-    """Routing statistics of (layers, modalities, E) assignments, averaged over layers; of modalities with tokens only."""
+def routing_metrics(
+    assignments_LME: torch.Tensor, groups: tuple[ExpertGroup, ...], capacity_factor: float
+) -> dict[str, float]:
+    """Routing statistics, averaged over layers, of modalities that have tokens.
+
+    Experts are compared with those of their own group: a token cannot reach the others, so a group is uniform when its own
+    experts share its tokens evenly. ``all`` is the mean over groups, weighted by their assignments (idle experts: the sum).
+    """
+    by_group = assignments_LME.split([group.num_experts for group in groups], dim=-1)
     metrics: dict[str, float] = {}
-    views = {"all": assignments.sum(1)}
-    views |= {name: assignments[:, i] for i, name in enumerate(MODALITY_NAMES)}
-    for name, counts_LE in views.items():
-        if counts_LE.sum() == 0:
-            continue
-        metrics[f"routing/capacity_rate/{name}"] = float(
-            torch.stack([capacity_rate(c, capacity_factor) for c in counts_LE]).mean()
-        )
-        metrics[f"routing/imbalance/{name}"] = float(
-            torch.stack([imbalance_ratio(c) for c in counts_LE]).mean()
-        )
-        metrics[f"routing/idle_experts/{name}"] = float(
-            torch.stack([idle_experts(c) for c in counts_LE]).float().mean()
-        )
+    total = float(assignments_LME.sum())
+    weighted = {"capacity_rate": 0.0, "imbalance": 0.0}
+    idle = 0.0
+    for group, counts_LME in zip(groups, by_group, strict=True):
+        for modality in group.modalities:
+            counts_LE = counts_LME[:, modality]
+            if counts_LE.sum() > 0:
+                name = MODALITY_NAMES[modality]
+                for key, value in _expert_use(counts_LE, capacity_factor).items():
+                    metrics[f"routing/{key}/{name}"] = value
+        counts_LE = counts_LME.sum(1)
+        if counts_LE.sum() > 0:
+            use = _expert_use(counts_LE, capacity_factor)
+            idle += use["idle_experts"]
+            for key in weighted:
+                weighted[key] += use[key] * float(counts_LE.sum()) / total
+    for key, value in {**weighted, "idle_experts": idle}.items():
+        metrics[f"routing/{key}/all"] = value
     return metrics
+
+
+def _expert_use(counts_LE: torch.Tensor, capacity_factor: float) -> dict[str, float]:
+    """Means over layers of the statistics of one group's counts."""
+    return {
+        "capacity_rate": float(capacity_rate(counts_LE, capacity_factor).mean()),
+        "imbalance": float(imbalance_ratio(counts_LE).mean()),
+        "idle_experts": float(idle_experts(counts_LE).float().mean()),
+    }
 
 
 class SymbioticMetrics(MetricsProcessor):
     """torchtitan's loggers and memory monitor, with this project's metric names."""
 
-    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+    def __init__(
+        self, job_config: JobConfig, parallel_dims: ParallelDims, groups: tuple[ExpertGroup, ...]
+    ) -> None:
         super().__init__(job_config, parallel_dims)
+        self.groups = groups
         self.num_steps = job_config.training.steps
         self.capacity_factor = job_config.experts.capacity_factor
         self.last_logged_step: int | None = None
@@ -119,7 +143,8 @@ class SymbioticMetrics(MetricsProcessor):
         metrics = {f"loss/{name}": value for name, value in report.losses.items()}
         metrics |= {f"grad_norm/{name}": value for name, value in report.grad_norms.items()}
         metrics |= {f"lr/{name}": value for name, value in report.rates.items()}
-        metrics |= routing_metrics(report.assignments, self.capacity_factor)
+        if report.assignments is not None:
+            metrics |= routing_metrics(report.assignments, self.groups, self.capacity_factor)
         metrics |= {
             f"tokens/{name}": int(count)
             for name, count in zip(MODALITY_NAMES, report.tokens_seen, strict=True)
@@ -138,7 +163,7 @@ class SymbioticMetrics(MetricsProcessor):
             for sink in getattr(self.logger, "_loggers", [])
             if isinstance(self.logger, LoggerContainer) and isinstance(sink, TensorBoardLogger)
         ]
-        if not writers or report.assignments.numel() == 0:
+        if not writers or report.assignments is None:
             return
         for i, name in enumerate(MODALITY_NAMES):
             counts_LE = report.assignments[:, i].float().cpu()
@@ -167,4 +192,4 @@ def build_metrics(
     job_config: JobConfig, parallel_dims: ParallelDims, model_args: ModelArgs
 ) -> SymbioticMetrics:
     """Fills the train spec's metrics slot."""
-    return SymbioticMetrics(job_config, parallel_dims)
+    return SymbioticMetrics(job_config, parallel_dims, model_args.groups)

@@ -7,6 +7,8 @@ non-finite values before the weights change; a stop signal ends the run at a ste
 """
 
 import contextlib
+import functools
+import operator
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from symbiotic_titan.losses.terms import LossTerms, target_counts
 from symbiotic_titan.metrics import StepReport, SymbioticMetrics, group_grad_norms
 from symbiotic_titan.model.symbiotic import ModelOutput
 from symbiotic_titan.moe.balance import balance_loss
+from symbiotic_titan.moe.record import RoutingTotals, routing_totals
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, TASK_NAMES
@@ -45,6 +48,19 @@ class StepTotals:
     flow: torch.Tensor
     modality: torch.Tensor
     positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatchResult:
+    """What one micro-batch on this rank leaves behind, detached.
+
+    text_sum, flow_sum  (J,) sums by task.   balance  () its share of the balancing loss.   routing  None without MoE layers.
+    """
+
+    text_sum: torch.Tensor
+    flow_sum: torch.Tensor
+    balance: torch.Tensor
+    routing: RoutingTotals | None
 
 
 class SymbioticTrainer(Trainer):
@@ -128,51 +144,55 @@ class SymbioticTrainer(Trainer):
             output = self.model_parts[0](batch, noised_BLZ, timesteps_BL, self.shield_scale)
         return output, velocity_target(batch.latents, noise_BLZ)
 
-    def count_assignments(self, batches: list[PackedBatch]) -> torch.Tensor:
-        """(layers, modalities, E) assignments of the whole step, by a forward without gradients."""
+    def routing_of_step(self, batches: list[PackedBatch]) -> RoutingTotals:
+        """Expert counts of the whole step over all ranks, by a forward without gradients."""
         with torch.no_grad():
-            counts = [
-                torch.stack([record.counts for record in self.forward(batch, i)[0].records])
-                for i, batch in enumerate(batches)
+            totals = [
+                routing_totals(self.forward(batch, i)[0].records) for i, batch in enumerate(batches)
             ]
-        return self.sum_over_ranks(torch.stack(counts).sum(0))
+        return self.reduce_routing(totals)
 
-    def balance_of(
-        self, output: ModelOutput, totals: StepTotals, step_counts: torch.Tensor | None
-    ) -> torch.Tensor:
+    def reduce_routing(self, totals: list[RoutingTotals]) -> RoutingTotals:
+        """Counts of several micro-batches, summed over them and over the data ranks."""
+        total = functools.reduce(operator.add, totals)
+        return RoutingTotals(
+            self.sum_over_ranks(total.counts), self.sum_over_ranks(total.num_tokens)
+        )
+
+    def balance_of(self, output: ModelOutput, step_routing: RoutingTotals | None) -> torch.Tensor:
         """This micro-batch's share of the step's balancing loss."""
         if not output.records:
             return torch.zeros((), device=self.device)
         if self.job_config.losses.balance_scope == "local":
             return balance_loss(output.records) / self.num_micro_batches
-        if step_counts is None:
-            step_counts = torch.stack([record.counts for record in output.records])
-            step_counts = self.sum_over_ranks(step_counts)
-        return balance_loss(output.records, counts=step_counts)
+        if step_routing is None:
+            step_routing = self.reduce_routing([routing_totals(output.records)])
+        return balance_loss(output.records, step_routing)
 
     def forward_backward(
         self,
         batch: PackedBatch,
         micro_batch: int,
         totals: StepTotals,
-        step_counts: torch.Tensor | None,
-    ) -> tuple[LossTerms, torch.Tensor, torch.Tensor]:
-        """(terms, share of the balancing loss, (layers, modalities, E) assignments), all detached, after backward."""
+        step_routing: RoutingTotals | None,
+    ) -> MicroBatchResult:
+        """The micro-batch's losses and counts, after its backward."""
         weights = self.job_config.losses
         output, target_BLZ = self.forward(batch, micro_batch)
         terms: LossTerms = self.loss_fn(output.logits, output.velocity, target_BLZ, batch)
-        balance = self.balance_of(output, totals, step_counts)
+        balance = self.balance_of(output, step_routing)
         loss = (
             weights.text * terms.text_sum.sum() / totals.text.sum().clamp(min=1)
             + weights.flow * terms.flow_sum.sum() / totals.flow.sum().clamp(min=1)
             + weights.balance * balance
         )
-        counts = [record.counts.detach() for record in output.records]
         loss.backward()
-        detached = LossTerms(
-            terms.text_sum.detach(), terms.text_count, terms.flow_sum.detach(), terms.flow_count
+        return MicroBatchResult(
+            text_sum=terms.text_sum.detach(),
+            flow_sum=terms.flow_sum.detach(),
+            balance=balance.detach(),
+            routing=routing_totals(output.records) if output.records else None,
         )
-        return detached, balance.detach(), torch.stack(counts) if counts else torch.zeros(0)
 
     def train_step(self, data_iterator: Iterator[PackedBatch]) -> None:  # type: ignore[override]
         """One optimizer step over ``gradient_accumulation_steps`` micro-batches."""
@@ -182,14 +202,10 @@ class SymbioticTrainer(Trainer):
             next(data_iterator).to(self.device) for _ in range(self.gradient_accumulation_steps)
         ]
         totals = self.count_targets(batches)
-        counts_beforehand = (
-            self.count_assignments(batches)
-            if self.job_config.losses.balance_scope == "global" and len(batches) > 1
-            else None
-        )
+        needs_routing = self.job_config.losses.balance_scope == "global" and len(batches) > 1
+        step_routing = self.routing_of_step(batches) if needs_routing else None
         results = [
-            self.forward_backward(batch, i, totals, counts_beforehand)
-            for i, batch in enumerate(batches)
+            self.forward_backward(batch, i, totals, step_routing) for i, batch in enumerate(batches)
         ]
         should_log = self.metrics_processor.should_log(self.step)
         norms = group_grad_norms(self.optimizers.groups) if should_log else {}  # type: ignore[attr-defined]
@@ -207,14 +223,14 @@ class SymbioticTrainer(Trainer):
         self.lr_schedulers.step()
         self.count_tokens(totals)
         if should_log:
-            assignments = self.sum_over_ranks(torch.stack([r[2] for r in results]).sum(0))
+            routing = [result.routing for result in results if result.routing is not None]
             self.metrics_processor.log_step(
                 StepReport(
                     step=self.step,
                     losses=losses,
                     grad_norms={"all": float(grad_norm), **norms},
                     rates=rates,
-                    assignments=assignments,
+                    assignments=self.reduce_routing(routing).counts if routing else None,
                     shield_scale=float(self.shield_scale),
                     fill=float(totals.modality.sum() / totals.positions),
                     num_skipped=self.dataloader.num_skipped,  # type: ignore[union-attr]
@@ -230,10 +246,10 @@ class SymbioticTrainer(Trainer):
         self.metrics_processor.ntokens_since_last_log += int(tokens.sum())
 
     def reduce_losses(
-        self, results: list[tuple[LossTerms, torch.Tensor, torch.Tensor]], totals: StepTotals
+        self, results: list[MicroBatchResult], totals: StepTotals
     ) -> dict[str, float]:
         """Losses of the step over all ranks, by name; a task without a token in this step is left out."""
-        rows = [torch.cat([t.text_sum, t.flow_sum, b.reshape(1)]) for t, b, _ in results]
+        rows = [torch.cat([r.text_sum, r.flow_sum, r.balance.reshape(1)]) for r in results]
         total = self.sum_over_ranks(torch.stack(rows).sum(0))
         text_sum, flow_sum, balance = total.split([len(TASK_NAMES), len(TASK_NAMES), 1])
         losses = {
@@ -254,14 +270,14 @@ class SymbioticTrainer(Trainer):
         self,
         losses: dict[str, float],
         grad_norm: float,
-        results: list[tuple[LossTerms, torch.Tensor, torch.Tensor]],
+        results: list[MicroBatchResult],
     ) -> None:
         """Stop before the weights change if a loss or the gradient norm is not finite. The last checkpoint stays."""
         values = {**{k: losses[k] for k in ("text", "flow", "balance")}, "grad_norm": grad_norm}
         bad = [name for name, value in values.items() if not torch.isfinite(torch.tensor(value))]
         if not bad:
             return
-        local = torch.stack([t.text_sum.sum() + t.flow_sum.sum() + b for t, b, _ in results])
+        local = torch.stack([r.text_sum.sum() + r.flow_sum.sum() + r.balance for r in results])
         flags: list[bool] = [False] * dist.get_world_size()
         dist.all_gather_object(flags, bool(torch.isfinite(local).all()))
         ranks = [rank for rank, finite in enumerate(flags) if not finite]

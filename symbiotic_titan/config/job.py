@@ -1,6 +1,7 @@
 """JobConfig: torchtitan's sections and ours. One field per section, nothing else."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torchtitan.config import JobConfig as UpstreamJobConfig
 from torchtitan.config.job_config import Model as UpstreamModel
@@ -18,6 +19,9 @@ class Model(UpstreamModel):
 
     flavor: str = "debug"
     """Which named size to train"""
+
+    attention_backend: Literal["sdpa", "flex"] = "sdpa"
+    """``sdpa``: dense mask, runs anywhere; ``flex``: FlexAttention with one block mask per step, needs CUDA"""
 
     hf_assets_path: str = "."
     """Folder of Hugging Face assets; not used by the flavors that train from scratch"""

@@ -21,50 +21,55 @@ def _describe(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_describe(a) for a in get_args(annotation) if a is not NoneType)
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    if get_origin(annotation) in (list, tuple):
+        return f"a list, each item {_describe(get_args(annotation)[0])}"
     return names.get(annotation, str(annotation))
+
+
+def _is_scalar(value: Any, annotation: Any) -> bool:
+    """Whether ``value`` is of a plain type; an integer serves as a float, a bool never as a number."""
+    if annotation is Any:
+        return True
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, NoneType if annotation is None else annotation)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether ``value`` fits an annotation without parts of its own."""
+    if get_origin(annotation) is Literal:
+        return any(value == v and type(value) is type(v) for v in get_args(annotation))
+    return _is_scalar(value, annotation)
 
 
 def check_value(where: str, value: Any, annotation: Any) -> None:
     """Raise ValueError unless ``value`` fits ``annotation``; ``where`` is the key as the user wrote it.
 
-    Understands bool, int, float, str, Literal, X | None, list[X], tuple[X, ...] and dict[str, X]. An integer is accepted
-    where a float is asked for; a bool is never accepted as a number.
+    Understands bool, int, float, str, Literal, X | None, list[X], tuple[X, ...] and dict[str, X]. The message names the
+    innermost key that does not fit, e.g. ``rates[1]``.
     """
     origin, args = get_origin(annotation), get_args(annotation)
-    ok: bool
-    if annotation is Any:
-        return
     if origin in (Union, UnionType):
-        for option in args:
-            try:
-                return check_value(where, value, option)
-            except ValueError:
-                continue
-        ok = False
-    elif origin is Literal:
-        ok = any(value == option and type(value) is type(option) for option in args)
-    elif origin in (list, tuple):
-        if isinstance(value, (list, tuple)):
-            for i, item in enumerate(value):
-                check_value(f"{where}[{i}]", item, args[0])
+        options = [option for option in args if option is not NoneType]
+        if value is None and len(options) < len(args):
             return
-        ok = False
-    elif origin is dict:
-        if isinstance(value, dict):
-            for name, item in value.items():
-                check_value(f"{where}.{name}", item, args[1])
+        if len(options) == 1:
+            return check_value(where, value, options[0])
+        if any(_fits(value, option) for option in options):
             return
-        ok = False
-    elif annotation is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    elif annotation is int:
-        ok = isinstance(value, int) and not isinstance(value, bool)
-    elif annotation in (NoneType, None):
-        ok = value is None
-    else:
-        ok = isinstance(value, annotation)
-    if not ok:
-        raise ValueError(f"{where}: must be {_describe(annotation)}, got {value!r}")
+    elif origin in (list, tuple) and isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            check_value(f"{where}[{i}]", item, args[0])
+        return
+    elif origin is dict and isinstance(value, dict):
+        for name, item in value.items():
+            check_value(f"{where}.{name}", item, args[1])
+        return
+    elif origin not in (list, tuple, dict) and _fits(value, annotation):
+        return
+    raise ValueError(f"{where}: must be {_describe(annotation)}, got {value!r}")
 
 
 def row_from_dict(cls: type[T], row: Any, where: str) -> T:

@@ -1,0 +1,186 @@
+"""The main job end to end: it learns, repeats, resumes, stops, and gives the same losses however it is spread out."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.integration.launch import NUM_STEPS, ROOT, arguments_of, command_of, environment, launch, read_scalars
+
+LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
+# Sums are taken in another order with other ranks: float32 losses of 20 steps drift by this much, relatively.
+TOLERANCE = 2e-3
+
+
+def assert_same(run, reference, tags=LOSSES, first=1, rtol=0.0):
+    """Every logged value of ``run`` from step ``first`` on equals the reference's within ``rtol`` (0: bitwise)."""
+    assert run.status == 0, run.text[-3000:]
+    for tag in tags:
+        ours, theirs = run.scalars(tag), reference.scalars(tag)
+        assert set(ours) >= set(range(first, NUM_STEPS + 1)), (tag, sorted(ours))
+        for step in range(first, NUM_STEPS + 1):
+            gap = abs(ours[step] - theirs[step])
+            assert gap <= rtol * abs(theirs[step]), (tag, step, ours[step], theirs[step])
+
+
+def test_every_loss_term_falls(reference):
+    for tag in ("loss/text", "loss/flow"):
+        values = reference.scalars(tag)
+        start = sum(values[s] for s in range(1, 4)) / 3
+        end = sum(values[s] for s in range(NUM_STEPS - 2, NUM_STEPS + 1)) / 3
+        assert end < 0.8 * start, (tag, start, end)
+
+
+def test_metrics_have_their_names(reference):
+    for tag in (
+        "loss/total", "loss/by_task/lm_text", "loss/by_task/t2i_flow", "routing/capacity_rate/all",
+        "routing/capacity_rate/vae", "routing/imbalance/text", "routing/idle_experts/vit",
+        "tokens/vae", "lr/generation", "lr/understanding", "grad_norm/generation", "shield/scale",
+        "data/fill", "data/skipped", "perf/tokens_per_second",
+    ):  # fmt: skip
+        assert reference.scalars(tag), f"{tag} is not logged"
+    assert reference.scalars("shield/scale")[1] == 0.0
+    assert reference.scalars("tokens/vae")[20] > reference.scalars("tokens/vae")[1] > 0
+
+
+def test_two_runs_are_bitwise_equal(tmp_path, demo, reference):
+    run = launch(tmp_path, demo, training__steps=NUM_STEPS)
+    assert_same(run, reference)
+
+
+def test_resume_at_any_step_is_bitwise_the_uninterrupted_run(tmp_path, demo, reference):
+    first = launch(tmp_path, demo, training__steps=13, training__dataloader__num_workers=2)
+    assert first.status == 0, first.text[-3000:]
+    second = launch(tmp_path, demo, training__steps=NUM_STEPS)
+    assert "Training starts at step 14" in second.text
+    assert_same(second, reference)
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_two_processes_give_the_losses_of_one(tmp_path, demo, reference, expert_parallel):
+    run = launch(
+        tmp_path,
+        demo,
+        world_size=2,
+        training__steps=NUM_STEPS,
+        parallelism__expert_parallel_degree=expert_parallel,
+    )
+    assert_same(run, reference, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("saved_on", "resumed_on"), [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (2, 1))]
+)
+def test_checkpoint_of_one_layout_resumes_on_another(
+    tmp_path, demo, reference, saved_on, resumed_on
+):
+    for (world_size, expert_parallel), steps in ((saved_on, 10), (resumed_on, NUM_STEPS)):
+        run = launch(
+            tmp_path,
+            demo,
+            world_size=world_size,
+            training__steps=steps,
+            parallelism__expert_parallel_degree=expert_parallel,
+            checkpoint__async_mode="async",
+        )
+        assert run.status == 0, run.text[-3000:]
+    assert "Training starts at step 11" in run.text
+    assert_same(run, reference, rtol=TOLERANCE)
+
+
+def test_full_activation_checkpointing_counts_records_once(tmp_path, demo, reference):
+    run = launch(tmp_path, demo, training__steps=NUM_STEPS, activation_checkpoint__mode="full")
+    tags = (*LOSSES, "routing/capacity_rate/all", "tokens/vae")
+    assert_same(run, reference, tags=tags, rtol=1e-5)
+
+
+def test_global_balance_of_two_micro_batches_equals_one_of_twice_the_rows(tmp_path, demo):
+    runs = [
+        launch(
+            tmp_path / name,
+            demo,
+            training__steps=NUM_STEPS,
+            losses__balance_scope="global",
+            losses__balance=1.0,
+            training__local_batch_size=rows,
+        )
+        for name, rows in (("split", 2), ("whole", 4))
+    ]
+    assert_same(runs[0], runs[1], rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_signal_saves_and_exits_with_status_0(tmp_path, demo, reference, number):
+    arguments = arguments_of(tmp_path, demo, {"training.steps": 100_000})
+    with subprocess.Popen(
+        command_of(1, arguments), cwd=ROOT, env=environment(1), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "step:  3" in line:
+                process.send_signal(number)
+                break
+        text = process.stderr.read()
+        assert process.wait(timeout=60) == 0, text[-3000:]
+    assert f"{number.name}: saving a checkpoint" in text
+    steps = [int(path.name.split("-")[1]) for path in (tmp_path / "checkpoint").glob("step-*")]
+    resumed = launch(tmp_path, demo, training__steps=NUM_STEPS)
+    assert f"Training starts at step {max(steps) + 1}" in resumed.text
+    assert_same(resumed, reference)
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, demo, reference):
+    first = launch(tmp_path, demo, training__steps=14, checkpoint__interval=7)
+    assert first.status == 0, first.text[-3000:]
+    data = next((tmp_path / "checkpoint" / "step-14").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:1000])
+    second = launch(tmp_path, demo, training__steps=NUM_STEPS)
+    assert "step-14 is skipped" in second.text and "Training starts at step 8" in second.text
+    assert_same(second, reference)
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, demo):
+    run = launch(
+        tmp_path,
+        demo,
+        training__steps=NUM_STEPS,
+        training__max_norm=1e30,
+        optimizer__lr=1e30,
+        checkpoint__interval=1,
+        lr_scheduler__warmup_steps=0,
+    )
+    assert run.status != 0
+    assert "not finite" in run.text and "the weights were not changed" in run.text
+    assert list((tmp_path / "checkpoint").glob("step-*/.metadata"))
+
+
+def test_text_only_rank_and_batches_without_images_do_not_hang(tmp_path, demo):
+    folder = tmp_path / "run"
+    arguments = arguments_of(folder, demo, {"training.steps": 4, "parallelism.expert_parallel_degree": 2})
+    config = folder / "job.toml"
+    text = config.read_text()
+    head, *sources = text.split("[[data.sources]]")
+    tail = sources[-1][sources[-1].index("[checkpoint]") :]
+    (lm,) = [source for source in sources if 'name = "lm"' in source]
+    config.write_text(f"{head}[[data.sources]]{lm}{tail}")
+    done = subprocess.run(
+        command_of(2, arguments), cwd=ROOT, env=environment(2), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert read_scalars(folder, "loss/flow")[4] == 0.0
+    assert read_scalars(folder, "loss/text")[4] > 0.0
+
+
+def test_first_loss_line_comes_within_thirty_seconds(tmp_path, demo):
+    arguments = arguments_of(tmp_path, demo, {"training.steps": 2})
+    start = time.monotonic()
+    with subprocess.Popen(
+        command_of(1, arguments), cwd=ROOT, env=os.environ | environment(1), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "step:  1" in line)
+        seconds = time.monotonic() - start
+        process.stderr.read()
+    assert "text:" in line and seconds < 30

@@ -1,0 +1,118 @@
+"""What a TOML file and a command line may say, and what is refused before anything is built."""
+
+import pytest
+
+from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.load import config_file_of, load_job_config
+
+SOURCE = '[[data.sources]]\nname = "a"\ntask = "lm"\nformat = "jsonl"\npath = "x"\n'
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    return load_job_config(["--job.config_file", str(path), *overrides])
+
+
+def test_command_line_wins_over_file_and_file_over_defaults(tmp_path):
+    config = load(
+        tmp_path,
+        f"[training]\nsteps = 7\nseq_len = 64\n[losses]\nbalance = 0.5\n{SOURCE}",
+        "--training.seq_len",
+        "128",
+    )
+    assert (config.training.steps, config.training.seq_len) == (7, 128)
+    assert config.losses.balance == 0.5 and config.losses.text == 1.0
+    assert config.data.sources[0].name == "a"
+
+
+def test_partition_and_groups_survive_the_command_line_parser(tmp_path):
+    config = load(
+        tmp_path,
+        '[experts.partition.understanding]\nmodalities = ["text", "vit"]\nnum_experts = 3\n'
+        '[[optimizer.param_groups]]\nname = "g"\nmatch = ["x"]\nlr = 0.1\n',
+        "--training.steps",
+        "3",
+    )
+    assert config.experts.partition["understanding"].num_experts == 3
+    assert config.optimizer.param_groups[0].lr == 0.1
+
+
+def test_config_file_is_found_in_both_spellings():
+    assert config_file_of(["--x", "1", "--job.config_file", "a.toml"]) == "a.toml"
+    assert config_file_of(["--job.config-file=b.toml"]) == "b.toml"
+    assert config_file_of(["--x"]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[trainin]\nsteps = 1", "config file: unknown key 'trainin'; did you mean 'training'?"),
+        ("[training]\nstep = 1", "training: unknown key 'step'; did you mean 'steps'?"),
+        ('[training]\nsteps = "ten"', "training.steps: must be an integer, got 'ten'"),
+        ("[losses]\ntext = true", "losses.text: must be a number, got True"),
+        (
+            '[flow]\ntimesteps = "logitnormal"',
+            "flow.timesteps: must be one of 'uniform', 'logit_normal', got 'logitnormal'",
+        ),
+        (
+            '[activation_checkpoint]\nmode = "half"',
+            "activation_checkpoint.mode: must be one of 'selective', 'full', 'memory_budget', 'none', got 'half'",
+        ),
+        ("training = 3", "training: must be a table [training], got 3"),
+        ("[losses]\ntext = -1", "losses.text: must be zero or positive, got -1"),
+        ("[flow]\nshift = 0", "flow.shift: must be positive, got 0"),
+        ("[shielding]\nsteps = -1", "shielding.steps: must be zero or positive, got -1"),
+        ("[shielding]\nafter_scale = 2", "shielding.after_scale: must lie in [0, 1], got 2"),
+        ('[shielding]\nramp = "linear"', "shielding.ramp: 'linear' rises over shielding.steps"),
+        (
+            '[experts.partition.a]\nmodalities = ["text"]\nnum_expert = 1',
+            "experts.partition.a: unknown key 'num_expert'; did you mean 'num_experts'?",
+        ),
+        (
+            '[experts.partition.a]\nmodalities = "text"\nnum_experts = 1',
+            "experts.partition.a.modalities: must be a list, each item a string, got 'text'",
+        ),
+        ("x = = 1", "is not valid TOML"),
+    ],
+)
+def test_bad_files_are_refused_with_key_rule_and_value(tmp_path, text, message):
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, text)
+    assert message in str(error.value)
+
+
+def test_missing_config_file_is_named():
+    with pytest.raises(ValueError, match="job.config_file: no such file: nowhere.toml"):
+        load_job_config(["--job.config_file", "nowhere.toml"])
+
+
+ROW = {"name": "a", "task": "lm", "format": "jsonl", "path": "x"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{**ROW, "weight": -1}], "[[data.sources]] #1 (a): weight must be zero or positive, got -1"),
+        ([{**ROW, "weight": 0}], "[[data.sources]]: the weights sum to zero"),
+        ([ROW, ROW], "[[data.sources]] #1 (a): name is used twice"),
+        ([{**ROW, "task": "t2v"}], "#1.task: must be one of 'lm', 'mmu', 't2i', 't2i_long', got 't2v'"),
+        ([{**ROW, "taks": "lm"}], "unknown key 'taks'; did you mean 'task'?"),
+        ([{"name": "a"}], "[[data.sources]] #1: missing key 'task'"),
+    ],
+)
+def test_bad_sources_are_refused(rows, message):
+    with pytest.raises(ValueError) as error:
+        Data(sources=rows)
+    assert message in str(error.value)
+
+
+def test_custom_config_module_adds_a_section(tmp_path, monkeypatch):
+    (tmp_path / "user_sections.py").write_text(
+        "from dataclasses import dataclass, field\n"
+        "@dataclass\nclass Mine:\n    size: int = 1\n"
+        "@dataclass\nclass JobConfig:\n    mine: Mine = field(default_factory=Mine)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load(tmp_path, '[job]\ncustom_config_module = "user_sections"\n[mine]\nsize = 5\n')
+    assert config.mine.size == 5 and config.model.name == "symbiotic"
