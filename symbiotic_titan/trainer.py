@@ -10,6 +10,7 @@ import contextlib
 import functools
 import operator
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,13 @@ class SymbioticTrainer(Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         self.stop = StopRequest()
         self.tokens_seen = torch.zeros(len(MODALITY_NAMES), dtype=torch.int64)
-        super().__init__(job_config)
-        self.shield_scale = torch.ones((), device=self.device)
+        with warnings.catch_warnings():
+            # In float32 on one process upstream makes an autocast that torch warns about and disables.
+            warnings.filterwarnings("ignore", message="In CPU autocast")
+            super().__init__(job_config)
         if job_config.training.mixed_precision_param == "float32":
-            # Upstream enters autocast(float32) on one process, which torch only warns about.
             self.maybe_enable_amp = contextlib.nullcontext()
+        self.shield_scale = torch.ones((), device=self.device)
 
     # ---- data ---------------------------------------------------------------------------------------------------------
 

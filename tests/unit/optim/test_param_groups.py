@@ -67,7 +67,7 @@ def test_rule_without_parameters_is_named():
             r"betas must be two numbers in \[0, 1\)",
         ),
         ({"name": "a", "match": ["x"], "lr": -1.0}, "lr must be zero or positive, got -1.0"),
-        ({"name": "a", "match": "x"}, r"match: must be list\[str\], got 'x'"),
+        ({"name": "a", "match": "x"}, r"match: must be a list, each item a string, got 'x'"),
         ({"name": "a", "match": ["x"], "rate": 1.0}, "unknown key 'rate'"),
     ],
 )

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Trains the model of a config file, in torchtitan's manner:
+#
+#   ./run_train.sh [--section.key value ...]      for instance: NGPU=2 ./run_train.sh --training.steps 50
+#
+#   CONFIG_FILE=FILE  default train_configs/debug.toml; looked for in the current directory, then in the repository
+#   NGPU=N            processes on this machine, default 1: one per GPU, or gloo processes where there is no GPU
+#   LOG_RANK=R[,R]    ranks whose output is shown when there are several, default 0
+#   NNODES=M RDZV_ENDPOINT=HOST:PORT   several machines: start this on each of them (RDZV_ID names the job)
+#   SYMBIOTIC_PYTHON=PATH              use this Python instead of making a .venv (see tools/setup_env.sh)
+#
+# The environment and the demo data are made when they are missing. Paths in configs and options are relative to the
+# repository, wherever this is called from.
+set -euo pipefail
+
+caller=$PWD
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+NGPU=${NGPU:-1}
+NNODES=${NNODES:-1}
+LOG_RANK=${LOG_RANK:-0}
+CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
+
+fail() { printf 'run_train.sh: %s\n' "$*" >&2; exit 2; }
+is_count() { case $1 in '' | *[!0-9]* | 0*) return 1 ;; esac; }
+
+is_count "$NGPU" || fail "NGPU must be a positive integer, got: $NGPU"
+is_count "$NNODES" || fail "NNODES must be a positive integer, got: $NNODES"
+if [ "$NNODES" -gt 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
+    fail "NNODES=$NNODES needs RDZV_ENDPOINT=HOST:PORT, the same on every machine"
+fi
+wants_help=
+for argument in "$@"; do
+    case $argument in
+        -h | --help) wants_help=1 ;;
+        --job.config_file* | --job.config-file*) fail "name the config with CONFIG_FILE=FILE, not with $argument" ;;
+    esac
+done
+case $CONFIG_FILE in
+    /*) config=$CONFIG_FILE ;;
+    *) if [ -f "$caller/$CONFIG_FILE" ]; then config=$caller/$CONFIG_FILE; else config=$root/$CONFIG_FILE; fi ;;
+esac
+[ -f "$config" ] || fail "CONFIG_FILE: no such file: $CONFIG_FILE (looked in $caller and $root)"
+
+python=$("$root/tools/setup_env.sh")
+cd "$root"
+config=${config#"$root"/}
+export PYTHONUNBUFFERED=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+
+if [ -n "$wants_help" ]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' run_train.sh
+    exec "$python" -m symbiotic_titan.train --job.config_file "$config" --help
+fi
+
+if nvidia-smi -L >/dev/null 2>&1; then
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+else
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    threads=$((cores / NGPU))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    # Threads that spin while they wait make a shared machine 10 times slower.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+fi
+
+# Written under another name first: an interrupted run leaves no half-made demo_data.
+if [ "$NNODES" -eq 1 ] && [ ! -e demo_data ] && grep -q '["/]demo_data/' "$config"; then
+    printf 'run_train.sh: writing the demo data to demo_data\n' >&2
+    rm -rf demo_data.partial
+    "$python" tools/make_demo_data.py --out demo_data.partial
+    mv demo_data.partial demo_data
+fi
+
+if [ "$NGPU" -eq 1 ] && [ "$NNODES" -eq 1 ]; then
+    # No launcher: starts faster, and signals reach the trainer itself. Port 0 lets the system choose a free one.
+    export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=0
+    exec "$python" -m symbiotic_titan.train --job.config_file "$config" "$@"
+fi
+
+# The launcher answers a signal by ending the processes within 30 s and failing. Sent to the processes themselves, it lets
+# them finish the step, save and end well. In a process group of its own the launcher sees no Ctrl-C.
+set -m
+"$python" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d \
+    --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv_id "${RDZV_ID:-symbiotic_titan}" \
+    --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
+    -m symbiotic_titan.train --job.config_file "$config" "$@" &
+launcher=$!
+pass_on() {
+    interrupted=1
+    pkill "-$1" -P "$launcher" 2>/dev/null || kill "-$1" "$launcher" 2>/dev/null || true
+}
+for signal in INT TERM HUP; do
+    # shellcheck disable=SC2064  # the name is meant to be filled in now
+    trap "pass_on $signal" "$signal"
+done
+interrupted=1
+while [ -n "$interrupted" ]; do # a signal that is handled also ends wait
+    interrupted= status=0
+    wait "$launcher" || status=$?
+done
+exit "$status"

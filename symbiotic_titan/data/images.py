@@ -1,0 +1,118 @@
+"""Images in: decode, fit to a pixel budget, cut into the patches of the ViT. Images to be generated: see ``latents``.
+
+Letters: C channels, H and W pixels, P patches, Q numbers in one ViT patch.
+"""
+
+import io
+import struct
+import zlib
+from math import log, sqrt
+
+import numpy as np
+import torch
+from PIL import Image
+
+from symbiotic_titan.sequence.geometry import ImageGeometry
+
+# What Pillow's decoders raise on damaged files.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """RGB image of encoded ``data``; raises one of DECODE_ERRORS when the data are damaged."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """(C, H, W) float32 in [0, 1]."""
+    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255.0
+
+
+def fit_size(height: int, width: int, max_pixels: int, step: int) -> tuple[int, int]:
+    """(height, width) in multiples of ``step``, of about the same shape and with at most ``max_pixels`` pixels.
+
+    Smaller images are not enlarged beyond the rounding. An extreme shape is flattened where its short side would vanish.
+    """
+    budget = max_pixels // step**2
+    assert budget >= 1, "checked when the loader is built"
+    scale = min(1.0, sqrt(max_pixels / (height * width)))
+    rows, columns = (max(1, round(side * scale / step)) for side in (height, width))
+    if rows * columns > budget:
+        rows, columns = (max(1, int(side * scale / step)) for side in (height, width))
+    if rows > columns:
+        rows = min(rows, budget // columns)
+    else:
+        columns = min(columns, budget // rows)
+    return rows * step, columns * step
+
+
+def vit_patches(
+    image: Image.Image, max_pixels: int, geometry: ImageGeometry
+) -> tuple[torch.Tensor, int, int]:
+    """((P, Q) float32 patches, image height and width in ViT *tokens*).
+
+    Values are normalised to mean 0.5 and standard deviation 0.5. Patches come in merge-window order: the patches of one token
+    are adjacent; tokens, and patches within a token, are in row-major order.
+    """
+    height, width = fit_size(image.height, image.width, max_pixels, geometry.vit_token_pixels)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    patch, merge = geometry.vit_patch, geometry.vit_merge
+    rows, columns = height // geometry.vit_token_pixels, width // geometry.vit_token_pixels
+    windows = ((to_array(resized) - 0.5) / 0.5).reshape(
+        geometry.vit_channels, rows, merge, patch, columns, merge, patch
+    )
+    # C, row, window row, y, column, window column, x -> row, column, window row, window column, C, y, x
+    patches_PQ = windows.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, geometry.vit_patch_values)
+    return torch.from_numpy(np.ascontiguousarray(patches_PQ)), rows, columns
+
+
+def vit_patch_coords(rows: int, columns: int, merge: int) -> torch.Tensor:
+    """(P, 2) int64: (row, column) in the patch grid, in the order of ``vit_patches``."""
+    grid = torch.cartesian_prod(torch.arange(rows * merge), torch.arange(columns * merge))
+    windows = grid.reshape(rows, merge, columns, merge, 2)
+    return windows.permute(0, 2, 1, 3, 4).reshape(-1, 2)
+
+
+def aspect_buckets(max_pixels: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
+    """All (height, width) in multiples of ``step`` within the budget and the aspect, that no other one contains."""
+    budget = max_pixels // step**2
+    sizes = [
+        (rows, columns)
+        for rows in range(1, budget + 1)
+        for columns in range(1, budget // rows + 1)
+        if max(rows, columns) <= max_aspect * min(rows, columns)
+    ]
+    allowed = set(sizes)
+    return [
+        (rows * step, columns * step)
+        for rows, columns in sizes
+        if not {(rows + 1, columns), (rows, columns + 1), (rows + 1, columns + 1)} & allowed
+    ]
+
+
+def nearest_bucket(height: int, width: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket whose log aspect is nearest; of equally near ones the largest."""
+    aspect = log(height / width)
+    return min(buckets, key=lambda size: (abs(log(size[0] / size[1]) - aspect), -size[0] * size[1]))
+
+
+def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest centred part of ``image`` with the wanted shape, resized; nothing is cut off where the shapes agree."""
+    scale = min(image.height / height, image.width / width)
+    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+    box = (left, top, left + width * scale, top + height * scale)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)

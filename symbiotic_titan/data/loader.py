@@ -1,0 +1,267 @@
+"""The data loader: lanes shared out over ranks and worker processes, and a state that fits any number of both.
+
+    rank k of N                lanes [k L/N, (k+1) L/N) of the L lanes
+    worker w of W on a rank    every W-th of the rank's lanes
+    main process               puts rows in order: always the lane with the fewest rows, of equals the lowest
+
+So rows come round robin over the lanes, whatever N and W are, also right after a resume in the middle of a round. The state
+holds every lane of every rank, as of the rows that the trainer got; rows a worker made ahead of that are made again.
+"""
+
+import atexit
+import json
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.tools.logging import logger
+
+from symbiotic_titan.config.data import Data, Latents
+from symbiotic_titan.data.identity import check_identity, identity_of
+from symbiotic_titan.data.lanes import (
+    Lane,
+    LaneRecipe,
+    LaneState,
+    OpenSource,
+    check_skipped,
+    new_state,
+    num_skipped,
+)
+from symbiotic_titan.data.mixture import Mixture
+from symbiotic_titan.data.recipe import build_recipe
+from symbiotic_titan.data.tokenizer import Tokenizer
+from symbiotic_titan.data.transport import FlatRow
+from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
+from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.positions import RotaryLayout
+
+States = dict[int, LaneState]
+LaneRow = tuple[int, PackedBatch, LaneState]
+Share = Callable[[States], list[States]]
+
+
+def build_loader(
+    config: Data,
+    *,
+    latents: Latents,
+    geometry: ImageGeometry,
+    rotary_layout: RotaryLayout,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    local_batch_size: int,
+    global_batch_size: int,
+    dp_rank: int = 0,
+    dp_world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
+    share: Share | None = None,
+) -> "PackedLoader":
+    """The loader of data rank ``dp_rank``, with every shard indexed and every setting checked.
+
+    ``share`` gathers a dict over the data ranks (an all-gather of objects); None where there is one rank.
+
+    Raises:
+        ValueError: shards are missing, empty or unreadable, an image cannot fit a row, or lanes, ranks and workers do not divide.
+    """
+    recipe = build_recipe(
+        config, latents, geometry, rotary_layout, tokenizer, seq_len, global_batch_size
+    )
+    if global_batch_size % recipe.num_lanes:
+        logger.warning(
+            f"data.num_lanes: {recipe.num_lanes} does not divide the global batch size "
+            f"{global_batch_size}: which rows share a global batch depends on the number of ranks"
+        )
+    lanes = _lanes_of_rank(recipe.num_lanes, dp_rank, dp_world_size)
+    _check_workers(num_workers, len(lanes))
+    assert share is not None or dp_world_size == 1
+    return PackedLoader(
+        recipe,
+        lanes,
+        local_batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor,
+        share=share or (lambda states: [states]),
+    )
+
+
+def _lanes_of_rank(num_lanes: int, dp_rank: int, dp_world_size: int) -> range:
+    per_rank, rest = divmod(num_lanes, dp_world_size)
+    if rest or not per_rank:
+        nearest = dp_world_size * max(1, round(num_lanes / dp_world_size))
+        raise ValueError(
+            f"data.num_lanes: {num_lanes} lanes cannot be shared evenly by {dp_world_size} data "
+            f"ranks; set it to {nearest} (it is fixed for the life of a run), or use a number of "
+            f"ranks that divides it"
+        )
+    return range(dp_rank * per_rank, (dp_rank + 1) * per_rank)
+
+
+def _check_workers(num_workers: int, num_lanes: int) -> None:
+    if num_workers and num_lanes % num_workers:
+        fitting = max(w for w in range(1, num_workers) if num_lanes % w == 0)
+        raise ValueError(
+            f"training.dataloader.num_workers: {num_workers} workers cannot share the {num_lanes} "
+            f"lanes of a rank evenly; set it to {fitting}, or data.num_lanes to a multiple of "
+            f"ranks x workers"
+        )
+
+
+class PackedLoader(BaseDataLoader):
+    """Endless batches of this rank's rows. Each new iterator goes on behind the last batch that was handed out."""
+
+    def __init__(
+        self,
+        recipe: LaneRecipe,
+        lanes: range,
+        local_batch_size: int,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        prefetch_factor: int | None,
+        share: Share,
+    ) -> None:
+        self._recipe = recipe
+        self._states: States = {lane: new_state(recipe) for lane in lanes}
+        self._local_batch_size = local_batch_size
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+        self._prefetch_factor = prefetch_factor
+        self._share = share
+
+    @property
+    def num_skipped(self) -> int:
+        """Bad samples that were skipped in the lanes this rank owns, since the run began."""
+        return sum(num_skipped(list(self._states.values())))
+
+    def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
+        rows = self._rows()
+        while True:
+            taken = [next(rows) for _ in range(self._local_batch_size)]
+            for lane, _, state in taken:
+                self._states[lane] = state
+            check_skipped(self._recipe, list(self._states.values()))
+            batch = stack_rows([row for _, row, _ in taken])
+            yield batch.pin_memory() if self._pin_memory else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """All lanes of all ranks and what they are tied to; the same on every rank. Collective where there are several."""
+        states = {lane: state for part in self._share(self._states) for lane, state in part.items()}
+        assert sorted(states) == list(range(self._recipe.num_lanes))
+        identity = identity_of(self._recipe)
+        return {"state": json.dumps({"identity": identity, "lanes": states}, sort_keys=True)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken, on any number of ranks and workers.
+
+        Raises:
+            ValueError: it was taken from other data or with other settings; the message says which.
+        """
+        saved = json.loads(state_dict["state"])
+        check_identity(saved["identity"], identity_of(self._recipe))
+        self._states = {lane: saved["lanes"][str(lane)] for lane in self._states}
+
+    def _rows(self) -> Iterator[LaneRow]:
+        dataset = LaneRows(self._recipe, self._states)
+        if not self._num_workers:
+            return _checked(iter(dataset))
+        return _in_lane_order(_checked(self._worker_rows(dataset)), self._states)
+
+    def _worker_rows(self, dataset: "LaneRows") -> Iterator["LaneRow | WorkerError"]:
+        """Rows of the workers in turn. The workers end with this generator, or with the interpreter."""
+        running = [
+            iter(
+                DataLoader(
+                    dataset,
+                    batch_size=None,
+                    collate_fn=_flattened,
+                    num_workers=self._num_workers,
+                    prefetch_factor=(self._prefetch_factor or 2) * self._local_batch_size,
+                    worker_init_fn=_ignore_signals,
+                )
+            )
+        ]
+        # Workers ignore SIGTERM, with which Python ends what its exit finds alive: it would wait forever.
+        atexit.register(running.clear)
+        try:
+            while True:
+                item = next(running[0])
+                yield item if isinstance(item, WorkerError) else (item[0], item[1].row(), item[2])
+        finally:
+            running.clear()
+            atexit.unregister(running.clear)
+
+
+class WorkerError:
+    """Message of a ValueError in a worker; raised in the main process without the worker's traceback around it."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+class LaneRows(IterableDataset):
+    """Rows of some lanes, or of a worker's share of them."""
+
+    def __init__(self, recipe: LaneRecipe, states: States) -> None:
+        self._recipe = recipe
+        self._states = states
+
+    def __iter__(self) -> Iterator[LaneRow | WorkerError]:
+        worker = get_worker_info()
+        numbers = sorted(self._states)
+        if worker is not None:
+            numbers = numbers[worker.id :: worker.num_workers]
+        recipe = self._recipe
+        weights = [source.weight for source in recipe.sources]
+        mixture = Mixture(weights, recipe.num_lanes)
+        sources = [OpenSource(recipe, i) for i in range(len(recipe.sources))]
+        try:
+            lanes = {n: Lane(recipe, sources, mixture, n, self._states[n]) for n in numbers}
+            for n in _round_robin({n: self._states[n]["rows"] for n in numbers}):
+                yield n, lanes[n].next_row(), lanes[n].state()
+        except ValueError as error:
+            yield WorkerError(str(error))
+
+
+def _round_robin(rows: dict[int, int]) -> Iterator[int]:
+    """Lanes in the order their rows are read: the one with the fewest rows, of equals the lowest."""
+    rows = dict(rows)
+    while True:
+        lane = min(rows, key=lambda n: (rows[n], n))
+        rows[lane] += 1
+        yield lane
+
+
+def _checked(rows: Iterator[LaneRow | WorkerError]) -> Iterator[LaneRow]:
+    for row in rows:
+        if isinstance(row, WorkerError):
+            raise ValueError(row.message)
+        yield row
+
+
+def _in_lane_order(rows: Iterator[LaneRow], states: States) -> Iterator[LaneRow]:
+    """``rows``, each lane's in order, brought into the order of ``_round_robin`` over all lanes.
+
+    At the start of a round nothing waits; after a resume in the middle of one, a few rows per worker do.
+    """
+    early: dict[int, deque[LaneRow]] = {lane: deque() for lane in states}
+    for lane in _round_robin({lane: state["rows"] for lane, state in states.items()}):
+        while not early[lane]:
+            row = next(rows)
+            early[row[0]].append(row)
+        yield early[lane].popleft()
+
+
+def _flattened(item: Any) -> Any:
+    """Runs in the worker: the row becomes a single tensor."""
+    return item if isinstance(item, WorkerError) else (item[0], FlatRow.of(item[1]), item[2])
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the process group is for the trainer, which finishes its step and still needs rows for that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,73 @@
+"""Which sample comes when, as arithmetic: nothing is drawn, so nothing has to be remembered.
+
+The samples of a source stand in one endless sequence, epoch behind epoch. Number ``g`` of it lies in epoch ``g // n`` at
+position ``g % n``. Inside an epoch the shards are permuted, then the samples of each shard, so that reads stay close together
+while every epoch has another order.
+"""
+
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+
+# Permutations kept per source: enough for all lanes, which walk through the same shard at about the same time.
+CACHED_PERMUTATIONS = 8
+
+
+def hash_key(*parts: object) -> int:
+    """64 bits that depend on ``parts`` alone: not on the process, the platform or a library's version."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def hash_fraction(*parts: object) -> float:
+    """A number in [0, 1) that depends on ``parts`` alone, spread evenly."""
+    return (hash_key(*parts) >> 11) / 2.0**53
+
+
+def permutation(length: int, key: int) -> np.ndarray:
+    """(length,) int64: 0 .. length-1 in an order given by ``key``.
+
+    Sorts by the splitmix64 hash of each number (Steele, Lea and Flood, OOPSLA 2014); NumPy's own generators may change their
+    streams between versions.
+    """
+    with np.errstate(over="ignore"):
+        mixed = np.uint64(key) + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return np.argsort(mixed, kind="stable")
+
+
+class SourceOrder:
+    """Order of one source's samples; a pure function of seed, source name and shard sizes.
+
+    The caches hold permutations that can be computed again at any time; they are no state.
+    """
+
+    def __init__(self, seed: int, name: str, shard_sizes: list[int]) -> None:
+        self.num_samples = sum(shard_sizes)
+        assert self.num_samples > 0, "a source without samples is refused when it is indexed"
+        self._shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._names = (seed, name)
+        self._shards = lru_cache(CACHED_PERMUTATIONS)(self._shards_of_epoch)
+        self._samples = lru_cache(CACHED_PERMUTATIONS)(self._samples_of_shard)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(shard, sample within the shard) of number ``index`` of the endless sequence."""
+        epoch, position = divmod(index, self.num_samples)
+        order, ends = self._shards(epoch)
+        place = int(np.searchsorted(ends, position, side="right"))
+        shard = int(order[place])
+        within = position - int(ends[place]) + int(self._shard_sizes[shard])
+        return shard, int(self._samples(epoch, shard)[within])
+
+    def _shards_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = permutation(len(self._shard_sizes), hash_key(*self._names, "shards", epoch))
+        return order, np.cumsum(self._shard_sizes[order])
+
+    def _samples_of_shard(self, epoch: int, shard: int) -> np.ndarray:
+        key = hash_key(*self._names, "samples", epoch, shard)
+        return permutation(int(self._shard_sizes[shard]), key)

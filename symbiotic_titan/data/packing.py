@@ -1,0 +1,198 @@
+"""Documents -> rows: which documents share a row, and the tensors of that row.
+
+Letters: T positions of a row, N patches or latent tokens of one kind of image, Q numbers in each of them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from symbiotic_titan.data.images import vit_patch_coords
+from symbiotic_titan.data.latents import coords
+from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment, VitSegment
+from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, PADDING, TEXT, VAE, VIT
+from symbiotic_titan.sequence.positions import RotaryLayout, image_positions, text_positions
+from symbiotic_titan.sequence.vocabulary import SpecialTokens
+
+
+@dataclass(frozen=True)
+class RowSize:
+    """What a row holds: T positions, among them at most so many tokens of each kind of image."""
+
+    num_tokens: int
+    num_vit_tokens: int
+    num_vae_tokens: int
+
+    def fits(self, document: Document) -> bool:
+        return (
+            document.num_tokens <= self.num_tokens
+            and document.num_vit_tokens <= self.num_vit_tokens
+            and document.num_vae_tokens <= self.num_vae_tokens
+        )
+
+    def minus(self, document: Document) -> "RowSize":
+        return RowSize(
+            self.num_tokens - document.num_tokens,
+            self.num_vit_tokens - document.num_vit_tokens,
+            self.num_vae_tokens - document.num_vae_tokens,
+        )
+
+
+def choose_documents(waiting: list[Document], size: RowSize) -> list[int]:
+    """Indices into ``waiting`` of the documents of the next row, in the order they are laid out.
+
+    The oldest one always goes first, so that none waits for more than ``len(waiting)`` rows. Then, again and again, the
+    longest that still fits (of equals the oldest).
+    """
+    chosen = [0]
+    left = size.minus(waiting[0])
+    by_length = sorted(range(1, len(waiting)), key=lambda i: (-waiting[i].num_tokens, i))
+    for i in by_length:
+        if left.fits(waiting[i]):
+            chosen.append(i)
+            left = left.minus(waiting[i])
+    return chosen
+
+
+class RowBuilder:
+    """Lays documents out in rows of one size."""
+
+    def __init__(
+        self, size: RowSize, geometry: ImageGeometry, layout: RotaryLayout, special: SpecialTokens
+    ) -> None:
+        self._size = size
+        self._geometry = geometry
+        self._layout = layout
+        self._special = special
+
+    def build(self, documents: list[Document]) -> PackedBatch:
+        """One row (B = 1): the documents behind each other, then padding."""
+        row = _Row(self._geometry, self._layout, self._special)
+        for number, document in enumerate(documents):
+            row.add(number, document)
+        return row.padded(self._size)
+
+
+class _Row:
+    """A row while it is written: one list entry per token, per ViT patch and per latent token."""
+
+    def __init__(
+        self, geometry: ImageGeometry, layout: RotaryLayout, special: SpecialTokens
+    ) -> None:
+        self._geometry, self._layout, self._special = geometry, layout, special
+        self._num_spans = 0
+        self._tokens: list[int] = []
+        self._trained: list[bool] = []
+        self._modality: list[int] = []
+        self._document: list[int] = []
+        self._task: list[int] = []
+        self._span: list[int] = []
+        self._positions: list[torch.Tensor] = []
+        self._vit = _Images()
+        self._vae = _Images()
+
+    def add(self, number: int, document: Document) -> None:
+        position = 0
+        for segment in document.segments:
+            start = len(self._tokens)
+            if isinstance(segment, TextSegment):
+                self._append(segment.ids, segment.trained, TEXT, span=-1)
+                positions_T3, position = text_positions(position, len(segment.ids))
+            else:
+                self._append_image(segment, start)
+                positions_T3, position = image_positions(
+                    position, segment.rows, segment.columns, self._layout
+                )
+            self._positions.append(positions_T3)
+        self._document += [number] * document.num_tokens
+        self._task += [document.task] * document.num_tokens
+
+    def _append(self, ids: list[int], trained: bool, modality: int, span: int) -> None:
+        self._tokens += ids
+        self._trained += [trained] * len(ids)
+        self._modality += [modality] * len(ids)
+        self._span += [span] * len(ids)
+
+    def _append_image(self, segment: VitSegment | VaeSegment, start: int) -> None:
+        count, span = segment.rows * segment.columns, self._num_spans
+        self._num_spans += 1
+        if isinstance(segment, VitSegment):
+            self._append([self._special.vit] * count, False, VIT, span)
+            at = vit_patch_coords(segment.rows, segment.columns, self._geometry.vit_merge)
+            self._vit.add(segment.patches, at, span, range(start, start + count))
+        else:
+            self._append([self._special.vae] * count, False, VAE, span)
+            at = coords(segment.rows, segment.columns)
+            self._vae.add(segment.latents, at, span, range(start, start + count))
+
+    def padded(self, size: RowSize) -> PackedBatch:
+        """The row as a batch of one; every list is filled up to its static size."""
+        num_tokens, geometry = size.num_tokens, self._geometry
+        num_patches = size.num_vit_tokens * geometry.vit_patches_per_token
+        vit_values, vit_coords, vit_image = self._vit.padded(num_patches, geometry.vit_patch_values)
+        latents, vae_coords, vae_image = self._vae.padded(
+            size.num_vae_tokens, geometry.vae_token_values
+        )
+        return PackedBatch(
+            tokens=_padded(torch.tensor(self._tokens), num_tokens, self._special.pad),
+            modality=_padded(torch.tensor(self._modality), num_tokens, PADDING),
+            document=_padded(torch.tensor(self._document), num_tokens, -1),
+            span=_padded(torch.tensor(self._span), num_tokens, -1),
+            positions=_padded(torch.cat(self._positions), num_tokens, 0),
+            labels=_padded(self._labels(), num_tokens, IGNORE_INDEX),
+            task=_padded(torch.tensor(self._task), num_tokens, NO_TASK),
+            vit_patches=vit_values,
+            vit_coords=vit_coords,
+            vit_image=vit_image,
+            vit_index=_padded(self._vit.index(), size.num_vit_tokens, num_tokens),
+            latents=latents,
+            vae_coords=vae_coords,
+            vae_image=vae_image,
+            vae_index=_padded(self._vae.index(), size.num_vae_tokens, num_tokens),
+        )
+
+    def _labels(self) -> torch.Tensor:
+        """The next token where that one is trained. A document's first token never is, so no label crosses documents."""
+        following = zip(self._tokens[1:], self._trained[1:], strict=True)
+        return torch.tensor([token if trained else IGNORE_INDEX for token, trained in following])
+
+
+class _Images:
+    """Values, coordinates, span numbers and positions in the row of all images of one kind."""
+
+    def __init__(self) -> None:
+        self._values: list[torch.Tensor] = []
+        self._coords: list[torch.Tensor] = []
+        self._spans: list[torch.Tensor] = []
+        self._index: list[int] = []
+
+    def add(
+        self, values_NQ: torch.Tensor, coords_N2: torch.Tensor, span: int, positions: range
+    ) -> None:
+        self._values.append(values_NQ)
+        self._coords.append(coords_N2)
+        self._spans.append(torch.full((len(values_NQ),), span))
+        self._index += positions
+
+    def padded(self, length: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """((1, length, width) values, (1, length, 2) coordinates, (1, length) span numbers)."""
+        values_NQ = torch.cat([torch.empty(0, width), *self._values])
+        coords_N2 = torch.cat([torch.empty(0, 2, dtype=torch.int64), *self._coords])
+        spans_N = torch.cat([torch.empty(0, dtype=torch.int64), *self._spans])
+        return (
+            _padded(values_NQ, length, 0),
+            _padded(coords_N2, length, 0),
+            _padded(spans_N, length, -1),
+        )
+
+    def index(self) -> torch.Tensor:
+        return torch.tensor(self._index, dtype=torch.int64)
+
+
+def _padded(values: torch.Tensor, length: int, fill: int) -> torch.Tensor:
+    """(1, length, ...): ``values`` along dim 1, then ``fill``."""
+    out = values.new_full((1, length, *values.shape[1:]), fill)
+    out[0, : len(values)] = values
+    return out

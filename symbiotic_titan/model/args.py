@@ -1,0 +1,298 @@
+"""ModelArgs: the shape of the network, complete and checked when built."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol, get_type_hints
+
+from torch import nn
+from torchtitan.protocols.model import BaseModelArgs
+
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.rows import check_value
+from symbiotic_titan.model.flops import model_cost
+from symbiotic_titan.model.rope import Mrope
+from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
+from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.modality import NUM_MODALITIES, modality_ids
+from symbiotic_titan.sequence.positions import RotaryLayout
+
+
+class PartitionRow(Protocol):
+    """What a table of [experts.partition.<name>] says."""
+
+    modalities: list[str]
+    num_experts: int
+
+
+def one_pool(num_experts: int) -> tuple[ExpertGroup, ...]:
+    """The standard MoE: a single group ``all`` in which every modality routes."""
+    return (ExpertGroup("all", tuple(range(NUM_MODALITIES)), num_experts),)
+
+
+def partition_groups(
+    partition: Mapping[str, PartitionRow], num_experts: int, flavor: str
+) -> tuple[ExpertGroup, ...]:
+    """Expert groups of a config's partition; one pool where it is empty.
+
+    Raises:
+        ValueError: an unknown modality, or groups that do not hold the flavor's ``num_experts`` together. That every modality
+            has exactly one group is checked where the groups are used (``MoEArgs``).
+    """
+    if not partition:
+        return one_pool(num_experts)
+    groups = tuple(
+        ExpertGroup(
+            name,
+            modality_ids(row.modalities, key=f"experts.partition.{name}.modalities"),
+            row.num_experts,
+        )
+        for name, row in partition.items()
+    )
+    held = sum(group.num_experts for group in groups)
+    if held != num_experts:
+        raise ValueError(
+            f"experts.partition: the groups hold {held} experts but flavor {flavor!r} has {num_experts}; "
+            f"change num_experts of a group by {num_experts - held:+d}"
+        )
+    return groups
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _check_fields(args: object, where: str, *, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Every field has its type, and every number but those named is positive."""
+    hints = get_type_hints(type(args))
+    for f in fields(args):  # type: ignore[arg-type]
+        value = getattr(args, f.name)
+        check_value(f"{where}.{f.name}", value, hints[f.name])
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low_enough = value >= 0 if f.name in may_be_zero else value > 0
+            _require(low_enough, f"{where}.{f.name}: must be positive, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitArgs:
+    """The image encoder: LayerNorm, biases, GELU, two-dimensional rotary."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    patch: int
+    """Pixels along one side of a patch."""
+    merge: int
+    """Patches along one side of one sequence token."""
+    channels: int = 3
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "vit")
+        _require(
+            self.dim % (4 * self.num_heads) == 0,
+            f"vit.dim: must be a multiple of 4 * vit.num_heads = {4 * self.num_heads} "
+            f"(rotary turns pairs of channels by row and by column), got {self.dim}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(kw_only=True)
+class ModelArgs(BaseModelArgs):
+    """Numbers of a flavor, then what the job's config changes (``update_from_config``). Flavors state all without default."""
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    # Dense feed-forward of the leading layers; all others have the MoE.
+    num_dense_layers: int
+    dense_hidden_dim: int
+
+    # Routed experts of a MoE layer and what every token visits besides (shared_hidden_dim 0: nothing).
+    num_experts: int
+    top_k: int
+    expert_hidden_dim: int
+    shared_hidden_dim: int
+    shared_gate: bool = False
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    selection_bias: bool = False
+    normalize_weights: bool = True
+    route_scale: float = 1.0
+    # Groups of the partition; empty here becomes one pool.
+    groups: tuple[ExpertGroup, ...] = ()
+    shield_modalities: tuple[int, ...] = ()
+    shield_mode: Literal["output", "weights"] = "output"
+
+    # Attention.
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: Literal["none", "before", "after"] = "before"
+    """RMSNorm per head on queries and keys: none, before rotary, or after rotary."""
+    norm_eps: float = 1e-6
+    attention_backend: Literal["sdpa", "flex"] = "sdpa"
+
+    # Rotary positions.
+    rope_theta: float
+    rotary_fraction: float = 1.0
+    """Share of each head's channels that rotary turns."""
+    rotary_interleaved: bool = False
+    """Pairs channels 2i and 2i + 1; otherwise i and i + half."""
+    rotary_layout: RotaryLayout = "grid"
+    """Positions that the data gives to image tokens, see ``sequence.positions``."""
+    mrope: Mrope = "interleaved"
+    """Which frequencies read which axis of a position, see ``model.rope``."""
+    mrope_sections: tuple[int, ...]
+    """Frequencies per axis (temporal, height, width); empty with ``mrope`` none."""
+
+    tie_embeddings: bool = False
+
+    # Images in and out.
+    vit: VitArgs
+    latent_channels: int
+    latent_stride: int
+    latent_patch: int
+    timestep_width: int = 256
+    """Sinusoids that encode a timestep, before the MLP."""
+
+    init_seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.groups = self.groups or one_pool(self.num_experts)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ValueError on the first rule broken; the message starts with the key."""
+        may_be_zero = ("num_dense_layers", "shared_hidden_dim", "init_seed")
+        _check_fields(self, "model", may_be_zero=may_be_zero)
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads: must be a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}",
+        )
+        _require(
+            self.num_dense_layers <= self.num_layers,
+            f"model.num_dense_layers: must be at most num_layers = {self.num_layers}, got {self.num_dense_layers}",
+        )
+        for name, divisor in (("dim", 4), ("timestep_width", 2)):
+            value = getattr(self, name)
+            _require(
+                value % divisor == 0,
+                f"model.{name}: must be a multiple of {divisor} (sinusoids come in pairs), got {value}",
+            )
+        held = sum(group.num_experts for group in self.groups)
+        _require(
+            held == self.num_experts,
+            f"model.groups: hold {held} experts, but num_experts is {self.num_experts}",
+        )
+        self._validate_rotary()
+        _ = self.moe_args  # the MoE's own rules
+
+    def _validate_rotary(self) -> None:
+        _require(
+            self.rotary_fraction <= 1.0,
+            f"model.rotary_fraction: must be at most 1, got {self.rotary_fraction}",
+        )
+        exact = self.head_dim * self.rotary_fraction
+        _require(
+            self.rotary_dim == exact and self.rotary_dim % 2 == 0,
+            f"model.rotary_fraction: must turn an even number of the {self.head_dim} channels of a head, got {exact:g}",
+        )
+        if self.mrope == "none":
+            _require(
+                not self.mrope_sections,
+                f"model.mrope_sections: has no effect with mrope 'none'; must be empty, got {self.mrope_sections}",
+            )
+            _require(
+                self.rotary_layout == "shared",
+                "model.rotary_layout: 'grid' gives image tokens rows and columns that mrope 'none' does not read; "
+                "use 'shared', or another mrope",
+            )
+            return
+        _require(
+            len(self.mrope_sections) == 3 and 2 * sum(self.mrope_sections) == self.rotary_dim,
+            f"model.mrope_sections: must be three numbers that sum to half of the {self.rotary_dim} rotated channels, "
+            f"got {self.mrope_sections}",
+        )
+        _, height, width = self.mrope_sections
+        if self.mrope == "interleaved":
+            _require(
+                max(3 * height - 2, 3 * width - 1) < self.rotary_dim // 2,
+                f"model.mrope_sections: 'interleaved' gives every third frequency to height and to width, which leaves no room "
+                f"for so many of them; got {self.mrope_sections}",
+            )
+        if self.mrope == "pairwise":
+            _require(
+                height == width,
+                f"model.mrope_sections: 'pairwise' gives height and width the same number, got {self.mrope_sections}",
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that rotary turns."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def geometry(self) -> ImageGeometry:
+        return ImageGeometry(
+            vit_patch=self.vit.patch,
+            vit_merge=self.vit.merge,
+            vit_channels=self.vit.channels,
+            latent_channels=self.latent_channels,
+            latent_stride=self.latent_stride,
+            latent_patch=self.latent_patch,
+        )
+
+    @property
+    def moe_args(self) -> MoEArgs:
+        return MoEArgs(
+            dim=self.dim,
+            hidden_dim=self.expert_hidden_dim,
+            groups=self.groups,
+            top_k=self.top_k,
+            score_function=self.score_function,
+            selection_bias=self.selection_bias,
+            normalize_weights=self.normalize_weights,
+            route_scale=self.route_scale,
+            shared_hidden_dim=self.shared_hidden_dim,
+            shared_gate=self.shared_gate,
+            shield_modalities=self.shield_modalities,
+            shield_mode=self.shield_mode,
+        )
+
+    def update_from_config(self, job_config: JobConfig, **kwargs: object) -> None:  # type: ignore[override]
+        """Apply [model], [experts], [shielding], [latents] and debug.seed; upstream calls it before the model is built.
+
+        Raises:
+            ValueError: the sections do not fit this flavor.
+        """
+        self.groups = partition_groups(
+            job_config.experts.partition, self.num_experts, job_config.model.flavor
+        )
+        if not job_config.experts.shared:
+            self.shared_hidden_dim, self.shared_gate = 0, False
+        self.shield_modalities = modality_ids(
+            job_config.shielding.modalities, key="shielding.modalities"
+        )
+        self.shield_mode = job_config.shielding.mode
+        self.latent_channels, self.latent_stride = _CODECS[job_config.latents.codec]
+        self.latent_patch = job_config.latents.patch
+        self.attention_backend = job_config.model.attention_backend
+        self.init_seed = job_config.debug.seed or 0
+        self.validate()
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """(parameters, FLOPs of a training token, forward and backward, mean over the modalities)."""
+        cost = model_cost(model, self, seq_len)
+        return cost.parameters, cost.training_flops_per_token()
+
+
+# Channels and stride of the latents that each codec makes.
+_CODECS = {"pixel": (3, 1)}

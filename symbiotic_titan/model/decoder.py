@@ -1,0 +1,47 @@
+"""One block of the decoder: attention, then a dense feed-forward or the partitioned MoE.
+
+Letters: B rows, T tokens, D width.
+"""
+
+import torch
+from torch import nn
+
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.attention import Attention
+from symbiotic_titan.model.feed_forward import FeedForward
+from symbiotic_titan.model.masks import AttentionMask
+from symbiotic_titan.model.norm import RMSNorm
+from symbiotic_titan.model.rope import RotaryTables
+from symbiotic_titan.moe.layer import PartitionedMoE
+from symbiotic_titan.moe.record import RoutingRecord
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block ``layer`` of the decoder; the leading ``num_dense_layers`` have no MoE."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.moe_enabled = layer >= args.num_dense_layers
+        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention = Attention(args)
+        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
+        if self.moe_enabled:
+            self.moe = PartitionedMoE(args.moe_args)
+        else:
+            self.feed_forward = FeedForward(args.dim, args.dense_hidden_dim)
+
+    def forward(
+        self,
+        h_BTD: torch.Tensor,
+        rotary: RotaryTables,
+        mask: AttentionMask,
+        modality_BT: torch.Tensor,
+        shield_scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, RoutingRecord | None]:
+        """(the block's output, the record of its routing or None for a dense block)."""
+        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rotary, mask)
+        x_BTD = self.ffn_norm(h_BTD)
+        if not self.moe_enabled:
+            return h_BTD + self.feed_forward(x_BTD), None
+        out_TD, record = self.moe(x_BTD.flatten(0, 1), modality_BT.flatten(), shield_scale)
+        return h_BTD + out_TD.view_as(h_BTD), record

@@ -1,0 +1,136 @@
+"""Named sizes. Each is a function that returns complete, fresh ModelArgs: nobody can change a flavor for somebody else."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from symbiotic_titan.model.args import ModelArgs, VitArgs
+
+
+def debug() -> ModelArgs:
+    """Trains a step in a fraction of a second on one CPU core, with every part of the real model present."""
+    return ModelArgs(
+        vocab_size=320,  # 256 bytes and 11 special tokens, padded to a multiple of 64
+        dim=128,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        num_dense_layers=1,
+        dense_hidden_dim=256,
+        num_experts=16,
+        top_k=2,
+        expert_hidden_dim=64,
+        shared_hidden_dim=64,
+        rope_theta=10_000.0,
+        mrope_sections=(6, 5, 5),
+        vit=VitArgs(dim=64, num_layers=2, num_heads=2, hidden_dim=128, patch=4, merge=2),
+        latent_channels=3,
+        latent_stride=1,
+        latent_patch=4,
+        timestep_width=64,
+    )
+
+
+def mini() -> ModelArgs:
+    """Learns the demo world on a CPU: many small experts, so that a third of a percent of the width of the real model still
+    has groups worth splitting, while a token pays for few of them."""
+    return ModelArgs(
+        vocab_size=320,  # as debug
+        dim=256,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
+        num_dense_layers=1,
+        dense_hidden_dim=768,
+        num_experts=32,
+        top_k=4,
+        expert_hidden_dim=192,
+        shared_hidden_dim=192,
+        rope_theta=10_000.0,
+        mrope_sections=(6, 5, 5),
+        vit=VitArgs(dim=192, num_layers=4, num_heads=6, hidden_dim=512, patch=4, merge=2),
+        latent_channels=3,
+        latent_stride=1,
+        latent_patch=4,
+    )
+
+
+def symbiotic_1b_a0_3b() -> ModelArgs:
+    """About 1 billion parameters, 0.3 billion active: a real tokenizer, one node."""
+    return ModelArgs(
+        vocab_size=151936,
+        dim=768,
+        num_layers=16,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=64,
+        num_dense_layers=1,
+        dense_hidden_dim=3072,
+        num_experts=64,
+        top_k=6,
+        expert_hidden_dim=320,
+        shared_hidden_dim=320,
+        rope_theta=1_000_000.0,
+        mrope_sections=(12, 10, 10),
+        vit=VitArgs(dim=512, num_layers=12, num_heads=8, hidden_dim=2048, patch=16, merge=2),
+        latent_channels=16,
+        latent_stride=8,
+        latent_patch=2,
+    )
+
+
+def symbiotic_30b_a3b() -> ModelArgs:
+    """The paper's size: decoder and experts shaped as Qwen3-VL-30B-A3B, with one shared expert and a dense first layer."""
+    return ModelArgs(
+        vocab_size=151936,
+        dim=2048,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        num_dense_layers=1,
+        dense_hidden_dim=6144,
+        num_experts=128,
+        top_k=8,
+        expert_hidden_dim=768,
+        shared_hidden_dim=768,
+        rope_theta=5_000_000.0,
+        mrope_sections=(24, 20, 20),
+        vit=VitArgs(dim=1152, num_layers=27, num_heads=16, hidden_dim=4304, patch=16, merge=2),
+        latent_channels=16,
+        latent_stride=8,
+        latent_patch=2,
+    )
+
+
+class Flavors(Mapping[str, ModelArgs]):
+    """Name -> fresh ModelArgs at every look-up."""
+
+    def __init__(self, builders: Mapping[str, Callable[[], ModelArgs]]) -> None:
+        self._builders = dict(builders)
+
+    def __getitem__(self, name: str) -> ModelArgs:
+        if name not in self._builders:
+            raise ValueError(
+                f"model.flavor: unknown flavor {name!r}; choose from {', '.join(self._builders)}"
+            )
+        return self._builders[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._builders
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._builders)
+
+    def __len__(self) -> int:
+        return len(self._builders)
+
+
+FLAVORS = Flavors(
+    {
+        "debug": debug,
+        "mini": mini,
+        "1B-A0.3B": symbiotic_1b_a0_3b,
+        "30B-A3B": symbiotic_30b_a3b,
+    }
+)

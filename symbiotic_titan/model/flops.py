@@ -1,0 +1,88 @@
+"""What the model costs: parameters, and FLOPs per token of each modality.
+
+A multiply-add counts as two FLOPs. A token pays for the parameters it passes through: the decoder without the experts it is
+not routed to, and the way in and out of its own modality (text: embedding table and output; vit: the encoder; vae: latent
+embedding and flow head). Attention counts the whole row for every query, as torchtitan does, so that figures compare.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from symbiotic_titan.sequence.modality import NUM_MODALITIES, TEXT, VAE, VIT
+
+if TYPE_CHECKING:
+    from symbiotic_titan.model.args import ModelArgs
+
+# Whose way in or out a parameter is, by the first part of its name.
+_ENDS = {
+    "tok_embeddings": TEXT,
+    "output": TEXT,
+    "vit": VIT,
+    "latent_embedding": VAE,
+    "flow_head": VAE,
+}
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Tuples are indexed by modality.
+
+    parameters:    all of them.
+    active:        parameters that one token passes through.
+    forward_flops: FLOPs of one token's forward.
+    """
+
+    parameters: int
+    active: tuple[int, ...]
+    forward_flops: tuple[int, ...]
+
+    def training_flops_per_token(self, shares: tuple[float, ...] | None = None) -> int:
+        """Forward and backward (twice the forward), mean over the modalities weighted by their ``shares`` of the tokens;
+        equal shares where none are given."""
+        shares = shares or (1.0,) * NUM_MODALITIES
+        mean = sum(f * s for f, s in zip(self.forward_flops, shares, strict=True)) / sum(shares)
+        return round(3 * mean)
+
+
+def model_cost(
+    model: nn.Module, args: "ModelArgs", seq_len: int, image_patches: int = 256
+) -> ModelCost:
+    """Cost of an unsharded ``model`` on rows of ``seq_len`` tokens, whose ViT images have ``image_patches`` patches."""
+    active = [0.0] * NUM_MODALITIES
+    matmul = [0.0] * NUM_MODALITIES
+    patches_per_token = args.geometry.vit_patches_per_token
+    for name, parameter in model.named_parameters():
+        for modality, share in enumerate(_shares(name, args)):
+            active[modality] += share * parameter.numel()
+            if name == "tok_embeddings.weight":
+                continue  # a look-up, no product
+            per_patch = name.startswith("vit.") and not name.startswith("vit.merger.w")
+            repeats = patches_per_token if per_patch else 1
+            matmul[modality] += share * parameter.numel() * repeats
+    if args.tie_embeddings:
+        matmul[TEXT] += args.vocab_size * args.dim
+
+    attention = 4 * args.num_layers * args.num_heads * args.head_dim * seq_len
+    forward = [2 * m + attention for m in matmul]
+    forward[VIT] += 4 * args.vit.num_layers * args.vit.dim * image_patches * patches_per_token
+    return ModelCost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        active=tuple(round(a) for a in active),
+        forward_flops=tuple(round(f) for f in forward),
+    )
+
+
+def _shares(name: str, args: "ModelArgs") -> tuple[float, ...]:
+    """The part of parameter ``name`` that a token of each modality passes through."""
+    end = _ENDS.get(name.split(".")[0])
+    if end is not None:
+        return tuple(float(m == end) for m in range(NUM_MODALITIES))
+    inside = re.search(r"\.moe\.(experts|router)\.([^.]+)\.", name)
+    if inside is None:
+        return (1.0,) * NUM_MODALITIES
+    group = next(g for g in args.groups if g.name == inside[2])
+    share = args.top_k / group.num_experts if inside[1] == "experts" else 1.0
+    return tuple(share * (m in group.modalities) for m in range(NUM_MODALITIES))

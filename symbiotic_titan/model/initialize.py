@@ -1,0 +1,83 @@
+"""Every initial value, in one place.
+
+Each parameter is drawn from a generator of its own, seeded by its name. Step-0 weights therefore depend on the seed alone: not
+on the number of ranks, expert parallelism, activation checkpointing, compilation, the device, or the order of modules.
+"""
+
+import re
+from collections.abc import Iterator
+from zlib import crc32
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# What activation checkpointing and torch.compile put into the names of the modules that they wrap.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+# (pattern over clean names, value): the first match decides. A number is a constant. "linear" is normal with standard
+# deviation 1 / sqrt(fan-in), which is about 0.02 at a width of some thousands and right for small widths too. "residual"
+# divides that by sqrt(2 * layers) for what is added to the residual stream, so that it does not grow with depth. "unit" is
+# normal with deviation 1: text then enters the stream as large as images do. (`debug` after 200 steps on English text and
+# coloured squares: text loss 2.21 against 2.28 for embeddings of 0.02, first gradient norm 4 against 14.)
+_RULES: tuple[tuple[str, float | str], ...] = (
+    (r"norm\.weight$", 1.0),
+    (r"\.bias$", 0.0),
+    (r"^flow_head\.(modulation|output)\.weight$", 0.0),
+    (r"^tok_embeddings\.weight$", "unit"),
+    (r"^(vit\.)?layers\..*\b(wo|w2)(\.weight)?$", "residual"),
+    (r"(\.weight|\.w[13])$", "linear"),
+)
+# Embeddings that are also the output must give logits of size one.
+_TIED_RULES = ((r"^tok_embeddings\.weight$", "linear"), *_RULES)
+
+
+def clean_name(name: str) -> str:
+    """The parameter's name as the plain model has it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill every parameter and buffer of ``model`` in place; sharded ones take their part of the full tensor.
+
+    The full tensor is made on the CPU of every rank, one parameter at a time: no communication, and its memory is the
+    largest single parameter's.
+    """
+    tensors = {clean_name(name): tensor for name, tensor in _tensors(model)}
+    rules = _RULES if "output.weight" in tensors else _TIED_RULES
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            value = next((value for pattern, value in rules if re.search(pattern, name)), None)
+            assert value is not None, f"no rule initialises the parameter {name}"
+            full = _full_tensor(value, tensor.shape, _num_layers(model, name), name, seed)
+            full = full.to(device=tensor.device, dtype=tensor.dtype)
+            if isinstance(tensor, DTensor):
+                mesh, placements = tensor.device_mesh, tensor.placements
+                full = distribute_tensor(full, mesh, placements, src_data_rank=None)
+            tensor.copy_(full)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _num_layers(model: nn.Module, name: str) -> int:
+    """Depth of the stack that the parameter belongs to."""
+    stack = model.get_submodule("vit.layers" if name.startswith("vit.") else "layers")
+    return len(list(stack.children()))
+
+
+def _full_tensor(
+    value: float | str, shape: torch.Size, num_layers: int, name: str, seed: int
+) -> torch.Tensor:
+    """The whole float32 tensor that a rule's ``value`` stands for. Fan-in is the last dim, of linears and of expert banks."""
+    if not isinstance(value, str):
+        return torch.full(shape, value, device="cpu")
+    std = 1.0 if value == "unit" else shape[-1] ** -0.5
+    if value == "residual":
+        std *= (2 * num_layers) ** -0.5
+    generator = torch.Generator("cpu").manual_seed(crc32(name.encode()) + seed)
+    return torch.empty(shape, device="cpu").normal_(std=std, generator=generator)

@@ -1,0 +1,90 @@
+"""Who sees whom: one rule, as a function of indices, from which the dense mask and the block mask are made.
+
+A packed row, documents 0 and 1, ``v`` a ViT image, ``g`` a generated (VAE) image, ``.`` padding; query rows, key columns:
+
+              0 0 0 0 0 0  1 1 1 1 1  .
+              a v v b g g  c g g d e  .
+        0 a   x
+        0 v   x x x                        an image sees all of itself and what is before it
+        0 v   x x x
+        0 b   x x x x
+        0 g   x x x x x x
+        0 g   x x x x x x
+        1 c                x
+        1 g                x x x
+        1 g                x x x
+        1 d                x     x         a later token does not see a generated image: it is noise while training
+        1 e                x     x x
+        . .                          x     padding sees itself, so that no row of the softmax is empty
+
+Letters: B rows, T tokens, P ViT patches of a row.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.sequence.modality import VAE
+
+# (row, head, query, key) -> whether the query sees the key; index tensors that broadcast.
+MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+AttentionMask = torch.Tensor | BlockMask
+
+
+def sequence_rule(batch: PackedBatch) -> MaskRule:
+    """The rule of the picture above. Same document, and not in the future unless in the same image, and not in someone
+    else's generated image."""
+    document_BT, span_BT = batch.document, batch.span
+    generated_BT = batch.modality == VAE
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        same_document = (document_BT[b, q] == document_BT[b, k]) & (document_BT[b, q] >= 0)
+        same_image = (span_BT[b, q] == span_BT[b, k]) & (span_BT[b, q] >= 0)
+        visible = same_document & ((k <= q) | same_image) & (same_image | ~generated_BT[b, k])
+        return visible | (q == k)
+
+    return sees
+
+
+def patch_rule(image_BP: torch.Tensor) -> MaskRule:
+    """ViT patches of one image see each other; an unused patch (image -1) sees itself."""
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return ((image_BP[b, q] == image_BP[b, k]) & (image_BP[b, q] >= 0)) | (q == k)
+
+    return sees
+
+
+def dense_mask(rule: MaskRule, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """(B, 1, T, T) bool for ``F.scaled_dot_product_attention``; True where the query sees the key; shape (B, T)."""
+    rows, length = shape
+    index_T = torch.arange(length, device=device)
+    index_B = torch.arange(rows, device=device)
+    head = torch.zeros((), dtype=torch.long, device=device)
+    return rule(index_B[:, None, None], head, index_T[:, None], index_T[None, :]).unsqueeze(1)
+
+
+@cache
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
+    # Uncompiled, the mask is materialised as (B, T, T) before its blocks are found.
+    return torch.compile(create_block_mask)
+
+
+def block_mask(rule: MaskRule, shape: torch.Size, device: torch.device) -> BlockMask:
+    """The same mask for FlexAttention, the same for all heads."""
+    rows, length = shape
+    create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
+    return create(rule, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=device)
+
+
+def build_dense_mask(batch: PackedBatch) -> torch.Tensor:
+    """(B, 1, T, T) bool: the sequence rule for SDPA, the reference and the CPU path."""
+    return dense_mask(sequence_rule(batch), batch.tokens.shape, batch.tokens.device)
+
+
+def build_block_mask(batch: PackedBatch) -> BlockMask:
+    """The sequence rule for FlexAttention, the CUDA path."""
+    return block_mask(sequence_rule(batch), batch.tokens.shape, batch.tokens.device)

@@ -1,0 +1,82 @@
+"""Rotary positions of text and images: which axis of a position turns which frequency, and how a head is turned.
+
+A position has three axes (temporal, height, width), see ``sequence.positions``. Half of a head's rotated width is a list of R
+frequencies; the kinds of multimodal rotary differ only in which axis each frequency reads, so a kind is a row of R axes.
+
+Letters: B rows, T tokens, A axes of a position, H heads, C head width, R frequencies.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Mrope = Literal["none", "chunked", "interleaved", "pairwise"]
+
+
+class RotaryTables(NamedTuple):
+    """Cosine and sine of every token's angles, (B, T, R) float32. Made once per forward, shared by all layers."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def frequencies(num: int, theta: float, device: torch.device) -> torch.Tensor:
+    """(num,) float32 angles per position, from 1 down to almost 1 / theta (arXiv 2104.09864, section 3.2.2)."""
+    exponents = torch.arange(num, dtype=torch.float32, device=device) / num
+    return 1.0 / theta**exponents
+
+
+def frequency_axes(
+    kind: Mrope, sections: tuple[int, ...], num: int, device: torch.device
+) -> torch.Tensor:
+    """(num,) int64: the axis that each frequency reads. With sections (t, h, w) = (4, 2, 2):
+
+        none         t t t t t t t t
+        chunked      t t t t h h w w    arXiv 2409.12191
+        interleaved  t h w t h w t t    arXiv 2511.21631: every axis sees high and low frequencies
+        pairwise     h w h w t t t t    arXiv 2503.07946 (section 2.1): time keeps the lowest frequencies
+
+    Computed on the device: a table copied from the host would cost a synchronisation per forward.
+    """
+    i_R = torch.arange(num, device=device)
+    if kind == "none":
+        return torch.zeros_like(i_R)
+    temporal, height, width = sections
+    if kind == "chunked":
+        return (i_R >= temporal).long() + (i_R >= temporal + height).long()
+    if kind == "interleaved":
+        is_height = (i_R % 3 == 1) & (i_R < 3 * height)
+        is_width = (i_R % 3 == 2) & (i_R < 3 * width)
+        return is_height.long() + 2 * is_width.long()
+    return torch.where(i_R < height + width, 1 + i_R % 2, 0)
+
+
+def rotary_tables(
+    positions_BTA: torch.Tensor, axes_R: torch.Tensor, frequencies_R: torch.Tensor
+) -> RotaryTables:
+    """Tables in float32 whatever autocast says: bfloat16 cannot tell neighbouring positions apart beyond 256."""
+    with torch.autocast(positions_BTA.device.type, enabled=False):
+        angles_BTR = positions_BTA.index_select(-1, axes_R).float() * frequencies_R
+        return RotaryTables(angles_BTR.cos(), angles_BTR.sin())
+
+
+def rotate(x_BHTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> torch.Tensor:
+    """``x`` with the first 2R of its C channels turned, the others untouched (partial rotary). Dtype as ``x``.
+
+    Channel i is paired with channel i + R; with ``interleaved``, channel 2i with 2i + 1.
+    """
+    num = tables.cos.shape[-1]
+    cos, sin = tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)
+    turned, rest = x_BHTC[..., : 2 * num], x_BHTC[..., 2 * num :]
+    turned = turned.float()
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned[..., :num], turned[..., num:]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return (
+        torch.cat((turned.to(x_BHTC.dtype), rest), dim=-1)
+        if rest.shape[-1]
+        else turned.to(x_BHTC.dtype)
+    )

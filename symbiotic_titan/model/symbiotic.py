@@ -1,0 +1,149 @@
+"""SymbioticModel: embed three modalities, decode, two heads.
+
+Letters: B rows, T tokens, D width, V ViT tokens a row may hold, L latent tokens a row may hold, Z numbers in a latent patch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import _pytree as pytree
+from torchtitan.protocols.model import ModelProtocol
+
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.decoder import TransformerBlock
+from symbiotic_titan.model.flow_head import FlowHead
+from symbiotic_titan.model.initialize import initialize
+from symbiotic_titan.model.latent_embedding import LatentEmbedding
+from symbiotic_titan.model.masks import (
+    AttentionMask,
+    MaskRule,
+    block_mask,
+    dense_mask,
+    patch_rule,
+    sequence_rule,
+)
+from symbiotic_titan.model.norm import RMSNorm
+from symbiotic_titan.model.rope import RotaryTables, frequencies, frequency_axes, rotary_tables
+from symbiotic_titan.model.vit import VisionTransformer
+from symbiotic_titan.moe.record import RoutingRecord
+from symbiotic_titan.sequence.batch import PackedBatch
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What one forward returns.
+
+    logits   (B, T, vocabulary) in the dtype of the computation; padding rows mean nothing.
+    velocity (B, L, Z) float32; exactly 0 for unused latent tokens.
+    records  one per MoE layer, in the order of the layers.
+    """
+
+    logits: torch.Tensor
+    velocity: torch.Tensor
+    records: tuple[RoutingRecord, ...]
+
+
+# FSDP looks for tensors in a module's output with pytree: it must see through the dataclass.
+pytree.register_dataclass(ModelOutput)
+
+
+def write_tokens(
+    h_BTD: torch.Tensor, index_BN: torch.Tensor, tokens_BND: torch.Tensor
+) -> torch.Tensor:
+    """``h`` with row ``index[b, n]`` of each b replaced by ``tokens[b, n]``; an index of T is written nowhere.
+
+    The unused tokens land in a row behind the last, which is cut off: their gradient exists and is zero. Used indices are
+    unique, so the result and its gradient (a gather) do not depend on any order of summation.
+    """
+    length = h_BTD.shape[1]
+    index_BND = index_BN.unsqueeze(-1).expand_as(tokens_BND)
+    longer = F.pad(h_BTD, (0, 0, 0, 1))
+    return longer.scatter(1, index_BND, tokens_BND.to(h_BTD.dtype))[:, :length]
+
+
+def read_tokens(h_BTD: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
+    """(B, N, D): row ``index[b, n]`` of each b; zeros where the index is T."""
+    index_BND = index_BN.unsqueeze(-1).expand(-1, -1, h_BTD.shape[-1])
+    return F.pad(h_BTD, (0, 0, 0, 1)).gather(1, index_BND)
+
+
+class SymbioticModel(ModelProtocol):
+    """One decoder for text, images to be understood and images to be generated (arXiv 2604.07753).
+
+    Noise and timesteps are arguments: the model holds no random numbers, no buffers and no mesh.
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__(args)
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.vit = VisionTransformer(args)
+        self.latent_embedding = LatentEmbedding(args)
+        self.layers = nn.ModuleDict(
+            {str(i): TransformerBlock(args, i) for i in range(args.num_layers)}
+        )
+        self.norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.flow_head = FlowHead(args)
+        self._tie_embeddings()
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Give every parameter its initial value, a function of its name and ``args.init_seed`` alone."""
+        self._tie_embeddings()  # moving off the meta device makes two tensors of a shared one
+        initialize(self, seed=self.args.init_seed)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        noised_BLZ: torch.Tensor,
+        timesteps_BL: torch.Tensor,
+        shield_scale: torch.Tensor,
+    ) -> ModelOutput:
+        """``noised`` are the latents at ``timesteps`` (in [0, 1], float32, one per latent token); see ``flow.path``.
+
+        Every part runs on every batch, also without an image: under FSDP a skipped part would leave peers waiting.
+        """
+        h_BTD, condition_BLD = self._embed(batch, noised_BLZ, timesteps_BL)
+        rotary, mask = self._rotary(batch.positions), self._mask(sequence_rule(batch), batch.tokens)
+        records = []
+        for block in self.layers.values():
+            h_BTD, record = block(h_BTD, rotary, mask, batch.modality, shield_scale)
+            if record is not None:
+                records.append(record)
+        velocity_BLZ = self.flow_head(read_tokens(h_BTD, batch.vae_index), condition_BLD)
+        used_BL1 = (batch.vae_image >= 0).unsqueeze(-1)
+        return ModelOutput(
+            logits=self.output(self.norm(h_BTD)),
+            velocity=torch.where(used_BL1, velocity_BLZ, 0.0),
+            records=tuple(records),
+        )
+
+    def _embed(
+        self, batch: PackedBatch, noised_BLZ: torch.Tensor, timesteps_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """((B, T, D) embedded rows, (B, L, D) timestep condition): token embeddings, images written over placeholders."""
+        patch_mask = self._mask(patch_rule(batch.vit_image), batch.vit_image)
+        vit_BVD = self.vit(batch.vit_patches, batch.vit_coords, patch_mask)
+        latents_BLD, condition_BLD = self.latent_embedding(
+            noised_BLZ, batch.vae_coords, timesteps_BL
+        )
+        h_BTD = self.tok_embeddings(batch.tokens)
+        h_BTD = write_tokens(h_BTD, batch.vit_index, vit_BVD)
+        return write_tokens(h_BTD, batch.vae_index, latents_BLD), condition_BLD
+
+    def _mask(self, rule: MaskRule, like: torch.Tensor) -> AttentionMask:
+        """The mask of ``rule`` over the rows and columns of ``like``, in the form that the backend takes."""
+        make = block_mask if self.args.attention_backend == "flex" else dense_mask
+        return make(rule, like.shape, like.device)
+
+    def _rotary(self, positions_BTA: torch.Tensor) -> RotaryTables:
+        args, device = self.args, positions_BTA.device
+        num = args.rotary_dim // 2
+        axes_R = frequency_axes(args.mrope, args.mrope_sections, num, device)
+        return rotary_tables(positions_BTA, axes_R, frequencies(num, args.rope_theta, device))
+
+    def _tie_embeddings(self) -> None:
+        if self.args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight

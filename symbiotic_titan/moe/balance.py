@@ -1,0 +1,37 @@
+"""Load-balancing loss, independently in each group.
+
+Per group g: E_g * sum over its experts of f_e * P_e, with f_e the share of the group's assignments that went to expert e
+(sums to 1, no gradient) and P_e the router's mean probability for e over the group's tokens. 1.0 when uniform.
+(Switch Transformer, arXiv 2101.03961, eq. 4 to 6, with top-k assignments.)
+
+Letters: L layers, E experts of one group, G groups.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from symbiotic_titan.moe.record import RoutingRecord, RoutingTotals, routing_totals
+
+
+def balance_loss(records: Sequence[RoutingRecord], totals: RoutingTotals | None = None) -> Tensor:
+    """0-dim float32: mean over layers, sum over groups.
+
+    A group without tokens contributes 0 with a gradient that exists and is zero.
+
+    ``totals``: counts summed over data-parallel ranks and micro-batches (``global`` scope). Then this is the part of the
+    global loss that these records carry: the parts of all ranks and micro-batches *sum* to the loss of the one big batch.
+    """
+    assert records, "balance_loss needs the record of at least one layer"
+    if totals is None:
+        totals = routing_totals(records)
+    sizes = [prob_sum.shape[0] for prob_sum in records[0].prob_sum]
+    counts = totals.counts.sum(1).float().split(sizes, dim=-1)
+    loss = counts[0].new_zeros(())
+    for group, counts_LE in enumerate(counts):
+        prob_sum_LE = torch.stack([record.prob_sum[group] for record in records])
+        share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
+        tokens_L1 = totals.num_tokens[:, group].float().clamp(min=1).unsqueeze(-1)
+        loss = loss + sizes[group] * (share_LE * prob_sum_LE / tokens_L1).sum()
+    return loss / len(records)

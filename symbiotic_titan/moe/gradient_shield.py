@@ -1,0 +1,63 @@
+"""Scale the gradient of chosen tokens: identity forward, per-token factor backward.
+
+``method.md``'s two readings of shielding, both bit-identical to no shield in the forward pass:
+
+- ``output``:  ``scale_gradient`` on the shared expert's output. Neither its weights nor the token's own input receives
+  more than ``scale`` times the gradient through it.
+- ``weights``: ``scaled_weight_linear`` in place of each of its linear layers. Only the weights' gradient is scaled.
+
+The scale is a tensor, so that a new value each step recompiles nothing.
+
+Letters: T tokens, D width in, F width out.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def token_factors(shielded_T: Tensor, scale: Tensor) -> Tensor:
+    """(T,) float32: ``scale`` for shielded tokens, 1 for the others."""
+    return torch.where(shielded_T, scale.float(), 1.0)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, factors_T: Tensor) -> Tensor:
+        ctx.save_for_backward(factors_T)
+        return x_TD.view_as(x_TD)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None]:
+        (factors_T,) = ctx.saved_tensors
+        return grad_TD * factors_T.unsqueeze(-1).to(grad_TD.dtype), None
+
+
+class _ScaledWeightLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_FD: Tensor, factors_T: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_FD, factors_T)
+        return F.linear(x_TD, weight_FD)
+
+    @staticmethod
+    def backward(ctx, grad_TF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_TD, weight_FD, factors_T = ctx.saved_tensors
+        grad_x_TD = grad_TF @ weight_FD if ctx.needs_input_grad[0] else None
+        grad_weight_FD = None
+        if ctx.needs_input_grad[1]:
+            scaled_TF = grad_TF * factors_T.unsqueeze(-1).to(grad_TF.dtype)
+            grad_weight_FD = scaled_TF.t() @ x_TD
+        return grad_x_TD, grad_weight_FD, None
+
+
+def scale_gradient(x_TD: Tensor, factors_T: Tensor) -> Tensor:
+    """``x_TD`` itself; backward multiplies each token's gradient by its factor."""
+    return _ScaleGradient.apply(x_TD, factors_T)
+
+
+def scaled_weight_linear(x_TD: Tensor, weight_FD: Tensor, factors_T: Tensor) -> Tensor:
+    """(T, F): ``x @ weight.T`` with the full gradient to x and the per-token scaled gradient to the weight.
+
+    Costs one elementwise pass over the output gradient more than a plain linear layer.
+    """
+    return _ScaledWeightLinear.apply(x_TD, weight_FD, factors_T)

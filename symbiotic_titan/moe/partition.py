@@ -1,0 +1,171 @@
+"""Which experts belong to which group, and which modalities route there.
+
+Experts are numbered in group-major order: all of group 0, then all of group 1. Under expert parallelism a *slot* is an
+expert's place in rank-major order: rank 0 holds the first 1/ep of every group, rank 1 the second, so that what a rank owns
+is one contiguous range of slots.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
+
+SHIELD_MODES = ("output", "weights")
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """One row of the partition.
+
+    name:        part of parameter names (``router.<name>.weight``, ``experts.<name>.w1``).
+    modalities:  integers of ``sequence.modality`` whose tokens route inside this group.
+    num_experts: size of the group.
+    """
+
+    name: str
+    modalities: tuple[int, ...]
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class MoEArgs:
+    """Everything that shapes one partitioned MoE layer. One group with every modality is the standard MoE.
+
+    dim, hidden_dim:   width of a token and of a routed expert.
+    top_k:             experts per token, inside its group.
+    score_function:    ``softmax`` over the group's experts, or ``sigmoid`` of each.
+    selection_bias:    a bias per expert is added for the choice of the top-k only, never to a weight.
+    normalize_weights: divide the top-k weights by their sum.
+    route_scale:       factor on the weights, after that.
+    shared_hidden_dim: width of the shared expert; 0 is no shared expert.
+    shared_gate:       a sigmoid gate per token on the shared expert's output.
+    shield_modalities: tokens whose gradient in the shared expert is scaled, see ``moe.gradient_shield``.
+    shield_mode:       ``output`` or ``weights``.
+
+    Raises:
+        ValueError: groups that overlap, do not cover, are empty or smaller than top_k, unusable names, sizes below one.
+    """
+
+    dim: int
+    hidden_dim: int
+    groups: tuple[ExpertGroup, ...]
+    top_k: int
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    selection_bias: bool = False
+    normalize_weights: bool = True
+    route_scale: float = 1.0
+    shared_hidden_dim: int = 0
+    shared_gate: bool = False
+    shield_modalities: tuple[int, ...] = ()
+    shield_mode: Literal["output", "weights"] = "output"
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        _check_names([group.name for group in self.groups])
+        _check_modalities(self.groups)
+        _check_choices(self)
+
+    @property
+    def num_experts(self) -> int:
+        return sum(group.num_experts for group in self.groups)
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        return tuple(group.num_experts for group in self.groups)
+
+
+def _check_sizes(args: MoEArgs) -> None:
+    for key in ("dim", "hidden_dim", "top_k"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"{key} must be at least 1, got {getattr(args, key)}")
+    if args.shared_hidden_dim < 0:
+        raise ValueError(
+            f"shared_hidden_dim must be 0 (no shared expert) or more, got {args.shared_hidden_dim}"
+        )
+    for group in args.groups:
+        if group.num_experts < args.top_k:
+            raise ValueError(
+                f"expert group {group.name!r}: top_k = {args.top_k} does not fit into num_experts = "
+                f"{group.num_experts}; every group needs at least top_k experts"
+            )
+
+
+def _check_names(names: list[str]) -> None:
+    for name in names:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(
+                f"expert group {name!r}: a name is lower-case letters, digits and underscores and starts with a letter, "
+                f"because it becomes part of parameter names"
+            )
+        if hasattr(nn.ModuleDict, name) or name == "training":
+            raise ValueError(
+                f"expert group {name!r}: torch modules have an attribute of this name; choose another"
+            )
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"expert group {name!r} is given {names.count(name)} times; names are unique")
+
+
+def _check_modalities(groups: Sequence[ExpertGroup]) -> None:
+    if not groups:
+        raise ValueError("an expert partition needs at least one group, got none")
+    owner: dict[int, str] = {}
+    for group in groups:
+        for modality in group.modalities:
+            if not 0 <= modality < NUM_MODALITIES:
+                raise ValueError(
+                    f"expert group {group.name!r}: {modality} is no modality; choose from 0 to {NUM_MODALITIES - 1}"
+                )
+            if modality in owner:
+                raise ValueError(
+                    f"modality {MODALITY_NAMES[modality]!r} is in expert groups {owner[modality]!r} and "
+                    f"{group.name!r}; it must be in exactly one"
+                )
+            owner[modality] = group.name
+    missing = [MODALITY_NAMES[m] for m in range(NUM_MODALITIES) if m not in owner]
+    if missing:
+        raise ValueError(
+            f"no expert group for {', '.join(missing)}; every modality must be in exactly one group"
+        )
+
+
+def _check_choices(args: MoEArgs) -> None:
+    for key, choices in (("score_function", SCORE_FUNCTIONS), ("shield_mode", SHIELD_MODES)):
+        if getattr(args, key) not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {getattr(args, key)!r}")
+    for modality in args.shield_modalities:
+        if not 0 <= modality < NUM_MODALITIES:
+            raise ValueError(
+                f"shield_modalities: {modality} is no modality; choose from 0 to {NUM_MODALITIES - 1}"
+            )
+    if args.shared_gate and not args.shared_hidden_dim:
+        raise ValueError("shared_gate has no effect without a shared expert; set shared_hidden_dim")
+
+
+def check_expert_parallel_degree(groups: Sequence[ExpertGroup], degree: int) -> None:
+    """Pass if every group can be cut into ``degree`` equal shares.
+
+    Raises:
+        ValueError: names the group, its size, the degree, and the nearest degrees that divide all groups.
+    """
+    if degree < 1:
+        raise ValueError(f"expert_parallel_degree must be at least 1, got {degree}")
+    usable = [
+        d
+        for d in range(1, min(group.num_experts for group in groups) + 1)
+        if all(group.num_experts % d == 0 for group in groups)
+    ]
+    for group in groups:
+        if group.num_experts % degree:
+            below = [d for d in usable if d < degree][-1:]
+            above = [d for d in usable if d > degree][:1]
+            nearest = " and ".join(str(d) for d in below + above)
+            raise ValueError(
+                f"expert_parallel_degree = {degree} does not divide expert group {group.name!r} "
+                f"(num_experts = {group.num_experts}); nearest degrees that divide every group: {nearest}"
+            )

@@ -1,0 +1,144 @@
+"""Scores and top-k inside a token's group.
+
+Letters: T tokens, D width, E experts of all groups in group-major order, K experts per token, G groups, M modalities.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
+from symbiotic_titan.moe.record import RoutingRecord
+from symbiotic_titan.sequence.modality import NUM_MODALITIES
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The router's choice for every token.
+
+    experts_TK (T, K) int64    expert of each copy, group-major numbering; meaningless for padding.
+    weights_TK (T, K) float32  weight of each copy.
+    group_T    (T,) int64      the token's group; G for padding.
+    record                     what the layer reports.
+    """
+
+    experts_TK: Tensor
+    weights_TK: Tensor
+    group_T: Tensor
+    record: RoutingRecord
+
+
+def is_any_modality(modality_T: Tensor, modalities: tuple[int, ...]) -> Tensor:
+    """(T,) bool: the token's modality is one of ``modalities``. Comparisons only: no table that could live on the wrong
+    device or be lost when a model is built on ``meta``."""
+    hit_T = torch.zeros_like(modality_T, dtype=torch.bool)
+    for modality in modalities:
+        hit_T = hit_T | (modality_T == modality)
+    return hit_T
+
+
+def group_of_token(modality_T: Tensor, groups: tuple[ExpertGroup, ...]) -> Tensor:
+    """(T,) int64: index of the token's group; ``len(groups)`` for padding."""
+    group_T = torch.full_like(modality_T, len(groups))
+    for index, group in enumerate(groups):
+        group_T = group_T.masked_fill(is_any_modality(modality_T, group.modalities), index)
+    return group_T
+
+
+def allowed_experts(group_T: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
+    """(T, E) bool: experts inside the token's group. A padding token may see all, so that its scores stay finite; nothing
+    reads them."""
+    padding_T1 = (group_T == len(group_sizes)).unsqueeze(-1)
+    return torch.cat(
+        [
+            ((group_T == index).unsqueeze(-1) | padding_T1).expand(-1, size)
+            for index, size in enumerate(group_sizes)
+        ],
+        dim=-1,
+    )
+
+
+def count_assignments(experts_TK: Tensor, modality_T: Tensor, num_experts: int) -> Tensor:
+    """(M, E) int64: copies per modality and expert. Integer adds: the same in any order, so deterministic on any device."""
+    index_R = (modality_T.unsqueeze(-1) * num_experts + experts_TK).flatten()
+    counts = torch.zeros((NUM_MODALITIES + 1) * num_experts, dtype=torch.int64, device=index_R.device)
+    counts = counts.scatter_add(0, index_R, torch.ones_like(index_R))
+    return counts.view(NUM_MODALITIES + 1, num_experts)[:NUM_MODALITIES]
+
+
+class GroupRouter(nn.Module):
+    """One group's rows of the router: ``weight (E_g, D)`` and, for the choice only, a float32 buffer ``bias (E_g,)``."""
+
+    bias: Tensor | None
+
+    def __init__(self, num_experts: int, dim: int, selection_bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        bias = torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None
+        self.register_buffer("bias", bias)
+
+
+class Router(nn.ModuleDict):
+    """One ``GroupRouter`` per group; scores in float32 whatever autocast says.
+
+    All groups are scored in one matmul and masked: cheaper than gathering each group's tokens, and a token's scores are the
+    same numbers however the experts are partitioned.
+    """
+
+    def __init__(self, args: MoEArgs) -> None:
+        super().__init__(
+            {
+                group.name: GroupRouter(group.num_experts, args.dim, args.selection_bias)
+                for group in args.groups
+            }
+        )
+        self._args = args
+
+    def forward(self, x_TD: Tensor, modality_T: Tensor) -> Routing:
+        args = self._args
+        group_T = group_of_token(modality_T, args.groups)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            weight_ED = torch.cat([router.weight for router in self.values()]).float()
+            logits_TE = x_TD.float() @ weight_ED.t()
+            allowed_TE = allowed_experts(group_T, args.group_sizes)
+            scores_TE, probabilities_TE = self._scores(logits_TE, allowed_TE)
+            experts_TK = self._choose(scores_TE, allowed_TE)
+            weights_TK = self._weights(logits_TE, scores_TE, experts_TK)
+            # One vector-matrix product: a token has probability 0 outside its group, and padding counts 0.
+            routed_T = (group_T < len(args.groups)).float()
+            prob_sum_E = routed_T @ probabilities_TE
+        counts = count_assignments(experts_TK, modality_T, args.num_experts)
+        group_counts = counts.sum(0).split(args.group_sizes)
+        record = RoutingRecord(
+            counts=counts,
+            prob_sum=prob_sum_E.split(args.group_sizes),
+            num_tokens=torch.stack([c.sum() for c in group_counts]) // args.top_k,
+        )
+        return Routing(experts_TK, weights_TK, group_T, record)
+
+    def _scores(self, logits_TE: Tensor, allowed_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores, and the same normalised to sum 1 over the token's group; both 0 outside it."""
+        if self._args.score_function == "softmax":
+            scores_TE = logits_TE.masked_fill(~allowed_TE, float("-inf")).softmax(-1)
+            return scores_TE, scores_TE
+        scores_TE = logits_TE.sigmoid().masked_fill(~allowed_TE, 0.0)
+        return scores_TE, scores_TE / scores_TE.sum(-1, keepdim=True)
+
+    def _choose(self, scores_TE: Tensor, allowed_TE: Tensor) -> Tensor:
+        choice_TE = scores_TE.detach()
+        if self._args.selection_bias:
+            bias_E = torch.cat([router.bias for router in self.values() if router.bias is not None])
+            choice_TE = choice_TE + bias_E.float()
+        return choice_TE.masked_fill(~allowed_TE, float("-inf")).topk(self._args.top_k, dim=-1).indices
+
+    def _weights(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        if self._args.score_function == "softmax" and self._args.normalize_weights:
+            # The softmax over the chosen logits *is* the renormalised softmax, and does not see the experts that were not
+            # chosen: a token gets the same bits from a partition as from one pool.
+            weights_TK = logits_TE.gather(-1, experts_TK).softmax(-1)
+        else:
+            weights_TK = scores_TE.gather(-1, experts_TK)
+            if self._args.normalize_weights:
+                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return weights_TK * self._args.route_scale

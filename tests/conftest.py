@@ -1,0 +1,30 @@
+"""What all tests share: the same seeds every time, marks that follow from the folder, GPU tests only where there is one."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from symbiotic_titan import device
+
+device.prepare()  # before any test module imports torchtitan
+
+DISTRIBUTED = Path(__file__).parent / "distributed"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_accelerator = pytest.mark.skip(reason="needs an accelerator")
+    for item in items:
+        if DISTRIBUTED in item.path.parents:
+            item.add_marker("distributed")
+        if item.get_closest_marker("gpu") and not torch.accelerator.is_available():
+            item.add_marker(no_accelerator)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

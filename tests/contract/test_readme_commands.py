@@ -1,0 +1,69 @@
+"""Every command in the README's code blocks starts a program that exists, on configs that exist."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OURS = ("./", "tools/", "tests/")
+
+
+def commands(markdown: str) -> list[list[str]]:
+    """Words of every command line in fenced blocks that runs something of ours; assignments in front are kept."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
+    text = "".join(blocks).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if is_command(line)]
+    return [[word for word in line if word != "$"] for line in lines]
+
+
+def is_command(line: str) -> bool:
+    """Whether the first word, after ``$``, assignments and a Python, is a path of ours."""
+    words = [w for w in line.split() if w != "$" and not re.match(r"[A-Z_]+=", w)]
+    if words and words[0].rpartition("/")[2].startswith("python"):
+        words = words[1:]
+    # Lines of the file map name a folder's files with nothing else but words: a path and a sentence is no command.
+    return bool(words) and words[0].startswith(OURS) and not re.match(r"\S+ {2,}[A-Za-z]", line)
+
+
+def problems(words: list[str]) -> list[str]:
+    """What is wrong with one command."""
+    found = []
+    program = next(w for w in words if w.startswith(OURS))
+    is_interpreted = any(w.rpartition("/")[2].startswith("python") for w in words)
+    if not (ROOT / program).is_file():
+        found.append(f"{program}: no such file")
+    elif not is_interpreted and not os.access(ROOT / program, os.X_OK):
+        found.append(f"{program}: not executable")
+    for word in words:
+        path = word.partition("=")[2] or word
+        if path.startswith("train_configs/") and not (ROOT / path).is_file():
+            found.append(f"{path}: no such config")
+    return found
+
+
+def test_commands_of_the_readme_name_existing_programs_and_configs():
+    listed = commands((ROOT / "README.md").read_text())
+    assert ["./run_train.sh"] in listed, "the main job's command is missing"
+    assert ["tests/run.sh"] in listed, "the test command is missing"
+    assert not [f"{' '.join(words)}: {p}" for words in listed for p in problems(words)]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("./run_nothing.sh", "./run_nothing.sh: no such file"),
+        ("$ NGPU=2 tools/nothing.py --x 1  # two", "tools/nothing.py: no such file"),
+        (
+            "CONFIG_FILE=train_configs/no.toml ./run_train.sh",
+            "train_configs/no.toml: no such config",
+        ),
+        (".venv/bin/python tools/nothing.py", "tools/nothing.py: no such file"),
+        ("tests/conftest.py", "tests/conftest.py: not executable"),
+    ],
+)
+def test_a_wrong_command_is_noticed(line, problem):
+    (words,) = commands(f"text\n```bash\n{line}\n```\n")
+    assert problems(words) == [problem]

@@ -1,0 +1,82 @@
+"""What every file of the repository keeps to."""
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LARGEST_BYTES = 1_000_000
+
+# Paths that exist on one machine only, and addresses of package registries. The brackets keep this file from matching.
+PERSONAL_PATH = re.compile(r"(?<![\w.~-])/(?:home|Users|root|work)/[\w.]")
+REGISTRY = re.compile(
+    r"p[y]pi\.org|p[y]thonhosted\.|download\.p[y]torch\.|repo\.anac[o]nda\.|index-[u]rl"
+)
+
+
+def repository_files() -> list[Path]:
+    """Files that git tracks, or would track with the next ``git add``."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    files = [ROOT / name for name in listed.split("\0") if name]
+    return [path for path in files if path.is_file()]
+
+
+def text_files() -> list[Path]:
+    binary = {".png", ".jpg", ".tar", ".parquet", ".npz", ".pt", ".safetensors"}
+    return [path for path in repository_files() if path.suffix not in binary]
+
+
+def lines_matching(pattern: re.Pattern[str]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in text_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if pattern.search(line)
+    ]
+
+
+def test_no_file_is_larger_than_a_megabyte():
+    assert not [str(path) for path in repository_files() if path.stat().st_size > LARGEST_BYTES]
+
+
+def test_no_file_names_a_path_of_somebodys_machine():
+    assert PERSONAL_PATH.search("see /" + "home/x/y") and not PERSONAL_PATH.search("a/home/x")
+    assert not lines_matching(PERSONAL_PATH)
+
+
+def test_no_file_names_a_package_registry():
+    assert REGISTRY.search("https://p" + "ypi.org/simple")
+    assert not lines_matching(REGISTRY)
+
+
+def test_license_is_bsd_3_clause_and_says_whose():
+    text = (ROOT / "LICENSE").read_text()
+    assert text.startswith("BSD 3-Clause License")
+    assert "symbiotic_titan authors" in text
+
+
+@pytest.mark.parametrize(
+    "script", ["run_train.sh", "tests/run.sh", "tools/setup_env.sh", ".ci/run"]
+)
+def test_script_can_be_executed(script):
+    assert os.access(ROOT / script, os.X_OK)
+    assert (ROOT / script).read_text().startswith("#!/usr/bin/env bash\n")
+
+
+@pytest.mark.parametrize("tool", sorted(path.name for path in ROOT.glob("tools/*.py")))
+def test_tool_can_be_executed(tool):
+    assert os.access(ROOT / "tools" / tool, os.X_OK)
+    assert (ROOT / "tools" / tool).read_text().startswith("#!/usr/bin/env python")
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in ROOT.glob("train_configs/*.toml")))
+def test_config_parses_and_opens_with_what_it_is_for(config):
+    text = (ROOT / "train_configs" / config).read_text()
+    assert text.startswith("# ")
+    assert "Command:" in text.split("\n\n")[0] + text.split("\n\n")[1]
+    assert tomllib.loads(text)

@@ -1,0 +1,232 @@
+"""Everything of torchtitan that this project overrides, calls or imports, with the parameters it counts on.
+
+A move to another torchtitan release starts here: what fails is what has changed.
+"""
+
+import ast
+import dataclasses
+import inspect
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from symbiotic_titan import device
+
+PACKAGE = Path(device.__file__).parent
+
+# Dotted name below torchtitan -> its parameters, in order.
+SIGNATURES = {
+    # train.py: the trainer that SymbioticTrainer extends
+    "train.Trainer.__init__": ("self", "job_config"),
+    "train.Trainer.init_distributed": ("self",),
+    "train.Trainer.batch_generator": ("self", "data_iterable"),
+    "train.Trainer.forward_backward_step": ("self", "input_dict", "labels", "global_valid_tokens"),
+    "train.Trainer.train_step": ("self", "data_iterator"),
+    "train.Trainer.train": ("self",),
+    "train.Trainer.should_continue_training": ("self",),
+    "train.Trainer.state_dict": ("self",),
+    "train.Trainer.load_state_dict": ("self", "state_dict"),
+    "train.Trainer.close": ("self",),
+    # checkpoints
+    "components.checkpoint.CheckpointManager.__init__": (
+        "self",
+        "dataloader",
+        "model_parts",
+        "optimizers",
+        "lr_schedulers",
+        "states",
+        "checkpoint_config",
+        "sd_adapter",
+        "base_folder",
+        "ft_manager",
+    ),
+    "components.checkpoint.CheckpointManager.save": ("self", "curr_step", "last_step"),
+    "components.checkpoint.CheckpointManager.load": ("self", "step"),
+    "components.checkpoint.CheckpointManager._find_load_step": ("self", "folder"),
+    "components.checkpoint.CheckpointManager.maybe_wait_for_staging": ("self",),
+    "components.checkpoint.CheckpointManager.close": ("self",),
+    # metrics
+    "components.metrics.MetricsProcessor.__init__": ("self", "job_config", "parallel_dims", "tag"),
+    "components.metrics.MetricsProcessor.should_log": ("self", "step"),
+    "components.metrics.MetricsProcessor.log": (
+        "self",
+        "step",
+        "global_avg_loss",
+        "global_max_loss",
+        "grad_norm",
+        "extra_metrics",
+    ),
+    "components.metrics.MetricsProcessor.close": ("self",),
+    "components.metrics.LoggerContainer.log": ("self", "metrics", "step"),
+    "components.metrics.TensorBoardLogger.log": ("self", "metrics", "step"),
+    # optimizer and schedule
+    "components.optimizer.OptimizersContainer.__init__": (
+        "self",
+        "model_parts",
+        "optimizer_cls",
+        "optimizer_kwargs",
+    ),
+    "components.optimizer.OptimizersContainer._post_init": (
+        "self",
+        "all_params",
+        "optimizer_kwargs",
+    ),
+    "components.optimizer.OptimizersContainer.load_state_dict": ("self", "state_dict"),
+    "components.lr_scheduler.LRSchedulersContainer.__init__": ("self", "optimizers", "lr_lambda"),
+    "components.lr_scheduler.LRSchedulersContainer.state_dict": ("self",),
+    "components.lr_scheduler.LRSchedulersContainer.load_state_dict": ("self", "state_dict"),
+    "components.lr_scheduler.build_lr_schedulers": (
+        "optimizers",
+        "lr_scheduler_config",
+        "training_steps",
+    ),
+    # config
+    "config.ConfigManager.__init__": ("self", "config_cls"),
+    "config.ConfigManager.parse_args": ("self", "args"),
+    "config.ConfigManager._dict_to_dataclass": ("self", "cls", "data"),
+    # distributed
+    "distributed.ParallelDims.__init__": (
+        "self",
+        "dp_replicate",
+        "dp_shard",
+        "cp",
+        "tp",
+        "pp",
+        "ep",
+        "etp",
+        "world_size",
+        "_meshes",
+        "_world_mesh",
+    ),
+    "distributed.ParallelDims.get_mesh": ("self", "dims"),
+    "distributed.utils.clip_grad_norm_": (
+        "parameters",
+        "max_norm",
+        "norm_type",
+        "error_if_nonfinite",
+        "foreach",
+        "pp_mesh",
+        "ep_enabled",
+    ),
+    "distributed.utils.dist_sum": ("x", "mesh", "extra_pg"),
+    "distributed.utils.set_pg_timeouts": ("timeout", "parallel_dims"),
+    "distributed.activation_checkpoint.apply_ac": (
+        "model",
+        "ac_config",
+        "model_compile_enabled",
+        "op_sac_save_list",
+        "base_folder",
+    ),
+    # protocols
+    "protocols.train_spec.TrainSpec.__init__": (
+        "self",
+        "model_cls",
+        "model_args",
+        "parallelize_fn",
+        "pipelining_fn",
+        "build_optimizers_fn",
+        "build_lr_schedulers_fn",
+        "build_dataloader_fn",
+        "build_tokenizer_fn",
+        "build_loss_fn",
+        "build_validator_fn",
+        "build_metrics_processor_fn",
+        "state_dict_adapter",
+    ),
+    "protocols.train_spec.register_train_spec": ("name", "train_spec"),
+    "protocols.model.BaseModelArgs.__init__": ("self", "_enforced"),
+    "protocols.model.BaseModelArgs.update_from_config": ("self", "job_config", "kwargs"),
+    "protocols.model.BaseModelArgs.get_nparams_and_flops": ("self", "model", "seq_len"),
+    "protocols.model.ModelProtocol.__init__": ("self", "model_args"),
+    "protocols.model.ModelProtocol.init_weights": ("self", "buffer_device"),
+    # tools that the device seam replaces
+    "tools.utils.get_device_info": (),
+    "tools.utils.get_peak_flops": ("device_name",),
+    "tools.logging.init_logger": (),
+}
+
+# Names that are imported as types, values or exceptions: they only have to exist.
+NAMES = {
+    "components.dataloader.BaseDataLoader",
+    "components.dataloader.DataloaderExhaustedError",
+    "components.tokenizer.BaseTokenizer",
+    "config.TORCH_DTYPE_MAP",
+    "tools.logging.logger",
+    "tools.utils.device_module",
+    "tools.utils.device_type",
+    "distributed.parallel_dims.device_type",
+}
+
+# Config classes that are extended or passed on -> fields that are read or set here.
+CONFIG_FIELDS = {
+    "JobConfig": {"job", "model", "optimizer", "lr_scheduler", "training", "parallelism"}
+    | {"checkpoint", "activation_checkpoint", "metrics", "experimental", "debug", "comm"},
+    "Model": {"name", "flavor", "hf_assets_path", "converters"},
+    "Optimizer": {"name", "lr", "beta1", "beta2", "eps", "weight_decay", "implementation"},
+    "LRScheduler": {"warmup_steps"},
+    "ActivationCheckpoint": {"mode"},
+    "Checkpoint": {"enable", "folder", "interval", "load_step", "last_save_model_only"},
+}
+
+
+def upstream(dotted: str) -> Any:
+    """The object that ``torchtitan.<dotted>`` names: attributes of the longest prefix that is a module."""
+    parts = dotted.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: Any = import_module(".".join(["torchtitan", *parts[:cut]]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        return found
+    raise AttributeError(dotted)
+
+
+def imported_from_torchtitan() -> dict[str, str]:
+    """Dotted name below torchtitan -> the file of ours that imports it."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("torchtitan"):
+                module = str(node.module).removeprefix("torchtitan").lstrip(".")
+                found |= {f"{module}.{alias.name}": path.name for alias in node.names}
+    return found
+
+
+def test_torchtitan_is_the_release_this_table_was_written_for():
+    assert version("torchtitan") == "0.2.2"
+
+
+@pytest.mark.parametrize("dotted", sorted(SIGNATURES))
+def test_signature_is_the_expected_one(dotted):
+    assert tuple(inspect.signature(upstream(dotted)).parameters) == SIGNATURES[dotted]
+
+
+@pytest.mark.parametrize("dotted", sorted(NAMES))
+def test_name_exists(dotted):
+    assert upstream(dotted) is not None
+
+
+@pytest.mark.parametrize("name", sorted(CONFIG_FIELDS))
+def test_config_class_has_the_fields(name):
+    fields = {field.name for field in dataclasses.fields(upstream(f"config.job_config.{name}"))}
+    assert not CONFIG_FIELDS[name] - fields
+
+
+def test_everything_imported_from_torchtitan_is_in_a_table():
+    listed = [*SIGNATURES, *NAMES]
+    config_classes = {
+        f"{place}.{name}" for name in CONFIG_FIELDS for place in ("config", "config.job_config")
+    }
+    unlisted = {
+        dotted: file
+        for dotted, file in imported_from_torchtitan().items()
+        if dotted not in config_classes
+        and not inspect.ismodule(upstream(dotted))
+        and not any(entry == dotted or entry.startswith(dotted + ".") for entry in listed)
+    }
+    assert not unlisted

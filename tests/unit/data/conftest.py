@@ -1,0 +1,59 @@
+"""A tiny demo world on disk, and a loader over it."""
+
+from dataclasses import replace
+
+import pytest
+
+from symbiotic_titan.config.data import Data, Latents
+from symbiotic_titan.data.demo.world import WorldSize, write_world
+from symbiotic_titan.data.loader import build_loader
+from symbiotic_titan.data.tokenizer import ByteTokenizer
+from symbiotic_titan.sequence.geometry import ImageGeometry
+
+TINY = WorldSize(18, 6, 21, 5, train_shards=3)
+WEIGHTS = {"t2i": 3.0, "t2i_long": 3.0, "lm": 2.0, "mmu": 2.0}
+
+
+@pytest.fixture(scope="session")
+def demo_world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    write_world(out, seed=0, size=TINY)
+    return out
+
+
+@pytest.fixture(scope="session")
+def geometry():
+    return ImageGeometry(
+        vit_patch=4, vit_merge=2, vit_channels=3, latent_channels=3, latent_stride=1, latent_patch=4
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_config(demo_world):
+    """The four tasks, mixed 3:3:2:2."""
+    sources = []
+    for task, weight in WEIGHTS.items():
+        kind, ending = ("jsonl", "jsonl") if task == "lm" else ("webdataset", "tar")
+        path = f"{demo_world}/train/{task}/*.{ending}"
+        sources.append({"name": task, "task": task, "format": kind, "path": path, "weight": weight})
+    return Data(sources=sources, lookahead=8)
+
+
+@pytest.fixture(scope="session")
+def make_loader(demo_config, geometry):
+    """build_loader over the tiny demo world; keywords replace settings, ``data`` replaces fields of the config."""
+
+    def make(data=None, **settings):
+        config = replace(demo_config, **(data or {}))
+        defaults = {
+            "latents": Latents(),
+            "geometry": geometry,
+            "rotary_layout": "shared",
+            "tokenizer": ByteTokenizer(),
+            "seq_len": 256,
+            "local_batch_size": 1,
+            "global_batch_size": 4,
+        }
+        return build_loader(config, **(defaults | settings))
+
+    return make

@@ -1,0 +1,134 @@
+import io
+import json
+import tarfile
+
+import fsspec
+import pytest
+
+from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.data.readers import MAX_OPEN_SHARDS, Reader, index_source
+
+WHERE = "[[data.sources]] #1 (s)"
+
+
+def source(path, form="webdataset"):
+    return DataSource(name="s", task="t2i", format=form, path=str(path))
+
+
+def tar_bytes(members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_members_are_grouped_by_the_path_up_to_the_first_dot(tmp_path):
+    long_name = "x" * 150  # longer than a plain tar header holds
+    members = [
+        ("a/0.png", b"picture"),
+        ("a/0.json", b"{}"),
+        ("b/0.seg.PNG", b"other"),
+        (f"{long_name}.txt", b"text"),
+    ]
+    (tmp_path / "s.tar").write_bytes(tar_bytes(members))
+    [shard] = index_source(source(tmp_path / "s.tar"), WHERE)
+    assert shard.keys == ["a/0", "b/0", long_name]
+    samples = [Reader([shard]).read(0, i) for i in range(3)]
+    assert samples[0].members == {"png": b"picture", "json": b"{}"}
+    assert samples[1].members == {"seg.png": b"other"}
+    assert samples[2].members == {"txt": b"text"}
+    assert samples[0].shard == str(tmp_path / "s.tar")
+
+
+def test_lines_are_samples_and_blank_ones_are_passed_over(tmp_path):
+    (tmp_path / "t.jsonl").write_bytes('{"text": "ä"}\n\n  \n{"text": "b"}'.encode())
+    [shard] = index_source(source(tmp_path / "t.jsonl", "jsonl"), WHERE)
+    assert shard.keys == ["line 1", "line 4"]
+    texts = [json.loads(Reader([shard]).read(0, i).members["json"])["text"] for i in range(2)]
+    assert texts == ["ä", "b"]
+
+
+def test_shards_behind_a_url_are_read_like_local_ones():
+    for i in range(2):
+        with fsspec.open(f"memory://test_readers/s{i}.tar", "wb") as file:
+            file.write(tar_bytes([(f"{i}.txt", b"text %d" % i)]))
+    shards = index_source(source("memory://test_readers/*.tar"), WHERE)
+    assert [Reader(shards).read(i, 0).members["txt"] for i in range(2)] == [b"text 0", b"text 1"]
+
+
+def test_reader_keeps_few_shards_open(tmp_path):
+    for i in range(MAX_OPEN_SHARDS + 3):
+        (tmp_path / f"{i:02d}.jsonl").write_text(f'{{"text": "{i}"}}\n')
+    shards = index_source(source(tmp_path / "*.jsonl", "jsonl"), WHERE)
+    reader = Reader(shards)
+    for _ in range(2):
+        for i in range(len(shards)):
+            assert json.loads(reader.read(i, 0).members["json"]) == {"text": str(i)}
+            assert len(reader._files) <= MAX_OPEN_SHARDS
+    reader.close()
+
+
+def check_message(path, form, message):
+    with pytest.raises(ValueError) as error:
+        index_source(source(path, form), WHERE)
+    assert message in str(error.value)
+    assert str(error.value).startswith(WHERE)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_shards_are_named_with_their_path(tmp_path):
+    check_message(
+        tmp_path / "*.tar", "webdataset", f"no file matches path '{tmp_path}/*.tar'; check path"
+    )
+    check_message(tmp_path / "one.tar", "webdataset", "no file matches path")
+    check_message(tmp_path, "webdataset", "no file matches path")
+
+
+def test_url_of_an_unknown_kind_is_refused():
+    check_message(
+        "nowhere://a/*.tar", "webdataset", "cannot be opened (Protocol not known: nowhere"
+    )
+
+
+def test_missing_demo_shards_are_answered_with_the_command_that_makes_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_message(
+        "demo_data/train/t2i/*.tar",
+        "webdataset",
+        "make the demo data with: python tools/make_demo_data.py --out demo_data",
+    )
+
+
+@pytest.mark.parametrize("content", [b"", tar_bytes([])])
+def test_empty_tar_is_refused(tmp_path, content):
+    (tmp_path / "e.tar").write_bytes(content)
+    check_message(tmp_path / "e.tar", "webdataset", "e.tar is empty; remove the file")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_empty_jsonl_is_refused(tmp_path, content):
+    (tmp_path / "e.jsonl").write_bytes(content)
+    check_message(tmp_path / "e.jsonl", "jsonl", "e.jsonl is empty; remove the file")
+
+
+def test_file_that_is_no_tar_is_refused(tmp_path):
+    (tmp_path / "n.tar").write_bytes(b"no tar" * 500)
+    check_message(tmp_path / "n.tar", "webdataset", "n.tar cannot be read as a tar file")
+
+
+@pytest.mark.parametrize(
+    "length, message",
+    [
+        (700, "t.tar cannot be read as a tar file (unexpected end of data)"),
+        (1024, "t.tar breaks off after byte 1024; copy or write it again"),
+        (1024 + 100, "t.tar breaks off after byte 1024; copy or write it again"),
+        (1024 + 512 + 100, "t.tar cannot be read as a tar file (unexpected end of data)"),
+    ],
+)
+def test_tar_that_breaks_off_is_refused(tmp_path, length, message):
+    whole = tar_bytes([("0.txt", b"x" * 400), ("1.txt", b"y" * 400)])
+    (tmp_path / "t.tar").write_bytes(whole[:length])
+    check_message(tmp_path / "t.tar", "webdataset", message)

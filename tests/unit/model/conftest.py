@@ -1,0 +1,191 @@
+"""Packed rows written by hand, independent of the data chain, and the tiny model that reads them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from symbiotic_titan.device import prepare
+
+prepare()  # before anything imports torchtitan
+
+from symbiotic_titan.model.args import ModelArgs, VitArgs  # noqa: E402
+from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel  # noqa: E402
+from symbiotic_titan.sequence.batch import PackedBatch, stack_rows  # noqa: E402
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, PADDING, TEXT, VAE, VIT  # noqa: E402
+from symbiotic_titan.sequence.positions import image_positions, text_positions  # noqa: E402
+
+Segment = (
+    tuple[str, int] | tuple[str, int, int]
+)  # ("text", length) or ("vit" | "vae", height, width) in tokens
+Document = list[Segment]
+
+LENGTH, NUM_VIT, NUM_VAE = 48, 8, 12
+
+
+def pack_row(
+    documents: list[Document], args: ModelArgs, seed: int = 0, length: int = LENGTH
+) -> PackedBatch:
+    """One row with random contents. The contents of document i depend on its segments and ``seed + i`` alone."""
+    geometry, merge = args.geometry, args.vit.merge
+    row = {name: [] for name in ("tokens", "modality", "document", "span", "positions")}
+    vit = {name: [] for name in ("patches", "coords", "image", "index")}
+    vae = {name: [] for name in ("latents", "coords", "image", "index")}
+    num_spans = 0
+    for number, segments in enumerate(documents):
+        generator = torch.Generator().manual_seed(seed + number)
+        start = 0
+        for kind, *size in segments:
+            n = size[0] if kind == "text" else size[0] * size[1]
+            at = len(row["tokens"])
+            if kind == "text":
+                positions, start = text_positions(start, n)
+                tokens = torch.randint(256, (n,), generator=generator).tolist()
+            else:
+                positions, start = image_positions(start, *size, args.rotary_layout)
+                tokens = [256] * n
+            row["tokens"] += tokens
+            row["modality"] += [{"text": TEXT, "vit": VIT, "vae": VAE}[kind]] * n
+            row["document"] += [number] * n
+            row["span"] += [-1 if kind == "text" else num_spans] * n
+            row["positions"] += positions.tolist()
+            if kind == "vit":
+                for token_row in range(size[0]):
+                    for token_column in range(size[1]):
+                        vit["coords"] += [
+                            [token_row * merge + i, token_column * merge + j]
+                            for i in range(merge)
+                            for j in range(merge)
+                        ]
+                patches = torch.randn(n * merge**2, geometry.vit_patch_values, generator=generator)
+                vit["patches"] += list(patches)
+                vit["image"] += [num_spans] * (n * merge**2)
+                vit["index"] += range(at, at + n)
+            elif kind == "vae":
+                vae["coords"] += [[i, j] for i in range(size[0]) for j in range(size[1])]
+                vae["latents"] += list(
+                    torch.randn(n, geometry.vae_token_values, generator=generator)
+                )
+                vae["image"] += [num_spans] * n
+                vae["index"] += range(at, at + n)
+            num_spans += kind != "text"
+    assert len(row["tokens"]) <= length
+
+    def padded(values: list, size: int, fill: float, *shape: int) -> torch.Tensor:
+        dtype = torch.float32 if isinstance(fill, float) else torch.int64
+        out = torch.full((size, *shape), fill, dtype=dtype)
+        for i, value in enumerate(values):
+            out[i] = torch.as_tensor(value)
+        return out.unsqueeze(0)
+
+    num_patches = NUM_VIT * merge**2
+    return PackedBatch(
+        tokens=padded(row["tokens"], length, 0),
+        modality=padded(row["modality"], length, PADDING),
+        document=padded(row["document"], length, -1),
+        span=padded(row["span"], length, -1),
+        positions=padded(row["positions"], length, 0, 3),
+        labels=torch.full((1, length), IGNORE_INDEX),
+        task=torch.full((1, length), -1),
+        vit_patches=padded(vit["patches"], num_patches, 0.0, geometry.vit_patch_values),
+        vit_coords=padded(vit["coords"], num_patches, 0, 2),
+        vit_image=padded(vit["image"], num_patches, -1),
+        vit_index=padded(vit["index"], NUM_VIT, length),
+        latents=padded(vae["latents"], NUM_VAE, 0.0, geometry.vae_token_values),
+        vae_coords=padded(vae["coords"], NUM_VAE, 0, 2),
+        vae_image=padded(vae["image"], NUM_VAE, -1),
+        vae_index=padded(vae["index"], NUM_VAE, length),
+    )
+
+
+MIXED = [
+    [("text", 3), ("vit", 1, 2), ("text", 4)],
+    [("text", 4), ("vae", 2, 2), ("text", 3)],
+    [("text", 2), ("vit", 2, 1), ("text", 1), ("vae", 1, 3), ("text", 2), ("vae", 2, 1)],
+]
+OTHER = [[("text", 5), ("vae", 2, 3), ("text", 1)], [("vit", 2, 2), ("text", 6)]]
+
+
+def tiny_args(**changes: object) -> ModelArgs:
+    args = ModelArgs(
+        vocab_size=272,
+        dim=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        num_dense_layers=1,
+        dense_hidden_dim=48,
+        num_experts=8,
+        top_k=2,
+        expert_hidden_dim=24,
+        shared_hidden_dim=24,
+        rope_theta=10_000.0,
+        mrope_sections=(4, 2, 2),
+        vit=VitArgs(dim=16, num_layers=1, num_heads=2, hidden_dim=24, patch=2, merge=2),
+        latent_channels=3,
+        latent_stride=1,
+        latent_patch=2,
+        timestep_width=16,
+    )
+    return replace(args, **changes)
+
+
+def tiny_model(args: ModelArgs) -> SymbioticModel:
+    """On the CPU, initialised; the zero-initialised flow head gets values, so that its inputs matter."""
+    with torch.device("meta"):
+        model = SymbioticModel(args)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.flow_head.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def run_model(
+    model: SymbioticModel, batch: PackedBatch, timestep: float | None = None
+) -> ModelOutput:
+    """A forward on latents as they are, at one timestep or, without one, at timesteps that differ from token to token."""
+    timesteps_BL = torch.linspace(0.1, 0.9, batch.vae_image.shape[1]).expand_as(batch.vae_image)
+    if timestep is not None:
+        timesteps_BL = torch.full_like(timesteps_BL, timestep)
+    return model(batch, batch.latents, timesteps_BL, torch.tensor(1.0))
+
+
+@pytest.fixture
+def pack() -> Callable[..., PackedBatch]:
+    return pack_row
+
+
+@pytest.fixture
+def args() -> ModelArgs:
+    return tiny_args()
+
+
+@pytest.fixture
+def make_args() -> Callable[..., ModelArgs]:
+    return tiny_args
+
+
+@pytest.fixture
+def make_model() -> Callable[[ModelArgs], SymbioticModel]:
+    return tiny_model
+
+
+@pytest.fixture
+def forward() -> Callable[..., ModelOutput]:
+    return run_model
+
+
+@pytest.fixture
+def mixed_batch() -> PackedBatch:
+    """Two rows: several documents, both kinds of image, padding."""
+    return stack_rows([pack_row(MIXED, tiny_args()), pack_row(OTHER, tiny_args(), seed=10)])
+
+
+@pytest.fixture
+def text_batch() -> PackedBatch:
+    return pack_row([[("text", 20)], [("text", 9)]], tiny_args())

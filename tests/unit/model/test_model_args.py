@@ -1,0 +1,159 @@
+import dataclasses
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from symbiotic_titan.model.args import VitArgs, one_pool, partition_groups
+from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
+
+
+def row(modalities, num_experts):
+    return SimpleNamespace(modalities=modalities, num_experts=num_experts)
+
+
+SPLIT = {"understanding": row(["text", "vit"], 12), "generation": row(["vae"], 4)}
+
+
+def config(partition=None, shared=True, modalities=("vae",), patch=8, seed=3, flavor="debug"):
+    """The sections that ModelArgs reads, as JobConfig has them."""
+    return SimpleNamespace(
+        model=SimpleNamespace(flavor=flavor, attention_backend="flex"),
+        experts=SimpleNamespace(partition=partition or {}, shared=shared),
+        shielding=SimpleNamespace(modalities=list(modalities), mode="weights"),
+        latents=SimpleNamespace(codec="pixel", patch=patch),
+        debug=SimpleNamespace(seed=seed),
+    )
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_every_flavor_is_complete_and_prints_as_json(flavor):
+    args = FLAVORS[flavor]
+    assert json.loads(json.dumps(dataclasses.asdict(args)))["groups"][0]["name"] == "all"
+    assert args.groups == one_pool(args.num_experts)
+    assert args.shared_hidden_dim > 0 and args.num_dense_layers == 1
+
+
+def test_flavors_are_fresh_at_every_look_up():
+    FLAVORS["debug"].update_from_config(config(SPLIT))
+    assert FLAVORS["debug"].groups == one_pool(16)
+    assert FLAVORS["debug"] is not FLAVORS["debug"]
+
+
+def test_an_unknown_flavor_lists_the_known_ones():
+    with pytest.raises(
+        ValueError,
+        match=r"model.flavor: unknown flavor 'tiny'; choose from debug, mini, 1B-A0.3B, 30B-A3B",
+    ):
+        FLAVORS["tiny"]
+    assert "tiny" not in FLAVORS and "mini" in FLAVORS and len(FLAVORS) == 4
+
+
+def test_the_config_partitions_shields_and_sizes_the_model():
+    args = FLAVORS["debug"]
+    args.update_from_config(config(SPLIT))
+    assert args.groups == (
+        ExpertGroup("understanding", (TEXT, VIT), 12),
+        ExpertGroup("generation", (VAE,), 4),
+    )
+    assert args.moe_args.groups == args.groups
+    assert (args.shield_modalities, args.shield_mode, args.init_seed) == ((VAE,), "weights", 3)
+    assert args.attention_backend == "flex"
+    assert args.geometry == ImageGeometry(
+        vit_patch=4,
+        vit_merge=2,
+        vit_channels=3,
+        latent_channels=3,
+        latent_stride=1,
+        latent_patch=8,
+    )
+
+
+def test_an_empty_partition_is_one_pool_and_no_seed_is_seed_zero():
+    args = FLAVORS["debug"]
+    args.update_from_config(config(seed=None))
+    assert args.groups == one_pool(16) and args.init_seed == 0
+
+
+def test_the_shared_expert_can_be_taken_away():
+    args = FLAVORS["debug"]
+    args.update_from_config(config(shared=False))
+    assert args.moe_args.shared_hidden_dim == 0
+
+
+def test_groups_that_do_not_add_up_name_the_flavor_and_the_remedy():
+    wrong = {"understanding": row(["text", "vit"], 10), "generation": row(["vae"], 4)}
+    message = (
+        r"experts.partition: the groups hold 14 experts but flavor 'debug' has 16; "
+        r"change num_experts of a group by \+2"
+    )
+    with pytest.raises(ValueError, match=message):
+        partition_groups(wrong, 16, "debug")
+    with pytest.raises(ValueError, match=message):
+        FLAVORS["debug"].update_from_config(config(wrong))
+
+
+def test_an_unknown_modality_names_its_key():
+    with pytest.raises(
+        ValueError, match=r"experts.partition.a.modalities: unknown modality 'audio'"
+    ):
+        partition_groups({"a": row(["audio"], 16)}, 16, "debug")
+    with pytest.raises(ValueError, match=r"shielding.modalities: unknown modality 'audio'"):
+        FLAVORS["debug"].update_from_config(config(modalities=["audio"]))
+
+
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        ({"a": row(["text", "vit"], 16)}, "no expert group for vae"),
+        ({"a": row(["text", "vit", "vae"], 8), "b": row(["vae"], 8)}, "must be in exactly one"),
+        ({"a": row(["text", "vit"], 15), "b": row(["vae"], 1)}, "top_k = 2 does not fit"),
+    ],
+)
+def test_the_rules_of_the_moe_are_checked_with_the_config(partition, message):
+    with pytest.raises(ValueError, match=message):
+        FLAVORS["debug"].update_from_config(config(partition))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 0}, r"model.dim: must be positive, got 0"),
+        ({"dim": 30}, r"model.dim: must be a multiple of 4 \(sinusoids come in pairs\), got 30"),
+        ({"num_layers": "two"}, r"model.num_layers: must be an integer, got 'two'"),
+        ({"qk_norm": "both"}, r"model.qk_norm: must be one of 'none', 'before', 'after', got 'both'"),
+        ({"num_kv_heads": 3}, r"model.num_heads: must be a multiple of num_kv_heads = 3, got 4"),
+        ({"num_dense_layers": 3}, r"model.num_dense_layers: must be at most num_layers = 2, got 3"),
+        ({"num_experts": 9}, r"model.groups: hold 8 experts, but num_experts is 9"),
+        ({"timestep_width": 15}, r"model.timestep_width: must be a multiple of 2 .*, got 15"),
+        ({"rotary_fraction": 1.5}, r"model.rotary_fraction: must be at most 1, got 1.5"),
+        ({"rotary_fraction": 0.3}, r"model.rotary_fraction: must turn an even number of the 16 .*, got 4.8"),
+        ({"mrope_sections": (4, 2)}, r"model.mrope_sections: must be three numbers .* 16 rotated .*, got \(4, 2\)"),
+        ({"mrope": "none"}, r"model.mrope_sections: has no effect with mrope 'none'"),
+        ({"mrope": "none", "mrope_sections": ()}, r"model.rotary_layout: 'grid' gives image tokens rows and columns"),
+        ({"attention_backend": "flash"}, r"model.attention_backend: must be one of 'sdpa', 'flex', got 'flash'"),
+    ],
+)  # fmt: skip
+def test_args_that_break_a_rule_name_key_value_and_rule(args, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(args, **changes)
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "pairwise"])
+def test_sections_must_fit_the_kind_of_mrope(args, kind):
+    with pytest.raises(ValueError, match=rf"model.mrope_sections: '{kind}' .* got \(1, 4, 3\)"):
+        replace(args, mrope=kind, mrope_sections=(1, 4, 3))
+
+
+def test_vit_heads_must_hold_pairs_for_rows_and_columns(args):
+    with pytest.raises(
+        ValueError, match=r"vit.dim: must be a multiple of 4 \* vit.num_heads = 12 .*, got 16"
+    ):
+        replace(args.vit, num_heads=3)
+    with pytest.raises(ValueError, match=r"vit.patch: must be positive, got 0"):
+        replace(args.vit, patch=0)
+    assert isinstance(args.vit, VitArgs) and args.vit.head_dim == 8

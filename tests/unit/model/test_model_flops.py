@@ -1,0 +1,91 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.flops import model_cost
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
+
+
+def cost(args, seq_len=64, **options):
+    with torch.device("meta"):
+        return model_cost(SymbioticModel(args), args, seq_len, **options)
+
+
+def test_active_parameters_counted_by_hand(make_args):
+    groups = (ExpertGroup("understanding", (TEXT, VIT), 6), ExpertGroup("generation", (VAE,), 2))
+    args = make_args(groups=groups)
+    got = cost(args)
+    expert = 3 * 32 * 24
+    attention = 32 * 64 * 2 + 32 * 32 * 2 + 2 * 16
+    trunk = 2 * attention + 5 * 32 + 3 * 32 * 48 + expert  # norms, dense layer, shared expert
+    text = trunk + 2 * expert + 6 * 32 + 2 * 272 * 32
+    latent_in = 12 * 32 + 32 + 16 * 32 + 32 + 32 * 32 + 32
+    latent_out = 32 + 32 * 64 + 64 + 32 * 12 + 12
+    assert got.active[TEXT] == text
+    assert got.active[VAE] == trunk + 2 * expert + 2 * 32 + latent_in + latent_out
+
+
+def test_attention_grows_with_the_row_and_encoder_with_the_image(make_args):
+    args = make_args()
+    short, long = cost(args, 64), cost(args, 128)
+    per_key = 4 * 2 * 4 * 16  # layers, heads, channels
+    assert [b - a for a, b in zip(short.forward_flops, long.forward_flops, strict=True)] == [
+        per_key * 64
+    ] * 3
+    small, large = cost(args, image_patches=16), cost(args, image_patches=32)
+    assert large.forward_flops[VIT] - small.forward_flops[VIT] == 4 * 16 * 16 * 4
+    assert large.forward_flops[TEXT] == small.forward_flops[TEXT]
+
+
+def test_training_flops_are_three_forwards_weighted_by_the_tokens(make_args):
+    got = cost(make_args())
+    assert got.training_flops_per_token((1.0, 0.0, 0.0)) == 3 * got.forward_flops[TEXT]
+    assert got.training_flops_per_token() == pytest.approx(sum(got.forward_flops), abs=1)
+
+
+def test_flops_agree_with_the_matrix_products_that_torch_counts(
+    make_args, make_model, forward, pack
+):
+    """On a row full of text. torch does not count SDPA on CPU: that part is written out. Norms are not products."""
+    args = make_args(num_dense_layers=2)
+    model, batch = make_model(args), pack([[("text", 48)]], args)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward(model, batch)
+    counts = counter.get_flop_counts()
+    products = sum(
+        sum(counts[f"SymbioticModel.{part}"].values())
+        for part in ("layers.0", "layers.1", "output")
+    )
+    attention = 2 * 2 * args.num_layers * args.num_heads * 48 * 48 * args.head_dim
+    assert cost(args, 48).forward_flops[TEXT] * 48 == pytest.approx(products + attention, rel=0.01)
+
+
+def test_tied_embeddings_pay_for_the_output_once_more(make_args):
+    untied, tied = cost(make_args()), cost(make_args(tie_embeddings=True))
+    assert untied.parameters - tied.parameters == 272 * 32
+    assert untied.forward_flops == tied.forward_flops
+
+
+@pytest.mark.parametrize(
+    ("flavor", "total", "active"),
+    [
+        ("debug", (0.5e6, 3e6), (0.2e6, 1e6)),
+        ("mini", (20e6, 40e6), (4e6, 10e6)),
+        ("1B-A0.3B", (0.9e9, 1.2e9), (0.25e9, 0.4e9)),
+        ("30B-A3B", (29e9, 33e9), (3e9, 4e9)),
+    ],
+)
+def test_flavors_have_the_size_their_name_says(flavor, total, active):
+    args = FLAVORS[flavor]
+    with torch.device("meta"):
+        model = SymbioticModel(args)
+    got = model_cost(model, args, 4096)
+    assert total[0] <= got.parameters <= total[1]
+    assert active[0] <= got.active[TEXT] <= active[1]
+    assert args.get_nparams_and_flops(model, 4096) == (
+        got.parameters,
+        got.training_flops_per_token(),
+    )

@@ -1,0 +1,107 @@
+"""Rules that span sections: what cannot work is refused before anything is built, with key, value, rule and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from symbiotic_titan.checks import check_job, check_parallelism
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.model.flavors import FLAVORS
+
+DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
+
+
+def config_of(tmp_path, *overrides, old="", new=""):
+    text = DEBUG.read_text()
+    assert old in text
+    path = tmp_path / "job.toml"
+    path.write_text(text.replace(old, new) if old else text)
+    return load_job_config(["--job.config_file", str(path), *overrides])
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+
+def test_shipped_configs_pass():
+    for path in sorted(DEBUG.parent.glob("*.toml")):
+        check_job(load_job_config(["--job.config_file", str(path)]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("--model.flavor huge", "model.flavor: unknown flavor 'huge'; choose from debug, mini"),
+        ("--model.name llama3", "model.name = 'llama3': this trainer trains 'symbiotic'"),
+        ("--model.attention_backend flex", "'flex' needs a CUDA device"),
+        (
+            "--parallelism.tensor_parallel_degree 2",
+            "parallelism.tensor_parallel_degree = 2 is not supported by this trainer; use parallelism.expert_parallel",
+        ),
+        (
+            "--parallelism.expert_parallel_degree 2",
+            "parallelism.expert_parallel_degree = 2 does not divide the 1 ranks",
+        ),
+        ("--parallelism.expert_parallel_degree 0", "must be at least 1, got 0"),
+        ("--parallelism.data_parallel_shard_degree 3", "must equal the number of ranks (1)"),
+        (
+            "--training.global_batch_size 5",
+            "training.global_batch_size = 5 must be a multiple of training.local_batch_size (2)",
+        ),
+        ("--training.local_batch_size 0", "training.local_batch_size: must be at least 1, got 0"),
+        ("--training.steps 0", "training.steps: must be at least 1, got 0"),
+        ("--training.dataset c4", "training.dataset = 'c4' is not supported"),
+        ("--shielding.modalities vea", "shielding.modalities: unknown modality 'vea'; choose from text"),
+        ("--experts.no_shared", "[shielding] has no effect with experts.shared = false"),
+        ("--compile.enable", "compile.enable = True is not supported"),
+        ("--activation_checkpoint.mode memory_budget", "'memory_budget' is not supported"),
+        ("--checkpoint.async_mode async_with_pinned_mem", "needs an accelerator; use 'async'"),
+        ("--profiling.enable_profiling", "profiling.enable_profiling needs an accelerator"),
+    ],
+)
+def test_bad_overrides_are_refused(tmp_path, overrides, message):
+    with pytest.raises(ValueError) as error:
+        check_job(config_of(tmp_path, *overrides.split()))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_experts = 12", "num_experts = 10", "the groups hold 14 experts but flavor 'debug' has 16"),
+        ('modalities = ["vae"]', 'modalities = ["vea"]', "generation.modalities: unknown modality 'vea'"),
+        ('modalities = ["vae"]', 'modalities = ["vae", "text"]', "text"),
+        ('modalities = ["text", "vit"]', 'modalities = ["text"]', "vit"),
+        ("num_experts = 12", "num_experts = 15\n#", "top_k"),
+    ],
+)
+def test_partitions_that_overlap_or_do_not_cover_are_refused(tmp_path, old, new, message):
+    if "15" in new:
+        text = DEBUG.read_text().replace("num_experts = 4\n", "num_experts = 1\n")
+        path = tmp_path / "debug.toml"
+        path.write_text(text.replace(old, "num_experts = 15"))
+        config = load_job_config(["--job.config_file", str(path)])
+    else:
+        config = config_of(tmp_path, old=old, new=new)
+    with pytest.raises(ValueError) as error:
+        check_job(config)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        ("--parallelism.expert_parallel_degree 8", 8, "divide"),
+        ("--parallelism.expert_parallel_degree 3", 3, "divide"),
+        ("--parallelism.data_parallel_replicate_degree 2", 2, "replication without sharding is not supported"),
+        ("--parallelism.data_parallel_replicate_degree 2", 3, "must equal the number of ranks (3)"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused(tmp_path, overrides, world_size, message):
+    config = config_of(tmp_path, "--training.global_batch_size", "-1", *overrides.split())
+    args = FLAVORS["debug"]
+    args.update_from_config(config)
+    with pytest.raises(ValueError) as error:
+        check_parallelism(config, args, world_size)
+    assert message in str(error.value)
