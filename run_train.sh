@@ -61,12 +61,9 @@ else
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi
 
-# Written under another name first: an interrupted run leaves no half-made demo_data.
 if [ "$NNODES" -eq 1 ] && [ ! -e demo_data ] && grep -q '["/]demo_data/' "$config"; then
     printf 'run_train.sh: writing the demo data to demo_data\n' >&2
-    rm -rf demo_data.partial
-    "$python" tools/make_demo_data.py --out demo_data.partial
-    mv demo_data.partial demo_data
+    "$python" tools/make_demo_data.py --out demo_data
 fi
 
 if [ "$NGPU" -eq 1 ] && [ "$NNODES" -eq 1 ]; then

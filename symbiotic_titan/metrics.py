@@ -100,6 +100,9 @@ def _expert_use(counts_LE: torch.Tensor, capacity_factor: float) -> dict[str, fl
 class SymbioticMetrics(MetricsProcessor):
     """torchtitan's loggers and memory monitor, with this project's metric names."""
 
+    time_last_log: float
+    ntokens_since_last_log: int
+
     def __init__(
         self, job_config: JobConfig, parallel_dims: ParallelDims, groups: tuple[ExpertGroup, ...]
     ) -> None:

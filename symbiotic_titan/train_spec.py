@@ -20,10 +20,10 @@ from symbiotic_titan.optim.build import build_optimizers, build_schedulers, free
 from symbiotic_titan.parallel.parallelize import parallelize_symbiotic
 
 
-def _share_over_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
-    states: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(states, state)
-    return states
+def _share_over_ranks(part: dict[int, Any]) -> list[dict[int, Any]]:
+    parts: list[dict[int, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, part)
+    return parts
 
 
 def build_dataloader(

@@ -37,7 +37,9 @@ class Data:
     """Seed of the sample order. Changing it on a resumed run is refused."""
 
     num_lanes: int = 0
-    """Independent streams of packed rows that the ranks share out; fixed for the life of a run. 0 means the global batch size."""
+    """Independent streams of packed rows that the ranks share out; fixed for the life of a run. 0 means the global batch size.
+    Every data rank takes an equal share. Where the number divides the global batch size, a global batch holds the same rows on any
+    number of ranks."""
 
     lookahead: int = 32
     """Samples a lane holds while it looks for one that fills the row."""
@@ -76,7 +78,7 @@ class Data:
             where = f"[[data.sources]] #{i + 1} ({s.name})"
             if names.count(s.name) > 1:
                 raise ValueError(f"{where}: name is used twice; every source needs its own")
-            if s.weight < 0:
+            if not 0 <= s.weight < float("inf"):
                 raise ValueError(f"{where}: weight must be zero or positive, got {s.weight}")
         if self.sources and not sum(s.weight for s in self.sources) > 0:
             raise ValueError(

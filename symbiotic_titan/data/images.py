@@ -29,11 +29,13 @@ DECODE_ERRORS = (
 )
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+# The decoders that a shard's bytes may reach, whatever the extension says; Pillow has dozens more.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def decode_image(data: bytes) -> Image.Image:
     """RGB image of encoded ``data``; raises one of DECODE_ERRORS when the data are damaged."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         return image.convert("RGB")
 
 

@@ -77,7 +77,7 @@ class Waiting:
 
 
 class Lane:
-    """One lane, at a moment given by ``state`` (None: its start)."""
+    """One lane, at the moment that ``state`` tells."""
 
     def __init__(
         self,
@@ -85,20 +85,16 @@ class Lane:
         sources: list[OpenSource],
         mixture: Mixture,
         number: int,
-        state: LaneState | None,
+        state: LaneState,
     ) -> None:
         self._recipe = recipe
         self._sources = sources
         self._mixture = mixture
         self._number = number
-        state = state or new_state(recipe)
         self._num_rows = state["rows"]
         self._scheduled = list(state["scheduled"])
         self._read = list(state["read"])
-        self._waiting = [
-            Waiting(source, index, part, sources[source].documents(index)[part])
-            for source, index, part in state["waiting"]
-        ]
+        self._waiting = _read_again(sources, state["waiting"])
 
     def next_row(self) -> PackedBatch:
         """The next row; raises ValueError for a bad sample, as data.bad_samples says."""
@@ -106,7 +102,8 @@ class Lane:
             self._draw()
         documents = [waiting.document for waiting in self._waiting]
         chosen = choose_documents(documents, self._recipe.size)
-        self._waiting = [w for i, w in enumerate(self._waiting) if i not in set(chosen)]
+        taken = set(chosen)
+        self._waiting = [w for i, w in enumerate(self._waiting) if i not in taken]
         self._num_rows += 1
         return self._recipe.builder.build([documents[i] for i in chosen])
 
@@ -140,6 +137,18 @@ class Lane:
                 f'{error} (source {source.name!r}); repair it, or set data.bad_samples = "skip"'
             ) from error
         check_skipped(self._recipe, [self.state()], f"; the last one is {error}")
+
+
+def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -> list[Waiting]:
+    """The documents of a saved state. The parts of one long text wait together: it is read once."""
+    samples: dict[tuple[int, int], list[Document]] = {}
+    for source, index, _ in places:
+        if (source, index) not in samples:
+            try:
+                samples[source, index] = sources[source].documents(index)
+            except BadSample as error:
+                raise ValueError(f"{error}; it was good when the checkpoint was saved") from error
+    return [Waiting(s, i, part, samples[s, i][part]) for s, i, part in places]
 
 
 def new_state(recipe: LaneRecipe) -> LaneState:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
@@ -62,7 +63,8 @@ def build_loader(
 ) -> "PackedLoader":
     """The loader of data rank ``dp_rank``, with every shard indexed and every setting checked.
 
-    ``share`` gathers a dict over the data ranks (an all-gather of objects); None where there is one rank.
+    ``share`` gathers a dict over the data ranks (an all-gather of objects); None where there is one rank. Each worker makes
+    ``prefetch_factor`` batches' worth of rows ahead (None: 2).
 
     Raises:
         ValueError: shards are missing, empty or unreadable, an image cannot fit a row, or lanes, ranks and workers do not divide.
@@ -75,6 +77,9 @@ def build_loader(
             f"data.num_lanes: {recipe.num_lanes} does not divide the global batch size "
             f"{global_batch_size}: which rows share a global batch depends on the number of ranks"
         )
+    if pin_memory and not torch.accelerator.is_available():
+        logger.warning("training.dataloader.pin_memory: ignored, there is no accelerator here")
+        pin_memory = False
     lanes = _lanes_of_rank(recipe.num_lanes, dp_rank, dp_world_size)
     _check_workers(num_workers, len(lanes))
     assert share is not None or dp_world_size == 1
@@ -182,6 +187,8 @@ class PackedLoader(BaseDataLoader):
                     num_workers=self._num_workers,
                     prefetch_factor=(self._prefetch_factor or 2) * self._local_batch_size,
                     worker_init_fn=_ignore_signals,
+                    # It draws a seed for the workers, which must not come from the global generator.
+                    generator=torch.Generator(),
                 )
             )
         ]

@@ -136,7 +136,3 @@ class Reader:
             self._files.popitem(last=False)[1].close()
         self._files[shard] = fsspec.open(self._shards[shard].path, "rb").open()
         return self._files[shard]
-
-    def close(self) -> None:
-        while self._files:
-            self._files.popitem()[1].close()

@@ -30,6 +30,12 @@ def build_recipe(
     if not rows:
         raise ValueError("[[data.sources]]: there is none; training needs at least one source")
     sources = [source for _, source in rows]
+    for key in ("max_vit_tokens", "max_vae_tokens"):
+        if getattr(config, key) > seq_len:
+            raise ValueError(
+                f"data.{key}: {getattr(config, key)} is more than a row holds, training.seq_len = "
+                f"{seq_len}; lower it, or set 0 for as many as fit"
+            )
     size = RowSize(seq_len, config.max_vit_tokens or seq_len, config.max_vae_tokens or seq_len)
     _check_images_fit(config, sources, geometry, size)
     return LaneRecipe(

@@ -10,6 +10,7 @@ are never anyone's next token: the label there is ignored.
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,15 +81,15 @@ class Document:
     task: int
     segments: tuple[Segment, ...]
 
-    @property
+    @cached_property
     def num_vit_tokens(self) -> int:
         return sum(s.rows * s.columns for s in self.segments if isinstance(s, VitSegment))
 
-    @property
+    @cached_property
     def num_vae_tokens(self) -> int:
         return sum(s.rows * s.columns for s in self.segments if isinstance(s, VaeSegment))
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         text = sum(len(s.ids) for s in self.segments if isinstance(s, TextSegment))
         return text + self.num_vit_tokens + self.num_vae_tokens

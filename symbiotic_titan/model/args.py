@@ -16,6 +16,9 @@ from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import NUM_MODALITIES, modality_ids
 from symbiotic_titan.sequence.positions import RotaryLayout
 
+# Channels and stride of the latents that each codec makes.
+_CODECS = {"pixel": (3, 1)}
+
 
 class PartitionRow(Protocol):
     """What a table of [experts.partition.<name>] says."""
@@ -69,8 +72,10 @@ def _check_fields(args: object, where: str, *, may_be_zero: tuple[str, ...] = ()
         value = getattr(args, f.name)
         check_value(f"{where}.{f.name}", value, hints[f.name])
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low_enough = value >= 0 if f.name in may_be_zero else value > 0
-            _require(low_enough, f"{where}.{f.name}: must be positive, got {value}")
+            ok, rule = value > 0, "positive"
+            if f.name in may_be_zero:
+                ok, rule = value >= 0, "zero or positive"
+            _require(ok, f"{where}.{f.name}: must be {rule}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,12 @@ class VitArgs:
 
 @dataclass(kw_only=True)
 class ModelArgs(BaseModelArgs):
-    """Numbers of a flavor, then what the job's config changes (``update_from_config``). Flavors state all without default."""
+    """Everything that shapes the network. A flavor states it; the job's config changes some of it (``update_from_config``)
+    before the model is built. Fields with a default are switches that the released backbones need, at their usual setting.
+
+    Raises:
+        ValueError: from construction, ``validate`` and ``update_from_config``: key, value and the rule it breaks.
+    """
 
     vocab_size: int
     dim: int
@@ -170,7 +180,7 @@ class ModelArgs(BaseModelArgs):
         self.validate()
 
     def validate(self) -> None:
-        """Raises ValueError on the first rule broken; the message starts with the key."""
+        """Pass if no rule is broken."""
         may_be_zero = ("num_dense_layers", "shared_hidden_dim", "init_seed")
         _check_fields(self, "model", may_be_zero=may_be_zero)
         _require(
@@ -268,11 +278,7 @@ class ModelArgs(BaseModelArgs):
         )
 
     def update_from_config(self, job_config: JobConfig, **kwargs: object) -> None:  # type: ignore[override]
-        """Apply [model], [experts], [shielding], [latents] and debug.seed; upstream calls it before the model is built.
-
-        Raises:
-            ValueError: the sections do not fit this flavor.
-        """
+        """Apply [model], [experts], [shielding], [latents] and debug.seed; upstream calls it before the model is built."""
         self.groups = partition_groups(
             job_config.experts.partition, self.num_experts, job_config.model.flavor
         )
@@ -292,7 +298,3 @@ class ModelArgs(BaseModelArgs):
         """(parameters, FLOPs of a training token, forward and backward, mean over the modalities)."""
         cost = model_cost(model, self, seq_len)
         return cost.parameters, cost.training_flops_per_token()
-
-
-# Channels and stride of the latents that each codec makes.
-_CODECS = {"pixel": (3, 1)}

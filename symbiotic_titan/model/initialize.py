@@ -42,8 +42,8 @@ def clean_name(name: str) -> str:
 def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter and buffer of ``model`` in place; sharded ones take their part of the full tensor.
 
-    The full tensor is made on the CPU of every rank, one parameter at a time: no communication, and its memory is the
-    largest single parameter's.
+    The full tensor is made on the CPU of every rank, one parameter at a time: no communication, the memory of the largest
+    single parameter, and about 4 ns a number on one core (2 minutes for 30 billion).
     """
     tensors = {clean_name(name): tensor for name, tensor in _tensors(model)}
     rules = _RULES if "output.weight" in tensors else _TIED_RULES

@@ -41,6 +41,5 @@ class LatentEmbedding(nn.Module):
         time_BLS = sinusoids(1000.0 * timesteps_BL, self.timestep_width).to(dtype)
         condition_BLD = self.timestep_w2(F.silu(self.timestep_w1(time_BLS)))
         tokens_BLD = self.patch_embedding(noised_BLZ.to(dtype)) + condition_BLD
-        return tokens_BLD + grid_positions(coords_BLA, tokens_BLD.shape[-1]).to(
-            dtype
-        ), condition_BLD
+        place_BLD = grid_positions(coords_BLA, tokens_BLD.shape[-1]).to(dtype)
+        return tokens_BLD + place_BLD, condition_BLD

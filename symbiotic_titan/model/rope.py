@@ -34,7 +34,7 @@ def frequency_axes(
         none         t t t t t t t t
         chunked      t t t t h h w w    arXiv 2409.12191
         interleaved  t h w t h w t t    arXiv 2511.21631: every axis sees high and low frequencies
-        pairwise     h w h w t t t t    arXiv 2503.07946 (section 2.1): time keeps the lowest frequencies
+        pairwise     h w h w t t t t    ERNIE 4.5 VL: time keeps the lowest frequencies
 
     Computed on the device: a table copied from the host would cost a synchronisation per forward.
     """
@@ -67,16 +67,12 @@ def rotate(x_BHTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> tor
     """
     num = tables.cos.shape[-1]
     cos, sin = tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)
-    turned, rest = x_BHTC[..., : 2 * num], x_BHTC[..., 2 * num :]
-    turned = turned.float()
+    turned, rest = x_BHTC[..., : 2 * num].float(), x_BHTC[..., 2 * num :]
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
         a, b = turned[..., :num], turned[..., num:]
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return (
-        torch.cat((turned.to(x_BHTC.dtype), rest), dim=-1)
-        if rest.shape[-1]
-        else turned.to(x_BHTC.dtype)
-    )
+    turned = turned.to(x_BHTC.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

@@ -72,7 +72,7 @@ def read_tokens(h_BTD: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
 class SymbioticModel(ModelProtocol):
     """One decoder for text, images to be understood and images to be generated (arXiv 2604.07753).
 
-    Noise and timesteps are arguments: the model holds no random numbers, no buffers and no mesh.
+    Noise and timesteps are arguments: the model draws no random numbers, and knows no mesh.
     """
 
     def __init__(self, args: ModelArgs) -> None:

@@ -1,8 +1,8 @@
 """Scale the gradient of chosen tokens: identity forward, per-token factor backward.
 
-``method.md``'s two readings of shielding, both bit-identical to no shield in the forward pass:
+Two readings of shielding (arXiv 2604.07753 leaves it open), both bit-identical to no shield in the forward pass:
 
-- ``output``:  ``scale_gradient`` on the shared expert's output. Neither its weights nor the token's own input receives
+- ``output``: ``scale_gradient`` on the shared expert's output. Neither its weights nor the token's own input receives
   more than ``scale`` times the gradient through it.
 - ``weights``: ``scaled_weight_linear`` in place of each of its linear layers. Only the weights' gradient is scaled.
 
@@ -10,6 +10,8 @@ The scale is a tensor, so that a new value each step recompiles nothing.
 
 Letters: T tokens, D width in, F width out.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +25,24 @@ def token_factors(shielded_T: Tensor, scale: Tensor) -> Tensor:
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, factors_T: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, factors_T: Tensor) -> Tensor:
         ctx.save_for_backward(factors_T)
         return x_TD.view_as(x_TD)
 
     @staticmethod
-    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         (factors_T,) = ctx.saved_tensors
         return grad_TD * factors_T.unsqueeze(-1).to(grad_TD.dtype), None
 
 
 class _ScaledWeightLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_FD: Tensor, factors_T: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_FD: Tensor, factors_T: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_FD, factors_T)
         return F.linear(x_TD, weight_FD)
 
     @staticmethod
-    def backward(ctx, grad_TF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_TD, weight_FD, factors_T = ctx.saved_tensors
         grad_x_TD = grad_TF @ weight_FD if ctx.needs_input_grad[0] else None
         grad_weight_FD = None

@@ -108,7 +108,9 @@ def _check_names(names: list[str]) -> None:
             )
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"expert group {name!r} is given {names.count(name)} times; names are unique")
+            raise ValueError(
+                f"expert group {name!r} is given {names.count(name)} times; names are unique"
+            )
 
 
 def _check_modalities(groups: Sequence[ExpertGroup]) -> None:
@@ -137,7 +139,9 @@ def _check_modalities(groups: Sequence[ExpertGroup]) -> None:
 def _check_choices(args: MoEArgs) -> None:
     for key, choices in (("score_function", SCORE_FUNCTIONS), ("shield_mode", SHIELD_MODES)):
         if getattr(args, key) not in choices:
-            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {getattr(args, key)!r}")
+            raise ValueError(
+                f"{key} must be one of {', '.join(choices)}, got {getattr(args, key)!r}"
+            )
     for modality in args.shield_modalities:
         if not 0 <= modality < NUM_MODALITIES:
             raise ValueError(

@@ -62,7 +62,9 @@ def allowed_experts(group_T: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
 def count_assignments(experts_TK: Tensor, modality_T: Tensor, num_experts: int) -> Tensor:
     """(M, E) int64: copies per modality and expert. Integer adds: the same in any order, so deterministic on any device."""
     index_R = (modality_T.unsqueeze(-1) * num_experts + experts_TK).flatten()
-    counts = torch.zeros((NUM_MODALITIES + 1) * num_experts, dtype=torch.int64, device=index_R.device)
+    counts = torch.zeros(
+        (NUM_MODALITIES + 1) * num_experts, dtype=torch.int64, device=index_R.device
+    )
     counts = counts.scatter_add(0, index_R, torch.ones_like(index_R))
     return counts.view(NUM_MODALITIES + 1, num_experts)[:NUM_MODALITIES]
 
@@ -95,11 +97,14 @@ class Router(nn.ModuleDict):
         )
         self._args = args
 
+    def _groups(self) -> list[GroupRouter]:
+        return [router for router in self.values() if isinstance(router, GroupRouter)]
+
     def forward(self, x_TD: Tensor, modality_T: Tensor) -> Routing:
         args = self._args
         group_T = group_of_token(modality_T, args.groups)
         with torch.autocast(x_TD.device.type, enabled=False):
-            weight_ED = torch.cat([router.weight for router in self.values()]).float()
+            weight_ED = torch.cat([router.weight for router in self._groups()]).float()
             logits_TE = x_TD.float() @ weight_ED.t()
             allowed_TE = allowed_experts(group_T, args.group_sizes)
             scores_TE, probabilities_TE = self._scores(logits_TE, allowed_TE)
@@ -128,9 +133,11 @@ class Router(nn.ModuleDict):
     def _choose(self, scores_TE: Tensor, allowed_TE: Tensor) -> Tensor:
         choice_TE = scores_TE.detach()
         if self._args.selection_bias:
-            bias_E = torch.cat([router.bias for router in self.values() if router.bias is not None])
-            choice_TE = choice_TE + bias_E.float()
-        return choice_TE.masked_fill(~allowed_TE, float("-inf")).topk(self._args.top_k, dim=-1).indices
+            biases = [router.bias for router in self._groups() if router.bias is not None]
+            choice_TE = choice_TE + torch.cat(biases).float()
+        return (
+            choice_TE.masked_fill(~allowed_TE, float("-inf")).topk(self._args.top_k, dim=-1).indices
+        )
 
     def _weights(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
         if self._args.score_function == "softmax" and self._args.normalize_weights:

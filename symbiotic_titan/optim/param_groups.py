@@ -26,7 +26,7 @@ def claim_parameters(names: Iterable[str], rules: list[ParamGroupRow]) -> dict[s
     if not rules:
         return {"all": names}
     claimed: dict[str, list[str]] = {rule.name: [] for rule in rules}
-    unclaimed = []
+    unclaimed: list[str] = []
     for name in names:
         rule = next(
             (r for r in rules if any(re.search(p, clean_name(name)) for p in r.match)), None

@@ -12,6 +12,7 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 
 from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.moe.layer import PartitionedMoE
 
 
 def data_mesh(parallel_dims: ParallelDims) -> DeviceMesh:
@@ -62,11 +63,12 @@ def apply_fsdp(
     ):  # tied, the weight belongs to the root unit together with the output
         fully_shard(model.tok_embeddings, **dense)
     for block in model.layers.values():
-        if block.moe_enabled:
-            for bank in block.moe.experts.values():
+        moe: PartitionedMoE | None = getattr(block, "moe", None)
+        if moe is not None:
+            for bank in moe.experts.values():
                 fully_shard(bank, **banks)
-            if block.moe.shared_experts is not None:
-                fully_shard(block.moe.shared_experts, **dense)
+            if moe.shared_experts is not None:
+                fully_shard(moe.shared_experts, **dense)
         fully_shard(block, **dense)
     fully_shard(model, **dense)
     sum_gradients(model, device_type)

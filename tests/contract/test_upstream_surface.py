@@ -1,4 +1,4 @@
-"""Everything of torchtitan that this project overrides, calls or imports, with the parameters it counts on.
+"""What this project overrides, calls, imports or otherwise relies on in torchtitan, with the parameters it counts on.
 
 A move to another torchtitan release starts here: what fails is what has changed.
 """

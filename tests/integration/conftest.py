@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.integration.launch import NUM_STEPS, ROOT, Run, launch
 
+from tests.integration.launch import NUM_STEPS, ROOT, Run, launch
 
 
 @pytest.fixture(scope="session")

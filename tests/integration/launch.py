@@ -67,6 +67,7 @@ def arguments_of(folder: Path, demo: Path, overrides: dict[str, object]) -> list
     config = folder / "job.toml"
     config.write_text(text.replace("demo_data/", f"{demo}/"))
     settings = {"job.dump_folder": folder, "metrics.log_freq": 1, "checkpoint.interval": 1000}
+    settings["lr_scheduler.warmup_steps"] = 5
     arguments = ["--job.config_file", str(config)]
     for key, value in (settings | overrides).items():
         if isinstance(value, bool):
@@ -77,7 +78,9 @@ def arguments_of(folder: Path, demo: Path, overrides: dict[str, object]) -> list
     return arguments
 
 
-def launch(folder: Path, demo: Path, *, world_size: int = 1, timeout: int = 300, **overrides: object) -> Run:
+def launch(
+    folder: Path, demo: Path, *, world_size: int = 1, timeout: int = 300, **overrides: object
+) -> Run:
     """Train to the end. Keys of ``overrides`` have ``__`` where the command line has a dot."""
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
     done = subprocess.run(

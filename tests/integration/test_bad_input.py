@@ -45,6 +45,10 @@ def test_corrupt_image_follows_the_policy(tmp_path, demo):
     stopped = runs.launch(tmp_path / "raise", world, training__steps=4)
     assert stopped.status == 2 and "t2i-" in stopped.text and "Traceback" not in stopped.text
     limited = runs.launch(
-        tmp_path / "skip", world, training__steps=4, data__bad_samples="skip", data__max_bad_samples=3
+        tmp_path / "skip",
+        world,
+        training__steps=4,
+        data__bad_samples="skip",
+        data__max_bad_samples=3,
     )
     assert limited.status == 2 and "max_bad_samples" in limited.text

@@ -7,7 +7,15 @@ import time
 
 import pytest
 
-from tests.integration.launch import NUM_STEPS, ROOT, arguments_of, command_of, environment, launch, read_scalars
+from tests.integration.launch import (
+    NUM_STEPS,
+    ROOT,
+    arguments_of,
+    command_of,
+    environment,
+    launch,
+    read_scalars,
+)
 
 LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
 # Sums are taken in another order with other ranks: float32 losses of 20 steps drift by this much, relatively.
@@ -115,14 +123,14 @@ def test_global_balance_of_two_micro_batches_equals_one_of_twice_the_rows(tmp_pa
 def test_stop_signal_saves_and_exits_with_status_0(tmp_path, demo, reference, number):
     arguments = arguments_of(tmp_path, demo, {"training.steps": 100_000})
     with subprocess.Popen(
-        command_of(1, arguments), cwd=ROOT, env=environment(1), stderr=subprocess.PIPE, text=True
+        command_of(1, arguments), cwd=ROOT, env=environment(1), stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
+        assert process.stdout is not None
+        for line in process.stdout:
             if "step:  3" in line:
                 process.send_signal(number)
                 break
-        text = process.stderr.read()
+        text = process.stdout.read()
         assert process.wait(timeout=60) == 0, text[-3000:]
     assert f"{number.name}: saving a checkpoint" in text
     steps = [int(path.name.split("-")[1]) for path in (tmp_path / "checkpoint").glob("step-*")]
@@ -158,7 +166,9 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, demo):
 
 def test_text_only_rank_and_batches_without_images_do_not_hang(tmp_path, demo):
     folder = tmp_path / "run"
-    arguments = arguments_of(folder, demo, {"training.steps": 4, "parallelism.expert_parallel_degree": 2})
+    arguments = arguments_of(
+        folder, demo, {"training.steps": 4, "parallelism.expert_parallel_degree": 2}
+    )
     config = folder / "job.toml"
     text = config.read_text()
     head, *sources = text.split("[[data.sources]]")
@@ -166,7 +176,12 @@ def test_text_only_rank_and_batches_without_images_do_not_hang(tmp_path, demo):
     (lm,) = [source for source in sources if 'name = "lm"' in source]
     config.write_text(f"{head}[[data.sources]]{lm}{tail}")
     done = subprocess.run(
-        command_of(2, arguments), cwd=ROOT, env=environment(2), capture_output=True, text=True, timeout=200
+        command_of(2, arguments),
+        cwd=ROOT,
+        env=environment(2),
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert read_scalars(folder, "loss/flow")[4] == 0.0
@@ -177,10 +192,14 @@ def test_first_loss_line_comes_within_thirty_seconds(tmp_path, demo):
     arguments = arguments_of(tmp_path, demo, {"training.steps": 2})
     start = time.monotonic()
     with subprocess.Popen(
-        command_of(1, arguments), cwd=ROOT, env=os.environ | environment(1), stderr=subprocess.PIPE, text=True
+        command_of(1, arguments),
+        cwd=ROOT,
+        env=os.environ | environment(1),
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if "step:  1" in line)
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if "step:  1" in line)
         seconds = time.monotonic() - start
-        process.stderr.read()
+        process.stdout.read()
     assert "text:" in line and seconds < 30

@@ -52,7 +52,10 @@ def test_shipped_configs_pass():
         ("--training.local_batch_size 0", "training.local_batch_size: must be at least 1, got 0"),
         ("--training.steps 0", "training.steps: must be at least 1, got 0"),
         ("--training.dataset c4", "training.dataset = 'c4' is not supported"),
-        ("--shielding.modalities vea", "shielding.modalities: unknown modality 'vea'; choose from text"),
+        (
+            "--shielding.modalities vea",
+            "shielding.modalities: unknown modality 'vea'; choose from text",
+        ),
         ("--experts.no_shared", "[shielding] has no effect with experts.shared = false"),
         ("--compile.enable", "compile.enable = True is not supported"),
         ("--activation_checkpoint.mode memory_budget", "'memory_budget' is not supported"),
@@ -69,8 +72,16 @@ def test_bad_overrides_are_refused(tmp_path, overrides, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("num_experts = 12", "num_experts = 10", "the groups hold 14 experts but flavor 'debug' has 16"),
-        ('modalities = ["vae"]', 'modalities = ["vea"]', "generation.modalities: unknown modality 'vea'"),
+        (
+            "num_experts = 12",
+            "num_experts = 10",
+            "the groups hold 14 experts but flavor 'debug' has 16",
+        ),
+        (
+            'modalities = ["vae"]',
+            'modalities = ["vea"]',
+            "generation.modalities: unknown modality 'vea'",
+        ),
         ('modalities = ["vae"]', 'modalities = ["vae", "text"]', "text"),
         ('modalities = ["text", "vit"]', 'modalities = ["text"]', "vit"),
         ("num_experts = 12", "num_experts = 15\n#", "top_k"),
@@ -94,7 +105,11 @@ def test_partitions_that_overlap_or_do_not_cover_are_refused(tmp_path, old, new,
     [
         ("--parallelism.expert_parallel_degree 8", 8, "divide"),
         ("--parallelism.expert_parallel_degree 3", 3, "divide"),
-        ("--parallelism.data_parallel_replicate_degree 2", 2, "replication without sharding is not supported"),
+        (
+            "--parallelism.data_parallel_replicate_degree 2",
+            2,
+            "replication without sharding is not supported",
+        ),
         ("--parallelism.data_parallel_replicate_degree 2", 3, "must equal the number of ranks (3)"),
     ],
 )

@@ -79,7 +79,9 @@ def time_module(module: nn.Module, part: str, clock: Clock) -> None:
             started["backward"] = clock.now()
 
         begin = clock.now()
-        if not x.requires_grad:  # an input of the model: without a gradient its backward would have no end
+        if (
+            not x.requires_grad
+        ):  # an input of the model: without a gradient its backward would have no end
             x = x.detach().requires_grad_()
         result = forward(_Mark.apply(x, end_backward), *args, **kwargs)
         clock.seconds[part] += clock.now() - begin
@@ -185,7 +187,9 @@ def main() -> int:
     for path in args.configs:
         result = measure(path, steps=args.steps, warmup=args.warmup, overrides=overrides)
         results[Path(path).stem] = result
-        print(f"{path}: {result['tokens_per_second']:,} tokens/s, {result['step_seconds']:.3f} s a step")
+        print(
+            f"{path}: {result['tokens_per_second']:,} tokens/s, {result['step_seconds']:.3f} s a step"
+        )
         for part, share in result["share"].items():
             print(f"  {part:10s} {100 * share:5.1f} %")
     if torch.distributed.is_initialized():

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from symbiotic_titan.data.order import hash_fraction
 
@@ -32,7 +31,13 @@ class Digit:
 
 
 def handwritten_digits(heldout: bool) -> list[Digit]:
-    """All images of one side of the split, in the order of the set."""
+    """All images of one side of the split, in the order of the set; ValueError where scikit-learn is missing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError(
+            "the demo world's digits come with scikit-learn; install it: pip install scikit-learn"
+        ) from error
     bundle = load_digits()
     return [
         Digit(i, int(value), levels)

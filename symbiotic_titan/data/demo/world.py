@@ -1,8 +1,12 @@
-"""Writes the demo world: tar shards in WebDataset layout for the image tasks, JSONL for text, train and held-out apart.
+"""Writes the demo world: image tasks as tar shards in WebDataset layout, text as JSONL, held-out files apart.
 
-manifest.json
-{train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
-{train,heldout}/lm/lm-0000.jsonl                     {"text": ...}
+Below the folder:
+
+    manifest.json                                        seed, and samples per split and task
+    {train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
+    {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...}
+
+The JSON beside an image also says what it shows (``scene`` or ``digit``), for programs that check generated images.
 """
 
 import io
@@ -75,6 +79,8 @@ def write_world(out: Path, seed: int, size: WorldSize, advance: Advance = lambda
             advance(count)
         num_texts = size.heldout_texts if heldout else size.train_texts
         texts = list(islice(standard_library_texts(seed, heldout), num_texts))
+        if len(texts) < num_shards:
+            raise ValueError("this Python has no source files of its standard library to read")
         _write_jsonl(out / split / "lm", texts, num_shards)
         counts[split]["lm"] = len(texts)
         advance(len(texts))

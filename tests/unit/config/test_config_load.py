@@ -93,10 +93,16 @@ ROW = {"name": "a", "task": "lm", "format": "jsonl", "path": "x"}
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{**ROW, "weight": -1}], "[[data.sources]] #1 (a): weight must be zero or positive, got -1"),
+        (
+            [{**ROW, "weight": -1}],
+            "[[data.sources]] #1 (a): weight must be zero or positive, got -1",
+        ),
         ([{**ROW, "weight": 0}], "[[data.sources]]: the weights sum to zero"),
         ([ROW, ROW], "[[data.sources]] #1 (a): name is used twice"),
-        ([{**ROW, "task": "t2v"}], "#1.task: must be one of 'lm', 'mmu', 't2i', 't2i_long', got 't2v'"),
+        (
+            [{**ROW, "task": "t2v"}],
+            "#1.task: must be one of 'lm', 'mmu', 't2i', 't2i_long', got 't2v'",
+        ),
         ([{**ROW, "taks": "lm"}], "unknown key 'taks'; did you mean 'task'?"),
         ([{"name": "a"}], "[[data.sources]] #1: missing key 'task'"),
     ],

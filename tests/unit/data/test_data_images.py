@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from symbiotic_titan.data.images import (
+    DECODE_ERRORS,
     aspect_buckets,
     decode_image,
     fit_size,
@@ -30,9 +31,16 @@ def noise_image(height, width, seed=0):
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
 def test_every_colour_mode_becomes_rgb(mode):
     buffer = io.BytesIO()
-    noise_image(5, 7).convert(mode).save(buffer, "TIFF")
+    noise_image(5, 7).convert(mode).save(buffer, "JPEG" if mode == "CMYK" else "PNG")
     image = decode_image(buffer.getvalue())
     assert (image.mode, image.size) == ("RGB", (7, 5))
+
+
+def test_only_the_named_formats_are_decoded():
+    buffer = io.BytesIO()
+    noise_image(5, 7).save(buffer, "TIFF")
+    with pytest.raises(DECODE_ERRORS):
+        decode_image(buffer.getvalue())
 
 
 def test_fitted_size_stays_within_the_budget_and_near_the_shape():

@@ -141,6 +141,31 @@ def test_too_many_bad_samples_stop_the_run_with_their_numbers(make_loader, tmp_p
     assert str(error.value).endswith("repair the shards or raise the limit")
 
 
+def test_sample_that_went_bad_since_the_checkpoint_is_named(make_loader, tmp_path):
+    row = {"name": "texts", **write_texts(tmp_path, 20)}
+    loader = make_loader({"sources": [row]}, seq_len=64)
+    next(iter(loader))
+    for path in tmp_path.glob("*.jsonl"):
+        path.write_text(path.read_text().replace("{", "["))
+    after = make_loader({"sources": [row]}, seq_len=64)
+    after.load_state_dict(loader.state_dict())
+    with pytest.raises(ValueError, match="it was good when the checkpoint was saved"):
+        next(iter(after))
+
+
+def test_parts_of_a_long_text_are_found_again(make_loader, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "abcdefghij" * 60}) + "\n")
+    row = {"name": "long", "task": "lm", "format": "jsonl", "path": f"{tmp_path}/a.jsonl"}
+    loader = make_loader({"sources": [row]}, seq_len=64)
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+    after = make_loader({"sources": [row]}, seq_len=64)
+    after.load_state_dict(loader.state_dict())
+    for expected, batch in zip(range(9), after, strict=False):
+        assert texts_of(batch) == texts_of(next(batches)), expected
+
+
 def test_bad_samples_of_all_lanes_of_a_rank_are_added_up(make_loader, tmp_path):
     row = {"name": "texts", **add_bad(tmp_path, 20, {"3", "4", "11"})}
     data = {"sources": [row], "bad_samples": "skip", "max_bad_samples": 3}
@@ -176,6 +201,7 @@ def test_bad_samples_of_all_lanes_of_a_rank_are_added_up(make_loader, tmp_path):
             {"max_vae_tokens": 63},
             "data.max_vae_tokens: 63 is too few for one image of 64 tokens",
         ),
+        ({}, {"max_vit_tokens": 257}, "data.max_vit_tokens: 257 is more than a row holds"),
         ({}, {"sources": []}, "[[data.sources]]: there is none"),
         (
             {"dp_world_size": 3, "share": list},

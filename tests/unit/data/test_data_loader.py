@@ -54,7 +54,6 @@ def test_same_config_gives_the_same_rows_and_another_seed_gives_others(make_load
     assert not torch.equal(other.tokens, uninterrupted[0].tokens)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
 def test_rows_do_not_depend_on_the_number_of_workers(make_loader, uninterrupted, num_workers):
     assert_same(list(islice(make_loader(num_workers=num_workers), ROWS)), uninterrupted)
@@ -135,7 +134,6 @@ def test_fresh_state_can_be_saved_and_loaded(make_loader, uninterrupted):
     assert_same(list(islice(loader, 3)), uninterrupted[:3])
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_state_is_small_and_survives_a_checkpoint(make_loader, uninterrupted, tmp_path):
     import torch.distributed.checkpoint as dcp
 
@@ -245,6 +243,20 @@ def test_a_run_that_fails_does_not_wait_for_its_workers(demo_world):
     )
     assert result.returncode == 1
     assert result.stderr.rstrip().endswith("ValueError: the trainer stops")
+
+
+def test_reading_leaves_the_global_random_numbers_alone(make_loader):
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        next(iter(make_loader(num_workers=workers)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_pinning_without_an_accelerator_is_pointed_out(make_loader, caplog, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with caplog.at_level("WARNING"):
+        next(iter(make_loader(pin_memory=True)))
+    assert "training.dataloader.pin_memory: ignored" in caplog.text
 
 
 def test_state_names_every_lane(make_loader):

@@ -68,7 +68,6 @@ def test_reader_keeps_few_shards_open(tmp_path):
         for i in range(len(shards)):
             assert json.loads(reader.read(i, 0).members["json"]) == {"text": str(i)}
             assert len(reader._files) <= MAX_OPEN_SHARDS
-    reader.close()
 
 
 def check_message(path, form, message):

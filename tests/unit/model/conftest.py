@@ -149,10 +149,11 @@ def run_model(
     model: SymbioticModel, batch: PackedBatch, timestep: float | None = None
 ) -> ModelOutput:
     """A forward on latents as they are, at one timestep or, without one, at timesteps that differ from token to token."""
-    timesteps_BL = torch.linspace(0.1, 0.9, batch.vae_image.shape[1]).expand_as(batch.vae_image)
+    size, device = batch.vae_image.shape, batch.tokens.device
+    timesteps_BL = torch.linspace(0.1, 0.9, size[1], device=device).expand(size)
     if timestep is not None:
-        timesteps_BL = torch.full_like(timesteps_BL, timestep)
-    return model(batch, batch.latents, timesteps_BL, torch.tensor(1.0))
+        timesteps_BL = torch.full(size, timestep, device=device)
+    return model(batch, batch.latents, timesteps_BL, torch.tensor(1.0, device=device))
 
 
 @pytest.fixture

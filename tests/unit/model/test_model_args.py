@@ -123,6 +123,7 @@ def test_the_rules_of_the_moe_are_checked_with_the_config(partition, message):
     ("changes", "message"),
     [
         ({"dim": 0}, r"model.dim: must be positive, got 0"),
+        ({"num_dense_layers": -1}, r"model.num_dense_layers: must be zero or positive, got -1"),
         ({"dim": 30}, r"model.dim: must be a multiple of 4 \(sinusoids come in pairs\), got 30"),
         ({"num_layers": "two"}, r"model.num_layers: must be an integer, got 'two'"),
         ({"qk_norm": "both"}, r"model.qk_norm: must be one of 'none', 'before', 'after', got 'both'"),

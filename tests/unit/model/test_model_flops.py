@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +28,17 @@ def test_active_parameters_counted_by_hand(make_args):
     latent_out = 32 + 32 * 64 + 64 + 32 * 12 + 12
     assert got.active[TEXT] == text
     assert got.active[VAE] == trunk + 2 * expert + 2 * 32 + latent_in + latent_out
+
+
+def test_a_vit_token_pays_for_all_its_patches(make_args):
+    """One block more in the encoder, without what patches cost that see each other."""
+    one, two = (make_args(vit=replace(make_args().vit, num_layers=n)) for n in (1, 2))
+    block = 3 * 16 * 16 + 3 * 16 + 16 * 16 + 16 + 2 * 16 * 24 + 16 + 24 + 4 * 16
+    difference = (
+        cost(two, image_patches=0).forward_flops[VIT]
+        - cost(one, image_patches=0).forward_flops[VIT]
+    )
+    assert difference == 2 * block * 4
 
 
 def test_attention_grows_with_the_row_and_encoder_with_the_image(make_args):

@@ -85,3 +85,16 @@ def test_flex_without_a_gpu_refuses_to_train(mixed_batch, make_args, make_model,
     model = make_model(make_args(attention_backend="flex"))
     with pytest.raises(AssertionError, match="no backward on CPU"):
         forward(model, mixed_batch)
+
+
+@pytest.mark.gpu
+def test_compiled_flex_trains_like_sdpa_on_a_gpu(mixed_batch, make_args, make_model, forward):
+    gradients = {}
+    for backend in ("sdpa", "flex"):
+        model = make_model(make_args(attention_backend=backend)).cuda()
+        output = forward(model, mixed_batch.to("cuda"))
+        used = mixed_batch.document.cuda() >= 0
+        (output.logits[used].square().mean() + output.velocity.square().mean()).backward()
+        gradients[backend] = {name: p.grad for name, p in model.named_parameters()}
+    for name, expected in gradients["sdpa"].items():
+        torch.testing.assert_close(gradients["flex"][name], expected, atol=1e-3, rtol=1e-2)

@@ -1,0 +1,174 @@
+"""Experts of every group sharded over one mesh axis, and the dispatcher that brings copies to them.
+
+The experts of a rank are one contiguous range of *slots*: its share of group 0, then its share of group 1, and so on. Copies
+sorted by slot are therefore sorted by rank, and one all-to-all out and one back serve any number of groups.
+
+Letters: T tokens, D width, K experts per token, E experts, e experts on one rank (all groups), W ranks of the axis, N rows
+received.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from symbiotic_titan.moe.dispatch import (
+    BankRows,
+    BankSize,
+    Dispatched,
+    plan_rows,
+    round_up,
+    rows_of_copies,
+    sum_of_copies,
+)
+from symbiotic_titan.moe.grouped_matmul import row_multiple
+from symbiotic_titan.moe.layer import PartitionedMoE
+from symbiotic_titan.moe.partition import check_expert_parallel_degree
+
+
+def experts_by_slot(group_sizes: tuple[int, ...], degree: int, device: torch.device) -> Tensor:
+    """(E,) int64: the expert in each slot. Rank r's slots are the r-th of ``degree`` equal parts."""
+    ends = list(accumulate(group_sizes))
+    shares_We = [
+        torch.arange(end - size, end, device=device).view(degree, size // degree)
+        for size, end in zip(group_sizes, ends, strict=True)
+    ]
+    return torch.cat(shares_We, dim=1).flatten()
+
+
+@dataclass(frozen=True)
+class AllToAllPlan:
+    """Everything ``combine`` needs to undo ``dispatch``.
+
+    copies:         rows of the sent tensor, which is sorted by slot.
+    received:       rows of the banks, a received row taken as a token with one copy.
+    send, receive:  rows to and from each rank.
+    """
+
+    copies: tuple[BankRows, ...]
+    received: tuple[BankRows, ...]
+    send: list[int]
+    receive: list[int]
+
+
+class AllToAllDispatcher:
+    """Every rank of ``mesh`` (one axis) owns an equal share of every group.
+
+    Every collective runs on every call, whatever a rank has to send: none, tokens of one group only, or padding only.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        assert mesh.ndim == 1, f"expert parallelism spans one mesh axis, got {mesh}"
+        self.group = mesh.get_group()
+        self.degree = mesh.size()
+
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        group_T: Tensor,
+        counts_E: Tensor,
+        group_sizes: tuple[int, ...],
+    ) -> tuple[Dispatched, AllToAllPlan]:
+        shares = [size // self.degree for size in group_sizes]
+        expert_of_slot_E = experts_by_slot(group_sizes, self.degree, x_TD.device)
+        sent_E = counts_E[expert_of_slot_E]
+        received_We = collectives.all_to_all_single(sent_E, None, None, self.group).view(
+            self.degree, -1
+        )
+        counts = received_We.sum(0).split(shares)
+        padded = round_up(received_We.sum(0), row_multiple(x_TD.device, x_TD.dtype)).split(shares)
+        numbers = [sent_E.view(self.degree, -1).sum(1), received_We.sum(1)]
+        numbers += [torch.stack([c.sum() for c in counts]), torch.stack([c.sum() for c in padded])]
+        host = torch.cat(numbers).tolist()  # device sync
+        send, receive = host[: self.degree], host[self.degree : 2 * self.degree]
+        banks = host[2 * self.degree :]
+        sizes = [
+            BankSize(*pair) for pair in zip(banks[: len(shares)], banks[len(shares) :], strict=True)
+        ]
+
+        copies = self._plan_send(
+            experts_TK, group_T, sent_E, expert_of_slot_E, len(shares), sum(send)
+        )
+        received = self._plan_received(received_We, shares, counts, padded, sizes, sum(receive))
+        (sent_rows,) = rows_of_copies(x_TD, copies)
+        rows_ND = self._exchange(sent_rows, receive, send)
+        plan = AllToAllPlan(copies, received, send, receive)
+        return Dispatched(rows_of_copies(rows_ND, received), padded), plan
+
+    def combine(self, rows: tuple[Tensor, ...], weights_TK: Tensor, plan: AllToAllPlan) -> Tensor:
+        rows_ND = sum_of_copies(rows, None, plan.received, sum(plan.receive))
+        back_ND = self._exchange(rows_ND, plan.send, plan.receive)
+        return sum_of_copies((back_ND,), weights_TK, plan.copies, weights_TK.shape[0])
+
+    def _exchange(self, rows_ND: Tensor, receive: list[int], send: list[int]) -> Tensor:
+        rows_ND = collectives.all_to_all_single_autograd(
+            rows_ND.contiguous(), receive, send, self.group
+        )
+        return collectives.wait_tensor(rows_ND)
+
+    def _plan_send(
+        self,
+        experts_TK: Tensor,
+        group_T: Tensor,
+        sent_E: Tensor,
+        expert_of_slot_E: Tensor,
+        num_groups: int,
+        num_copies: int,
+    ) -> tuple[BankRows, ...]:
+        """All slots of all ranks as one bank without zero rows."""
+        slot_of_expert_E = torch.argsort(expert_of_slot_E)
+        is_padding_T = group_T == num_groups
+        slots_TK = slot_of_expert_E[experts_TK].masked_fill(
+            is_padding_T.unsqueeze(-1), sent_E.shape[0]
+        )
+        size = BankSize(num_copies, num_copies)
+        return plan_rows(slots_TK, is_padding_T.long(), (sent_E,), (sent_E,), [size])
+
+    def _plan_received(
+        self,
+        received_We: Tensor,
+        shares: list[int],
+        counts: tuple[Tensor, ...],
+        padded: tuple[Tensor, ...],
+        sizes: list[BankSize],
+        num_rows: int,
+    ) -> tuple[BankRows, ...]:
+        """Received rows are sorted by (source rank, slot); the banks want them sorted by slot, sources in order."""
+        device = received_We.device
+        slot_We = torch.arange(sum(shares), device=device).expand_as(received_We)
+        bank_We = torch.cat(
+            [torch.full((share,), bank, device=device) for bank, share in enumerate(shares)]
+        ).expand_as(received_We)
+        repeats = received_We.flatten()
+        slot_N, bank_N = (
+            t.flatten().repeat_interleave(repeats, output_size=num_rows) for t in (slot_We, bank_We)
+        )
+        return plan_rows(slot_N.unsqueeze(-1), bank_N, counts, padded, sizes)
+
+
+def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the expert banks of every ``PartitionedMoE`` in ``model`` over ``mesh`` and give each layer the dispatcher.
+
+    Parameters become DTensors ``Shard(0)``; each rank keeps its part of the values it has, nothing is sent.
+
+    Raises:
+        ValueError: the degree does not divide a group.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, PartitionedMoE):
+            continue
+        check_expert_parallel_degree(layer.args.groups, mesh.size())
+        for bank in layer.experts.values():
+            for name, parameter in list(bank.named_parameters(recurse=False)):
+                sharded = distribute_tensor(
+                    parameter.detach(), mesh, [Shard(0)], src_data_rank=None
+                )
+                bank.register_parameter(
+                    name, nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+                )
+        layer.dispatcher = AllToAllDispatcher(mesh)
