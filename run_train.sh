@@ -84,10 +84,8 @@ pass_on() {
     interrupted=1
     pkill "-$1" -P "$launcher" 2>/dev/null || kill "-$1" "$launcher" 2>/dev/null || true
 }
-for signal in INT TERM HUP; do
-    # shellcheck disable=SC2064  # the name is meant to be filled in now
-    trap "pass_on $signal" "$signal"
-done
+trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM HUP
 interrupted=1
 while [ -n "$interrupted" ]; do # a signal that is handled also ends wait
     interrupted= status=0

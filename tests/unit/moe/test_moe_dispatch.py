@@ -1,0 +1,76 @@
+"""Sorting copies by expert and putting them back."""
+
+import pytest
+import torch
+
+from symbiotic_titan.moe.dispatch import LocalDispatcher
+from symbiotic_titan.moe.grouped_matmul import row_multiple
+
+SIZES = (3, 2)
+
+
+def dispatch(dtype=torch.float64):
+    """6 tokens, 2 copies each: understanding, generation, padding."""
+    group_T = torch.tensor([1, 0, 2, 0, 1, 0])
+    experts_TK = torch.tensor([[4, 3], [2, 0], [0, 4], [0, 2], [3, 4], [2, 0]])
+    counts_E = torch.tensor([3, 0, 3, 2, 2])
+    x_TD = torch.arange(1.0, 7).unsqueeze(-1).repeat(1, 4).to(dtype).requires_grad_()
+    dispatcher = LocalDispatcher()
+    dispatched, plan = dispatcher.dispatch(x_TD, experts_TK, group_T, counts_E, SIZES)
+    return dispatcher, x_TD, dispatched, plan
+
+
+def test_rows_are_sorted_by_expert_and_by_token_inside_one():
+    _, _, dispatched, _ = dispatch()
+    assert dispatched.rows[0][:, 0].tolist() == [2, 4, 6, 2, 4, 6]  # experts 0 and 2
+    assert dispatched.rows[1][:, 0].tolist() == [1, 5, 1, 5]  # experts 3 and 4
+    assert [c.tolist() for c in dispatched.counts] == [[3, 0, 3], [2, 2]]
+
+
+def test_zero_rows_round_every_expert_up():
+    multiple = row_multiple(torch.device("cpu"), torch.bfloat16)
+    _, _, dispatched, _ = dispatch(torch.bfloat16)
+    assert [c.tolist() for c in dispatched.counts] == [[multiple, 0, multiple], [multiple] * 2]
+    rows = dispatched.rows[0][:, 0]
+    assert rows[:3].tolist() == [2, 4, 6] and rows[multiple : multiple + 3].tolist() == [2, 4, 6]
+    assert rows.count_nonzero() == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_combine_is_the_weighted_sum_of_each_tokens_copies(dtype):
+    dispatcher, x_TD, dispatched, plan = dispatch(dtype)
+    weights_TK = torch.tensor([[0.25, 0.5]] * 6)
+    rows = tuple(10 * r for r in dispatched.rows)
+    out_TD = dispatcher.combine(rows, weights_TK, plan)
+    expected_TD = 7.5 * x_TD.detach()
+    expected_TD[2] = 0
+    torch.testing.assert_close(out_TD, expected_TD)
+
+
+def test_gradients_equal_those_of_plain_indexing():
+    dispatcher, x_TD, dispatched, plan = dispatch()
+    factors = [torch.randn_like(r) for r in dispatched.rows]
+    weights_TK = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
+    rows = tuple(f * r for f, r in zip(factors, dispatched.rows, strict=True))
+    direction_TD = torch.randn(6, 4, dtype=torch.float64)
+    loss = (dispatcher.combine(rows, weights_TK, plan) * direction_TD).sum()
+    found = torch.autograd.grad(loss, [x_TD, weights_TK])
+
+    total = 0.0
+    for factor, bank in zip(factors, plan, strict=True):
+        plain = factor * x_TD[bank.source_n]
+        for token, row_K in zip(bank.token_t.tolist(), bank.row_tK, strict=True):
+            total = total + (weights_TK[token] @ plain[row_K] * direction_TD[token]).sum()
+    for grad, wanted in zip(found, torch.autograd.grad(total, [x_TD, weights_TK]), strict=True):
+        torch.testing.assert_close(grad, wanted)
+    assert found[0][2].count_nonzero() == 0 and found[1][2].count_nonzero() == 0
+
+
+def test_dispatcher_keeps_nothing_between_calls():
+    dispatcher, _, first, first_plan = dispatch()
+    x_TD = torch.zeros(1, 4, dtype=torch.float64)
+    one = torch.tensor([[0, 1]])
+    dispatcher.dispatch(x_TD, one, torch.tensor([0]), torch.tensor([1, 1, 0, 0, 0]), SIZES)
+    out_TD = dispatcher.combine(first.rows, torch.ones(6, 2), first_plan)
+    assert out_TD[:, 0].tolist() == [2, 4, 0, 8, 10, 12]
+    assert vars(dispatcher) == {}

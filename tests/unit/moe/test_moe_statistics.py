@@ -1,0 +1,63 @@
+"""Numbers about routing, against counts made by hand."""
+
+import torch
+
+from symbiotic_titan.moe.statistics import (
+    capacity_rate,
+    count_std,
+    idle_experts,
+    imbalance_ratio,
+    top_overlap,
+)
+
+
+def test_capacity_rate_counts_what_fits_below_the_fair_share():
+    assert capacity_rate(torch.tensor([4, 4, 4, 4])) == 1.0
+    assert capacity_rate(torch.tensor([8, 4, 4, 0])) == 12 / 16
+    assert capacity_rate(torch.tensor([16, 0, 0, 0])) == 4 / 16
+
+
+def test_capacity_is_rounded_up():
+    # 10 assignments on 4 experts: capacity ceil(2.5) = 3.
+    assert torch.isclose(capacity_rate(torch.tensor([4, 3, 2, 1])), torch.tensor(0.9))
+
+
+def test_capacity_factor_makes_room():
+    counts = torch.tensor([8, 4, 4, 0])
+    assert capacity_rate(counts, capacity_factor=1.5) == 14 / 16
+    assert capacity_rate(counts, capacity_factor=2.0) == 1.0
+
+
+def test_statistics_work_per_modality():
+    counts = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [0, 0, 0, 0]])
+    assert capacity_rate(counts)[:2].tolist() == [1.0, 0.25]
+    assert imbalance_ratio(counts)[:2].tolist() == [1.0, 4.0]
+    assert idle_experts(counts).tolist() == [0, 3, 4]
+
+
+def test_nothing_measured_is_not_a_number():
+    empty = torch.zeros(3, 4, dtype=torch.int64)
+    assert capacity_rate(empty).isnan().all()
+    assert imbalance_ratio(empty).isnan().all()
+
+
+def test_std_is_that_of_the_population():
+    assert torch.isclose(count_std(torch.tensor([2, 4, 4, 6])), torch.tensor(2.0).sqrt())
+
+
+def test_counts_beyond_float_precision_stay_exact():
+    counts = torch.tensor([2**40 + 1, 2**40])
+    assert capacity_rate(counts) == 1.0
+    assert imbalance_ratio(counts) >= 1.0
+
+
+def test_overlap_of_the_most_and_least_used():
+    text, image = torch.tensor([9, 8, 7, 1, 2, 0]), torch.tensor([9, 0, 7, 8, 1, 2])
+    assert top_overlap(text, image, 3) == 2
+    assert top_overlap(-text, -image, 2) == 0
+    assert top_overlap(text, text, 3) == 3
+
+
+def test_overlap_breaks_ties_by_number():
+    tied = torch.tensor([5, 5, 5, 5])
+    assert top_overlap(tied, torch.tensor([9, 8, 0, 0]), 2) == 2
