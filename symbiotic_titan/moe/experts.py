@@ -3,11 +3,17 @@
 Letters: N rows sorted by expert, D width, F hidden width, E experts of the group (e of them on this rank).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from symbiotic_titan.moe.grouped_matmul import grouped_swiglu
 from symbiotic_titan.moe.precision import compute_dtype, local_tensor
+
+
+# (rows (N, D), w1, w2, w3, rows of each expert) -> (N, D), as ``grouped_swiglu``.
+SwiGLUKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class ExpertBank(nn.Module):
@@ -16,8 +22,11 @@ class ExpertBank(nn.Module):
     Values are uninitialised, as everywhere: they are set when the whole model is.
     """
 
+    swiglu: SwiGLUKernel  # replaced as a whole by what converts or compiles the model
+
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
         super().__init__()
+        self.swiglu = grouped_swiglu
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
@@ -26,4 +35,4 @@ class ExpertBank(nn.Module):
         """(N, D). ``counts_e``: rows of each expert on this rank; they sum to N."""
         dtype = compute_dtype(rows_ND)
         w1, w2, w3 = (local_tensor(w).to(dtype) for w in (self.w1, self.w2, self.w3))
-        return grouped_swiglu(rows_ND.to(dtype), w1, w2, w3, counts_e)
+        return self.swiglu(rows_ND.to(dtype), w1, w2, w3, counts_e)
