@@ -44,7 +44,6 @@ _UNSUPPORTED = (
     Unsupported("memory_estimation.enable", False, "run a few steps with metrics on"),
     Unsupported("optimizer.early_step_in_backward", False, "use gradient clipping as it is"),
     Unsupported("model.converters", [], "train in bfloat16"),
-    Unsupported("compile.enable", False, "train eagerly"),
     Unsupported("checkpoint.last_save_in_hf", False, "save a distributed checkpoint"),
     Unsupported("checkpoint.initial_load_in_hf", False, "load a distributed checkpoint"),
     Unsupported("debug.moe_force_load_balance", False, "train with real routing"),

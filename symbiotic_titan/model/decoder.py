@@ -39,9 +39,21 @@ class TransformerBlock(nn.Module):
         shield_scale: torch.Tensor,
     ) -> tuple[torch.Tensor, RoutingRecord | None]:
         """(the block's output, the record of its routing or None for a dense block)."""
-        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rotary, mask)
-        x_BTD = self.ffn_norm(h_BTD)
+        h_BTD = self.attend(h_BTD, rotary, mask)
         if not self.moe_enabled:
-            return h_BTD + self.feed_forward(x_BTD), None
-        out_TD, record = self.moe(x_BTD.flatten(0, 1), modality_BT.flatten(), shield_scale)
+            return self.feed(h_BTD), None
+        x_TD = self.ffn_norm(h_BTD).flatten(0, 1)
+        out_TD, record = self.moe(x_TD, modality_BT.flatten(), shield_scale)
         return h_BTD + out_TD.view_as(h_BTD), record
+
+    # The two dense halves are methods, so that each can be compiled whole.
+
+    def attend(
+        self, h_BTD: torch.Tensor, rotary: RotaryTables, mask: AttentionMask
+    ) -> torch.Tensor:
+        """``h`` plus the attention of its norm."""
+        return h_BTD + self.attention(self.attention_norm(h_BTD), rotary, mask)
+
+    def feed(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        """``h`` plus the dense feed-forward of its norm."""
+        return h_BTD + self.feed_forward(self.ffn_norm(h_BTD))

@@ -131,7 +131,9 @@ class SymbioticModel(ModelProtocol):
         )
         h_BTD = self.tok_embeddings(batch.tokens)
         h_BTD = write_tokens(h_BTD, batch.vit_index, vit_BVD)
-        return write_tokens(h_BTD, batch.vae_index, latents_BLD), condition_BLD
+        h_BTD = write_tokens(h_BTD, batch.vae_index, latents_BLD)
+        # As the other blocks' inputs: another stride would compile the first block's attention a second time.
+        return h_BTD.contiguous(), condition_BLD
 
     def _mask(self, rule: MaskRule, like: torch.Tensor) -> AttentionMask:
         """The mask of ``rule`` over the rows and columns of ``like``, in the form that the backend takes."""

@@ -7,6 +7,7 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.device import device_type
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.parallel.activation_checkpoint import apply_activation_checkpoint
+from symbiotic_titan.parallel.compile import apply_compile
 from symbiotic_titan.parallel.expert_parallel import apply_expert_parallel
 from symbiotic_titan.parallel.fsdp import apply_fsdp
 
@@ -14,13 +15,15 @@ from symbiotic_titan.parallel.fsdp import apply_fsdp
 def parallelize_symbiotic(
     model: SymbioticModel, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> SymbioticModel:
-    """Fills the train spec's parallelize slot: expert parallel -> activation checkpoint -> FSDP2.
+    """Fills the train spec's parallelize slot: expert parallel -> activation checkpoint -> compile -> FSDP2.
 
     One process keeps the plain model: the same code runs without any of it.
     """
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims.get_mesh("ep"))
     apply_activation_checkpoint(model, job_config.activation_checkpoint, job_config.job.dump_folder)
+    if job_config.compile.enable and "model" in job_config.compile.components:
+        apply_compile(model, job_config.compile.backend)
     if parallel_dims.fsdp_enabled:
         apply_fsdp(model, parallel_dims, job_config, device_type())
         logger.info(

@@ -1,0 +1,91 @@
+"""What is compiled has no graph break, equals eager, and is compiled once: no later batch, step or shield compiles again."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from symbiotic_titan.model.args import one_pool
+from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.parallel.compile import apply_compile, compile_units
+from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
+from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
+from tests.unit.model.conftest import MIXED, OTHER, pack_row, tiny_args, tiny_model
+
+# Dynamo's own: it looks at .grad of what it traces and makes instances of autograd functions.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute:UserWarning",
+    "ignore:.* should not be instantiated:DeprecationWarning",
+)
+
+GROUPS = (ExpertGroup("und", (TEXT, VIT), 5), ExpertGroup("gen", (VAE,), 3))
+TEXT_ONLY = [[("text", 20)], [("text", 11)]]
+ONE_TOKEN_IMAGE = [[("text", 3), ("vae", 1, 1), ("text", 4)]]
+
+
+def shielded_args():
+    return tiny_args(groups=GROUPS, num_layers=3, shield_modalities=(VAE,))
+
+
+def batch_of(documents, seed=0) -> PackedBatch:
+    args = shielded_args()
+    return stack_rows([pack_row(documents, args, seed), pack_row(OTHER, args, seed + 10)])
+
+
+def loss_and_gradients(model, batch, scale):
+    model.zero_grad()
+    timesteps_BL = torch.linspace(0.1, 0.9, batch.vae_image.shape[1]).expand(batch.vae_image.shape)
+    output = model(batch, batch.latents, timesteps_BL, torch.tensor(scale))
+    loss = output.logits.square().mean() + output.velocity.square().mean()
+    loss = loss + sum(p.square().sum() for r in output.records for p in r.prob_sum) / 100
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_compiled_model_equals_eager_and_never_compiles_twice():
+    eager, compiled = tiny_model(shielded_args()), tiny_model(shielded_args())
+    apply_compile(compiled, "aot_eager")
+    loss_and_gradients(compiled, batch_of(MIXED), 1.0)
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert num_graphs > 0
+    only_text = stack_rows([pack_row(TEXT_ONLY, shielded_args()) for _ in range(2)])
+    for batch, scale in [
+        (batch_of(MIXED), 1.0),
+        (batch_of(OTHER, seed=3), 0.1),  # other token counts, another shield
+        (batch_of(ONE_TOKEN_IMAGE, seed=4), 0.0),
+        (only_text, 0.0),  # a group without a token
+    ]:
+        loss, gradients = loss_and_gradients(compiled, batch, scale)
+        expected_loss, expected = loss_and_gradients(eager, batch, scale)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == num_graphs
+    assert not counters["graph_break"]
+
+
+def test_equal_blocks_share_their_graphs():
+    counts = []
+    for num_layers in (3, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        model = tiny_model(tiny_args(groups=GROUPS, num_layers=num_layers))
+        apply_compile(model, "eager")
+        loss_and_gradients(model, batch_of(MIXED), 1.0)
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1]
+
+
+def test_every_matmul_of_a_block_is_in_a_unit():
+    model = tiny_model(tiny_args(groups=one_pool(8)))
+    units = {f"{type(u.owner).__name__}.{u.attribute}" for u in compile_units(model)}
+    assert units == {
+        "VitBlock.forward", "TransformerBlock.attend", "TransformerBlock.feed",
+        "Router.forward", "ExpertBank.swiglu", "SharedExpert.forward",
+    }  # fmt: skip
