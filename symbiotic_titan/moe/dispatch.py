@@ -224,8 +224,8 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    """Brings copies to the experts and their outputs back. It holds no state between the two: ``combine`` takes the plan that
-    ``dispatch`` returned."""
+    """Brings copies to the experts and their outputs back. It holds no state between: ``send_back`` and ``combine`` take the
+    plan that ``dispatch`` returned. What runs between these two hides the transfer."""
 
     def dispatch(
         self,
@@ -241,8 +241,11 @@ class Dispatcher(Protocol):
         counts_E: copies of each expert on this rank, without padding.
         """
 
-    def combine(self, rows: tuple[Tensor, ...], weights_TK: Tensor, plan: Any) -> Tensor:
-        """(T, D): the weighted sum of each token's copies. ``rows``: one output per bank, laid out as its input was."""
+    def send_back(self, rows: tuple[Tensor, ...], plan: Any) -> tuple[Tensor, ...]:
+        """Start the way back. ``rows``: one output per bank, laid out as its input was. The result is for ``combine`` only."""
+
+    def combine(self, sent: tuple[Tensor, ...], weights_TK: Tensor, plan: Any) -> Tensor:
+        """(T, D): the weighted sum of each token's copies, from what ``send_back`` returned."""
 
 
 def bank_sizes(counts: tuple[Tensor, ...], padded: tuple[Tensor, ...]) -> list[BankSize]:
@@ -271,7 +274,12 @@ class LocalDispatcher:
         plan = plan_rows(slots_TK, group_T, counts, padded, sizes)
         return Dispatched(rows_of_copies(x_TD, plan), padded), plan
 
+    def send_back(
+        self, rows: tuple[Tensor, ...], plan: tuple[BankRows, ...]
+    ) -> tuple[Tensor, ...]:
+        return rows
+
     def combine(
-        self, rows: tuple[Tensor, ...], weights_TK: Tensor, plan: tuple[BankRows, ...]
+        self, sent: tuple[Tensor, ...], weights_TK: Tensor, plan: tuple[BankRows, ...]
     ) -> Tensor:
-        return sum_of_copies(rows, weights_TK, plan, weights_TK.shape[0])
+        return sum_of_copies(sent, weights_TK, plan, weights_TK.shape[0])

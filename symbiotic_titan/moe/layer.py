@@ -58,7 +58,10 @@ class PartitionedMoE(nn.Module):
                 self.experts.values(), dispatched.rows, dispatched.counts, strict=True
             )
         )
-        out_TD = self.dispatcher.combine(rows, routing.weights_TK, plan).to(x_TD.dtype)
+        sent = self.dispatcher.send_back(rows, plan)
+        # Between: under expert parallelism the shared expert computes while the rows travel.
+        shared_TD = None
         if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(x_TD, modality_T, shield_scale).to(x_TD.dtype)
-        return out_TD, routing.record
+            shared_TD = self.shared_experts(x_TD, modality_T, shield_scale).to(x_TD.dtype)
+        out_TD = self.dispatcher.combine(sent, routing.weights_TK, plan).to(x_TD.dtype)
+        return out_TD if shared_TD is None else out_TD + shared_TD, routing.record

@@ -96,20 +96,23 @@ class AllToAllDispatcher:
         )
         received = self._plan_received(received_We, shares, counts, padded, sizes, sum(receive))
         (sent_rows,) = rows_of_copies(x_TD, copies)
-        rows_ND = self._exchange(sent_rows, receive, send)
+        rows_ND = collectives.wait_tensor(self._exchange(sent_rows, receive, send))
         plan = AllToAllPlan(copies, received, send, receive)
         return Dispatched(rows_of_copies(rows_ND, received), padded), plan
 
-    def combine(self, rows: tuple[Tensor, ...], weights_TK: Tensor, plan: AllToAllPlan) -> Tensor:
+    def send_back(self, rows: tuple[Tensor, ...], plan: AllToAllPlan) -> tuple[Tensor, ...]:
         rows_ND = sum_of_copies(rows, None, plan.received, sum(plan.receive))
-        back_ND = self._exchange(rows_ND, plan.send, plan.receive)
+        return (self._exchange(rows_ND, plan.send, plan.receive),)
+
+    def combine(self, sent: tuple[Tensor, ...], weights_TK: Tensor, plan: AllToAllPlan) -> Tensor:
+        back_ND = collectives.wait_tensor(sent[0])
         return sum_of_copies((back_ND,), weights_TK, plan.copies, weights_TK.shape[0])
 
     def _exchange(self, rows_ND: Tensor, receive: list[int], send: list[int]) -> Tensor:
-        rows_ND = collectives.all_to_all_single_autograd(
+        """Start an all-to-all; its result must be waited for before it is read."""
+        return collectives.all_to_all_single_autograd(
             rows_ND.contiguous(), receive, send, self.group
         )
-        return collectives.wait_tensor(rows_ND)
 
     def _plan_send(
         self,

@@ -6,20 +6,26 @@ Example: tools/bench/step.py train_configs/debug.toml train_configs/mini.toml --
 The real trainer runs on the config's data; parts are timed by marks in the forward and the backward pass, so a part's time is
 forward plus backward. ``routing`` is the MoE layers without their experts: router, dispatch and combine. ``other`` is what no
 mark covers: embeddings, heads, norms, losses. One table per config, then one JSON line.
+
+With --compare several trainers of one config take their steps in turn, and ratios of step times are printed.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from symbiotic_titan import device
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs without an installation
+
+from symbiotic_titan import device  # noqa: E402
 
 device.prepare()
 
@@ -30,6 +36,7 @@ from symbiotic_titan.checks import check_job  # noqa: E402
 from symbiotic_titan.config.load import load_job_config  # noqa: E402
 from symbiotic_titan.train_spec import register  # noqa: E402
 from symbiotic_titan.trainer import SymbioticTrainer  # noqa: E402
+from tools.bench.timing import interleave, machine, ratio, restart_with, summary  # noqa: E402
 
 PARTS = ("data", "vit", "attention", "routing", "experts", "optimizer", "other")
 
@@ -121,28 +128,45 @@ def instrument(trainer: SymbioticTrainer, clock: Clock) -> None:
     time_call(trainer.optimizers, "step", "optimizer", clock)
 
 
+def make_trainer(
+    config_file: str, folder: str, steps: int, overrides: list[str]
+) -> SymbioticTrainer:
+    """The config's trainer without checkpoints and logs; nothing has run yet."""
+    config = load_job_config(
+        [
+            *("--job.config_file", config_file, "--job.dump_folder", folder),
+            *("--training.steps", str(steps), "--checkpoint.no_enable"),
+            *("--metrics.no_enable_tensorboard", "--metrics.log_freq", "1000000", *overrides),
+        ]
+    )
+    check_job(config)
+    return SymbioticTrainer(config)
+
+
+def stepper(trainer: SymbioticTrainer) -> Callable[[], None]:
+    """One training step per call."""
+    batches = trainer.batch_generator(trainer.dataloader)  # type: ignore[arg-type]
+
+    def step() -> None:
+        trainer.step += 1
+        trainer.train_step(batches)
+
+    return step
+
+
 def measure(config_file: str, *, steps: int, warmup: int, overrides: list[str]) -> dict[str, Any]:
     """Medians over ``steps`` steps behind ``warmup`` steps that are not counted."""
     with tempfile.TemporaryDirectory() as folder:
-        config = load_job_config(
-            [
-                *("--job.config_file", config_file, "--job.dump_folder", folder),
-                *("--training.steps", str(steps + warmup), "--checkpoint.no_enable"),
-                *("--metrics.no_enable_tensorboard", "--metrics.log_freq", "1000000", *overrides),
-            ]
-        )
-        check_job(config)
-        trainer = SymbioticTrainer(config)
+        trainer = make_trainer(config_file, folder, steps + warmup, overrides)
         clock = Clock()
         instrument(trainer, clock)
-        batches = trainer.batch_generator(trainer.dataloader)  # type: ignore[arg-type]
+        run = stepper(trainer)
         rows: list[dict[str, float]] = []
         for step in range(steps + warmup):
             clock.take()
-            trainer.step += 1
             tokens = int(trainer.tokens_seen.sum())
             begin = clock.now()
-            trainer.train_step(batches)
+            run()
             row = dict(clock.take())
             row["step"] = clock.now() - begin
             row["tokens"] = int(trainer.tokens_seen.sum()) - tokens
@@ -152,6 +176,62 @@ def measure(config_file: str, *, steps: int, warmup: int, overrides: list[str]) 
                 rows.append(row)
         trainer.close()
     return summarize(rows)
+
+
+def compare(
+    config_file: str,
+    variants: dict[str, list[str]],
+    *,
+    steps: int,
+    warmup: int,
+    overrides: list[str],
+) -> dict[str, Any]:
+    """Median step of every variant, their steps taken in turn, and its ratio to the first variant's."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {
+            name: make_trainer(config_file, f"{folder}/{name}", steps + warmup, overrides + extra)
+            for name, extra in variants.items()
+        }
+        times = interleave(
+            {name: stepper(trainer) for name, trainer in trainers.items()},
+            repeats=steps,
+            warmup=warmup,
+        )
+        for trainer in trainers.values():
+            trainer.close()
+    first = next(iter(variants))
+    ratios = {f"{name}_over_{first}": round(ratio(times, name, first), 3) for name in variants}
+    del ratios[f"{first}_over_{first}"]
+    if {"ac_per_op", "ac_full"} <= times.keys():
+        ratios["ac_per_op_over_ac_full"] = round(ratio(times, "ac_per_op", "ac_full"), 3)
+    return {**ratios, "times": {name: summary(seconds) for name, seconds in times.items()}}
+
+
+NO_AC = ["--activation_checkpoint.mode", "none"]
+ONE_PROCESS = {
+    "eager": NO_AC,
+    "compiled": [*NO_AC, "--compile.enable"],
+    "ac_full": ["--activation_checkpoint.mode", "full"],
+    "ac_per_op": [
+        *("--activation_checkpoint.mode", "selective"),
+        *("--activation_checkpoint.selective_ac_option", "op"),
+    ],
+}
+TWO_PROCESSES = {
+    "fsdp2": NO_AC,
+    "ep2": [*NO_AC, "--parallelism.expert_parallel_degree", "2"],
+}
+
+
+def compare_on_two_processes(arguments: list[str]) -> dict[str, Any]:
+    """Run this program's --compare on two processes and read its last line."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--local-ranks-filter=0"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [*command, __file__, *arguments], capture_output=True, text=True, env=clean, check=True
+    )
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
 def summarize(rows: list[dict[str, float]]) -> dict[str, Any]:
@@ -171,6 +251,36 @@ def summarize(rows: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
+def print_comparison(path: str, result: dict[str, Any]) -> None:
+    print(f"{path}: ratios of step times, steps taken in turn")
+    for name, row in result["times"].items():
+        print(
+            f"  {name:10s} {row['median_ms']:9.1f} ms  ({row['quartile_1_ms']} to {row['quartile_3_ms']})"
+        )
+    print("  " + "  ".join(f"{k} {v}" for k, v in result.items() if k != "times"))
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    """Result of every config, by its name; printed as it comes."""
+    counts = {"steps": args.steps, "warmup": args.warmup, "overrides": overrides}
+    results = {}
+    for path in args.configs:
+        name = Path(path).stem
+        if not args.compare:
+            result = measure(path, **counts)
+            print(
+                f"{path}: {result['tokens_per_second']:,} tokens/s, {result['step_seconds']:.3f} s a step"
+            )
+            for part, share in result["share"].items():
+                print(f"  {part:10s} {100 * share:5.1f} %")
+        else:
+            several = os.environ["WORLD_SIZE"] != "1"
+            result = compare(path, TWO_PROCESSES if several else ONE_PROCESS, **counts)
+            print_comparison(path, result)
+        results[name] = result
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -178,24 +288,30 @@ def main() -> int:
     parser.add_argument("configs", nargs="+", help="TOML files of training configs")
     parser.add_argument("--steps", type=int, default=10, help="steps that are counted")
     parser.add_argument("--warmup", type=int, default=3, help="steps before that")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="ratios instead of shares: compiled, full and per-op activation checkpointing over eager; with two processes, "
+        "expert parallel over FSDP2",
+    )
     args, overrides = parser.parse_known_args()
+    if args.steps < 2:
+        parser.error(f"--steps must be at least 2 to have a spread, got {args.steps}")
+    restart_with({"OMP_WAIT_POLICY": "PASSIVE"})
+    is_child = int(os.environ.get("WORLD_SIZE", "1")) > 1
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (defaults | {"MASTER_PORT": "0"}).items():
         os.environ.setdefault(name, value)
     register()
-    results = {}
-    for path in args.configs:
-        result = measure(path, steps=args.steps, warmup=args.warmup, overrides=overrides)
-        results[Path(path).stem] = result
-        print(
-            f"{path}: {result['tokens_per_second']:,} tokens/s, {result['step_seconds']:.3f} s a step"
-        )
-        for part, share in result["share"].items():
-            print(f"  {part:10s} {100 * share:5.1f} %")
+    results = run(args, overrides)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(json.dumps({**machine, "device": device.device_type(), **results}))
+    if args.compare and not is_child:
+        others = compare_on_two_processes(sys.argv[1:])
+        for path in args.configs:
+            print_comparison(f"{path}, two processes", others[Path(path).stem])
+        results = {name: {**results[name], "two_processes": others[name]} for name in results}
+    print(json.dumps({**machine(), **results}))
     return 0
 
 
