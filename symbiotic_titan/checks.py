@@ -4,11 +4,16 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from torchtitan.config.job_config import Quantize
+from torchtitan.protocols import model_converter
+
+from symbiotic_titan.config.float8 import Float8
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.device import device_type, supports_flex_attention
+from symbiotic_titan.device import cuda_capability, device_type, supports_flex_attention
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
+from symbiotic_titan.parallel import float8
 from symbiotic_titan.sequence.modality import modality_ids
 
 
@@ -35,7 +40,6 @@ _UNSUPPORTED = (
     Unsupported("parallelism.expert_parallel_comm_backend", "standard", "leave it at 'standard'"),
     Unsupported("training.dataset", "c4_test", "name files in [[data.sources]]"),
     Unsupported("training.dataset_path", None, "name files in [[data.sources]]"),
-    Unsupported("training.enable_cpu_offload", False, "shard over more ranks"),
     Unsupported(
         "training.dataloader.persistent_workers", False, "workers live as long as the run here"
     ),
@@ -43,7 +47,6 @@ _UNSUPPORTED = (
     Unsupported("fault_tolerance.enable", False, "resume from a checkpoint"),
     Unsupported("memory_estimation.enable", False, "run a few steps with metrics on"),
     Unsupported("optimizer.early_step_in_backward", False, "use gradient clipping as it is"),
-    Unsupported("model.converters", [], "train in bfloat16"),
     Unsupported("checkpoint.last_save_in_hf", False, "save a distributed checkpoint"),
     Unsupported("checkpoint.initial_load_in_hf", False, "load a distributed checkpoint"),
     Unsupported("debug.moe_force_load_balance", False, "train with real routing"),
@@ -70,6 +73,11 @@ def check_supported(config: JobConfig) -> None:
             "activation_checkpoint.mode = 'memory_budget' is not supported by this trainer; "
             "use 'none', 'selective' or 'full'"
         )
+    for component in config.compile.components:
+        if component not in ("model", "loss"):
+            raise ValueError(
+                f"compile.components: unknown component {component!r}; choose from model, loss"
+            )
 
 
 def check_device(config: JobConfig, args: ModelArgs) -> None:
@@ -80,6 +88,10 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
         )
     if device_type() != "cpu":
         return
+    if config.training.enable_cpu_offload:
+        raise ValueError(
+            "training.enable_cpu_offload = True needs an accelerator: on a CPU the weights are where they would go; remove it"
+        )
     for key in ("profiling.enable_profiling", "profiling.enable_memory_snapshot"):
         if _value(config, key):
             raise ValueError(
@@ -88,6 +100,87 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
     if config.checkpoint.async_mode == "async_with_pinned_mem":
         raise ValueError(
             "checkpoint.async_mode = 'async_with_pinned_mem' needs an accelerator; use 'async'"
+        )
+
+
+def check_converters(config: JobConfig) -> None:
+    """Converters must be known, and a section about a converter must have one to speak of."""
+    chosen = config.model.converters
+    registered = model_converter._registry_model_converter_cls
+    known = sorted({float8.NAME, *(n for n in registered if not n.startswith("quantize."))})
+    for name in chosen:
+        if name not in known:
+            raise ValueError(
+                f"model.converters: unknown converter {name!r}; choose from {', '.join(known)}"
+            )
+        if chosen.count(name) > 1:
+            raise ValueError(f"model.converters: {name!r} is given twice; name it once")
+    if config.quantize != Quantize():
+        raise ValueError(
+            "[quantize] has no effect: it speaks to converters that do not know the expert banks; "
+            f"use model.converters = ['{float8.NAME}'] and [float8]"
+        )
+    if config.float8 != Float8() and float8.NAME not in chosen:
+        raise ValueError(
+            f"[float8] has no effect without its converter; set model.converters = ['{float8.NAME}'] or remove it"
+        )
+
+
+def check_float8(config: JobConfig, args: ModelArgs, world_size: int) -> None:
+    """What float8 cannot do with this model, its shield or this number of ranks."""
+    if float8.NAME not in config.model.converters:
+        return
+    options = config.float8
+    if options.all_gather:
+        check_float8_all_gather(config, world_size)
+    if config.shielding.enabled and config.shielding.mode == "weights":
+        raise ValueError(
+            "shielding.mode = 'weights' takes the shared experts' gradients apart, which their float8 layers cannot; "
+            "use shielding.mode = 'output' or train without float8"
+        )
+    for name in ("dim", "expert_hidden_dim"):
+        size = getattr(args, name)
+        if options.experts and size % float8.FLOAT8_MULTIPLE != 0:
+            raise ValueError(
+                f"float8.experts: {name} = {size} of flavor {config.model.flavor!r} is not a multiple of "
+                f"{float8.FLOAT8_MULTIPLE}; set float8.experts = false or choose another flavor"
+            )
+    if not options.emulate:
+        check_float8_device(config)
+
+
+def check_float8_all_gather(config: JobConfig, world_size: int) -> None:
+    """Weights travel in float8 between several GPUs, and nowhere else."""
+    if world_size == 1:
+        why = "nothing is gathered on one rank"
+    elif device_type() == "cpu":
+        why = "gloo, which connects CPUs, cannot send float8"
+    elif config.training.enable_cpu_offload:
+        why = "weights that training.enable_cpu_offload keeps on the CPU have no scales there"
+    else:
+        return
+    raise ValueError(f"float8.all_gather = true: {why}; set it to false")
+
+
+def check_float8_device(config: JobConfig) -> None:
+    """Float8 matmuls need a GPU that has them, and give bfloat16."""
+    options, capability = config.float8, cuda_capability()
+    if options.experts:  # a grouped kernel exists for these two generations only
+        needed, fits = "9.x or 10.x", capability is not None and capability[0] in (9, 10)
+    elif options.recipe == "tensorwise":
+        needed, fits = "8.9 or newer", capability is not None and capability >= (8, 9)
+    else:
+        needed, fits = "9.0 or newer", capability is not None and capability >= (9, 0)
+    if not fits:
+        found = "there is none" if capability is None else "this one has {}.{}".format(*capability)
+        raise ValueError(
+            f"model.converters = ['{float8.NAME}'] needs a CUDA device of compute capability {needed}, {found}; "
+            "set float8.emulate = true to try it here"
+        )
+    if config.training.mixed_precision_param != "bfloat16":
+        raise ValueError(
+            f"training.mixed_precision_param = {config.training.mixed_precision_param!r}: float8 matmuls give bfloat16; "
+            "set it to 'bfloat16', or float8.emulate = true"
         )
 
 
@@ -109,6 +202,10 @@ def check_parallelism(config: JobConfig, args: ModelArgs, world_size: int) -> No
         raise ValueError(
             f"parallelism.data_parallel_replicate_degree = {replicate}: replication without sharding is not supported; "
             "use fewer replicas, so that each is sharded over at least 2 ranks"
+        )
+    if config.training.enable_cpu_offload and world_size == 1:
+        raise ValueError(
+            "training.enable_cpu_offload = True: FSDP does it, which one rank runs without; use at least 2 ranks or remove it"
         )
     if shard % p.expert_parallel_degree != 0:
         raise ValueError(
@@ -163,7 +260,10 @@ def check_job(config: JobConfig) -> None:
     if not config.data.sources:
         raise ValueError("[[data.sources]]: none given; name at least one source of samples")
     check_shielding(config)
+    check_converters(config)
     args = FLAVORS[config.model.flavor]
     args.update_from_config(config)
     check_device(config, args)
-    check_parallelism(config, args, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_parallelism(config, args, world_size)
+    check_float8(config, args, world_size)

@@ -41,6 +41,11 @@ def supports_flex_attention() -> bool:
     return torch.cuda.is_available()
 
 
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of this process's CUDA device; None without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
 def process_memory_bytes() -> int:
     """Peak resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,9 @@
 """Which part fills which slot of torchtitan's train spec."""
 
+import functools
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -12,11 +14,12 @@ from symbiotic_titan.checks import global_batch_size
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.data.loader import PackedLoader, build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer
-from symbiotic_titan.losses.terms import loss_terms
+from symbiotic_titan.losses.terms import loss_terms, text_errors
 from symbiotic_titan.metrics import build_metrics
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.optim.build import build_optimizers, build_schedulers, freeze_parameters
+from symbiotic_titan.parallel.float8 import register_float8
 from symbiotic_titan.parallel.parallelize import parallelize_symbiotic
 
 
@@ -66,11 +69,17 @@ def parallelize(
 
 def build_loss(job_config: JobConfig, **kwargs: Any) -> Any:
     """The sums and counts that the trainer weighs and divides."""
-    return loss_terms
+    settings = job_config.compile
+    if not (settings.enable and "loss" in settings.components):
+        return loss_terms
+    # Compiled, the logits' float32 copy and the softmax are never written to memory.
+    compiled = torch.compile(text_errors, backend=settings.backend, fullgraph=True, dynamic=False)
+    return functools.partial(loss_terms, cross_entropy=compiled)
 
 
 def register() -> None:
-    """Make ``model.name = "symbiotic"`` known to torchtitan. Idempotent."""
+    """Make ``model.name = "symbiotic"`` and the float8 converter known to torchtitan. Idempotent."""
+    register_float8()
     spec = upstream.TrainSpec(
         model_cls=SymbioticModel,
         model_args=FLAVORS,

@@ -8,6 +8,7 @@ from torchtitan.config.job_config import Model as UpstreamModel
 
 from symbiotic_titan.config.data import Data, Latents
 from symbiotic_titan.config.experts import Experts, Shielding
+from symbiotic_titan.config.float8 import Float8
 from symbiotic_titan.config.losses import Flow, Losses
 from symbiotic_titan.config.optimizer import Optimizer
 
@@ -37,3 +38,4 @@ class JobConfig(UpstreamJobConfig):
     flow: Flow = field(default_factory=Flow)
     data: Data = field(default_factory=Data)
     latents: Latents = field(default_factory=Latents)
+    float8: Float8 = field(default_factory=Float8)

@@ -3,6 +3,7 @@
 Letters: B rows, T positions, L latent tokens, Z numbers per latent patch, V vocabulary, J tasks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +72,13 @@ def loss_terms(
     velocity_BLZ: torch.Tensor,
     target_BLZ: torch.Tensor,
     batch: PackedBatch,
+    cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = text_errors,
 ) -> LossTerms:
-    """The micro-batch's sums, differentiable, with their counts."""
+    """The micro-batch's sums, differentiable, with their counts. ``cross_entropy``: ``text_errors`` or the same compiled."""
     text_count, flow_count = target_counts(batch)
     flow_BL = flow_errors(velocity_BLZ, target_BLZ, batch.vae_image)
     return LossTerms(
-        text_sum=_sum_by_task(text_errors(logits_BTV, batch.labels), batch.task),
+        text_sum=_sum_by_task(cross_entropy(logits_BTV, batch.labels), batch.task),
         text_count=text_count,
         flow_sum=_sum_by_task(flow_BL, latent_tasks(batch)),
         flow_count=flow_count,

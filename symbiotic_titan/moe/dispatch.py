@@ -2,7 +2,7 @@
 
 1. R = T*K copies are sorted once, stable, by the slot of their expert; padding sorts last and is cut off.
 2. ``rows_of_copies`` gathers the tokens into that order, one tensor per bank (a run of consecutive slots). Where the bank
-   asks for it, zero rows round each expert's share up to a multiple (``grouped_matmul.row_multiple``).
+   asks for it, zero rows round each expert's share up to whole blocks (``padded_counts``).
 3. The banks compute.
 4. ``sum_of_copies``: every token gathers its K rows and adds them, weighted.
 
@@ -13,6 +13,7 @@ Letters: T tokens, D width, K experts per token, R copies (T*K), E experts, S sl
 n copies in one bank, t tokens of one bank.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,8 +54,12 @@ class BankSize:
     rows: int
 
 
-def round_up(counts: Tensor, multiple: int) -> Tensor:
-    """Each count, rounded up to the multiple."""
+def padded_counts(counts: Tensor, x_TD: Tensor, block_rows: int) -> Tensor:
+    """Rows of each expert, zero rows included: the multiple that ``row_multiple`` gives for ``x_TD``. With ``block_rows`` (0 is
+    no demand) they are also whole blocks of that many, and at least one."""
+    multiple = math.lcm(row_multiple(x_TD.device, x_TD.dtype), block_rows or 1)
+    if block_rows:
+        counts = counts.clamp(min=1)
     return (counts + (multiple - 1)) // multiple * multiple
 
 
@@ -234,11 +239,12 @@ class Dispatcher(Protocol):
         group_T: Tensor,
         counts_E: Tensor,
         group_sizes: tuple[int, ...],
+        block_rows: int = 0,
     ) -> tuple[Dispatched, Any]:
         """(rows of every bank, plan).
 
         experts_TK: group-major numbers; ignored for padding. group_T: the number of groups for padding.
-        counts_E: copies of each expert on this rank, without padding.
+        counts_E: copies of each expert on this rank, without padding. block_rows: see ``padded_counts``.
         """
 
     def send_back(self, rows: tuple[Tensor, ...], plan: Any) -> tuple[Tensor, ...]:
@@ -264,19 +270,17 @@ class LocalDispatcher:
         group_T: Tensor,
         counts_E: Tensor,
         group_sizes: tuple[int, ...],
+        block_rows: int = 0,
     ) -> tuple[Dispatched, tuple[BankRows, ...]]:
-        multiple = row_multiple(x_TD.device, x_TD.dtype)
         counts = counts_E.split(group_sizes)
-        padded = round_up(counts_E, multiple).split(group_sizes)
+        padded = padded_counts(counts_E, x_TD, block_rows).split(group_sizes)
         sizes = bank_sizes(counts, padded)
         is_padding_T1 = (group_T == len(group_sizes)).unsqueeze(-1)
         slots_TK = experts_TK.masked_fill(is_padding_T1, sum(group_sizes))
         plan = plan_rows(slots_TK, group_T, counts, padded, sizes)
         return Dispatched(rows_of_copies(x_TD, plan), padded), plan
 
-    def send_back(
-        self, rows: tuple[Tensor, ...], plan: tuple[BankRows, ...]
-    ) -> tuple[Tensor, ...]:
+    def send_back(self, rows: tuple[Tensor, ...], plan: tuple[BankRows, ...]) -> tuple[Tensor, ...]:
         return rows
 
     def combine(

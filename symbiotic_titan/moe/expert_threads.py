@@ -8,59 +8,49 @@ Which thread computes an expert changes nothing in its numbers: each matmul runs
 """
 
 from collections.abc import Callable
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
-# Below this many multiply-adds in one bank a thread costs more (about 50 us) than it saves.
+# Below this many multiply-adds another thread costs more (50 to 100 us) than it saves.
 _MIN_WORK_PER_THREAD = 1 << 26
 
 
-def _ranges(counts: list[int], num_ranges: int) -> list[tuple[int, int]]:
-    """Consecutive experts, cut where the rows reach each next share of the total."""
-    total, seen, first = sum(counts), 0, 0
+def _ranges(costs: list[int], num_ranges: int) -> list[tuple[int, int]]:
+    """Consecutive pieces, cut where the costs reach each next share of the total."""
+    total, seen, first = sum(costs), 0, 0
     ranges: list[tuple[int, int]] = []
-    for expert, count in enumerate(counts):
-        seen += count
+    for piece, cost in enumerate(costs):
+        seen += cost
         if seen * num_ranges >= total * (len(ranges) + 1) and len(ranges) < num_ranges - 1:
-            ranges.append((first, expert + 1))
-            first = expert + 1
-    return [*ranges, (first, len(counts))]
+            ranges.append((first, piece + 1))
+            first = piece + 1
+    return [*ranges, (first, len(costs))]
 
 
-def for_each_expert(work: Callable[[int, int], None], counts: list[int], rows_ND: Tensor) -> None:
-    """Call ``work(first, last)`` for consecutive ranges of experts that cover all of them once.
+def in_threads(work: Callable[[int, int], None], costs: list[int], device: torch.device) -> None:
+    """Call ``work(first, last)`` for ranges of pieces that cover all of ``costs`` (multiply-adds of each piece) once.
 
     On a CPU the ranges run at the same time, on as many threads as torch may use, and torch uses one thread inside each.
-    ``work`` must not record gradients. An exception in any range is raised here.
+    ``work`` must not record gradients. An exception in any range is raised here, after all ranges have ended.
     """
-    if rows_ND.device.type != "cpu":
-        return work(0, len(counts))
+    if device.type != "cpu":
+        return work(0, len(costs))
     threads = torch.get_num_threads()
-    wanted = 1 + rows_ND.numel() * rows_ND.shape[1] // _MIN_WORK_PER_THREAD
-    ranges = _ranges(counts, min(threads, wanted))
+    here, *elsewhere = _ranges(costs, min(threads, 1 + sum(costs) // _MIN_WORK_PER_THREAD))
     inference = torch.is_inference_mode_enabled()
-    errors: list[BaseException] = []
 
     def run(first: int, last: int) -> None:
-        try:
-            # Both modes belong to a thread, and a new thread starts with gradients on.
-            with torch.inference_mode(inference), torch.no_grad():
-                work(first, last)
-        except BaseException as error:  # noqa: BLE001 - carried to the caller's thread and raised there
-            errors.append(error)
+        # Both modes belong to a thread, and a new thread starts with gradients on.
+        with torch.inference_mode(inference), torch.no_grad():
+            work(first, last)
 
-    others = [Thread(target=run, args=bounds) for bounds in ranges[1:]]
-    # A new thread takes over the setting of the thread that made it.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # for this thread and for those that start now
     try:
-        for thread in others:
-            thread.start()
-        run(*ranges[0])
+        with ThreadPoolExecutor(max_workers=max(1, len(elsewhere))) as pool:
+            futures = [pool.submit(run, *bounds) for bounds in elsewhere]
+            run(*here)
+        for future in futures:
+            future.result()
     finally:
-        for thread in others:
-            thread.join()
         torch.set_num_threads(threads)
-    if errors:
-        raise errors[0]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from symbiotic_titan.moe.grouped_matmul import grouped_swiglu
 from symbiotic_titan.moe.precision import compute_dtype, local_tensor
 
-
 # (rows (N, D), w1, w2, w3, rows of each expert) -> (N, D), as ``grouped_swiglu``.
 SwiGLUKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

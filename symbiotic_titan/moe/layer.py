@@ -22,6 +22,7 @@ class PartitionedMoE(nn.Module):
     """
 
     dispatcher: Dispatcher  # replaced as a whole by expert parallelism
+    block_rows: int  # not 0 where the banks' kernel wants rows in blocks: see ``padded_counts``
 
     def __init__(self, args: MoEArgs) -> None:
         super().__init__()
@@ -35,6 +36,7 @@ class PartitionedMoE(nn.Module):
         )
         self.shared_experts = SharedExpert(args) if args.shared_hidden_dim else None
         self.dispatcher = LocalDispatcher()
+        self.block_rows = 0
 
     def forward(
         self, x_TD: Tensor, modality_T: Tensor, shield_scale: Tensor
@@ -51,6 +53,7 @@ class PartitionedMoE(nn.Module):
             routing.group_T,
             routing.record.counts.sum(0),
             self.args.group_sizes,
+            self.block_rows,
         )
         rows = tuple(
             bank(rows_ND, counts_e)

@@ -20,12 +20,11 @@ from symbiotic_titan.moe.dispatch import (
     BankRows,
     BankSize,
     Dispatched,
+    padded_counts,
     plan_rows,
-    round_up,
     rows_of_copies,
     sum_of_copies,
 )
-from symbiotic_titan.moe.grouped_matmul import row_multiple
 from symbiotic_titan.moe.layer import PartitionedMoE
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
 
@@ -73,6 +72,7 @@ class AllToAllDispatcher:
         group_T: Tensor,
         counts_E: Tensor,
         group_sizes: tuple[int, ...],
+        block_rows: int = 0,
     ) -> tuple[Dispatched, AllToAllPlan]:
         shares = [size // self.degree for size in group_sizes]
         expert_of_slot_E = experts_by_slot(group_sizes, self.degree, x_TD.device)
@@ -81,7 +81,7 @@ class AllToAllDispatcher:
             self.degree, -1
         )
         counts = received_We.sum(0).split(shares)
-        padded = round_up(received_We.sum(0), row_multiple(x_TD.device, x_TD.dtype)).split(shares)
+        padded = padded_counts(received_We.sum(0), x_TD, block_rows).split(shares)
         numbers = [sent_E.view(self.degree, -1).sum(1), received_We.sum(1)]
         numbers += [torch.stack([c.sum() for c in counts]), torch.stack([c.sum() for c in padded])]
         host = torch.cat(numbers).tolist()  # device sync

@@ -137,6 +137,10 @@ SIGNATURES = {
         "state_dict_adapter",
     ),
     "protocols.train_spec.register_train_spec": ("name", "train_spec"),
+    "protocols.model_converter.ModelConverter.convert": ("self", "model"),
+    "protocols.model_converter.ModelConverter.post_optimizer_hook": ("self", "model"),
+    "protocols.model_converter.build_model_converters": ("job_config", "parallel_dims"),
+    "protocols.model_converter.register_model_converter": ("converter_cls", "name"),
     "protocols.model.BaseModelArgs.__init__": ("self", "_enforced"),
     "protocols.model.BaseModelArgs.update_from_config": ("self", "job_config", "kwargs"),
     "protocols.model.BaseModelArgs.get_nparams_and_flops": ("self", "model", "seq_len"),
@@ -154,6 +158,7 @@ NAMES = {
     "components.dataloader.DataloaderExhaustedError",
     "components.tokenizer.BaseTokenizer",
     "config.TORCH_DTYPE_MAP",
+    "protocols.model_converter._registry_model_converter_cls",
     "tools.logging.logger",
     "tools.utils.device_module",
     "tools.utils.device_type",
@@ -165,19 +170,35 @@ CONFIG_FIELDS = {
     "JobConfig": {"job", "model", "optimizer", "lr_scheduler", "training", "parallelism"}
     | {"checkpoint", "activation_checkpoint", "metrics", "experimental", "debug", "comm"},
     "Model": {"name", "flavor", "hf_assets_path", "converters"},
+    "Quantize": {"linear", "grouped_mm"},
     "Optimizer": {"name", "lr", "beta1", "beta2", "eps", "weight_decay", "implementation"},
     "LRScheduler": {"warmup_steps"},
     "ActivationCheckpoint": {"mode"},
     "Checkpoint": {"enable", "folder", "interval", "load_step", "last_save_model_only"},
 }
 
+# The same for torchao, which is imported only where a model is converted to float8.
+TORCHAO = {
+    "float8.Float8LinearConfig.from_recipe_name": ("recipe_name",),
+    "float8.convert_to_float8_training": ("module", "module_filter_fn", "config"),
+    "float8.precompute_float8_dynamic_scale_for_fsdp": ("module",),
+    "prototype.moe_training._to_fp8_rowwise_then_scaled_grouped_mm": (
+        "A",
+        "B_t",
+        "offs",
+        "out_dtype",
+        "float8_dtype",
+        "pad_token_groups_for_grouped_mm",
+    ),
+}
 
-def upstream(dotted: str) -> Any:
-    """The object that ``torchtitan.<dotted>`` names: attributes of the longest prefix that is a module."""
+
+def upstream(dotted: str, package: str = "torchtitan") -> Any:
+    """The object that ``<package>.<dotted>`` names: attributes of the longest prefix that is a module."""
     parts = dotted.split(".")
     for cut in range(len(parts), 0, -1):
         try:
-            found: Any = import_module(".".join(["torchtitan", *parts[:cut]]))
+            found: Any = import_module(".".join([package, *parts[:cut]]))
         except ModuleNotFoundError:
             continue
         for name in parts[cut:]:
@@ -204,6 +225,12 @@ def test_torchtitan_is_the_release_this_table_was_written_for():
 @pytest.mark.parametrize("dotted", sorted(SIGNATURES))
 def test_signature_is_the_expected_one(dotted):
     assert tuple(inspect.signature(upstream(dotted)).parameters) == SIGNATURES[dotted]
+
+
+@pytest.mark.parametrize("dotted", sorted(TORCHAO))
+def test_signature_of_torchao_is_the_expected_one(dotted):
+    found = upstream(dotted, package="torchao")
+    assert tuple(inspect.signature(found).parameters) == TORCHAO[dotted]
 
 
 @pytest.mark.parametrize("dotted", sorted(NAMES))

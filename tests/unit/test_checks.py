@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from symbiotic_titan import checks
 from symbiotic_titan.checks import check_job, check_parallelism
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.flavors import FLAVORS
@@ -24,9 +25,29 @@ def one_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
 
 
-def test_shipped_configs_pass():
-    for path in sorted(DEBUG.parent.glob("*.toml")):
-        check_job(load_job_config(["--job.config_file", str(path)]))
+# Ranks that a config is written for, where it is not one.
+RANKS = {"debug_gpu": [1, 4], "1b_a0.3b": [1, 8], "30b_a3b": [8, 64, 256]}
+
+
+@pytest.mark.parametrize("path", sorted(DEBUG.parent.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_configs_pass(path, monkeypatch):
+    config = load_job_config(["--job.config_file", str(path)])
+    if config.model.attention_backend == "flex":
+        with pytest.raises(ValueError, match="'flex' needs a CUDA device"):
+            check_job(config)
+        monkeypatch.setattr(checks, "supports_flex_attention", lambda: True)
+    for num_ranks in RANKS.get(path.stem, [1]):
+        monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+        check_job(config)
+
+
+def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "device_type", lambda: "cuda")
+    config = config_of(tmp_path, "--training.enable_cpu_offload")
+    with pytest.raises(ValueError, match="use at least 2 ranks"):
+        check_job(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_job(config)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +78,17 @@ def test_shipped_configs_pass():
             "shielding.modalities: unknown modality 'vea'; choose from text",
         ),
         ("--experts.no_shared", "[shielding] has no effect with experts.shared = false"),
-        ("--compile.enable", "compile.enable = True is not supported"),
+        (
+            "--compile.enable --compile.components model,optimizer",
+            "compile.components: unknown component 'optimizer'; choose from model, loss",
+        ),
         ("--activation_checkpoint.mode memory_budget", "'memory_budget' is not supported"),
         ("--checkpoint.async_mode async_with_pinned_mem", "needs an accelerator; use 'async'"),
         ("--profiling.enable_profiling", "profiling.enable_profiling needs an accelerator"),
+        (
+            "--training.enable_cpu_offload",
+            "training.enable_cpu_offload = True needs an accelerator",
+        ),
     ],
 )
 def test_bad_overrides_are_refused(tmp_path, overrides, message):

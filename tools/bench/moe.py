@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs without an installation
 
@@ -112,15 +113,15 @@ def transformers_block(shape: Shape) -> nn.Module:
             f"the baseline 'transformers' needs the transformers package, version 5 ({error}): "
             "pip install 'transformers>=5,<6', or leave it out with --skip transformers"
         ) from error
-    config = Qwen3MoeConfig(
-        hidden_size=shape.dim,
-        moe_intermediate_size=shape.hidden_dim,
-        num_experts=NUM_EXPERTS,
-        num_experts_per_tok=TOP_K,
-        norm_topk_prob=True,
-        experts_implementation="grouped_mm",
-    )
-    return Qwen3MoeSparseMoeBlock(config)
+    settings: dict[str, Any] = {
+        "hidden_size": shape.dim,
+        "moe_intermediate_size": shape.hidden_dim,
+        "num_experts": NUM_EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "norm_topk_prob": True,
+        "experts_implementation": "grouped_mm",
+    }
+    return Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**settings))
 
 
 def our_layer(shape: Shape, groups: tuple[ExpertGroup, ...]) -> PartitionedMoE:

@@ -53,12 +53,14 @@ def check(counts, dtype=torch.float32, **tolerance):
         torch.testing.assert_close(grad, target, **tolerance)
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 7, 1], [0, 0], [5], [0, 9], [32, 64, 0]])
+@pytest.mark.parametrize(
+    "counts", [[3, 0, 7, 1], [0, 0], [5], [0, 9], [4, 4, 4, 0, 0, 4], [700, 700], [0, 2, 2]]
+)
 def test_float32_equals_one_expert_after_the_other(counts):
     check(counts)
 
 
-@pytest.mark.parametrize("counts", [[32, 0, 64], [0, 32]])
+@pytest.mark.parametrize("counts", [[32, 0, 64], [0, 32], [32, 32, 32, 64, 64, 0, 0]])
 def test_bfloat16_equals_one_expert_after_the_other(counts):
     check(counts, torch.bfloat16, atol=0.05, rtol=0.05)
 
@@ -68,8 +70,17 @@ def test_threads_change_nothing(counts, two_threads):
     check(counts)
 
 
+def test_float32_bits_of_an_expert_do_not_depend_on_the_others():
+    *tensors, _ = operands([5, 5, 5, 7])
+    tensors = [t.detach() for t in tensors]
+    together = grouped_swiglu(*tensors, torch.tensor([5, 5, 5, 7]))
+    rows, *weights = tensors
+    alone = grouped_swiglu(rows[5:10], *(w[1:2] for w in weights), torch.tensor([5]))
+    assert torch.equal(together[5:10], alone)
+
+
 def test_threads_give_the_same_bits(two_threads):
-    *tensors, counts = operands([32, 64, 0, 32, 96], torch.bfloat16)
+    *tensors, counts = operands([32, 64, 0, 32, 96, 96], torch.bfloat16)
     first = grouped_swiglu(*tensors, counts)
     torch.set_num_threads(1)
     assert torch.equal(first, grouped_swiglu(*tensors, counts))
@@ -86,7 +97,7 @@ def test_every_expert_is_computed_once_on_several_threads(two_threads):
         assert not torch.is_grad_enabled()
         seen.extend(range(first, last))
 
-    expert_threads.for_each_expert(work, [1, 5, 2, 4], torch.zeros(12, 8))
+    expert_threads.in_threads(work, [1, 5, 2, 4], CPU)
     assert sorted(seen) == [0, 1, 2, 3] and len(names) == 2
     assert torch.get_num_threads() == 2
 
@@ -97,7 +108,7 @@ def test_an_error_in_a_thread_reaches_the_caller(two_threads):
             raise RuntimeError("in the second thread")
 
     with pytest.raises(RuntimeError, match="in the second thread"):
-        expert_threads.for_each_expert(work, [4, 4], torch.zeros(8, 8))
+        expert_threads.in_threads(work, [4, 4], CPU)
     assert torch.get_num_threads() == 2
 
 

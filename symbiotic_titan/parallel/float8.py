@@ -1,0 +1,139 @@
+"""Float8 training: the model converter ``float8``.
+
+Converted are the linear layers of attention, dense feed-forward and shared experts (torchao's Float8Linear), and the expert
+banks' matmuls (their kernel is replaced). Routers, heads and embeddings keep the model's precision, as in arXiv 2412.19437
+section 3.3.1, and so do the latent modules and the ViT.
+
+Names and shapes of parameters do not change, so checkpoints fit with and without. Without ``emulate`` this needs a GPU; the
+checks refuse what the GPU cannot do. torchao is imported when a model is converted, not before: its import prints.
+
+Letters: N rows, D width in, F width out, E experts.
+"""
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import model_converter as upstream
+from torchtitan.tools.logging import logger
+
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.moe.experts import ExpertBank, SwiGLUKernel
+from symbiotic_titan.moe.float8_matmul import emulated_float8_swiglu
+from symbiotic_titan.moe.layer import PartitionedMoE
+
+if TYPE_CHECKING:
+    from torchao.float8 import Float8LinearConfig
+
+NAME = "float8"  # what the user writes into model.converters
+FLOAT8_MULTIPLE = 16  # float8 matmuls on a GPU read rows of whole 16 bytes
+
+_LINEAR_LAYERS = re.compile(
+    r"^layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123]|moe\.shared_experts\.w[123])$"
+)
+
+
+def float8_linear_config(job_config: JobConfig, sharded: bool) -> "Float8LinearConfig":
+    """torchao's configuration for what [float8] says; ``sharded``: FSDP gathers the weights."""
+    from torchao.float8 import Float8LinearConfig
+
+    options = job_config.float8
+    return replace(
+        Float8LinearConfig.from_recipe_name(options.recipe),
+        emulate=options.emulate,
+        enable_fsdp_float8_all_gather=options.all_gather and sharded,
+    )
+
+
+def scaled_float8_swiglu() -> SwiGLUKernel:
+    """The kernel on a GPU. Operands are bfloat16; each expert's rows are whole blocks of ``FLOAT8_MULTIPLE``, at least one:
+    the kernels that round cannot be started on no rows, and a grouped matmul over no rows has left its part of the weights'
+    gradient unwritten on some GPUs (pytorch issue 172439)."""
+    from torchao.prototype.moe_training import _to_fp8_rowwise_then_scaled_grouped_mm as scaled_mm
+
+    def swiglu(
+        rows_ND: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        offsets_E = counts_E.cumsum(0).to(torch.int32)
+
+        def linear(x: Tensor, weight: Tensor) -> Tensor:
+            return scaled_mm(
+                x, weight.transpose(1, 2), offsets_E, pad_token_groups_for_grouped_mm=False
+            )
+
+        hidden_NF = F.silu(linear(rows_ND, w1_EFD)) * linear(rows_ND, w3_EFD)
+        return linear(hidden_NF, w2_EDF)
+
+    return swiglu
+
+
+def convert_linear_layers(model: nn.Module, config: "Float8LinearConfig") -> tuple[int, list[str]]:
+    """(number of layers converted in place, names of those left alone because a dim is no multiple of 16)."""
+    from torchao.float8 import convert_to_float8_training
+
+    linear_layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and _LINEAR_LAYERS.match(name)
+    }
+    fitting = {
+        name
+        for name, module in linear_layers.items()
+        if module.in_features % FLOAT8_MULTIPLE == 0 and module.out_features % FLOAT8_MULTIPLE == 0
+    }
+    convert_to_float8_training(
+        model, config=config, module_filter_fn=lambda module, name: name in fitting
+    )
+    return len(fitting), sorted(linear_layers.keys() - fitting)
+
+
+def convert_expert_banks(model: nn.Module, emulate: bool) -> int:
+    """Number of banks converted in place."""
+    kernel = emulated_float8_swiglu if emulate else scaled_float8_swiglu()
+    num_banks = 0
+    for module in model.modules():
+        if isinstance(module, ExpertBank):
+            module.swiglu = kernel
+            num_banks += 1
+        elif isinstance(module, PartitionedMoE) and not emulate:
+            module.block_rows = FLOAT8_MULTIPLE
+    return num_banks
+
+
+class Float8Converter(upstream.ModelConverter):
+    """Converts a model before it is made parallel."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+        self.options = job_config.float8
+        self.linear_config = float8_linear_config(job_config, parallel_dims.fsdp_enabled)
+
+    def convert(self, model: nn.Module) -> None:
+        num_linear, skipped = convert_linear_layers(model, self.linear_config)
+        num_banks = convert_expert_banks(model, self.options.emulate) if self.options.experts else 0
+        how = "emulated" if self.options.emulate else "on the GPU"
+        logger.info(
+            f"float8, {how}: {num_linear} linear layers ({self.options.recipe}), {num_banks} expert banks"
+        )
+        if skipped:
+            logger.warning(
+                f"float8 leaves out {', '.join(skipped)}: a dim is no multiple of {FLOAT8_MULTIPLE}"
+            )
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """The scales of all weights that FSDP will gather in float8, by one all-reduce instead of one for each."""
+        if not self.linear_config.enable_fsdp_float8_all_gather:
+            return
+        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+        for part in model if isinstance(model, list) else [model]:
+            precompute_float8_dynamic_scale_for_fsdp(part)
+
+
+def register_float8() -> None:
+    """Make ``model.converters = ["float8"]`` known to torchtitan. Idempotent."""
+    if NAME not in upstream._registry_model_converter_cls:
+        upstream.register_model_converter(Float8Converter, NAME)  # type: ignore[arg-type]

@@ -1,0 +1,184 @@
+"""What FSDP sends and when, on real processes: as planned, the next block ahead, and every way of resharding with equal results."""
+
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from symbiotic_titan import device
+
+device.prepare()  # in the processes of this file's ranks, before anything imports torchtitan
+
+from torchtitan.distributed import ParallelDims  # noqa: E402
+
+from symbiotic_titan.config.load import load_job_config  # noqa: E402
+from symbiotic_titan.model.flavors import FLAVORS  # noqa: E402
+from symbiotic_titan.model.symbiotic import SymbioticModel  # noqa: E402
+from symbiotic_titan.parallel import plan  # noqa: E402
+from symbiotic_titan.parallel.parallelize import parallelize_symbiotic  # noqa: E402
+from symbiotic_titan.sequence.batch import stack_rows  # noqa: E402
+from tests.distributed.gloo import run_on_ranks  # noqa: E402
+from tests.unit.model.conftest import MIXED, OTHER, pack_row  # noqa: E402
+
+DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
+RANKS = 2
+CASES = {
+    "default": "",
+    "always": "--parallelism.fsdp_reshard_after_forward always",
+    "never": "--parallelism.fsdp_reshard_after_forward never",
+    "full": "--activation_checkpoint.mode full",
+    "per_op": "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op",
+    "bfloat16": "--training.mixed_precision_param bfloat16",
+    "expert_parallel": "--parallelism.expert_parallel_degree 2",
+    "expert_parallel_full": "--parallelism.expert_parallel_degree 2 --activation_checkpoint.mode full",
+    "expert_parallel_per_op": "--parallelism.expert_parallel_degree 2 --activation_checkpoint.mode selective "
+    "--activation_checkpoint.selective_ac_option op",
+}
+
+
+def config_of(overrides):
+    return load_job_config(["--job.config_file", str(DEBUG), *overrides.split()])
+
+
+# torch 2.13 has new names for the two collectives that FSDP calls.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+SCATTER = "reduce_scatter_single" if hasattr(dist, "all_gather_single") else "reduce_scatter_tensor"
+
+
+class Wire:
+    """Counts the bytes that FSDP hands to torch.distributed while ``patch`` is in force."""
+
+    def __init__(self, patch):
+        self.gathered = self.scattered = self.num_gathers = 0
+        self.patch = patch
+        self._wrap(dist, GATHER, self._gather)
+        self._wrap(dist, SCATTER, self._scatter)
+
+    def _wrap(self, owner, name, note):
+        original = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            note(*args, **kwargs)
+            return original(*args, **kwargs)
+
+        self.patch.setattr(owner, name, noted)
+
+    def _gather(self, *args, **kwargs):
+        self.gathered += (kwargs["output_tensor"] if "output_tensor" in kwargs else args[0]).nbytes
+        self.num_gathers += 1
+
+    def _scatter(self, *args, **kwargs):
+        self.scattered += (kwargs["input"] if "input" in kwargs else args[1]).nbytes
+
+
+def build(config):
+    args = FLAVORS["debug"]
+    args.update_from_config(config)
+    dims = ParallelDims(1, -1, 1, 1, 1, config.parallelism.expert_parallel_degree, 1, RANKS)
+    with torch.device("meta"):
+        model = SymbioticModel(args)
+    parallelize_symbiotic(model, dims, config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        model.init_weights()
+    return model, args
+
+
+def on_rank(rank, overrides, patch):
+    """Shards, traffic, gathers done when each block computes, and the gradient norm of one step."""
+    config = config_of(overrides)
+    model, args = build(config)
+    batch = stack_rows([pack_row(MIXED, args), pack_row(OTHER, args, seed=10 + rank)])
+    wire = Wire(patch)
+    ahead = []
+    for block in model.layers.values():
+        block.attention_norm.register_forward_pre_hook(lambda *_: ahead.append(wire.num_gathers))
+    shape = batch.vae_image.shape
+    times_BL = torch.linspace(0.1, 0.9, shape[1]).expand(shape)
+    with torch.profiler.profile() as profile:
+        output = model(batch, batch.latents, times_BL, torch.tensor(1.0))
+        forward, ahead_forward = wire.gathered, list(ahead)
+        balance = sum(p.square().sum() for record in output.records for p in record.prob_sum)
+        loss = output.logits.float().square().mean() + output.velocity.square().mean() + balance
+        loss.backward()
+    exchanges = sum(event.name == "c10d::alltoall_base_" for event in profile.events())
+    norm = torch.stack([p.grad.full_tensor().norm() for p in model.parameters()]).norm()
+    parameters = plan.sharded_parameters(model)
+    return {
+        "parameters": parameters,
+        "local": {p.name: tuple(q.to_local().shape) for p, q in zip(parameters, model.parameters(), strict=True)},
+        "gathered": (forward, wire.gathered - forward),
+        "scattered": wire.scattered,
+        "ahead": ahead_forward,
+        "exchanges": exchanges,
+        "norm": float(norm),
+    }  # fmt: skip
+
+
+def all_cases(rank):
+    results = {}
+    for case, overrides in CASES.items():
+        with pytest.MonkeyPatch.context() as patch:
+            results[case] = on_rank(rank, overrides, patch)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_on_ranks(RANKS, all_cases)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_traffic_is_the_planned_one(results, case):
+    config = config_of(CASES[case])
+    for result in (rank[case] for rank in results):
+        reshard = config.parallelism.fsdp_reshard_after_forward
+        stages = plan.traffic_by_stage(result["parameters"], plan.Precision.of(config), reshard)
+        planned = sum(stages.values(), plan.Traffic())
+        # A collective of n ranks is counted whole; (n - 1) / n of it leaves the rank.
+        forward, backward = (size * (RANKS - 1) // RANKS for size in result["gathered"])
+        assert (forward, backward) == (planned.gather_forward, planned.gather_backward)
+        assert result["scattered"] * (RANKS - 1) // RANKS == planned.reduce_scatter
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shards_have_the_planned_shapes(results, case):
+    for result in (rank[case] for rank in results):
+        assert result["local"] == {p.name: p.local for p in result["parameters"]}
+        held = sum(prod(p.local) for p in result["parameters"])
+        assert held == sum(prod(p.shape) for p in result["parameters"]) // RANKS
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_next_block_is_gathered_before_this_one_computes(results, case):
+    for result in (rank[case] for rank in results):
+        gathers = {stage: 0 for stage in ("layers.0", "layers.1", "layers.2")}
+        before = 0
+        for unit, members in plan.units_of(result["parameters"]).items():
+            if members[0].shard == 1:
+                continue  # nothing to gather
+            stage = plan.stage_of(unit)
+            if stage in gathers:
+                gathers[stage] += 1
+            else:
+                before += 1
+        first, second, third = gathers.values()
+        expected = [before + first + second, before + first + second + third]
+        assert result["ahead"] == [*expected, expected[-1]]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("expert_parallel")])
+def test_checkpointing_repeats_the_planned_exchanges(results, case):
+    """Of two layers with experts: token counts, out and back in the forward, two gradients in the backward; the forward's
+    three again where a block is recomputed whole, none where they are saved."""
+    expected = 2 * (3 + 2 + (3 if case.endswith("full") else 0))
+    assert [rank[case]["exchanges"] for rank in results] == [expected] * RANKS
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_do_not_depend_on_how_the_model_is_spread(results, case):
+    tolerance = 5e-2 if case == "bfloat16" else 1e-5
+    for result in results:
+        assert result[case]["norm"] == pytest.approx(results[0]["default"]["norm"], rel=tolerance)

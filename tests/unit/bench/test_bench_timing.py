@@ -1,0 +1,75 @@
+"""Benchmarks take turns, and their baselines compute the same thing."""
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from symbiotic_titan.moe.layer import PartitionedMoE
+from symbiotic_titan.moe.partition import MoEArgs
+from tools.bench import moe, timing
+
+
+def test_contenders_take_turns_and_warm_up_does_not_count():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    times = timing.interleave(contenders, repeats=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert [len(t) for t in times.values()] == [3, 3]
+
+
+def test_times_are_seconds():
+    times = timing.interleave({"nap": lambda: time.sleep(0.01)}, repeats=2, warmup=0)
+    assert 0.01 <= min(times["nap"]) < 1.0
+
+
+def test_ratio_is_taken_within_rounds():
+    # The second round was slow for both: a quotient of medians would not be 2.
+    times = {"a": [2.0, 20.0, 2.2], "b": [1.0, 10.0, 1.1]}
+    assert timing.ratio(times, "a", "b") == pytest.approx(2.0)
+
+
+def test_summary_is_median_and_quartiles_in_milliseconds():
+    seconds = [0.001, 0.002, 0.003, 0.004, 0.1]
+    row = timing.summary(seconds)
+    assert row["median_ms"] == 1e3 * statistics.median(seconds)
+    assert row["quartile_1_ms"] == 2.0 and row["quartile_3_ms"] == 4.0
+
+
+def test_restart_keeps_what_is_set_and_adds_what_is_missing(monkeypatch):
+    started = []
+    monkeypatch.setattr(timing.os, "execv", lambda *a: started.append(a))
+    monkeypatch.setenv("SET", "mine")
+    timing.restart_with({"SET": "theirs"})
+    assert not started and timing.os.environ["SET"] == "mine"
+    monkeypatch.setenv("MISSING", "")  # so that it is taken back afterwards
+    monkeypatch.delenv("MISSING")
+    timing.restart_with({"SET": "theirs", "MISSING": "now"})
+    assert len(started) == 1 and timing.os.environ["MISSING"] == "now"
+    monkeypatch.delenv("MISSING")
+
+
+def test_machine_says_what_a_number_depends_on():
+    assert set(timing.machine()) == {"torch", "threads", "device", "commit"}
+
+
+def test_the_loop_baseline_computes_what_the_layer_computes(monkeypatch):
+    monkeypatch.setattr(moe, "NUM_EXPERTS", 6)
+    monkeypatch.setattr(moe, "TOP_K", 2)
+    loop = moe.LoopMoE(8, 12)
+    groups = tuple(type(g)(g.name, g.modalities, 6) for g in moe.POOL)
+    layer = PartitionedMoE(MoEArgs(8, 12, groups, 2))
+    with torch.no_grad():
+        layer.router["all"].weight.copy_(loop.router.weight)
+        for index, expert in enumerate(loop.experts):
+            for name in ("w1", "w2", "w3"):
+                getattr(layer.experts["all"], name)[index] = getattr(expert, name).weight
+    x_TD = torch.randn(20, 8)
+    out_TD, _ = layer(x_TD, torch.zeros(20, dtype=torch.int64), torch.tensor(1.0))
+    torch.testing.assert_close(out_TD, loop(x_TD))
+
+
+def test_ratios_name_their_direction():
+    times = {"partitioned": [2.0, 2.0], "standard": [2.0, 2.0], "dense": [1.0, 1.0]}
+    assert moe.ratios(times) == {"partitioned_over_standard": 1.0, "partitioned_over_dense": 0.5}
