@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from torchtitan.config.job_config import Optimizer as UpstreamOptimizer
@@ -40,6 +40,11 @@ class Optimizer(UpstreamOptimizer):
 
     weight_decay: float = 0.0
     """Weight decay of groups that name none."""
+
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """How Adam's arithmetic is launched: one kernel for many parameters (``fused``), one per operation (``foreach``), or one per
+    operation and parameter (``for-loop``). All three run on CPU and CUDA, on plain parameters and under FSDP2, HSDP and expert
+    parallelism, and give the same weights within rounding."""
 
     param_groups: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
     """Rows of [[optimizer.param_groups]]; set in TOML. None: one group of all parameters."""

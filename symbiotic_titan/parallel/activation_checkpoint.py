@@ -6,9 +6,16 @@ from torch import nn
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 
+from symbiotic_titan.moe import float8_matmul, grouped_matmul  # noqa: F401 - they register ops
+
 # The per-op mode keeps matrix products, attention and what crossed the network; the rest is recomputed.
 _SAVED_OPS = {
     torch.ops.aten.mm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_grouped_mm.default,
+    torch.ops.symbiotic_titan.swiglu_loop.default,
+    torch.ops.symbiotic_titan.float8_grouped_linear.default,
+    torch.ops.aten.max.default,  # a float8 scale is one number for a whole tensor
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

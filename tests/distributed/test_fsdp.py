@@ -1,28 +1,15 @@
 """What FSDP sends and when, on real processes: as planned, the next block ahead, and every way of resharding with equal results."""
 
 from math import prod
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from symbiotic_titan import device
+from symbiotic_titan.parallel import plan
+from tests.distributed.debug_model import backward, build, config_of, forward
+from tests.distributed.gloo import run_on_ranks
 
-device.prepare()  # in the processes of this file's ranks, before anything imports torchtitan
-
-from torchtitan.distributed import ParallelDims  # noqa: E402
-
-from symbiotic_titan.config.load import load_job_config  # noqa: E402
-from symbiotic_titan.model.flavors import FLAVORS  # noqa: E402
-from symbiotic_titan.model.symbiotic import SymbioticModel  # noqa: E402
-from symbiotic_titan.parallel import plan  # noqa: E402
-from symbiotic_titan.parallel.parallelize import parallelize_symbiotic  # noqa: E402
-from symbiotic_titan.sequence.batch import stack_rows  # noqa: E402
-from tests.distributed.gloo import run_on_ranks  # noqa: E402
-from tests.unit.model.conftest import MIXED, OTHER, pack_row  # noqa: E402
-
-DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
 RANKS = 2
 CASES = {
     "default": "",
@@ -36,10 +23,6 @@ CASES = {
     "expert_parallel_per_op": "--parallelism.expert_parallel_degree 2 --activation_checkpoint.mode selective "
     "--activation_checkpoint.selective_ac_option op",
 }
-
-
-def config_of(overrides):
-    return load_job_config(["--job.config_file", str(DEBUG), *overrides.split()])
 
 
 # torch 2.13 has new names for the two collectives that FSDP calls.
@@ -73,43 +56,25 @@ class Wire:
         self.scattered += (kwargs["input"] if "input" in kwargs else args[1]).nbytes
 
 
-def build(config):
-    args = FLAVORS["debug"]
-    args.update_from_config(config)
-    dims = ParallelDims(1, -1, 1, 1, 1, config.parallelism.expert_parallel_degree, 1, RANKS)
-    with torch.device("meta"):
-        model = SymbioticModel(args)
-    parallelize_symbiotic(model, dims, config)
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        model.init_weights()
-    return model, args
-
-
 def on_rank(rank, overrides, patch):
     """Shards, traffic, gathers done when each block computes, and the gradient norm of one step."""
     config = config_of(overrides)
     model, args = build(config)
-    batch = stack_rows([pack_row(MIXED, args), pack_row(OTHER, args, seed=10 + rank)])
     wire = Wire(patch)
     ahead = []
     for block in model.layers.values():
         block.attention_norm.register_forward_pre_hook(lambda *_: ahead.append(wire.num_gathers))
-    shape = batch.vae_image.shape
-    times_BL = torch.linspace(0.1, 0.9, shape[1]).expand(shape)
     with torch.profiler.profile() as profile:
-        output = model(batch, batch.latents, times_BL, torch.tensor(1.0))
-        forward, ahead_forward = wire.gathered, list(ahead)
-        balance = sum(p.square().sum() for record in output.records for p in record.prob_sum)
-        loss = output.logits.float().square().mean() + output.velocity.square().mean() + balance
-        loss.backward()
+        output = forward(model, args, rank)
+        forward_bytes, ahead_forward = wire.gathered, list(ahead)
+        backward(output)
     exchanges = sum(event.name == "c10d::alltoall_base_" for event in profile.events())
     norm = torch.stack([p.grad.full_tensor().norm() for p in model.parameters()]).norm()
     parameters = plan.sharded_parameters(model)
     return {
         "parameters": parameters,
         "local": {p.name: tuple(q.to_local().shape) for p, q in zip(parameters, model.parameters(), strict=True)},
-        "gathered": (forward, wire.gathered - forward),
+        "gathered": (forward_bytes, wire.gathered - forward_bytes),
         "scattered": wire.scattered,
         "ahead": ahead_forward,
         "exchanges": exchanges,

@@ -1,0 +1,65 @@
+"""The debug model made parallel in the processes of a test, and a batch that differs from rank to rank."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from symbiotic_titan import device
+
+device.prepare()  # in the processes of a test's ranks, before anything imports torchtitan
+
+from torchtitan.distributed import ParallelDims  # noqa: E402
+
+from symbiotic_titan.config.job import JobConfig  # noqa: E402
+from symbiotic_titan.config.load import load_job_config  # noqa: E402
+from symbiotic_titan.model.args import ModelArgs  # noqa: E402
+from symbiotic_titan.model.flavors import FLAVORS  # noqa: E402
+from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel  # noqa: E402
+from symbiotic_titan.parallel.parallelize import parallelize_symbiotic  # noqa: E402
+from symbiotic_titan.sequence.batch import stack_rows  # noqa: E402
+from tests.unit.model.conftest import MIXED, OTHER, pack_row  # noqa: E402
+
+DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
+
+
+def config_of(overrides: str) -> JobConfig:
+    return load_job_config(["--job.config_file", str(DEBUG), *overrides.split()])
+
+
+def build(config: JobConfig) -> tuple[SymbioticModel, ModelArgs]:
+    """The initialised model on this rank of the process group."""
+    args = FLAVORS["debug"]
+    args.update_from_config(config)
+    dims = ParallelDims(
+        dp_replicate=config.parallelism.data_parallel_replicate_degree,
+        dp_shard=-1,
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=config.parallelism.expert_parallel_degree,
+        etp=1,
+        world_size=dist.get_world_size(),
+    )
+    with torch.device("meta"):
+        model = SymbioticModel(args)
+    parallelize_symbiotic(model, dims, config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        model.init_weights()
+    return model, args
+
+
+def forward(model: SymbioticModel, args: ModelArgs, rank: int) -> ModelOutput:
+    """On two rows, the second of which is the rank's own."""
+    batch = stack_rows([pack_row(MIXED, args), pack_row(OTHER, args, seed=10 + rank)])
+    shape = batch.vae_image.shape
+    timesteps_BL = torch.linspace(0.1, 0.9, shape[1]).expand(shape)
+    return model(batch, batch.latents, timesteps_BL, torch.tensor(1.0))
+
+
+def backward(output: ModelOutput) -> None:
+    """Of a loss that depends on everything the model returns, the routing records as well."""
+    balance = sum(p.square().sum() for record in output.records for p in record.prob_sum)
+    loss = output.logits.float().square().mean() + output.velocity.square().mean() + balance
+    loss.backward()
