@@ -5,7 +5,8 @@ Example: tools/show_parallel.py train_configs/30b_a3b.toml --ranks 8 64 256 --pa
 
 The model is built on the meta device and made parallel by the trainer's own function, over a process group in which nothing is
 sent; rank 0's shards are counted and the last rank's are compared with them. Weights, gradients and optimizer states are
-exact, bytes sent assume even routing, activations are an estimate whose formula is printed. Units: GiB, and GiB a step.
+exact, bytes sent assume even routing and gathers in the dtype of the computation (not float8), activations are an estimate
+whose formula is printed. With training.enable_cpu_offload the state is the host's and not in the sum.
 """
 
 import argparse
@@ -118,6 +119,9 @@ def report(config: JobConfig, num_ranks: int) -> dict[str, Any]:
     activations = activation_plan.activation_memory(
         config, args, precision, expert_parallel=degrees["expert"] > 1
     )
+    on_device = gathered.peak + gathered.unit_gradients + activations.peak
+    if not config.training.enable_cpu_offload:
+        on_device += state.total
     once = sum(traffic.values(), plan.Traffic())
     if config.losses.balance_scope == "global" and micro_batches > 1:
         once += once.forward  # a first pass counts the step's expert use
@@ -131,7 +135,7 @@ def report(config: JobConfig, num_ranks: int) -> dict[str, Any]:
         "state": asdict(state),
         "gathered": asdict(gathered),
         "activations": {**asdict(activations), "peak": activations.peak},
-        "total": state.total + gathered.peak + gathered.unit_gradients + activations.peak,
+        "total": on_device,
         "traffic_of_a_micro_batch": plan.traffic_rows(traffic),
         "traffic_of_a_step": {**asdict(step), "total": step.total},
     }

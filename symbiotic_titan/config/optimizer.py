@@ -43,8 +43,8 @@ class Optimizer(UpstreamOptimizer):
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How Adam's arithmetic is launched: one kernel for many parameters (``fused``), one per operation (``foreach``), or one per
-    operation and parameter (``for-loop``). All three run on CPU and CUDA, on plain parameters and under FSDP2, HSDP and expert
-    parallelism, and give the same weights within rounding."""
+    operation and parameter (``for-loop``). All three give the same weights within rounding, on plain parameters and under FSDP2,
+    HSDP and expert parallelism; a CPU has all of them too."""
 
     param_groups: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
     """Rows of [[optimizer.param_groups]]; set in TOML. None: one group of all parameters."""

@@ -22,8 +22,8 @@ Saved per token; b bytes a number, D width, HC query and JC key/value channels, 
   none       b(4D + 4HC + 3JC + 4S) + 4H, with routed experts b(2KD + 4KF) + 4D + 9E + 16K more, without QK norm b(HC + JC)
              less; with sdpa b for every position of the row (the mask as numbers)
   full       bD a block, and one block of `none` while it is recomputed
-  selective  op: b(2D + 2HC + JC + S) + 4H, with routed experts 4E more, under expert parallelism 2bKD more, and one block of
-             `none`; a number N: every N-th block as `full`, the others as `none`
+  selective  op: b(2D + 2HC + JC + S) + 4H, with routed experts bK(2F + D) + 4E more, under expert parallelism 2bKD more, and one
+             block of `none`; a number N: every N-th block as `full`, the others as `none`
   ViT        b(11W + 2F) a patch and block; with sdpa b for every patch of the row more
   heads      logits bV, and 12V more while the loss is differentiated
   masks      with sdpa one byte for every pair of positions, and of patches, of a row"""
@@ -74,13 +74,16 @@ def saved_by_block(args: ModelArgs, computed: int, length: int, *, has_experts: 
 
 def kept_per_op(args: ModelArgs, computed: int, *, has_experts: bool, expert_parallel: bool) -> int:
     """Bytes per token that one block saves with per-op checkpointing: its input, every second matrix product (wq, wv, the
-    router's, w1 and w2 of the shared or dense expert), attention, and what crossed the network."""
+    router's, w1 and w2 of the shared or dense expert), attention, the three grouped products, and what crossed the network."""
     heads, kv_heads = args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
     numbers = args.dim + 2 * heads + kv_heads
     hidden_dim = args.shared_hidden_dim if has_experts else args.dense_hidden_dim
     numbers += hidden_dim + args.dim if hidden_dim else 0
+    if not has_experts:
+        return computed * numbers + 4 * args.num_heads
+    numbers += args.top_k * (2 * args.expert_hidden_dim + args.dim)
     numbers += 2 * args.top_k * args.dim if expert_parallel else 0
-    return computed * numbers + 4 * args.num_experts * has_experts + 4 * args.num_heads
+    return computed * numbers + 4 * args.num_experts + 4 * args.num_heads
 
 
 def recomputed_blocks(config: ActivationCheckpoint, num_layers: int) -> list[bool]:
@@ -107,8 +110,9 @@ def activation_memory(
         if is_recomputed:
             kept = tokens * b * args.dim
         elif per_op:
-            crosses = has_experts and expert_parallel
-            kept = tokens * kept_per_op(args, b, has_experts=has_experts, expert_parallel=crosses)
+            kept = tokens * kept_per_op(
+                args, b, has_experts=has_experts, expert_parallel=expert_parallel
+            )
         decoder += kept
         if is_recomputed or per_op:
             recomputed = max(recomputed, everything)

@@ -87,9 +87,8 @@ def _sharded_parameter(name: str, unit: str, parameter: nn.Parameter) -> Sharded
         assert mesh.mesh_dim_names is not None
         axes = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
         local = tuple(parameter.to_local().shape)
-        gathered[0] //= axes.get(
-            "ep", 1
-        )  # only expert banks have this axis, and it cuts them between experts
+        # Only expert banks have this axis; it cuts between experts, and FSDP gathers one part.
+        gathered[0] //= axes.get("ep", 1)
         for axis, placement in zip(mesh.mesh_dim_names, parameter.placements, strict=True):
             if axis in ("fsdp", "efsdp"):
                 dim = placement.dim  # type: ignore[attr-defined]  # Shard or _StridedShard

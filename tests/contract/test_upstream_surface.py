@@ -162,6 +162,7 @@ NAMES = {
     "tools.logging.logger",
     "tools.utils.device_module",
     "tools.utils.device_type",
+    "tools.utils.set_default_dtype",
     "distributed.parallel_dims.device_type",
 }
 
@@ -173,7 +174,11 @@ CONFIG_FIELDS = {
     "Quantize": {"linear", "grouped_mm"},
     "Optimizer": {"name", "lr", "beta1", "beta2", "eps", "weight_decay", "implementation"},
     "LRScheduler": {"warmup_steps"},
-    "ActivationCheckpoint": {"mode"},
+    "ActivationCheckpoint": {"mode", "selective_ac_option"},
+    "Parallelism": {"data_parallel_replicate_degree", "data_parallel_shard_degree"}
+    | {"expert_parallel_degree", "fsdp_reshard_after_forward"},
+    "Training": {"dtype", "mixed_precision_param", "mixed_precision_reduce", "enable_cpu_offload"}
+    | {"local_batch_size", "global_batch_size", "seq_len"},
     "Checkpoint": {"enable", "folder", "interval", "load_step", "last_save_model_only"},
 }
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from symbiotic_titan.parallel import plan
-from tests.distributed.debug_model import backward, build, config_of, forward
+# First, because it prepares torchtitan in the processes of the ranks.
+from tests.distributed.debug_model import backward, build, config_of, forward  # isort: skip
+
+from symbiotic_titan.parallel import fsdp, plan
 from tests.distributed.gloo import run_on_ranks
 
 RANKS = 2
@@ -22,6 +24,11 @@ CASES = {
     "expert_parallel_full": "--parallelism.expert_parallel_degree 2 --activation_checkpoint.mode full",
     "expert_parallel_per_op": "--parallelism.expert_parallel_degree 2 --activation_checkpoint.mode selective "
     "--activation_checkpoint.selective_ac_option op",
+    "always_per_op": "--parallelism.fsdp_reshard_after_forward always --activation_checkpoint.mode selective "
+    "--activation_checkpoint.selective_ac_option op",
+    # 13 and 3 experts on two ranks: cut inside every expert, and cut between them with padding.
+    "odd_experts": "",
+    "odd_experts_padded": "",
 }
 
 
@@ -56,9 +63,14 @@ class Wire:
         self.scattered += (kwargs["input"] if "input" in kwargs else args[1]).nbytes
 
 
-def on_rank(rank, overrides, patch):
+def on_rank(rank, case, patch):
     """Shards, traffic, gathers done when each block computes, and the gradient norm of one step."""
-    config = config_of(overrides)
+    config = config_of(CASES[case])
+    if case.startswith("odd"):
+        config.experts.partition["understanding"].num_experts = 13
+        config.experts.partition["generation"].num_experts = 3
+    if case == "odd_experts_padded":
+        patch.setattr(fsdp, "cut_of_bank", lambda num_ranks: lambda weight: None)
     model, args = build(config)
     wire = Wire(patch)
     ahead = []
@@ -84,9 +96,9 @@ def on_rank(rank, overrides, patch):
 
 def all_cases(rank):
     results = {}
-    for case, overrides in CASES.items():
+    for case in CASES:
         with pytest.MonkeyPatch.context() as patch:
-            results[case] = on_rank(rank, overrides, patch)
+            results[case] = on_rank(rank, case, patch)
     return results
 
 
@@ -112,8 +124,18 @@ def test_traffic_is_the_planned_one(results, case):
 def test_shards_have_the_planned_shapes(results, case):
     for result in (rank[case] for rank in results):
         assert result["local"] == {p.name: p.local for p in result["parameters"]}
-        held = sum(prod(p.local) for p in result["parameters"])
-        assert held == sum(prod(p.shape) for p in result["parameters"]) // RANKS
+    held = sum(prod(p.local) for rank in results for p in rank[case]["parameters"])
+    assert held == sum(prod(p.shape) for p in results[0][case]["parameters"])
+
+
+def test_an_odd_number_of_experts_is_cut_inside_each(results):
+    for case, local, gathered in (
+        ("odd_experts", (13, 32, 128), 13),
+        ("odd_experts_padded", (7, 64, 128), 14),
+    ):
+        parameters = {p.name: p for p in results[0][case]["parameters"]}
+        bank = parameters["layers.1.moe.experts.understanding.w1"]
+        assert bank.local == local and bank.gathered == gathered * 64 * 128
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -145,5 +167,6 @@ def test_checkpointing_repeats_the_planned_exchanges(results, case):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_do_not_depend_on_how_the_model_is_spread(results, case):
     tolerance = 5e-2 if case == "bfloat16" else 1e-5
+    reference = "odd_experts_padded" if case.startswith("odd") else "default"
     for result in results:
-        assert result[case]["norm"] == pytest.approx(results[0]["default"]["norm"], rel=tolerance)
+        assert result[case]["norm"] == pytest.approx(results[0][reference]["norm"], rel=tolerance)

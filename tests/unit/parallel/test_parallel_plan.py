@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.config.job_config import ActivationCheckpoint
 
@@ -17,7 +18,7 @@ from symbiotic_titan.model.decoder import TransformerBlock
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.rope import frequencies, frequency_axes, rotary_tables
-from symbiotic_titan.parallel import activation_checkpoint, activation_plan, plan
+from symbiotic_titan.parallel import activation_checkpoint, activation_plan, fsdp, plan
 
 ROOT = Path(__file__).parents[3]
 BF16 = plan.Precision(kept=4, computed=2, reduced=4)
@@ -188,6 +189,20 @@ def test_few_experts_are_cut_inside_and_not_padded():
     bank = {p.name: p for p in parameters}["layers.1.moe.experts.generation.w1"]
     assert bank.shape == (4, 64, 128) and bank.local == (4, 8, 128)
     assert bank.gathered == prod(bank.shape)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offload_to_the_cpu_reaches_every_unit(offload, monkeypatch):
+    policies, original = [], fsdp.fully_shard
+
+    def noted(module, **options):
+        policies.append(options["offload_policy"])
+        return original(module, **options)
+
+    monkeypatch.setattr(fsdp, "fully_shard", noted)
+    (parameters, *_) = on_fake_ranks(2, *(["--training.enable_cpu_offload"] if offload else []))
+    assert len(policies) == 2 * len(plan.units_of(parameters))  # of both ranks
+    assert {isinstance(policy, CPUOffloadPolicy) for policy in policies} == {offload}
 
 
 def test_one_rank_needs_no_traffic_and_gathers_nothing_apart():
