@@ -33,12 +33,18 @@ def row_multiple(device: torch.device, dtype: torch.dtype) -> int:
     return _CPU_TILE_ROWS if device.type == "cpu" and dtype.itemsize == 2 else 1
 
 
+@torch.compiler.assume_constant_result
+def _is_hopper_or_newer(device_index: int) -> bool:
+    """Compute capability 9.0 or more. Asked while a compiled layer is traced, where a call into the driver breaks the graph."""
+    return torch.cuda.get_device_capability(device_index) >= (9, 0)
+
+
 def _has_grouped_mm(rows_ND: Tensor, hidden_dim: int) -> bool:
     """The device has the fused kernel for these operands: bf16, compute capability 9.0, rows of whole 16 bytes."""
     return (
         rows_ND.device.type == "cuda"
         and rows_ND.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(rows_ND.device) >= (9, 0)
+        and _is_hopper_or_newer(rows_ND.device.index)
         and rows_ND.shape[1] % 8 == 0
         and hidden_dim % 8 == 0
     )
