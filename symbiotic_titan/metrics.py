@@ -12,9 +12,10 @@ from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.flops import ModelCost
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.moe.statistics import capacity_rate, idle_experts, imbalance_ratio
-from symbiotic_titan.sequence.modality import MODALITY_NAMES
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
 
 
 @dataclass(frozen=True)
@@ -111,23 +112,33 @@ class SymbioticMetrics(MetricsProcessor):
         self.num_steps = job_config.training.steps
         self.capacity_factor = job_config.experts.capacity_factor
         self.last_logged_step: int | None = None
+        self.cost: ModelCost | None = None  # set by the trainer, which has the model
+        self.tokens_at_last_log = torch.zeros(NUM_MODALITIES, dtype=torch.int64)
 
     def should_log(self, step: int) -> bool:
         """As upstream, and the last step."""
         return super().should_log(step) or step == self.num_steps
 
-    def performance(self, step: int) -> dict[str, float]:
+    def flops_per_token(self, tokens_seen: torch.Tensor) -> float:
+        """Training FLOPs of a token, with the modalities' real shares since the last call."""
+        assert self.cost is not None
+        shares = (tokens_seen - self.tokens_at_last_log).tolist()
+        self.tokens_at_last_log = tokens_seen.clone()
+        return self.cost.training_flops_per_token(tuple(float(share) for share in shares))
+
+    def performance(self, step: int, tokens_seen: torch.Tensor) -> dict[str, float]:
         """Throughput since the last call; model FLOPS utilisation only where the device's peak is known."""
         elapsed = time.perf_counter() - self.time_last_log
         num_steps = max(step - (self.last_logged_step or step - 1), 1)
         tokens_per_second = self.ntokens_since_last_log / elapsed
         loading = sum(self.data_loading_times)
         per_device = tokens_per_second / self.parallel_dims.world_size
-        utilisation = 100 * self.num_flops_per_token * per_device / self.gpu_peak_flops
+        flops = self.flops_per_token(tokens_seen) * per_device
+        utilisation = 100 * flops / self.gpu_peak_flops
         memory = self.device_memory_monitor.get_peak_stats()
         metrics = {
             "perf/tokens_per_second": tokens_per_second,
-            "perf/tflops_per_device": self.num_flops_per_token * per_device / 1e12,
+            "perf/tflops_per_device": flops / 1e12,
             "perf/step_seconds": elapsed / num_steps,
             "perf/data_loading_percent": 100 * loading / elapsed,
             "perf/memory_gib": memory.max_reserved_gib,
@@ -154,7 +165,7 @@ class SymbioticMetrics(MetricsProcessor):
         }
         metrics |= {"shield/scale": report.shield_scale}
         metrics |= {"data/fill": report.fill, "data/skipped": report.num_skipped}
-        metrics |= self.performance(report.step)
+        metrics |= self.performance(report.step, report.tokens_seen)
         self.logger.log(metrics, report.step)
         self.log_heat_maps(report)
         self.log_console(report, metrics)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,8 @@ from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.timesteps import draw_noise_and_timesteps
 from symbiotic_titan.losses.terms import LossTerms, target_counts
 from symbiotic_titan.metrics import StepReport, SymbioticMetrics, group_grad_norms
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.symbiotic import ModelOutput
 from symbiotic_titan.moe.balance import balance_loss
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
@@ -80,6 +82,9 @@ class SymbioticTrainer(Trainer):
         if job_config.training.mixed_precision_param == "float32":
             self.maybe_enable_amp = contextlib.nullcontext()
         self.shield_scale = torch.ones((), device=self.device)
+        self.metrics_processor.cost = model_cost(
+            self.model_parts[0], cast(ModelArgs, self.model_args), job_config.training.seq_len
+        )
 
     # ---- data ---------------------------------------------------------------------------------------------------------
 
@@ -236,10 +241,15 @@ class SymbioticTrainer(Trainer):
                     assignments=self.reduce_routing(routing).counts if routing else None,
                     shield_scale=float(self.shield_scale),
                     fill=float(totals.modality.sum() / totals.positions),
-                    num_skipped=self.dataloader.num_skipped,  # type: ignore[union-attr]
+                    num_skipped=self.count_skipped(),
                     tokens_seen=self.tokens_seen,
                 )
             )
+
+    def count_skipped(self) -> int:
+        """Bad samples that all ranks have skipped since the run began."""
+        skipped = self.dataloader.num_skipped  # type: ignore[union-attr]
+        return int(self.sum_over_ranks(torch.tensor(skipped, device=self.device)))
 
     def count_tokens(self, totals: StepTotals) -> None:
         """Add the step's tokens to the running totals."""
@@ -323,9 +333,12 @@ class SymbioticTrainer(Trainer):
         return bool(self.sum_over_ranks(flag) > 0)
 
     def save_and_stop(self) -> None:
-        """A full checkpoint of this step, unless the step was just saved."""
-        folder = self.job_config.checkpoint.interval
-        if not self.job_config.checkpoint.enable or self.step % folder == 0:
+        """A full checkpoint of this step, unless the step was just saved; then only the end of that save is awaited."""
+        config = self.job_config.checkpoint
+        if not config.enable:
+            return
+        if self.step % config.interval == 0:
+            self.checkpointer._async_wait()
             return
         self.checkpointer.last_save_model_only = False
         self.checkpointer.save(self.step, last_step=True)

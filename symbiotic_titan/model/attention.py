@@ -31,7 +31,9 @@ def attend(
     if isinstance(mask, BlockMask):
         assert q_BHTC.is_cuda or not q_BHTC.requires_grad, "FlexAttention has no backward on CPU"
         kernel: Callable[..., torch.Tensor] = flex_attention
-        if q_BHTC.is_cuda and not torch.compiler.is_compiling():  # a compiled layer takes it in whole
+        if (
+            q_BHTC.is_cuda and not torch.compiler.is_compiling()
+        ):  # a compiled layer takes it in whole
             kernel = _compiled_flex_attention()
         out_BHTC = kernel(q_BHTC, k_BJTC, v_BJTC, block_mask=mask, enable_gqa=grouped)
     else:

@@ -47,6 +47,7 @@ SIGNATURES = {
     "components.checkpoint.CheckpointManager.load": ("self", "step"),
     "components.checkpoint.CheckpointManager._find_load_step": ("self", "folder"),
     "components.checkpoint.CheckpointManager.maybe_wait_for_staging": ("self",),
+    "components.checkpoint.CheckpointManager._async_wait": ("self",),
     "components.checkpoint.CheckpointManager.close": ("self",),
     # metrics
     "components.metrics.MetricsProcessor.__init__": ("self", "job_config", "parallel_dims", "tag"),
