@@ -247,9 +247,20 @@ class SymbioticTrainer(Trainer):
             )
 
     def count_skipped(self) -> int:
-        """Bad samples that all ranks have skipped since the run began."""
-        skipped = self.dataloader.num_skipped  # type: ignore[union-attr]
-        return int(self.sum_over_ranks(torch.tensor(skipped, device=self.device)))
+        """Bad samples that all ranks have skipped since the run began.
+
+        Raises:
+            ValueError: more than the run tolerates. (A rank that alone has skipped too many stops in its loader.)
+        """
+        own = self.dataloader.num_skipped  # type: ignore[union-attr]
+        skipped = int(self.sum_over_ranks(torch.tensor(own, device=self.device)))
+        limit = self.job_config.data.max_bad_samples
+        if skipped > limit:
+            raise ValueError(
+                f"skipped {skipped} bad samples over all ranks, more than data.max_bad_samples = {limit}; "
+                "repair the shards or raise the limit"
+            )
+        return skipped
 
     def count_tokens(self, totals: StepTotals) -> None:
         """Add the step's tokens to the running totals."""

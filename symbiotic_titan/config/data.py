@@ -66,7 +66,7 @@ class Data:
     """What happens on a corrupt sample: stop and name shard and key, or skip and count it."""
 
     max_bad_samples: int = 100
-    """With ``skip``: how many bad samples each rank tolerates before the run stops."""
+    """With ``skip``: how many bad samples the run tolerates, over all ranks, before it stops."""
 
     def __post_init__(self) -> None:
         self.sources = [

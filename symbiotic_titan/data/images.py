@@ -115,6 +115,9 @@ def nearest_bucket(height: int, width: int, buckets: list[tuple[int, int]]) -> t
 def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The largest centred part of ``image`` with the wanted shape, resized; nothing is cut off where the shapes agree."""
     scale = min(image.height / height, image.width / width)
-    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-    box = (left, top, left + width * scale, top + height * scale)
+    left = max(0.0, (image.width - width * scale) / 2)
+    top = max(0.0, (image.height - height * scale) / 2)
+    # Rounding may put an edge 1e-13 pixels outside, which Pillow refuses.
+    right, bottom = min(image.width, left + width * scale), min(image.height, top + height * scale)
+    box = (left, top, right, bottom)
     return image.resize((width, height), Image.Resampling.BICUBIC, box=box)

@@ -96,6 +96,7 @@ class VitArgs:
 
     def __post_init__(self) -> None:
         _check_fields(self, "vit")
+        _require(self.channels == 3, f"vit.channels: images are read as RGB, got {self.channels}")
         _require(
             self.dim % (4 * self.num_heads) == 0,
             f"vit.dim: must be a multiple of 4 * vit.num_heads = {4 * self.num_heads} "

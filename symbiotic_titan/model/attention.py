@@ -37,6 +37,10 @@ def attend(
             kernel = _compiled_flex_attention()
         out_BHTC = kernel(q_BHTC, k_BJTC, v_BJTC, block_mask=mask, enable_gqa=grouped)
     else:
+        if grouped and q_BHTC.is_cuda:
+            # On CUDA grouped queries under a mask fall to the kernel that stores all scores; repeated keys do not.
+            repeats, grouped = q_BHTC.shape[1] // k_BJTC.shape[1], False
+            k_BJTC, v_BJTC = (x.repeat_interleave(repeats, dim=1) for x in (k_BJTC, v_BJTC))
         out_BHTC = F.scaled_dot_product_attention(
             q_BHTC, k_BJTC, v_BJTC, attn_mask=mask, enable_gqa=grouped
         )

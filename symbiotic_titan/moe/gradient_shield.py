@@ -32,7 +32,8 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         (factors_T,) = ctx.saved_tensors
-        return grad_TD * factors_T.unsqueeze(-1).to(grad_TD.dtype), None
+        # The factor stays float32: 0.1 is none of bfloat16's numbers.
+        return (grad_TD * factors_T.unsqueeze(-1)).to(grad_TD.dtype), None
 
 
 class _ScaledWeightLinear(torch.autograd.Function):
@@ -47,7 +48,7 @@ class _ScaledWeightLinear(torch.autograd.Function):
         grad_x_TD = grad_TF @ weight_FD if ctx.needs_input_grad[0] else None
         grad_weight_FD = None
         if ctx.needs_input_grad[1]:
-            scaled_TF = grad_TF * factors_T.unsqueeze(-1).to(grad_TF.dtype)
+            scaled_TF = (grad_TF * factors_T.unsqueeze(-1)).to(grad_TF.dtype)
             grad_weight_FD = scaled_TF.t() @ x_TD
         return grad_x_TD, grad_weight_FD, None
 

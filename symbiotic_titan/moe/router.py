@@ -82,7 +82,8 @@ class GroupRouter(nn.Module):
 
 
 class Router(nn.ModuleDict):
-    """One ``GroupRouter`` per group; scores in float32 whatever autocast says.
+    """One ``GroupRouter`` per group; scores in float32 whatever autocast says. (FSDP's mixed precision hands the weights over
+    rounded, as it does all weights.)
 
     All groups are scored in one matmul and masked: cheaper than gathering each group's tokens, and a token's scores are the
     same numbers however the experts are partitioned.
@@ -127,7 +128,9 @@ class Router(nn.ModuleDict):
         if self._args.score_function == "softmax":
             scores_TE = logits_TE.masked_fill(~allowed_TE, float("-inf")).softmax(-1)
             return scores_TE, scores_TE
-        scores_TE = logits_TE.sigmoid().masked_fill(~allowed_TE, 0.0)
+        # Scores may underflow, all of a token's at once: they are kept from 0, so that no sum of them is.
+        scores_TE = logits_TE.sigmoid().clamp(min=torch.finfo(torch.float32).tiny)
+        scores_TE = scores_TE.masked_fill(~allowed_TE, 0.0)
         return scores_TE, scores_TE / scores_TE.sum(-1, keepdim=True)
 
     def _choose(self, scores_TE: Tensor, allowed_TE: Tensor) -> Tensor:

@@ -124,3 +124,14 @@ def test_crop_is_centred_and_no_larger_than_needed():
     pixels = np.zeros((20, 40, 3), dtype=np.uint8)
     pixels[:, 10:30] = 255  # the centred square
     assert np.asarray(resize_and_crop(Image.fromarray(pixels), 20, 20)).min() == 255
+
+
+def test_no_size_of_image_is_cut_outside_itself():
+    """Rounding of the cut must never leave the image: such sizes are rare (1 in 400), so thousands are tried."""
+    buckets = aspect_buckets(1024, 4, 2.0)
+    for height in range(64, 700, 13):
+        for width in range(64, 700, 7):
+            size = nearest_bucket(height, width, buckets)
+            image = Image.new("L", (width, height))
+            assert resize_and_crop(image, *size).size == (size[1], size[0])
+    assert resize_and_crop(Image.new("L", (302, 232)), *nearest_bucket(232, 302, buckets))

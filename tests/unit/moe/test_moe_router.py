@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
 from symbiotic_titan.moe.router import Router
-from symbiotic_titan.sequence.modality import NUM_MODALITIES, PADDING, VAE
+from symbiotic_titan.sequence.modality import NUM_MODALITIES, PADDING, TEXT, VAE, VIT
 from tests.unit.moe.moe_reference import GROUPS, POOL, make_args, make_layer, make_tokens, route
 
 
@@ -123,3 +124,13 @@ def test_bias_is_a_buffer_and_parameters_are_named_by_group():
         "generation.bias",
     ]
     assert Router(make_args(POOL))["all"].bias is None
+
+
+def test_sigmoid_scores_that_all_underflow_stay_finite():
+    args = MoEArgs(4, 4, (ExpertGroup("all", (TEXT, VIT, VAE), 4),), 2, score_function="sigmoid")
+    router = Router(args)
+    for group in router.values():
+        torch.nn.init.constant_(group.weight, -100.0)
+    routing = router(torch.ones(3, 4), torch.tensor([TEXT, VAE, PADDING]))
+    assert torch.isfinite(routing.weights_TK).all()
+    assert torch.isfinite(routing.record.prob_sum[0]).all()
