@@ -1,7 +1,8 @@
 """Rules that span sections, checked before anything is built."""
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from torchtitan.config.job_config import Quantize
@@ -49,6 +50,14 @@ _UNSUPPORTED = (
     Unsupported("optimizer.early_step_in_backward", False, "use gradient clipping as it is"),
     Unsupported("checkpoint.last_save_in_hf", False, "save a distributed checkpoint"),
     Unsupported("checkpoint.initial_load_in_hf", False, "load a distributed checkpoint"),
+    Unsupported(
+        "checkpoint.create_seed_checkpoint", False, "weights do not depend on the ranks here"
+    ),
+    Unsupported(
+        "parallelism.enable_async_tensor_parallel", False, "there is no tensor parallelism"
+    ),
+    Unsupported("model.tokenizer_path", None, "the tokenizer is the bytes of the text"),
+    Unsupported("comm.mode", "default", "for a dry run use tools/show_parallel.py"),
     Unsupported("debug.moe_force_load_balance", False, "train with real routing"),
 )
 
@@ -78,6 +87,39 @@ def check_supported(config: JobConfig) -> None:
             raise ValueError(
                 f"compile.components: unknown component {component!r}; choose from model, loss"
             )
+
+
+def check_numbers(config: JobConfig) -> None:
+    """Ranges of torchtitan's numbers, and no float of any section that is not finite."""
+    schedule = config.lr_scheduler
+    rules = (
+        ("metrics.log_freq", config.metrics.log_freq >= 1, "at least 1"),
+        ("lr_scheduler.warmup_steps", schedule.warmup_steps >= 0, "zero or positive"),
+        ("lr_scheduler.decay_ratio", 0.0 <= (schedule.decay_ratio or 0.0) <= 1.0, "in [0, 1]"),
+        ("training.max_norm", config.training.max_norm > 0, "positive"),
+    )
+    for key, holds, rule in rules:
+        if not holds:
+            raise ValueError(f"{key}: must be {rule}, got {_value(config, key)}")
+    option = config.activation_checkpoint.selective_ac_option
+    if option != "op" and not (option.isdigit() and int(option) > 0):
+        raise ValueError(
+            f"activation_checkpoint.selective_ac_option: must be 'op' or a positive number of layers, got {option!r}"
+        )
+    _check_finite("", config)
+
+
+def _check_finite(where: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: must be a finite number, got {value}")
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_finite(f"{where}.{name}" if where else name, item)
+    if isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check_finite(f"{where}[{i}]", item)
 
 
 def check_device(config: JobConfig, args: ModelArgs) -> None:
@@ -251,6 +293,7 @@ def check_job(config: JobConfig) -> None:
         ValueError: names key, value, rule and remedy.
     """
     check_supported(config)
+    check_numbers(config)
     if config.model.name != "symbiotic":
         raise ValueError(
             f"model.name = {config.model.name!r}: this trainer trains 'symbiotic'; choose its size with model.flavor"

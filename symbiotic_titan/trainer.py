@@ -6,6 +6,7 @@ once; noise is drawn per row; the balancing loss may need the whole step's exper
 non-finite values before the weights change; a stop signal ends the run at a step's end with a checkpoint.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import operator
@@ -23,7 +24,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from symbiotic_titan.checkpoint.resume import newest_complete_step
+from symbiotic_titan.checkpoint.resume import check_fits, newest_complete_step, set_aside
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.timesteps import draw_noise_and_timesteps
@@ -34,6 +35,7 @@ from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.symbiotic import ModelOutput
 from symbiotic_titan.moe.balance import balance_loss
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
+from symbiotic_titan.optim.param_groups import clean_name
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, TASK_NAMES
@@ -320,21 +322,52 @@ class SymbioticTrainer(Trainer):
         super().train()
 
     def choose_checkpoint(self) -> None:
-        """Point ``checkpoint.load_step`` at the newest complete checkpoint, and say which were passed over."""
+        """Point ``checkpoint.load_step`` at the newest complete checkpoint, and see that it fits this run.
+
+        Raises:
+            ValueError: none is complete, or it is of another model.
+        """
         config = self.job_config.checkpoint
         folder = Path(self.job_config.job.dump_folder) / config.folder
-        if not config.enable or config.load_step != -1 or not folder.is_dir():
+        if not config.enable or not folder.is_dir():
             return
-        config.load_step, skipped = newest_complete_step(folder)
-        for line in skipped:
-            logger.warning(line)
+        if config.load_step == -1:
+            config.load_step, damaged = newest_complete_step(folder)
+            if config.load_step == -1 and damaged:
+                path, damage = next(iter(damaged.items()))
+                raise ValueError(
+                    f"no checkpoint in {folder} is complete ({path.name}: {damage}); remove the folder to start anew, "
+                    "or choose another job.dump_folder"
+                )
+            self.set_aside(damaged)
+        if config.load_step > 0:
+            parameters = {clean_name(n): p for n, p in self.model_parts[0].named_parameters()}
+            check_fits(
+                folder / f"step-{config.load_step}",
+                {name: tuple(p.shape) for name, p in parameters.items()},
+                [name for name, p in parameters.items() if p.requires_grad],
+            )
+
+    def set_aside(self, damaged: dict[Path, str]) -> None:
+        """Name the checkpoints that are passed over, and rename them once every rank has looked."""
+        dist.barrier()
+        if dist.get_rank() == 0:
+            for path, damage in damaged.items():
+                logger.warning(
+                    f"checkpoint {path} is skipped and renamed to {set_aside(path).name}: {damage}"
+                )
+        dist.barrier()
 
     def should_continue_training(self) -> bool:
         """Whether to take another step; on a stop signal anywhere, all ranks save and stop."""
         if self.step and self.stop_requested():
             signal_name = self.stop.signal_name or "a stop signal on another rank"
-            logger.info(f"{signal_name}: saving a checkpoint at step {self.step} and stopping")
-            self.save_and_stop()
+            config = self.job_config.checkpoint
+            if config.enable and not config.load_only:
+                logger.info(f"{signal_name}: saving a checkpoint at step {self.step} and stopping")
+                self.save_this_step()
+            else:
+                logger.warning(f"{signal_name}: stopping at step {self.step} without a checkpoint")
             return False
         return super().should_continue_training()
 
@@ -343,16 +376,24 @@ class SymbioticTrainer(Trainer):
         flag = torch.tensor(float(self.stop.signal_name is not None), device=self.device)
         return bool(self.sum_over_ranks(flag) > 0)
 
-    def save_and_stop(self) -> None:
+    def save_this_step(self) -> None:
         """A full checkpoint of this step, unless the step was just saved; then only the end of that save is awaited."""
-        config = self.job_config.checkpoint
-        if not config.enable:
-            return
-        if self.step % config.interval == 0:
+        if self.step % self.job_config.checkpoint.interval == 0:
             self.checkpointer._async_wait()
             return
         self.checkpointer.last_save_model_only = False
         self.checkpointer.save(self.step, last_step=True)
+
+    def close(self) -> None:
+        """Close loggers and checkpointer, after a save that is under way has ended: also when the run ends by an exception."""
+        checkpointer = getattr(self, "checkpointer", None)
+        pending = getattr(checkpointer, "save_future", None)
+        if pending is not None:
+            # Bounded: after an error on one rank the others may be gone, and the save with them.
+            done, _ = concurrent.futures.wait([pending], timeout=120)
+            if not done:
+                logger.warning("the last asynchronous save did not end; its folder is incomplete")
+        super().close()
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "tokens_seen": self.tokens_seen}

@@ -1,11 +1,13 @@
-"""Choose the checkpoint to resume from: the newest complete one.
+"""Choose the checkpoint to resume from, the newest complete one, and see whether it fits the run.
 
-A distributed checkpoint's ``.metadata`` is written last and lists every file with the byte ranges that it holds, so a save
-that was cut off, or a file that was lost or truncated afterwards, can be told without reading tensors.
+A distributed checkpoint's ``.metadata`` is written last and lists every file with the byte ranges that it holds, so a first
+save that was cut off, or a file that was lost or truncated afterwards, can be told without reading tensors. A save into a
+folder that already holds a checkpoint could not: damaged folders are therefore moved aside before training goes on.
 """
 
 import pickle
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -41,13 +43,52 @@ def damage_of(folder: Path) -> str | None:
     return None
 
 
-def newest_complete_step(folder: Path) -> tuple[int, list[str]]:
-    """(the newest step whose checkpoint is complete, or -1; one line for every newer one that was passed over)."""
-    skipped: list[str] = []
+def newest_complete_step(folder: Path) -> tuple[int, dict[Path, str]]:
+    """(the newest step whose checkpoint is complete, or -1; the newer ones that were passed over and what is wrong)."""
+    damaged: dict[Path, str] = {}
     candidates = [path for path in folder.iterdir() if step_of(path) is not None]
     for path in sorted(candidates, key=lambda p: step_of(p) or 0, reverse=True):
         damage = damage_of(path)
         if damage is None:
-            return step_of(path) or 0, skipped
-        skipped.append(f"checkpoint {path} is skipped: {damage}")
-    return -1, skipped
+            return step_of(path) or 0, damaged
+        damaged[path] = damage
+    return -1, damaged
+
+
+def set_aside(path: Path) -> Path:
+    """Rename ``step-N`` to ``damaged-N`` (or the next free name), so that nothing takes it for a checkpoint or saves into it."""
+    base = path.with_name(f"damaged-{step_of(path)}")
+    target, number = base, 2
+    while target.exists():
+        target, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path.rename(target)
+
+
+def check_fits(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], trainable: Iterable[str]
+) -> None:
+    """See that a checkpoint holds a whole run of this model. ``shapes``: of all parameters, by name.
+
+    Raises:
+        ValueError: it holds the model alone, or a model of another shape, or no optimizer state for a trainable parameter.
+    """
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    if "train_state.step" not in saved:
+        raise ValueError(
+            f"checkpoint {folder} holds the model alone (checkpoint.last_save_model_only), so this run cannot go on; "
+            "name an older one with --checkpoint.load_step, or start another job.dump_folder with checkpoint.initial_load_path"
+        )
+    for name, shape in shapes.items():
+        size = tuple(getattr(saved.get(name), "size", ()))
+        if size != shape:
+            held = f"has shape {size}" if size else "is missing"
+            raise ValueError(
+                f"checkpoint {folder} is of another model: {name} {held} in it and has shape {shape} here; resume with the "
+                "model.flavor and [experts] it was saved with, or start another job.dump_folder"
+            )
+    for name in trainable:
+        if f"optimizer.state.{name}.exp_avg" not in saved:
+            raise ValueError(
+                f"checkpoint {folder} has no optimizer state of {name}, which was frozen when it was saved; keep it frozen "
+                "(optimizer.param_groups), or start another job.dump_folder with checkpoint.initial_load_path"
+            )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torchtitan.config import JobConfig as UpstreamJobConfig
+from torchtitan.config.job_config import Checkpoint as UpstreamCheckpoint
 from torchtitan.config.job_config import Model as UpstreamModel
 
 from symbiotic_titan.config.data import Data, Latents
@@ -29,8 +30,24 @@ class Model(UpstreamModel):
 
 
 @dataclass
+class Checkpoint(UpstreamCheckpoint):
+    last_save_model_only: bool = False
+    """Whether the last save holds the model alone; such a run cannot go on with more steps"""
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"checkpoint.interval: must be at least 1, got {self.interval}")
+        if self.keep_latest_k < 0 or self.keep_latest_k == 1:
+            raise ValueError(
+                "checkpoint.keep_latest_k: must be 0 (all) or at least 2, for the newest may be in the middle of its "
+                f"save, got {self.keep_latest_k}"
+            )
+
+
+@dataclass
 class JobConfig(UpstreamJobConfig):
     model: Model = field(default_factory=Model)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     optimizer: Optimizer = field(default_factory=Optimizer)
     experts: Experts = field(default_factory=Experts)
     shielding: Shielding = field(default_factory=Shielding)

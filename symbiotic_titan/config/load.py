@@ -15,11 +15,11 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.rows import check_value, unknown_key_message
 
 
-def config_file_of(args: list[str]) -> str | None:
-    """Value of ``--job.config_file`` (or ``--job.config-file``) among ``args``."""
+def option_of(args: list[str], name: str) -> str | None:
+    """Value of the option ``--job.<name>`` among ``args``, spelt with underscores or hyphens."""
     for i, arg in enumerate(args):
         key, _, value = arg.partition("=")
-        if key in ("--job.config_file", "--job.config-file"):
+        if key.replace("-", "_") == f"__job.{name}":
             return value or (args[i + 1] if i + 1 < len(args) else None)
     return None
 
@@ -53,8 +53,8 @@ def read_toml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"job.config_file: no such file: {path}")
     try:
-        return tomllib.loads(Path(path).read_text())
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"job.config_file: {path} is not valid TOML: {error}") from None
 
 
@@ -67,12 +67,13 @@ def load_job_config(args: list[str]) -> JobConfig:
     Raises:
         ValueError: a bad key, type or value; the message names it.
     """
-    path = config_file_of(args)
+    path = option_of(args, "config_file")
     if path is not None:
         table = read_toml(path)
-        has_custom_sections = bool(table.get("job", {}).get("custom_config_module"))
-        own = {f.name for f in fields(JobConfig)}
-        if has_custom_sections:
+        job = table.get("job", {})
+        check_table(get_type_hints(JobConfig)["job"], job, "job")
+        if option_of(args, "custom_config_module") or job.get("custom_config_module"):
+            own = {f.name for f in fields(JobConfig)}
             table = {key: value for key, value in table.items() if key in own}
         check_table(JobConfig, table)
     return ConfigManager(JobConfig).parse_args(args)  # type: ignore[return-value]

@@ -35,6 +35,9 @@ class ParamGroupRow:
 
 @dataclass
 class Optimizer(UpstreamOptimizer):
+    name: Literal["Adam", "AdamW"] = "AdamW"
+    """Optimizer to use"""
+
     lr: float = 1e-4
     """Learning rate of groups that name none."""
 
@@ -50,6 +53,14 @@ class Optimizer(UpstreamOptimizer):
     """Rows of [[optimizer.param_groups]]; set in TOML. None: one group of all parameters."""
 
     def __post_init__(self) -> None:
+        for key in ("lr", "weight_decay", "eps"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(
+                    f"optimizer.{key}: must be zero or positive, got {getattr(self, key)}"
+                )
+        for key in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, key) < 1.0:
+                raise ValueError(f"optimizer.{key}: must lie in [0, 1), got {getattr(self, key)}")
         self.param_groups = [
             row_from_dict(ParamGroupRow, row, f"[[optimizer.param_groups]] #{i + 1}")
             for i, row in enumerate(self.param_groups)

@@ -1,5 +1,6 @@
 """Turn rows of a TOML array (or inline tables) into dataclasses, with messages a user can act on."""
 
+import math
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from types import NoneType, UnionType
@@ -31,7 +32,8 @@ def _is_scalar(value: Any, annotation: Any) -> bool:
     if annotation is Any:
         return True
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, NoneType if annotation is None else annotation)
@@ -69,7 +71,9 @@ def check_value(where: str, value: Any, annotation: Any) -> None:
         return
     elif origin not in (list, tuple, dict) and _fits(value, annotation):
         return
-    raise ValueError(f"{where}: must be {_describe(annotation)}, got {value!r}")
+    finite = not isinstance(value, float) or math.isfinite(value)
+    rule = _describe(annotation) if finite else "a finite number"
+    raise ValueError(f"{where}: must be {rule}, got {value!r}")
 
 
 def row_from_dict(cls: type[T], row: Any, where: str) -> T:

@@ -58,7 +58,9 @@ def padded_counts(counts: Tensor, x_TD: Tensor, block_rows: int) -> Tensor:
     """Rows of each expert, zero rows included: the multiple that ``row_multiple`` gives for ``x_TD``. With ``block_rows`` (0 is
     no demand) they are also whole blocks of that many, and at least one."""
     multiple = math.lcm(row_multiple(x_TD.device, x_TD.dtype), block_rows or 1)
-    if block_rows or x_TD.is_cuda:  # grouped kernels give an expert without rows a wrong gradient on some devices (sm_100)
+    if (
+        block_rows or x_TD.is_cuda
+    ):  # grouped kernels give an expert without rows a wrong gradient on some devices (sm_100)
         counts = counts.clamp(min=1)
     return (counts + (multiple - 1)) // multiple * multiple
 

@@ -1,12 +1,14 @@
 """The main job end to end: it learns, repeats, resumes, stops, and gives the same losses however it is spread out."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
 
 import pytest
 
+from symbiotic_titan.checkpoint.resume import newest_complete_step
 from tests.integration.launch import (
     NUM_STEPS,
     ROOT,
@@ -84,7 +86,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path, demo, reference, expert_
 def test_checkpoint_of_one_layout_resumes_on_another(
     tmp_path, demo, reference, saved_on, resumed_on
 ):
-    for (world_size, expert_parallel), steps in ((saved_on, 10), (resumed_on, NUM_STEPS)):
+    """Saved asynchronously at step 10 of 12; the save of the last step, which is synchronous, is thrown away."""
+    for (world_size, expert_parallel), steps in ((saved_on, 12), (resumed_on, NUM_STEPS)):
         run = launch(
             tmp_path,
             demo,
@@ -92,8 +95,10 @@ def test_checkpoint_of_one_layout_resumes_on_another(
             training__steps=steps,
             parallelism__expert_parallel_degree=expert_parallel,
             checkpoint__async_mode="async",
+            checkpoint__interval=10,
         )
         assert run.status == 0, run.text[-3000:]
+        shutil.rmtree(tmp_path / "checkpoint" / "step-12", ignore_errors=True)
     assert "Training starts at step 11" in run.text
     assert_same(run, reference, rtol=TOLERANCE)
 
@@ -145,8 +150,27 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path,
     data = next((tmp_path / "checkpoint" / "step-14").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:1000])
     second = launch(tmp_path, demo, training__steps=NUM_STEPS)
-    assert "step-14 is skipped" in second.text and "Training starts at step 8" in second.text
+    assert "step-14 is skipped and renamed to damaged-14" in second.text
+    assert "Training starts at step 8" in second.text
     assert_same(second, reference)
+
+
+def test_no_complete_checkpoint_and_another_model_are_told_in_one_line(tmp_path, demo):
+    first = launch(tmp_path, demo, training__steps=2)
+    assert first.status == 0, first.text[-3000:]
+    config = tmp_path / "job.toml"
+    text = config.read_text().replace("num_experts = 12", "num_experts = 8")
+    config.write_text(text.replace("num_experts = 4\n", "num_experts = 8\n"))
+    arguments = arguments_of(tmp_path / "other", demo, {"training.steps": 3})
+    arguments[1] = str(config)
+    arguments += ["--job.dump_folder", str(tmp_path)]
+    done = subprocess.run(
+        command_of(1, arguments), cwd=ROOT, env=environment(1), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "is of another model" in done.stdout + done.stderr
+    next((tmp_path / "checkpoint" / "step-2").glob("*.distcp")).unlink()
+    third = launch(tmp_path, demo, training__steps=3)
+    assert third.status == 2 and "no checkpoint in" in third.text and "is missing" in third.text
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, demo):
@@ -157,11 +181,13 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, demo):
         training__max_norm=1e30,
         optimizer__lr=1e30,
         checkpoint__interval=1,
+        checkpoint__async_mode="async",
         lr_scheduler__warmup_steps=0,
     )
     assert run.status != 0
     assert "not finite" in run.text and "the weights were not changed" in run.text
-    assert list((tmp_path / "checkpoint").glob("step-*/.metadata"))
+    # The save of step 1 was under way: it was brought to its end.
+    assert newest_complete_step(tmp_path / "checkpoint") == (1, {})
 
 
 def test_text_only_rank_and_batches_without_images_do_not_hang(tmp_path, demo):

@@ -73,6 +73,17 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
         ("--training.local_batch_size 0", "training.local_batch_size: must be at least 1, got 0"),
         ("--training.steps 0", "training.steps: must be at least 1, got 0"),
         ("--training.dataset c4", "training.dataset = 'c4' is not supported"),
+        ("--training.max_norm nan", "training.max_norm: must be positive, got nan"),
+        ("--flow.mean inf", "flow.mean: must be a finite number, got inf"),
+        ("--metrics.log_freq 0", "metrics.log_freq: must be at least 1, got 0"),
+        ("--lr_scheduler.warmup_steps -3", "lr_scheduler.warmup_steps: must be zero or positive"),
+        ("--lr_scheduler.decay_ratio 3", "lr_scheduler.decay_ratio: must be in [0, 1], got 3.0"),
+        (
+            "--activation_checkpoint.selective_ac_option foo",
+            "selective_ac_option: must be 'op' or a positive number of layers, got 'foo'",
+        ),
+        ("--checkpoint.create_seed_checkpoint", "checkpoint.create_seed_checkpoint = True is not"),
+        ("--comm.mode fake_backend", "comm.mode = 'fake_backend' is not supported"),
         (
             "--shielding.modalities vea",
             "shielding.modalities: unknown modality 'vea'; choose from text",

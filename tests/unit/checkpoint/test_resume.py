@@ -6,7 +6,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from symbiotic_titan.checkpoint.resume import damage_of, newest_complete_step
+from symbiotic_titan.checkpoint.resume import (
+    check_fits,
+    damage_of,
+    newest_complete_step,
+    set_aside,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +30,14 @@ def folder(saved, tmp_path):
 
 
 def test_newest_is_by_number_not_by_name(folder):
-    assert newest_complete_step(folder) == (20, [])
+    assert newest_complete_step(folder) == (20, {})
 
 
 def test_unfinished_save_is_skipped_and_named(folder):
     (folder / "step-20" / ".metadata").unlink()
     step, skipped = newest_complete_step(folder)
     assert step == 10
-    assert "step-20 is skipped: it has no .metadata" in skipped[0]
+    assert "it has no .metadata" in skipped[folder / "step-20"]
 
 
 def test_truncated_and_missing_files_are_found_without_reading_tensors(folder):
@@ -41,7 +46,8 @@ def test_truncated_and_missing_files_are_found_without_reading_tensors(folder):
     next((folder / "step-10").glob("*.distcp")).unlink()
     step, skipped = newest_complete_step(folder)
     assert step == 9
-    assert "bytes instead of" in skipped[0] and "is missing" in skipped[1]
+    assert "bytes instead of" in skipped[folder / "step-20"]
+    assert "is missing" in skipped[folder / "step-10"]
 
 
 def test_garbage_metadata_is_damage(folder):
@@ -53,3 +59,40 @@ def test_nothing_complete_means_start_anew(tmp_path):
     (tmp_path / "step-5").mkdir()
     step, skipped = newest_complete_step(tmp_path)
     assert step == -1 and len(skipped) == 1
+
+
+def test_set_aside_keeps_the_files_under_a_name_that_is_no_step(folder):
+    first = set_aside(folder / "step-20")
+    shutil.copytree(folder / "step-10", folder / "step-20")
+    second = set_aside(folder / "step-20")
+    assert (first.name, second.name) == ("damaged-20", "damaged-20-2")
+    assert list(first.glob("*.distcp")) and newest_complete_step(folder) == (10, {})
+
+
+def save_run(folder, **changes):
+    state = {
+        "w": torch.zeros(2, 3),
+        "optimizer": {"state.w.exp_avg": torch.zeros(2, 3)},
+        "train_state": {"step": 1},
+    }
+    dcp.save({**state, **changes}, checkpoint_id=str(folder), no_dist=True)
+    return folder
+
+
+def test_checkpoint_of_this_run_fits(tmp_path):
+    check_fits(save_run(tmp_path / "step-1"), {"w": (2, 3)}, ["w"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "shapes", "message"),
+    [
+        ({"train_state": {}}, {"w": (2, 3)}, "holds the model alone"),
+        ({}, {"w": (4, 3)}, r"w has shape \(2, 3\) in it and has shape \(4, 3\) here"),
+        ({}, {"v": (2, 3)}, "v is missing in it"),
+        ({"optimizer": {}}, {"w": (2, 3)}, "no optimizer state of w, which was frozen"),
+    ],
+)
+def test_checkpoint_that_does_not_fit_is_refused(tmp_path, changes, shapes, message):
+    folder = save_run(tmp_path / "step-1", **changes)
+    with pytest.raises(ValueError, match=message):
+        check_fits(folder, shapes, list(shapes))

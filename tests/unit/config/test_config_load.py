@@ -3,7 +3,7 @@
 import pytest
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.config.load import config_file_of, load_job_config
+from symbiotic_titan.config.load import load_job_config, option_of
 
 SOURCE = '[[data.sources]]\nname = "a"\ntask = "lm"\nformat = "jsonl"\npath = "x"\n'
 
@@ -39,9 +39,9 @@ def test_partition_and_groups_survive_the_command_line_parser(tmp_path):
 
 
 def test_config_file_is_found_in_both_spellings():
-    assert config_file_of(["--x", "1", "--job.config_file", "a.toml"]) == "a.toml"
-    assert config_file_of(["--job.config-file=b.toml"]) == "b.toml"
-    assert config_file_of(["--x"]) is None
+    assert option_of(["--x", "1", "--job.config_file", "a.toml"], "config_file") == "a.toml"
+    assert option_of(["--job.config-file=b.toml"], "config_file") == "b.toml"
+    assert option_of(["--x"], "config_file") is None
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,16 @@ def test_config_file_is_found_in_both_spellings():
             "experts.partition.a.modalities: must be a list, each item a string, got 'text'",
         ),
         ("x = = 1", "is not valid TOML"),
+        ("job = 5", "job: must be a table [job], got 5"),
+        ('[optimizer]\nname = "SGD"', "optimizer.name: must be one of 'Adam', 'AdamW', got 'SGD'"),
+        ("[optimizer]\nlr = -1.0", "optimizer.lr: must be zero or positive, got -1.0"),
+        ("[optimizer]\nbeta1 = 2.0", "optimizer.beta1: must lie in [0, 1), got 2.0"),
+        ("[losses]\ntext = nan", "losses.text: must be a finite number, got nan"),
+        ("[checkpoint]\ninterval = 0", "checkpoint.interval: must be at least 1, got 0"),
+        (
+            "[checkpoint]\nkeep_latest_k = 1",
+            "checkpoint.keep_latest_k: must be 0 (all) or at least 2",
+        ),
     ],
 )
 def test_bad_files_are_refused_with_key_rule_and_value(tmp_path, text, message):
@@ -122,3 +132,5 @@ def test_custom_config_module_adds_a_section(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = load(tmp_path, '[job]\ncustom_config_module = "user_sections"\n[mine]\nsize = 5\n')
     assert config.mine.size == 5 and config.model.name == "symbiotic"
+    by_option = load(tmp_path, "[mine]\nsize = 6\n", "--job.custom_config_module", "user_sections")
+    assert by_option.mine.size == 6  # type: ignore[attr-defined]
