@@ -1,9 +1,10 @@
 """Entry point: read the config, check it, run the trainer.
 
-``python -m symbiotic_titan.train --job.config_file train_configs/debug.toml [--section.key value]``; ``run_train.sh`` calls it.
+``run_train.sh`` and torchrun call it: ``-m symbiotic_titan.train --job.config_file FILE [--section.key value]``.
 """
 
 import importlib
+import os
 import sys
 import traceback
 
@@ -28,6 +29,8 @@ def run(args: list[str]) -> None:
     Raises:
         ValueError: a user's mistake, before anything is built where it can be known by then.
     """
+    if "LOCAL_RANK" not in os.environ and "--help" not in args:
+        raise ValueError("no rank is set: start training with ./run_train.sh or torchrun")
     config = load_job_config(args)
     if config.experimental.custom_import:
         importlib.import_module(config.experimental.custom_import)
