@@ -20,8 +20,9 @@ from tests.integration.launch import (
 )
 
 LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
-# Sums are taken in another order with other ranks: float32 losses of 20 steps drift by this much, relatively.
-TOLERANCE = 2e-3
+# Sums are taken in another order with other ranks: relatively, over 20 float32 steps, 2e-7 was measured for the losses and 1.3e-6
+# for the gradient norm.
+TOLERANCE = 1e-5
 
 
 def assert_same(run, reference, tags=LOSSES, first=1, rtol=0.0):
@@ -121,7 +122,7 @@ def test_global_balance_of_two_micro_batches_equals_one_of_twice_the_rows(tmp_pa
         )
         for name, rows in (("split", 2), ("whole", 4))
     ]
-    assert_same(runs[0], runs[1], rtol=TOLERANCE)
+    assert_same(runs[0], runs[1], rtol=10 * TOLERANCE)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
