@@ -24,8 +24,9 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from symbiotic_titan.checkpoint.resume import check_fits, newest_complete_step, set_aside
+from symbiotic_titan.checkpoint.resume import check_fits, choose_step, set_aside
 from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.parameter_names import clean_name
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.timesteps import draw_noise_and_timesteps
 from symbiotic_titan.losses.terms import LossTerms, target_counts
@@ -35,7 +36,6 @@ from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.symbiotic import ModelOutput
 from symbiotic_titan.moe.balance import balance_loss
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
-from symbiotic_titan.optim.param_groups import clean_name
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, TASK_NAMES
@@ -332,13 +332,7 @@ class SymbioticTrainer(Trainer):
         if not config.enable or not folder.is_dir():
             return
         if config.load_step == -1:
-            config.load_step, damaged = newest_complete_step(folder)
-            if config.load_step == -1 and damaged:
-                path, damage = next(iter(damaged.items()))
-                raise ValueError(
-                    f"no checkpoint in {folder} is complete ({path.name}: {damage}); remove the folder to start anew, "
-                    "or choose another job.dump_folder"
-                )
+            config.load_step, damaged = choose_step(folder)
             self.set_aside(damaged)
         if config.load_step > 0:
             parameters = {clean_name(n): p for n, p in self.model_parts[0].named_parameters()}

@@ -55,6 +55,22 @@ def newest_complete_step(folder: Path) -> tuple[int, dict[Path, str]]:
     return -1, damaged
 
 
+def choose_step(folder: Path) -> tuple[int, dict[Path, str]]:
+    """As ``newest_complete_step``, for a run that must not silently start anew.
+
+    Raises:
+        ValueError: there are checkpoints, and none is complete.
+    """
+    step, damaged = newest_complete_step(folder)
+    if step == -1 and damaged:
+        path, damage = next(iter(damaged.items()))
+        raise ValueError(
+            f"no checkpoint in {folder} is complete ({path.name}: {damage}); remove the folder to start anew, "
+            "or choose another job.dump_folder"
+        )
+    return step, damaged
+
+
 def set_aside(path: Path) -> Path:
     """Rename ``step-N`` to ``damaged-N`` (or the next free name), so that nothing takes it for a checkpoint or saves into it."""
     base = path.with_name(f"damaged-{step_of(path)}")

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# What activation checkpointing and torch.compile put into the names of the modules that they wrap.
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+from symbiotic_titan.config.parameter_names import clean_name
 
 # (pattern over clean names, value): the first match decides. A number is a constant. "linear" is normal with standard
 # deviation 1 / sqrt(fan-in), which is about 0.02 at a width of some thousands and right for small widths too. "residual"
@@ -30,13 +29,6 @@ _RULES: tuple[tuple[str, float | str], ...] = (
 )
 # Embeddings that are also the output must give logits of size one.
 _TIED_RULES = ((r"^tok_embeddings\.weight$", "linear"), *_RULES)
-
-
-def clean_name(name: str) -> str:
-    """The parameter's name as the plain model has it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def initialize(model: nn.Module, seed: int) -> None:

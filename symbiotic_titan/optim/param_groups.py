@@ -4,16 +4,7 @@ import re
 from collections.abc import Iterable
 
 from symbiotic_titan.config.optimizer import ParamGroupRow
-
-# Prefixes that activation checkpointing and torch.compile put into parameter names.
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-
-
-def clean_name(name: str) -> str:
-    """Parameter name as the checkpoint and the rules know it, without wrapper prefixes."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+from symbiotic_titan.config.parameter_names import clean_name
 
 
 def claim_parameters(names: Iterable[str], rules: list[ParamGroupRow]) -> dict[str, list[str]]:

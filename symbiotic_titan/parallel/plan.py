@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 
-from symbiotic_titan.model.initialize import clean_name
+from symbiotic_titan.config.parameter_names import clean_name
 
 # (pattern over clean names, kind of parameter): the first match decides.
 _KINDS = (
