@@ -19,13 +19,9 @@ class ExpertGroupRow:
     """Experts of the group, in every MoE layer."""
 
 
-def _standard_moe() -> dict[str, Any]:
-    return {}
-
-
 @dataclass
 class Experts:
-    partition: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=_standard_moe)
+    partition: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=dict)
     """Tables [experts.partition.<name>] with ``modalities`` and ``num_experts``; set in TOML. None: one pool for all."""
 
     shared: bool = True

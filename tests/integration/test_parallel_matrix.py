@@ -62,7 +62,7 @@ def plain(tmp_path_factory, demo):
     return run
 
 
-def check(folder, demo, plain, layout, settings, tolerance):
+def assert_losses_of_plain(folder, demo, plain, layout, settings, tolerance):
     world_size, replicas, expert_parallel = LAYOUTS[layout]
     run = launch(
         folder,
@@ -93,8 +93,10 @@ def test_combination_gives_the_losses_of_one_plain_process(
     tmp_path, demo, plain, layout, checkpointing, backend, float8
 ):
     settings = settings_of(checkpointing, backend, float8)
-    check(tmp_path, demo, plain, layout, settings, TOLERANCE[float8])
+    assert_losses_of_plain(tmp_path, demo, plain, layout, settings, TOLERANCE[float8])
 
 
 def test_inductor_gives_the_losses_of_one_plain_process(tmp_path, demo, plain):
-    check(tmp_path, demo, plain, "ep2", settings_of("full", "inductor", False), TOLERANCE[False])
+    assert_losses_of_plain(
+        tmp_path, demo, plain, "ep2", settings_of("full", "inductor", False), TOLERANCE[False]
+    )
