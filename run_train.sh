@@ -61,9 +61,12 @@ else
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi
 
-if [ "$NNODES" -eq 1 ] && [ ! -e demo_data ] && grep -q '["/]demo_data/' "$config"; then
-    printf 'run_train.sh: writing the demo data to demo_data\n' >&2
-    "$python" tools/make_demo_data.py --out demo_data
+if [ "$NNODES" -eq 1 ] && [ ! -e demo_data ]; then
+    merged=$("$python" -P symbiotic_titan/config/extends.py "$config") # the config and all that it extends
+    if grep -q '["/]demo_data/' <<<"$merged"; then
+        printf 'run_train.sh: writing the demo data to demo_data\n' >&2
+        "$python" tools/make_demo_data.py --out demo_data
+    fi
 fi
 
 if [ "$NGPU" -eq 1 ] && [ "$NNODES" -eq 1 ]; then

@@ -5,15 +5,18 @@ import os
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-from torchtitan.config.job_config import Quantize
+from torchtitan.config.job_config import DataLoader, Quantize
 from torchtitan.protocols import model_converter
 
+from symbiotic_titan.checkpoint.plan import PARTITION_RULES
 from symbiotic_titan.config.float8 import Float8
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.device import cuda_capability, device_type, supports_flex_attention
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
+from symbiotic_titan.optim.build import OPTIMIZER_BUILDERS
+from symbiotic_titan.optim.shield_schedule import check_schedule
 from symbiotic_titan.parallel import float8
 from symbiotic_titan.sequence.modality import modality_ids
 
@@ -44,7 +47,13 @@ _UNSUPPORTED = (
     Unsupported(
         "training.dataloader.persistent_workers", False, "workers live as long as the run here"
     ),
-    Unsupported("validation.enable", False, "evaluate a checkpoint after training"),
+    Unsupported("validation.dataset", "c4_validation", "name files in [[validation.sources]]"),
+    Unsupported("validation.dataset_path", None, "name files in [[validation.sources]]"),
+    Unsupported("validation.local_batch_size", 8, "held-out rows come in batches like training's"),
+    Unsupported("validation.seq_len", 2048, "held-out rows are as long as training rows"),
+    Unsupported(
+        "validation.dataloader", DataLoader(), "held-out rows are made once, before training"
+    ),
     Unsupported("fault_tolerance.enable", False, "resume from a checkpoint"),
     Unsupported("memory_estimation.enable", False, "run a few steps with metrics on"),
     Unsupported("optimizer.early_step_in_backward", False, "use gradient clipping as it is"),
@@ -96,6 +105,7 @@ def check_numbers(config: JobConfig) -> None:
         ("metrics.log_freq", config.metrics.log_freq >= 1, "at least 1"),
         ("lr_scheduler.warmup_steps", schedule.warmup_steps >= 0, "zero or positive"),
         ("lr_scheduler.decay_ratio", 0.0 <= (schedule.decay_ratio or 0.0) <= 1.0, "in [0, 1]"),
+        ("lr_scheduler.min_lr_factor", 0.0 <= schedule.min_lr_factor <= 1.0, "in [0, 1]"),
         ("training.max_norm", config.training.max_norm > 0, "positive"),
     )
     for key, holds, rule in rules:
@@ -273,10 +283,29 @@ def check_batch(config: JobConfig, num_data_ranks: int) -> None:
 def check_shielding(config: JobConfig) -> None:
     """Shielding acts on shared experts: asking for it without them is an error."""
     modality_ids(config.shielding.modalities, key="shielding.modalities")
+    check_schedule(config.shielding, config.training.steps)
     if config.shielding.enabled and not config.experts.shared:
         raise ValueError(
             "[shielding] has no effect with experts.shared = false; "
             "set shielding.steps = 0 and shielding.after_scale = 1, or keep the shared expert"
+        )
+
+
+def check_start(config: JobConfig) -> None:
+    """Initial weights are read by the checkpointer."""
+    path, enabled = config.checkpoint.initial_load_path, config.checkpoint.enable
+    if path and not enabled:
+        raise ValueError(
+            f"checkpoint.initial_load_path = {path!r} has no effect with checkpoint.enable = false; set it to true, or remove "
+            "the path"
+        )
+
+
+def check_validation(config: JobConfig) -> None:
+    """Held-out losses need held-out data."""
+    if config.validation.enable and not config.validation.sources:
+        raise ValueError(
+            "validation.enable = true needs held-out data; name at least one source in [[validation.sources]], or set it to false"
         )
 
 
@@ -302,6 +331,10 @@ def check_job(config: JobConfig) -> None:
         raise ValueError(f"training.steps: must be at least 1, got {config.training.steps}")
     if not config.data.sources:
         raise ValueError("[[data.sources]]: none given; name at least one source of samples")
+    _ = PARTITION_RULES[config.experts.partition_rule]  # raises where nobody registered it
+    _ = OPTIMIZER_BUILDERS[config.optimizer.builder]
+    check_validation(config)
+    check_start(config)
     check_shielding(config)
     check_converters(config)
     args = FLAVORS[config.model.flavor]

@@ -2,10 +2,9 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import LoggerContainer, MetricsProcessor, TensorBoardLogger
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
@@ -14,7 +13,12 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import ModelCost
 from symbiotic_titan.moe.partition import ExpertGroup
-from symbiotic_titan.moe.statistics import capacity_rate, idle_experts, imbalance_ratio
+from symbiotic_titan.routing_report import (
+    layer_statistics,
+    means_over_layers,
+    scalars_by_layer,
+    write_routing,
+)
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
 
 
@@ -25,6 +29,7 @@ class StepReport:
     losses       by name; ``total``, ``text``, ``flow``, ``balance`` and ``by_task/*``.
     grad_norms   before clipping; ``all`` and one per parameter group.
     rates        learning rate of each parameter group.
+    update_ratios  L2 norm of each group's last update over that of its weights.
     assignments  (layers, modalities, E) routed assignments of the step; None without MoE layers.
     fill         share of positions that are not padding.
     tokens_seen  (modalities,) tokens since the start of training.
@@ -34,68 +39,12 @@ class StepReport:
     losses: dict[str, float]
     grad_norms: dict[str, float]
     rates: dict[str, float]
+    update_ratios: dict[str, float]
     assignments: torch.Tensor | None
     shield_scale: float
     fill: float
     num_skipped: int
     tokens_seen: torch.Tensor
-
-
-def group_grad_norms(groups: list[dict[str, Any]]) -> dict[str, float]:
-    """L2 norm of the gradient of each parameter group. A collective where parameters are sharded."""
-    norms = {}
-    for group in groups:
-        by_mesh: dict[Any, list[torch.Tensor]] = {}
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-                by_mesh.setdefault(mesh, []).append(parameter.grad)
-        squares = 0.0
-        for grads in by_mesh.values():
-            norm = torch.nn.utils.get_total_norm(grads)
-            squares += float(norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2
-        norms[group["name"]] = squares**0.5
-    return norms
-
-
-def routing_metrics(
-    assignments_LME: torch.Tensor, groups: tuple[ExpertGroup, ...], capacity_factor: float
-) -> dict[str, float]:
-    """Routing statistics, averaged over layers, of modalities that have tokens.
-
-    Experts are compared with those of their own group: a token cannot reach the others, so a group is uniform when its own
-    experts share its tokens evenly. ``all`` is the mean over groups, weighted by their assignments (idle experts: the sum).
-    """
-    by_group = assignments_LME.split([group.num_experts for group in groups], dim=-1)
-    metrics: dict[str, float] = {}
-    total = float(assignments_LME.sum())
-    weighted = {"capacity_rate": 0.0, "imbalance": 0.0}
-    idle = 0.0
-    for group, counts_LME in zip(groups, by_group, strict=True):
-        for modality in group.modalities:
-            counts_LE = counts_LME[:, modality]
-            if counts_LE.sum() > 0:
-                name = MODALITY_NAMES[modality]
-                for key, value in _expert_use(counts_LE, capacity_factor).items():
-                    metrics[f"routing/{key}/{name}"] = value
-        counts_LE = counts_LME.sum(1)
-        if counts_LE.sum() > 0:
-            use = _expert_use(counts_LE, capacity_factor)
-            idle += use["idle_experts"]
-            for key in weighted:
-                weighted[key] += use[key] * float(counts_LE.sum()) / total
-    for key, value in {**weighted, "idle_experts": idle}.items():
-        metrics[f"routing/{key}/all"] = value
-    return metrics
-
-
-def _expert_use(counts_LE: torch.Tensor, capacity_factor: float) -> dict[str, float]:
-    """Means over layers of the statistics of one group's counts."""
-    return {
-        "capacity_rate": float(capacity_rate(counts_LE, capacity_factor).mean()),
-        "imbalance": float(imbalance_ratio(counts_LE).mean()),
-        "idle_experts": float(idle_experts(counts_LE).float().mean()),
-    }
 
 
 class SymbioticMetrics(MetricsProcessor):
@@ -105,10 +54,16 @@ class SymbioticMetrics(MetricsProcessor):
     ntokens_since_last_log: int
 
     def __init__(
-        self, job_config: JobConfig, parallel_dims: ParallelDims, groups: tuple[ExpertGroup, ...]
+        self,
+        job_config: JobConfig,
+        parallel_dims: ParallelDims,
+        groups: tuple[ExpertGroup, ...],
+        moe_layers: range,
     ) -> None:
         super().__init__(job_config, parallel_dims)
         self.groups = groups
+        self.moe_layers = moe_layers
+        self.routing_freq = job_config.metrics.routing_freq
         self.num_steps = job_config.training.steps
         self.capacity_factor = job_config.experts.capacity_factor
         self.last_logged_step: int | None = None
@@ -116,8 +71,14 @@ class SymbioticMetrics(MetricsProcessor):
         self.tokens_at_last_log = torch.zeros(NUM_MODALITIES, dtype=torch.int64)
 
     def should_log(self, step: int) -> bool:
-        """As upstream, and the last step."""
-        return super().should_log(step) or step == self.num_steps
+        """As upstream, and the last step, and those with a full account of routing."""
+        return super().should_log(step) or step == self.num_steps or self.shows_routing(step)
+
+    def shows_routing(self, step: int) -> bool:
+        """Whether ``step`` gets a full account of routing, see ``metrics.routing_freq``."""
+        if self.routing_freq == 0:
+            return False
+        return step % self.routing_freq == 0 or step in (1, self.num_steps)
 
     def flops_per_token(self, tokens_seen: torch.Tensor) -> float:
         """Training FLOPs of a token, with the modalities' real shares since the last call."""
@@ -157,8 +118,9 @@ class SymbioticMetrics(MetricsProcessor):
         metrics = {f"loss/{name}": value for name, value in report.losses.items()}
         metrics |= {f"grad_norm/{name}": value for name, value in report.grad_norms.items()}
         metrics |= {f"lr/{name}": value for name, value in report.rates.items()}
+        metrics |= {f"update_ratio/{name}": value for name, value in report.update_ratios.items()}
         if report.assignments is not None:
-            metrics |= routing_metrics(report.assignments, self.groups, self.capacity_factor)
+            metrics |= self.routing(report.step, report.assignments)
         metrics |= {
             f"tokens/{name}": int(count)
             for name, count in zip(MODALITY_NAMES, report.tokens_seen, strict=True)
@@ -167,26 +129,25 @@ class SymbioticMetrics(MetricsProcessor):
         metrics |= {"data/fill": report.fill, "data/skipped": report.num_skipped}
         metrics |= self.performance(report.step, report.tokens_seen)
         self.logger.log(metrics, report.step)
-        self.log_heat_maps(report)
         self.log_console(report, metrics)
 
-    def log_heat_maps(self, report: StepReport) -> None:
-        """One image per modality: layers down, experts across; white is the layer's most used expert."""
-        writers = [
-            sink.writer
-            for sink in getattr(self.logger, "_loggers", [])
-            if isinstance(self.logger, LoggerContainer) and isinstance(sink, TensorBoardLogger)
-        ]
-        if not writers or report.assignments is None:
-            return
-        for i, name in enumerate(MODALITY_NAMES):
-            counts_LE = report.assignments[:, i].float().cpu()
-            if counts_LE.sum() == 0:
-                continue
-            shares_LE = counts_LE / counts_LE.max(dim=1, keepdim=True).values.clamp(min=1)
-            image = shares_LE.repeat_interleave(16, 0).repeat_interleave(8, 1).unsqueeze(0)
-            for writer in writers:
-                writer.add_image(f"routing/experts/{name}", image, report.step)
+    def routing(self, step: int, assignments: torch.Tensor) -> dict[str, float]:
+        """Scalars about the step's (layers, modalities, E) assignments; a full account goes to TensorBoard where one is due."""
+        counts = assignments.cpu()  # device sync
+        statistics = layer_statistics(counts, self.groups, self.capacity_factor)
+        metrics = means_over_layers(statistics)
+        if self.shows_routing(step):
+            metrics |= scalars_by_layer(statistics, self.moe_layers)
+            for writer in self.tensorboard_writers():
+                write_routing(writer, step, counts, self.groups, self.moe_layers)
+        return metrics
+
+    def tensorboard_writers(self) -> list[SummaryWriter]:
+        """None on ranks that do not log, and where TensorBoard is off."""
+        if not isinstance(self.logger, LoggerContainer):
+            return []
+        sinks = self.logger._loggers
+        return [sink.writer for sink in sinks if isinstance(sink, TensorBoardLogger)]
 
     def log_console(self, report: StepReport, metrics: dict[str, float]) -> None:
         color = self.color
@@ -206,4 +167,5 @@ def build_metrics(
     job_config: JobConfig, parallel_dims: ParallelDims, model_args: ModelArgs
 ) -> SymbioticMetrics:
     """Fills the train spec's metrics slot."""
-    return SymbioticMetrics(job_config, parallel_dims, model_args.groups)
+    moe_layers = range(model_args.num_dense_layers, model_args.num_layers)
+    return SymbioticMetrics(job_config, parallel_dims, model_args.groups, moe_layers)

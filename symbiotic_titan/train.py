@@ -4,7 +4,6 @@
 """
 
 import gc
-import importlib
 import logging
 import os
 import sys
@@ -22,6 +21,7 @@ from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from symbiotic_titan.checks import check_job  # noqa: E402
 from symbiotic_titan.config.job import JobConfig  # noqa: E402
 from symbiotic_titan.config.load import load_job_config  # noqa: E402
+from symbiotic_titan.extend import import_extension  # noqa: E402
 from symbiotic_titan.train_spec import register  # noqa: E402
 from symbiotic_titan.trainer import SymbioticTrainer  # noqa: E402
 
@@ -47,8 +47,7 @@ def run(args: list[str]) -> None:
     if "LOCAL_RANK" not in os.environ and "--help" not in args:
         raise ValueError("no rank is set: start training with ./run_train.sh or torchrun")
     config = load_job_config(args)
-    if config.experimental.custom_import:
-        importlib.import_module(config.experimental.custom_import)
+    import_extension(config)
     register()
     check_job(config)
     try:

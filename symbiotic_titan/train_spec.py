@@ -6,9 +6,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import train_spec as upstream
+from torchtitan.tools.logging import logger
 
 from symbiotic_titan.checks import global_batch_size
 from symbiotic_titan.config.job import JobConfig
@@ -21,6 +23,7 @@ from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.optim.build import build_optimizers, build_schedulers, freeze_parameters
 from symbiotic_titan.parallel.float8 import register_float8
 from symbiotic_titan.parallel.parallelize import parallelize_symbiotic
+from symbiotic_titan.validation import SymbioticValidator, held_out_data, read_held_out
 
 
 def _share_over_ranks(part: dict[int, Any]) -> list[dict[int, Any]]:
@@ -33,25 +36,63 @@ def build_dataloader(
     *, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
 ) -> PackedLoader:
     """Packed rows of the configured mixture, with the geometry of the configured flavor."""
-    args = FLAVORS[job_config.model.flavor]
-    args.update_from_config(job_config)
     workers = job_config.training.dataloader
     return build_loader(
         job_config.data,
-        latents=job_config.latents,
-        geometry=args.geometry,
-        rotary_layout=args.rotary_layout,
-        tokenizer=tokenizer,
-        seq_len=job_config.training.seq_len,
-        local_batch_size=job_config.training.local_batch_size,
-        global_batch_size=global_batch_size(job_config, dp_world_size),
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
+        **_rows_of(job_config, tokenizer, dp_rank, dp_world_size),
         num_workers=workers.num_workers,
         pin_memory=workers.pin_memory,
         prefetch_factor=workers.prefetch_factor,
-        share=_share_over_ranks if dp_world_size > 1 else None,
     )
+
+
+def _rows_of(
+    job_config: JobConfig, tokenizer: BaseTokenizer, dp_rank: int, dp_world_size: int
+) -> dict[str, Any]:
+    """Keywords of ``build_loader`` that say what a row is and which rows are this rank's."""
+    args = FLAVORS[job_config.model.flavor]
+    args.update_from_config(job_config)
+    return {
+        "latents": job_config.latents,
+        "geometry": args.geometry,
+        "rotary_layout": args.rotary_layout,
+        "tokenizer": tokenizer,
+        "seq_len": job_config.training.seq_len,
+        "local_batch_size": job_config.training.local_batch_size,
+        "global_batch_size": global_batch_size(job_config, dp_world_size),
+        "dp_rank": dp_rank,
+        "dp_world_size": dp_world_size,
+        "share": _share_over_ranks if dp_world_size > 1 else None,
+    }
+
+
+def build_validator(
+    *,
+    job_config: JobConfig,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    loss_fn: Any,
+    metrics_processor: MetricsProcessor,
+    **unused: Any,
+) -> SymbioticValidator:
+    """The validator, with its held-out rows read. Upstream passes what pipelines and its own validator need besides."""
+    loader = build_loader(
+        held_out_data(job_config),
+        **_rows_of(job_config, tokenizer, dp_rank, dp_world_size),
+        table="[[validation.sources]]",
+    )
+    rows = read_held_out(
+        loader,
+        job_config.validation.steps,
+        job_config.training.local_batch_size,
+        dp_rank,
+        dp_world_size,
+    )
+    logger.info(
+        f"validation: {rows.num_bytes / 2**20:.1f} MiB of held-out rows in the memory of each rank"
+    )
+    return SymbioticValidator(job_config, rows, loss_fn, metrics_processor)
 
 
 def build_tokenizer(job_config: JobConfig) -> ByteTokenizer:
@@ -90,6 +131,7 @@ def register() -> None:
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,
+        build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
     )
     if "symbiotic" not in upstream._extra_train_specs:

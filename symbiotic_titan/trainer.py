@@ -13,7 +13,6 @@ import operator
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,48 +23,39 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from symbiotic_titan.checkpoint.resume import check_fits, choose_step, set_aside
+from symbiotic_titan.checkpoint.resume import (
+    check_fits,
+    check_start,
+    check_whole,
+    choose_step,
+    holds,
+    set_aside,
+)
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.parameter_names import clean_name
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.timesteps import draw_noise_and_timesteps
-from symbiotic_titan.losses.terms import LossTerms, target_counts
-from symbiotic_titan.metrics import StepReport, SymbioticMetrics, group_grad_norms
+from symbiotic_titan.losses.terms import LossTerms
+from symbiotic_titan.metrics import StepReport, SymbioticMetrics
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.symbiotic import ModelOutput
 from symbiotic_titan.moe.balance import balance_loss
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
+from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
+from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.modality import MODALITY_NAMES, TASK_NAMES
+from symbiotic_titan.sequence.modality import MODALITY_NAMES
+from symbiotic_titan.step import (
+    MicroBatchResult,
+    StepTotals,
+    not_finite,
+    step_losses,
+    sum_results,
+)
 from symbiotic_titan.stop import StopRequest
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """What the targets of one step count over all ranks and micro-batches; known before any forward.
-
-    text, flow  (J,) labelled and generated tokens by task.   modality  (3,) tokens.   positions  () tokens and padding.
-    """
-
-    text: torch.Tensor
-    flow: torch.Tensor
-    modality: torch.Tensor
-    positions: torch.Tensor
-
-
-@dataclass(frozen=True)
-class MicroBatchResult:
-    """What one micro-batch on this rank leaves behind, detached.
-
-    text_sum, flow_sum  (J,) sums by task.   balance  () its share of the balancing loss.   routing  None without MoE layers.
-    """
-
-    text_sum: torch.Tensor
-    flow_sum: torch.Tensor
-    balance: torch.Tensor
-    routing: RoutingTotals | None
+from symbiotic_titan.validation import SymbioticValidator
 
 
 class SymbioticTrainer(Trainer):
@@ -73,6 +63,7 @@ class SymbioticTrainer(Trainer):
 
     job_config: JobConfig
     metrics_processor: SymbioticMetrics  # type: ignore[assignment]
+    validator: SymbioticValidator
 
     def __init__(self, job_config: JobConfig) -> None:
         self.stop = StopRequest()
@@ -83,6 +74,11 @@ class SymbioticTrainer(Trainer):
             super().__init__(job_config)
         if job_config.training.mixed_precision_param == "float32":
             self.maybe_enable_amp = contextlib.nullcontext()
+        if job_config.validation.enable:
+            self.validator.connect(
+                self.device, self.maybe_enable_amp, self.sum_over_ranks, self.stop_requested
+            )
+        self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.shield_scale = torch.ones((), device=self.device)
         self.metrics_processor.cost = model_cost(
             self.model_parts[0], cast(ModelArgs, self.model_args), job_config.training.seq_len
@@ -111,16 +107,7 @@ class SymbioticTrainer(Trainer):
 
     def count_targets(self, batches: list[PackedBatch]) -> StepTotals:
         """Totals of the step, by one all-reduce."""
-        rows = []
-        for batch in batches:
-            text, flow = target_counts(batch)
-            positions = torch.tensor([batch.tokens.numel()], device=text.device)
-            rows.append(torch.cat([text, flow, batch.num_tokens(), positions]).double())
-        total = self.sum_over_ranks(torch.stack(rows).sum(0))
-        text, flow, modality, positions = total.split(
-            [len(TASK_NAMES), len(TASK_NAMES), len(MODALITY_NAMES), 1]
-        )
-        return StepTotals(text.float(), flow.float(), modality, positions)
+        return StepTotals.of_sum(self.sum_over_ranks(StepTotals.count(batches)))
 
     # ---- one step -----------------------------------------------------------------------------------------------------
 
@@ -187,15 +174,10 @@ class SymbioticTrainer(Trainer):
         step_routing: RoutingTotals | None,
     ) -> MicroBatchResult:
         """The micro-batch's losses and counts, after its backward."""
-        weights = self.job_config.losses
         output, target_BLZ = self.forward(batch, micro_batch)
         terms: LossTerms = self.loss_fn(output.logits, output.velocity, target_BLZ, batch)
         balance = self.balance_of(output, step_routing)
-        loss = (
-            weights.text * terms.text_sum.sum() / totals.text.sum().clamp(min=1)
-            + weights.flow * terms.flow_sum.sum() / totals.flow.sum().clamp(min=1)
-            + weights.balance * balance
-        )
+        loss = totals.loss(terms, balance, self.job_config.losses)
         loss.backward()
         return MicroBatchResult(
             text_sum=terms.text_sum.detach(),
@@ -206,6 +188,10 @@ class SymbioticTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[PackedBatch]) -> None:  # type: ignore[override]
         """One optimizer step over ``gradient_accumulation_steps`` micro-batches."""
+        if (
+            self.step == 1 and self.job_config.validation.enable
+        ):  # of a new run, or from initial weights
+            self.validator.validate(self.model_parts, step=0)
         self.optimizers.zero_grad()
         self.shield_scale.fill_(shield_scale(self.job_config.shielding, self.step))
         batches = [
@@ -225,11 +211,13 @@ class SymbioticTrainer(Trainer):
             foreach=True,
             ep_enabled=self.parallel_dims.ep_enabled,
         )
-        losses = self.reduce_losses(results, totals)
+        total = self.sum_over_ranks(sum_results(results))
+        losses = step_losses(total, totals, self.job_config.losses)
         self.check_finite(losses, float(grad_norm), results)
         rates = {group["name"]: group["lr"] for group in self.optimizers.groups}  # type: ignore[attr-defined]
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
+        ratios = group_update_ratios(self.optimizers) if should_log else {}
         self.lr_schedulers.step()
         self.count_tokens(totals)
         if should_log:
@@ -240,6 +228,7 @@ class SymbioticTrainer(Trainer):
                     losses=losses,
                     grad_norms={"all": float(grad_norm), **norms},
                     rates=rates,
+                    update_ratios=ratios,
                     assignments=self.reduce_routing(routing).counts if routing else None,
                     shield_scale=float(self.shield_scale),
                     fill=float(totals.modality.sum() / totals.positions),
@@ -271,45 +260,19 @@ class SymbioticTrainer(Trainer):
         self.ntokens_seen = int(self.tokens_seen.sum())
         self.metrics_processor.ntokens_since_last_log += int(tokens.sum())
 
-    def reduce_losses(
-        self, results: list[MicroBatchResult], totals: StepTotals
-    ) -> dict[str, float]:
-        """Losses of the step over all ranks, by name; a task without a token in this step is left out."""
-        rows = [torch.cat([r.text_sum, r.flow_sum, r.balance.reshape(1)]) for r in results]
-        total = self.sum_over_ranks(torch.stack(rows).sum(0))
-        text_sum, flow_sum, balance = total.split([len(TASK_NAMES), len(TASK_NAMES), 1])
-        losses = {
-            "text": float(text_sum.sum() / totals.text.sum().clamp(min=1)),
-            "flow": float(flow_sum.sum() / totals.flow.sum().clamp(min=1)),
-            "balance": float(balance),
-        }
-        weights = self.job_config.losses
-        losses["total"] = sum(getattr(weights, name) * losses[name] for name in losses)
-        for i, task in enumerate(TASK_NAMES):
-            if totals.text[i] > 0:
-                losses[f"by_task/{task}_text"] = float(text_sum[i] / totals.text[i])
-            if totals.flow[i] > 0:
-                losses[f"by_task/{task}_flow"] = float(flow_sum[i] / totals.flow[i])
-        return losses
-
     def check_finite(
-        self,
-        losses: dict[str, float],
-        grad_norm: float,
-        results: list[MicroBatchResult],
+        self, losses: dict[str, float], grad_norm: float, results: list[MicroBatchResult]
     ) -> None:
         """Stop before the weights change if a loss or the gradient norm is not finite. The last checkpoint stays."""
-        values = {**{k: losses[k] for k in ("text", "flow", "balance")}, "grad_norm": grad_norm}
-        bad = [name for name, value in values.items() if not torch.isfinite(torch.tensor(value))]
+        bad = not_finite(losses, grad_norm)
         if not bad:
             return
-        local = torch.stack([r.text_sum.sum() + r.flow_sum.sum() + r.balance for r in results])
         flags: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(flags, bool(torch.isfinite(local).all()))
+        dist.all_gather_object(flags, all(bool(result.is_finite) for result in results))
         ranks = [rank for rank, finite in enumerate(flags) if not finite]
         where = f"on ranks {ranks}" if ranks else "in the backward pass"
         raise FloatingPointError(
-            f"step {self.step}: {', '.join(bad)} not finite, {where} ({values}); the weights were not changed. "
+            f"step {self.step}: {', '.join(bad)} not finite, {where} ({bad}); the weights were not changed. "
             "Resume from the last checkpoint with a lower learning rate or other data"
         )
 
@@ -322,25 +285,35 @@ class SymbioticTrainer(Trainer):
         super().train()
 
     def choose_checkpoint(self) -> None:
-        """Point ``checkpoint.load_step`` at the newest complete checkpoint, and see that it fits this run.
+        """Point ``checkpoint.load_step`` at the newest complete checkpoint, and see that what will be loaded fits this run.
 
         Raises:
-            ValueError: none is complete, or it is of another model.
+            ValueError: none is complete, or what is there, or what a new run is to begin with, is of another model.
         """
         config = self.job_config.checkpoint
-        folder = Path(self.job_config.job.dump_folder) / config.folder
-        if not config.enable or not folder.is_dir():
+        if not config.enable:
             return
-        if config.load_step == -1:
+        folder = Path(self.job_config.job.dump_folder) / config.folder
+        parameters = {clean_name(n): p for n, p in self.model_parts[0].named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        if config.load_step == -1 and folder.is_dir():
             config.load_step, damaged = choose_step(folder)
             self.set_aside(damaged)
         if config.load_step > 0:
-            parameters = {clean_name(n): p for n, p in self.model_parts[0].named_parameters()}
-            check_fits(
-                folder / f"step-{config.load_step}",
-                {name: tuple(p.shape) for name, p in parameters.items()},
-                [name for name, p in parameters.items() if p.requires_grad],
-            )
+            chosen = folder / f"step-{config.load_step}"
+            check_whole(chosen, "checkpoint.load_step", "name another step, or leave the key out")
+            check_fits(chosen, shapes, [n for n, p in parameters.items() if p.requires_grad])
+            self.leave_out_what_is_not_in(chosen)
+        elif config.initial_load_path:
+            start, model_only = Path(config.initial_load_path), config.initial_load_model_only
+            check_start(start, folder, shapes, model_only=model_only)
+            self.leave_out_what_is_not_in(start)
+
+    def leave_out_what_is_not_in(self, folder: Path) -> None:
+        """Do not ask a checkpoint of before there was a record of the parameter groups for it."""
+        if not holds(folder, "param_groups.json"):
+            excluded = self.checkpointer.exclude_from_loading
+            self.checkpointer.exclude_from_loading = [*excluded, "param_groups"]
 
     def set_aside(self, damaged: dict[Path, str]) -> None:
         """Name the checkpoints that are passed over, and rename them once every rank has looked."""

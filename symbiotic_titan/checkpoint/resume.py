@@ -80,6 +80,63 @@ def set_aside(path: Path) -> Path:
     return path.rename(target)
 
 
+def holds(folder: Path, key: str) -> bool:
+    """Whether a distributed checkpoint has the entry ``key``."""
+    return key in FileSystemReader(folder).read_metadata().state_dict_metadata
+
+
+def check_whole(folder: Path, key: str, remedy: str) -> None:
+    """See that a folder, which the config names by ``key``, is a complete checkpoint.
+
+    Raises:
+        ValueError: there is no such folder, or it is damaged.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{key}: no such folder: {folder}; {remedy}")
+    damage = damage_of(folder)
+    if damage is not None:
+        raise ValueError(f"{key}: checkpoint {folder} is not complete: {damage}; {remedy}")
+
+
+def check_start(
+    start: Path, checkpoints: Path, shapes: Mapping[str, tuple[int, ...]], *, model_only: bool
+) -> None:
+    """See that a new run can begin with the weights in ``start``. ``shapes``: of all parameters, by name.
+
+    Raises:
+        ValueError: ``start`` is missing, damaged or of another model, or would not be read.
+    """
+    key = "checkpoint.initial_load_path"
+    if checkpoints.is_dir():
+        raise ValueError(
+            f"{key}: {start} is not read where {checkpoints} exists, and that holds no checkpoint; remove it"
+        )
+    check_whole(start, key, "train or convert that model first, or correct the path")
+    if (start / "model.safetensors.index.json").is_file():
+        return
+    saved = FileSystemReader(start).read_metadata().state_dict_metadata
+    misfit = _misfit(saved, shapes)
+    if misfit:
+        raise ValueError(
+            f"{key}: {start} is of another model: {misfit}; split it as [experts] says with tools/convert.py, or name one "
+            "that was"
+        )
+    if not model_only and "train_state.step" not in saved:
+        raise ValueError(
+            f"{key}: {start} holds the model alone; set checkpoint.initial_load_model_only = true"
+        )
+
+
+def _misfit(saved: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first parameter that a checkpoint does not hold in the shape asked for."""
+    for name, shape in shapes.items():
+        size = tuple(getattr(saved.get(name), "size", ()))
+        if size != shape:
+            held = f"has shape {size}" if size else "is missing"
+            return f"{name} {held} in it and has shape {shape} here"
+    return None
+
+
 def check_fits(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], trainable: Iterable[str]
 ) -> None:
@@ -94,16 +151,15 @@ def check_fits(
             f"checkpoint {folder} holds the model alone (checkpoint.last_save_model_only), so this run cannot go on; "
             "name an older one with --checkpoint.load_step, or start another job.dump_folder with checkpoint.initial_load_path"
         )
-    for name, shape in shapes.items():
-        size = tuple(getattr(saved.get(name), "size", ()))
-        if size != shape:
-            held = f"has shape {size}" if size else "is missing"
-            raise ValueError(
-                f"checkpoint {folder} is of another model: {name} {held} in it and has shape {shape} here; resume with the "
-                "model.flavor and [experts] it was saved with, or start another job.dump_folder"
-            )
+    misfit = _misfit(saved, shapes)
+    if misfit:
+        raise ValueError(
+            f"checkpoint {folder} is of another model: {misfit}; resume with the model.flavor and [experts] it was saved "
+            "with, or start another job.dump_folder"
+        )
+    with_state = {key.rpartition(".")[0] for key in saved if key.startswith("optimizer.state.")}
     for name in trainable:
-        if f"optimizer.state.{name}.exp_avg" not in saved:
+        if with_state and f"optimizer.state.{name}" not in with_state:
             raise ValueError(
                 f"checkpoint {folder} has no optimizer state of {name}, which was frozen when it was saved; keep it frozen "
                 "(optimizer.param_groups), or start another job.dump_folder with checkpoint.initial_load_path"

@@ -28,6 +28,29 @@ class DataSource:
     """Share of the samples that come from this source, relative to the other sources' weights."""
 
 
+def source_rows(rows: list[Any], table: str) -> list[DataSource]:
+    """The rows of ``table`` as sources.
+
+    Raises:
+        ValueError: a key, type or weight is wrong, a name is used twice, or the weights sum to zero; ``table`` leads the message.
+    """
+    sources = [
+        row_from_dict(DataSource, row, f"{table} #{i}") for i, row in enumerate(rows, start=1)
+    ]
+    names = [s.name for s in sources]
+    for i, s in enumerate(sources, start=1):
+        where = f"{table} #{i} ({s.name})"
+        if names.count(s.name) > 1:
+            raise ValueError(f"{where}: name is used twice; every source needs its own")
+        if not 0 <= s.weight < float("inf"):
+            raise ValueError(f"{where}: weight must be zero or positive, got {s.weight}")
+    if sources and not sum(s.weight for s in sources) > 0:
+        raise ValueError(
+            f"{table}: the weights sum to zero; give at least one source a positive weight"
+        )
+    return sources
+
+
 @dataclass
 class Data:
     sources: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
@@ -69,21 +92,7 @@ class Data:
     """With ``skip``: how many bad samples the run tolerates, over all ranks, before it stops."""
 
     def __post_init__(self) -> None:
-        self.sources = [
-            row_from_dict(DataSource, row, f"[[data.sources]] #{i + 1}")
-            for i, row in enumerate(self.sources)
-        ]
-        names = [s.name for s in self.sources]
-        for i, s in enumerate(self.sources):
-            where = f"[[data.sources]] #{i + 1} ({s.name})"
-            if names.count(s.name) > 1:
-                raise ValueError(f"{where}: name is used twice; every source needs its own")
-            if not 0 <= s.weight < float("inf"):
-                raise ValueError(f"{where}: weight must be zero or positive, got {s.weight}")
-        if self.sources and not sum(s.weight for s in self.sources) > 0:
-            raise ValueError(
-                "[[data.sources]]: the weights sum to zero; give at least one source a positive weight"
-            )
+        self.sources = source_rows(self.sources, "[[data.sources]]")
         for name, low in (
             ("num_lanes", 0),
             ("lookahead", 1),

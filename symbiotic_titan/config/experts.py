@@ -24,6 +24,14 @@ class Experts:
     partition: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=dict)
     """Tables [experts.partition.<name>] with ``modalities`` and ``num_experts``; set in TOML. None: one pool for all."""
 
+    partition_rule: str = "cumulative"
+    """Rule by which ``tools/convert.py plan`` deals the experts of an unpartitioned checkpoint to the groups: a name that we or
+    a module of yours registered. Training does not read it."""
+
+    score_function: str | None = None
+    """What the router's choice and weights are made of: ``softmax``, ``sigmoid``, or a name that a module of yours registered.
+    None: the flavor's."""
+
     shared: bool = True
     """Whether the flavor's shared expert is kept."""
 
@@ -44,7 +52,8 @@ class Experts:
 @dataclass
 class Shielding:
     steps: int = 0
-    """Steps during which shielded tokens send no gradient through the shared experts. 0: no warm-up shield."""
+    """Steps of the warm-up shield, from the first: ``ramp`` scales the gradient that shielded tokens send through the shared
+    experts. 0: no warm-up shield."""
 
     after_scale: float = 1.0
     """Scale of that gradient after the warm-up shield (0.1 in the paper). 1: untouched."""
@@ -55,17 +64,18 @@ class Shielding:
     mode: Literal["output", "weights"] = "output"
     """``output``: the shared expert's output is detached (scaled) for these tokens; ``weights``: only the gradient of its weights is."""
 
-    ramp: Literal["step", "linear"] = "step"
-    """``step``: 0 until ``steps``, then ``after_scale``; ``linear``: rises from 0 at step 1 to ``after_scale`` behind ``steps``."""
+    ramp: str = "step"
+    """The scale within the first ``steps`` steps: ``step`` is 0, ``linear`` rises from 0 at step 1 towards ``after_scale``; or a
+    name that a module of yours registered."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"shielding.steps: must be zero or positive, got {self.steps}")
         if not 0.0 <= self.after_scale <= 1.0:
             raise ValueError(f"shielding.after_scale: must lie in [0, 1], got {self.after_scale}")
-        if self.ramp == "linear" and self.steps == 0:
+        if self.ramp != "step" and self.steps == 0:
             raise ValueError(
-                "shielding.ramp: 'linear' rises over shielding.steps, which is 0; "
+                f"shielding.ramp: {self.ramp!r} rises over shielding.steps, which is 0; "
                 "set shielding.steps or use ramp = 'step'"
             )
 

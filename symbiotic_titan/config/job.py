@@ -5,6 +5,7 @@ from typing import Literal
 
 from torchtitan.config import JobConfig as UpstreamJobConfig
 from torchtitan.config.job_config import Checkpoint as UpstreamCheckpoint
+from torchtitan.config.job_config import Metrics as UpstreamMetrics
 from torchtitan.config.job_config import Model as UpstreamModel
 
 from symbiotic_titan.config.data import Data, Latents
@@ -12,6 +13,7 @@ from symbiotic_titan.config.experts import Experts, Shielding
 from symbiotic_titan.config.float8 import Float8
 from symbiotic_titan.config.losses import Flow, Losses
 from symbiotic_titan.config.optimizer import Optimizer
+from symbiotic_titan.config.validation import Validation
 
 
 @dataclass
@@ -45,9 +47,24 @@ class Checkpoint(UpstreamCheckpoint):
 
 
 @dataclass
+class Metrics(UpstreamMetrics):
+    routing_freq: int = 100
+    """Steps from one full account of routing to the next (counts, heat maps, statistics of every layer); 0: none. The first
+    and the last step have one. These steps are logged even where they are no multiple of ``log_freq``. An account of 47
+    layers with 128 experts takes 160 kB of the log."""
+
+    def __post_init__(self) -> None:
+        if self.routing_freq < 0:
+            raise ValueError(
+                f"metrics.routing_freq: must be zero (never) or positive, got {self.routing_freq}"
+            )
+
+
+@dataclass
 class JobConfig(UpstreamJobConfig):
     model: Model = field(default_factory=Model)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
     optimizer: Optimizer = field(default_factory=Optimizer)
     experts: Experts = field(default_factory=Experts)
     shielding: Shielding = field(default_factory=Shielding)
@@ -56,3 +73,4 @@ class JobConfig(UpstreamJobConfig):
     data: Data = field(default_factory=Data)
     latents: Latents = field(default_factory=Latents)
     float8: Float8 = field(default_factory=Float8)
+    validation: Validation = field(default_factory=Validation)

@@ -1,16 +1,15 @@
 """Command line and TOML file -> JobConfig, with every key and type checked.
 
 torchtitan's ConfigManager merges defaults, TOML and command line; it rejects unknown keys but does not look at types or
-Literal values that come from TOML. They are checked here, before it runs.
+Literal values that come from TOML. They are checked here, before it runs, in every file that the config extends.
 """
 
-import tomllib
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from torchtitan.config import ConfigManager
 
+from symbiotic_titan.config import extends
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.rows import check_value, unknown_key_message
 
@@ -35,6 +34,10 @@ def check_table(cls: type, table: Any, where: str = "") -> None:
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     for key, value in table.items():
+        if key == extends.KEY and key not in known:
+            raise ValueError(
+                f"{where}.{key}: a whole file extends others, not a section; put it above the first [section]"
+            )
         if key not in known:
             raise ValueError(unknown_key_message(where or "config file", key, known))
         name = f"{where}.{key}" if where else key
@@ -44,36 +47,45 @@ def check_table(cls: type, table: Any, where: str = "") -> None:
             check_value(name, value, hints[key])
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """The TOML file as a dict.
+def check_layers(layers: list[extends.Layer], *, only_ours: bool) -> None:
+    """Check what each file says, so that a message can name the file; with ``only_ours`` other sections are passed over.
 
     Raises:
-        ValueError: the file is missing or is not TOML.
+        ValueError: names the file where there are several, the key, the value and the rule.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"job.config_file: no such file: {path}")
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"job.config_file: {path} is not valid TOML: {error}") from None
+    ours = {f.name for f in fields(JobConfig)}
+    for layer in layers:
+        table = {key: v for key, v in layer.table.items() if key in ours or not only_ours}
+        try:
+            check_table(JobConfig, table)
+        except ValueError as error:
+            raise ValueError(f"{layer.path}: {error}" if len(layers) > 1 else str(error)) from None
+
+
+class MergedConfigManager(ConfigManager):
+    """torchtitan's manager over a table that is read already: upstream knows nothing of ``extends``."""
+
+    def __init__(self, config_cls: type[JobConfig], table: dict[str, Any]) -> None:
+        super().__init__(config_cls)
+        self._table = table
+
+    def _maybe_load_toml(self, args: list[str]) -> dict[str, Any]:
+        return self._table
 
 
 def load_job_config(args: list[str]) -> JobConfig:
-    """The job's config from command-line ``args`` (command line over TOML over defaults).
+    """The job's config from command-line ``args`` (command line over TOML over what it extends over defaults).
 
     A module named in ``job.custom_config_module`` may add sections of its own, as in torchtitan; its sections are not
     checked here.
 
     Raises:
-        ValueError: a bad key, type or value; the message names it.
+        ValueError: a bad file, key, type or value; the message names it.
     """
     path = option_of(args, "config_file")
-    if path is not None:
-        table = read_toml(path)
-        job = table.get("job", {})
-        check_table(get_type_hints(JobConfig)["job"], job, "job")
-        if option_of(args, "custom_config_module") or job.get("custom_config_module"):
-            own = {f.name for f in fields(JobConfig)}
-            table = {key: value for key, value in table.items() if key in own}
-        check_table(JobConfig, table)
-    return ConfigManager(JobConfig).parse_args(args)  # type: ignore[return-value]
+    layers = extends.read_layers(path) if path is not None else []
+    table = extends.merged_table(layers)
+    job = table.get("job")
+    module = job.get("custom_config_module") if isinstance(job, dict) else None
+    check_layers(layers, only_ours=bool(option_of(args, "custom_config_module") or module))
+    return MergedConfigManager(JobConfig, table).parse_args(args)  # type: ignore[return-value]

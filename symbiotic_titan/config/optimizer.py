@@ -9,6 +9,9 @@ from torchtitan.config.job_config import Optimizer as UpstreamOptimizer
 
 from symbiotic_titan.config.rows import row_from_dict
 
+SCHEDULE_KEYS = ("warmup_steps", "decay_ratio", "decay_type", "min_lr_factor")
+"""Keys of [lr_scheduler] that a parameter group may have for itself."""
+
 
 @dataclass
 class ParamGroupRow:
@@ -32,6 +35,22 @@ class ParamGroupRow:
     frozen: bool = False
     """Whether these parameters stay as they are."""
 
+    warmup_steps: int | None = None
+    """Steps over which the group's rate rises; ``lr_scheduler.warmup_steps`` where absent."""
+
+    decay_ratio: float | None = None
+    """Last share of the run in which the rate falls; ``lr_scheduler.decay_ratio`` where absent."""
+
+    decay_type: Literal["linear", "sqrt", "cosine"] | None = None
+    """Line along which it falls; ``lr_scheduler.decay_type`` where absent."""
+
+    min_lr_factor: float | None = None
+    """Share of the rate that it falls to; ``lr_scheduler.min_lr_factor`` where absent."""
+
+    def schedule(self) -> dict[str, Any]:
+        """What the group says otherwise than [lr_scheduler]."""
+        return {key: getattr(self, key) for key in SCHEDULE_KEYS if getattr(self, key) is not None}
+
 
 @dataclass
 class Optimizer(UpstreamOptimizer):
@@ -49,6 +68,13 @@ class Optimizer(UpstreamOptimizer):
     operation and parameter (``for-loop``). All three give the same weights within rounding, on plain parameters and under FSDP2,
     HSDP and expert parallelism; a CPU has all of them too."""
 
+    builder: str = "param_groups"
+    """Function that makes the optimizer. ``param_groups``: Adam or AdamW over the rows of [[optimizer.param_groups]]; others are
+    registered by the module that ``experimental.custom_import`` names."""
+
+    builder_options: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=dict)
+    """What a registered builder wants to know, a table set in TOML; ``param_groups`` has no options."""
+
     param_groups: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
     """Rows of [[optimizer.param_groups]]; set in TOML. None: one group of all parameters."""
 
@@ -61,36 +87,62 @@ class Optimizer(UpstreamOptimizer):
         for key in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, key) < 1.0:
                 raise ValueError(f"optimizer.{key}: must lie in [0, 1), got {getattr(self, key)}")
+        if self.builder == "param_groups" and self.builder_options:
+            raise ValueError(
+                f"optimizer.builder_options: the builder 'param_groups' has no options, got {self.builder_options}; "
+                "remove them, or name another builder"
+            )
         self.param_groups = [
             row_from_dict(ParamGroupRow, row, f"[[optimizer.param_groups]] #{i + 1}")
             for i, row in enumerate(self.param_groups)
         ]
         names = [row.name for row in self.param_groups]
         for i, row in enumerate(self.param_groups):
-            self._check_row(f"[[optimizer.param_groups]] #{i + 1} ({row.name})", row, names)
-
-    @staticmethod
-    def _check_row(where: str, row: ParamGroupRow, names: list[str]) -> None:
-        if names.count(row.name) > 1:
-            raise ValueError(f"{where}: name is used twice; every group needs its own")
-        if not row.match:
+            where = f"[[optimizer.param_groups]] #{i + 1} ({row.name})"
+            _check_names(where, row, names)
+            _check_numbers(where, row)
+        if self.param_groups and all(row.frozen for row in self.param_groups):
             raise ValueError(
-                f"{where}: match is empty; give at least one regular expression, '.*' for all"
+                "[[optimizer.param_groups]]: every group is frozen, so nothing would train; unfreeze one"
             )
-        for pattern in row.match:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"{where}: match {pattern!r} is not a regular expression: {error}"
-                ) from None
-        if row.frozen and row.lr is not None:
-            raise ValueError(f"{where}: a frozen group has no lr; remove lr = {row.lr}")
-        for key in ("lr", "weight_decay"):
-            value = getattr(row, key)
-            if value is not None and value < 0:
-                raise ValueError(f"{where}: {key} must be zero or positive, got {value}")
-        if row.betas is not None and not (
-            len(row.betas) == 2 and all(0.0 <= beta < 1.0 for beta in row.betas)
-        ):
-            raise ValueError(f"{where}: betas must be two numbers in [0, 1), got {row.betas}")
+
+
+def _check_names(where: str, row: ParamGroupRow, names: list[str]) -> None:
+    if not row.name:
+        raise ValueError(f"{where}: name is empty; metrics need one")
+    if names.count(row.name) > 1:
+        raise ValueError(f"{where}: name is used twice; every group needs its own")
+    if row.name == "all" and len(names) > 1:
+        raise ValueError(
+            f"{where}: 'all' names what is measured over all groups; choose another name"
+        )
+    if not row.match:
+        raise ValueError(
+            f"{where}: match is empty; give at least one regular expression, '.*' for all"
+        )
+    for pattern in row.match:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{where}: match {pattern!r} is not a regular expression: {error}"
+            ) from None
+
+
+def _check_numbers(where: str, row: ParamGroupRow) -> None:
+    for key in ("lr", "weight_decay", "betas", *SCHEDULE_KEYS):
+        value = getattr(row, key)
+        if row.frozen and value is not None:
+            raise ValueError(f"{where}: a frozen group has no {key}; remove {key} = {value}")
+    for key in ("lr", "weight_decay", "warmup_steps"):
+        value = getattr(row, key)
+        if value is not None and value < 0:
+            raise ValueError(f"{where}: {key} must be zero or positive, got {value}")
+    for key in ("decay_ratio", "min_lr_factor"):
+        value = getattr(row, key)
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ValueError(f"{where}: {key} must lie in [0, 1], got {value}")
+    if row.betas is not None and not (
+        len(row.betas) == 2 and all(0.0 <= beta < 1.0 for beta in row.betas)
+    ):
+        raise ValueError(f"{where}: betas must be two numbers in [0, 1), got {row.betas}")

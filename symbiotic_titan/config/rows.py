@@ -40,16 +40,19 @@ def _is_scalar(value: Any, annotation: Any) -> bool:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether ``value`` fits an annotation without parts of its own."""
+    """Whether ``value`` fits an annotation that is no union and no dict."""
     if get_origin(annotation) is Literal:
         return any(value == v and type(value) is type(v) for v in get_args(annotation))
+    if get_origin(annotation) in (list, tuple):
+        item_type = get_args(annotation)[0]
+        return isinstance(value, (list, tuple)) and all(_fits(item, item_type) for item in value)
     return _is_scalar(value, annotation)
 
 
 def check_value(where: str, value: Any, annotation: Any) -> None:
     """Raise ValueError unless ``value`` fits ``annotation``; ``where`` is the key as the user wrote it.
 
-    Understands bool, int, float, str, Literal, X | None, list[X], tuple[X, ...] and dict[str, X]. The message names the
+    Understands bool, int, float, str, Literal, X | Y, X | None, list[X], tuple[X, ...] and dict[str, X]. The message names the
     innermost key that does not fit, e.g. ``rates[1]``.
     """
     origin, args = get_origin(annotation), get_args(annotation)

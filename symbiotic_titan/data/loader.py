@@ -60,17 +60,18 @@ def build_loader(
     pin_memory: bool = False,
     prefetch_factor: int | None = None,
     share: Share | None = None,
+    table: str = "[[data.sources]]",
 ) -> "PackedLoader":
     """The loader of data rank ``dp_rank``, with every shard indexed and every setting checked.
 
     ``share`` gathers a dict over the data ranks (an all-gather of objects); None where there is one rank. Each worker makes
-    ``prefetch_factor`` batches' worth of rows ahead (None: 2).
+    ``prefetch_factor`` batches' worth of rows ahead (None: 2). ``table`` is where the user wrote the sources of ``config``.
 
     Raises:
         ValueError: shards are missing, empty or unreadable, an image cannot fit a row, or lanes, ranks and workers do not divide.
     """
     recipe = build_recipe(
-        config, latents, geometry, rotary_layout, tokenizer, seq_len, global_batch_size
+        config, latents, geometry, rotary_layout, tokenizer, seq_len, global_batch_size, table
     )
     if global_batch_size % recipe.num_lanes:
         logger.warning(
@@ -137,6 +138,11 @@ class PackedLoader(BaseDataLoader):
         self._pin_memory = pin_memory
         self._prefetch_factor = prefetch_factor
         self._share = share
+
+    @property
+    def lanes(self) -> list[int]:
+        """Lanes of this rank."""
+        return list(self._states)
 
     @property
     def num_skipped(self) -> int:

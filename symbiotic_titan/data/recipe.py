@@ -20,15 +20,16 @@ def build_recipe(
     tokenizer: Tokenizer,
     seq_len: int,
     global_batch_size: int,
+    table: str = "[[data.sources]]",
 ) -> LaneRecipe:
-    """The recipe of all lanes; sources of weight zero are left out.
+    """The recipe of all lanes; sources of weight zero are left out. ``table`` is where the user wrote the sources.
 
     Raises:
         ValueError: no source, shards that are missing, empty or unreadable, or images that cannot fit a row.
     """
     rows = [(i, s) for i, s in enumerate(config.sources, start=1) if s.weight > 0]
     if not rows:
-        raise ValueError("[[data.sources]]: there is none; training needs at least one source")
+        raise ValueError(f"{table}: there is none; name at least one source")
     sources = [source for _, source in rows]
     for key in ("max_vit_tokens", "max_vae_tokens"):
         if getattr(config, key) > seq_len:
@@ -41,7 +42,7 @@ def build_recipe(
     return LaneRecipe(
         config=config,
         sources=sources,
-        shards=[index_source(s, f"[[data.sources]] #{i} ({s.name})") for i, s in rows],
+        shards=[index_source(s, f"{table} #{i} ({s.name})") for i, s in rows],
         num_lanes=config.num_lanes or global_batch_size,
         size=size,
         maker=DocumentMaker(config, geometry, build_codec(latents, geometry), tokenizer, seq_len),

@@ -27,7 +27,7 @@ class LossTerms:
     flow_count: torch.Tensor
 
 
-def _sum_by_task(values: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
+def sum_by_task(values: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
     """(J,) sums of ``values`` by ``tasks`` of the same shape; a negative task is left out."""
     one_hot = tasks.unsqueeze(-1) == torch.arange(len(TASK_NAMES), device=tasks.device)
     return (values.unsqueeze(-1) * one_hot).flatten(0, -2).sum(0)
@@ -43,9 +43,9 @@ def latent_tasks(batch: PackedBatch) -> torch.Tensor:
 def target_counts(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """((J,) labelled tokens, (J,) generated tokens) of a batch, by task. Needs no forward."""
     is_label = (batch.labels != IGNORE_INDEX).float()
-    text_count = _sum_by_task(is_label, batch.task)
+    text_count = sum_by_task(is_label, batch.task)
     tasks_BL = latent_tasks(batch)
-    return text_count, _sum_by_task(torch.ones_like(tasks_BL, dtype=torch.float32), tasks_BL)
+    return text_count, sum_by_task(torch.ones_like(tasks_BL, dtype=torch.float32), tasks_BL)
 
 
 def text_errors(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
@@ -78,8 +78,8 @@ def loss_terms(
     text_count, flow_count = target_counts(batch)
     flow_BL = flow_errors(velocity_BLZ, target_BLZ, batch.vae_image)
     return LossTerms(
-        text_sum=_sum_by_task(cross_entropy(logits_BTV, batch.labels), batch.task),
+        text_sum=sum_by_task(cross_entropy(logits_BTV, batch.labels), batch.task),
         text_count=text_count,
-        flow_sum=_sum_by_task(flow_BL, latent_tasks(batch)),
+        flow_sum=sum_by_task(flow_BL, latent_tasks(batch)),
         flow_count=flow_count,
     )

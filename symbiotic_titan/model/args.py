@@ -134,7 +134,8 @@ class ModelArgs(BaseModelArgs):
     expert_hidden_dim: int
     shared_hidden_dim: int
     shared_gate: bool = False
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    score_function: str = "softmax"
+    """A name of ``moe.scores``."""
     selection_bias: bool = False
     normalize_weights: bool = True
     route_scale: float = 1.0
@@ -283,6 +284,8 @@ class ModelArgs(BaseModelArgs):
         self.groups = partition_groups(
             job_config.experts.partition, self.num_experts, job_config.model.flavor
         )
+        if job_config.experts.score_function is not None:
+            self.score_function = job_config.experts.score_function
         if not job_config.experts.shared:
             self.shared_hidden_dim, self.shared_gate = 0, False
         self.shield_modalities = modality_ids(

@@ -12,10 +12,10 @@ from typing import Literal
 
 from torch import nn
 
+from symbiotic_titan.moe.scores import ROUTER_SCORES
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
 
 SHIELD_MODES = ("output", "weights")
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MoEArgs:
 
     dim, hidden_dim:   width of a token and of a routed expert.
     top_k:             experts per token, inside its group.
-    score_function:    ``softmax`` over the group's experts, or ``sigmoid`` of each.
+    score_function:    a name of ``moe.scores``, such as ``softmax`` over the group's experts.
     selection_bias:    a bias per expert is added for the choice of the top-k only, never to a weight.
     normalize_weights: divide the top-k weights by their sum.
     route_scale:       factor on the weights, after that.
@@ -48,14 +48,15 @@ class MoEArgs:
     shield_mode:       ``output`` or ``weights``.
 
     Raises:
-        ValueError: groups that overlap, do not cover, are empty or smaller than top_k, unusable names, sizes below one.
+        ValueError: groups that overlap, do not cover, are empty or smaller than top_k, unusable names, unknown choices, sizes
+            below one.
     """
 
     dim: int
     hidden_dim: int
     groups: tuple[ExpertGroup, ...]
     top_k: int
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    score_function: str = "softmax"
     selection_bias: bool = False
     normalize_weights: bool = True
     route_scale: float = 1.0
@@ -137,11 +138,11 @@ def _check_modalities(groups: Sequence[ExpertGroup]) -> None:
 
 
 def _check_choices(args: MoEArgs) -> None:
-    for key, choices in (("score_function", SCORE_FUNCTIONS), ("shield_mode", SHIELD_MODES)):
-        if getattr(args, key) not in choices:
-            raise ValueError(
-                f"{key} must be one of {', '.join(choices)}, got {getattr(args, key)!r}"
-            )
+    _ = ROUTER_SCORES[args.score_function]  # raises where nobody registered it
+    if args.shield_mode not in SHIELD_MODES:
+        raise ValueError(
+            f"shield_mode must be one of {', '.join(SHIELD_MODES)}, got {args.shield_mode!r}"
+        )
     for modality in args.shield_modalities:
         if not 0 <= modality < NUM_MODALITIES:
             raise ValueError(

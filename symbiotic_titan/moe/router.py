@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
 from symbiotic_titan.moe.record import RoutingRecord
+from symbiotic_titan.moe.scores import ROUTER_SCORES
 from symbiotic_titan.sequence.modality import NUM_MODALITIES
 
 
@@ -97,6 +98,7 @@ class Router(nn.ModuleDict):
             }
         )
         self._args = args
+        self._scores = ROUTER_SCORES[args.score_function]
 
     def _groups(self) -> list[GroupRouter]:
         return [router for router in self.values() if isinstance(router, GroupRouter)]
@@ -122,16 +124,6 @@ class Router(nn.ModuleDict):
             num_tokens=torch.stack([c.sum() for c in group_counts]) // args.top_k,
         )
         return Routing(experts_TK, weights_TK, group_T, record)
-
-    def _scores(self, logits_TE: Tensor, allowed_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, and the same normalised to sum 1 over the token's group; both 0 outside it."""
-        if self._args.score_function == "softmax":
-            scores_TE = logits_TE.masked_fill(~allowed_TE, float("-inf")).softmax(-1)
-            return scores_TE, scores_TE
-        # Scores may underflow, all of a token's at once: they are kept from 0, so that no sum of them is.
-        scores_TE = logits_TE.sigmoid().clamp(min=torch.finfo(torch.float32).tiny)
-        scores_TE = scores_TE.masked_fill(~allowed_TE, 0.0)
-        return scores_TE, scores_TE / scores_TE.sum(-1, keepdim=True)
 
     def _choose(self, scores_TE: Tensor, allowed_TE: Tensor) -> Tensor:
         choice_TE = scores_TE.detach()

@@ -34,6 +34,23 @@ def count_std(counts_E: Tensor) -> Tensor:
     return counts_E.double().std(-1, correction=0).float()
 
 
+def relative_deviation(counts_E: Tensor) -> Tensor:
+    """(...,) float32 >= 0: standard deviation / mean of the counts. NaN without assignments.
+
+    The standard deviation of raw counts grows with the tokens of a step; divided by the mean, steps and runs compare.
+    """
+    counts_E = counts_E.double()
+    return (counts_E.std(-1, correction=0) / counts_E.mean(-1)).float()
+
+
+def overlap_size(num_experts: int) -> int:
+    """How many top experts of ``num_experts`` to compare: 8 as in arXiv 2604.07753, Figure 8, but at most a quarter of them.
+
+    Two sets of k drawn by chance have k * k / num_experts in common: of sets up to a quarter, at most a quarter.
+    """
+    return min(8, num_experts // 4)
+
+
 def top_overlap(counts_a_E: Tensor, counts_b_E: Tensor, k: int) -> Tensor:
     """(...,) int64: how many of the k most used experts of ``a`` are among the k most used of ``b``.
 

@@ -1,20 +1,23 @@
 """Optimizer with parameter groups, and its learning-rate schedule, for the train spec.
 
-Rates come from the config, state from the checkpoint: a resumed run uses the rates its config says, so they may change.
+Settings (rates, decay, betas, schedule) come from the config, state from the checkpoint: a resumed run uses what its config
+says, so it may change; ``group_record`` tells what did.
 """
 
-import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import LRScheduler
 from torchtitan.distributed import ParallelDims
 
 from symbiotic_titan.config.optimizer import Optimizer, ParamGroupRow
+from symbiotic_titan.config.registry import Registry
 from symbiotic_titan.optim.param_groups import claim_parameters
 
 _CLASSES = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
@@ -30,7 +33,9 @@ def freeze_parameters(model: nn.Module, rules: list[ParamGroupRow]) -> None:
 
 
 def torch_param_groups(model: nn.Module, config: Optimizer) -> list[dict[str, Any]]:
-    """torch.optim parameter groups, in the order of the rules, each with its ``name``. Frozen groups are left out."""
+    """torch.optim parameter groups, in the order of the rules, each with its ``name`` and ``schedule``, which holds what the
+    group says otherwise than [lr_scheduler]. Frozen groups are left out.
+    """
     parameters = dict(model.named_parameters())
     rules = {rule.name: rule for rule in config.param_groups}
     groups = []
@@ -47,46 +52,82 @@ def torch_param_groups(model: nn.Module, config: Optimizer) -> list[dict[str, An
                 "weight_decay": config.weight_decay
                 if rule.weight_decay is None
                 else rule.weight_decay,
+                "schedule": rule.schedule(),
             }
         )
     return groups
 
 
 class ParamGroupOptimizers(OptimizersContainer):
-    """One optimizer whose parameter groups follow [[optimizer.param_groups]].
+    """One torch optimizer over the groups that ``torch_param_groups`` gives, and its state by parameter name.
 
-    Its state is keyed by parameter name, so it loads on other ranks and under other groups. What a group sets (rate, decay,
-    betas) is the config's, never the checkpoint's.
+    The saved state holds no settings and nothing of frozen parameters, so it loads on other ranks and under other groups.
     """
 
-    def __init__(self, model: nn.Module, config: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model_parts = [model]
-        groups = torch_param_groups(model, config)
-        defaults = {"lr": config.lr, "eps": config.eps}
-        implementation = {
-            "fused": config.implementation == "fused",
-            "foreach": config.implementation == "foreach",
-        }
-        self.optimizers = [_CLASSES[config.name](groups, **defaults, **implementation)]  # type: ignore[arg-type]
-        self._post_init([p for group in groups for p in group["params"]], defaults)
+        self.optimizers = [optimizer]  # type: ignore[list-item]
+        self._post_init([p for group in self.groups for p in group["params"]], optimizer.defaults)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The torch parameter groups, each with its ``name``."""
         return self.optimizers[0].param_groups
 
+    def state_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().state_dict().items() if k.startswith("state.")}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        configured = [
-            {key: copy.copy(value) for key, value in group.items() if key != "params"}
-            for group in self.groups
-        ]
-        super().load_state_dict(state_dict)
-        for group, settings in zip(self.groups, configured, strict=True):
-            group.update(settings)
+        # torch's loader wants settings as well: those of this run.
+        settings = {k: v for k, v in super().state_dict().items() if not k.startswith("state.")}
+        super().load_state_dict({**state_dict, **settings})
+
+
+OptimizerBuilder = Callable[[nn.Module, Optimizer, ParallelDims], ParamGroupOptimizers]
+"""(model, made parallel and initialised; [optimizer]; ranks) -> what steps, saves and loads. torchtitan's OptimizersContainer
+with ``groups`` will do: dicts as in a torch optimizer, each with its ``name``, in the order of its ``optimizers``."""
+
+OPTIMIZER_BUILDERS: Registry[OptimizerBuilder] = Registry("optimizer.builder")
+
+
+def build_adam(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
+    """Adam or AdamW over the configured groups."""
+    return _CLASSES[config.name](
+        torch_param_groups(model, config),
+        lr=config.lr,
+        eps=config.eps,
+        fused=config.implementation == "fused",
+        foreach=config.implementation == "foreach",
+    )
+
+
+def param_group_optimizers(
+    model: nn.Module, config: Optimizer, parallel_dims: ParallelDims
+) -> ParamGroupOptimizers:
+    """The builder that a config has unless it names another."""
+    return ParamGroupOptimizers(model, build_adam(model, config))
+
+
+OPTIMIZER_BUILDERS.register("param_groups", param_group_optimizers)
+
+
+def build_optimizers(
+    model_parts: list[nn.Module], config: Optimizer, parallel_dims: ParallelDims
+) -> ParamGroupOptimizers:
+    """Fills the train spec's optimizer slot, by the builder that the config names."""
+    (model,) = model_parts  # pipeline parallelism is refused by the checks
+    return OPTIMIZER_BUILDERS[config.builder](model, config, parallel_dims)
 
 
 class StepLRSchedulers(LRSchedulersContainer):
-    """torchtitan's schedule, whose saved state is the step alone: base rates stay the config's on a resume."""
+    """One factor per group on its rate. The saved state is the step alone: base rates stay the config's on a resume."""
+
+    def __init__(
+        self, optimizers: OptimizersContainer, factors: list[list[Callable[[int], float]]]
+    ) -> None:
+        self.schedulers = [
+            LambdaLR(optimizer, own) for optimizer, own in zip(optimizers, factors, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_epoch": self.schedulers[0].last_epoch}
@@ -103,18 +144,31 @@ class StepLRSchedulers(LRSchedulersContainer):
             scheduler._last_lr = rates
 
 
-def build_optimizers(
-    model_parts: list[nn.Module], config: Optimizer, parallel_dims: ParallelDims
-) -> ParamGroupOptimizers:
-    """Fills the train spec's optimizer slot."""
-    (model,) = model_parts  # pipeline parallelism is refused by the checks
-    return ParamGroupOptimizers(model, config)
+def schedule_factor(config: LRScheduler, training_steps: int) -> Callable[[int], float]:
+    """Step, counted from 0 -> factor on the rate: torchtitan's warm-up, stable, decay."""
+    # Upstream makes the factor only together with a scheduler of some optimizer: here, of one that is thrown away.
+    some = torch.optim.SGD([torch.zeros(())], lr=1.0)
+    upstream = build_lr_schedulers([some], config, training_steps)  # type: ignore[arg-type]
+    return upstream.schedulers[0].lr_lambdas[0]  # type: ignore[attr-defined]
 
 
 def build_schedulers(
     optimizers: OptimizersContainer, config: LRScheduler, training_steps: int
 ) -> StepLRSchedulers:
-    """Fills the train spec's schedule slot: torchtitan's warm-up, stable, decay factor on every group's rate."""
-    upstream = build_lr_schedulers(optimizers, config, training_steps)
-    factor: Callable[[int], float] = upstream.schedulers[0].lr_lambdas[0]
-    return StepLRSchedulers(optimizers, factor)
+    """Fills the train spec's schedule slot: [lr_scheduler], with what a group says otherwise.
+
+    Every group's ``schedule`` then holds all that its factor follows from.
+    """
+    factors = []
+    for optimizer in optimizers:
+        own = []
+        for group in optimizer.param_groups:
+            shape = dataclasses.replace(config, **group.get("schedule", {}))
+            own.append(schedule_factor(shape, training_steps))
+            group["schedule"] = dataclasses.asdict(shape)
+            if shape.total_steps is None:
+                group["schedule"]["total_steps"] = training_steps
+            if shape.decay_ratio == 0:
+                del group["schedule"]["total_steps"]  # the rate does not depend on it
+        factors.append(own)
+    return StepLRSchedulers(optimizers, factors)

@@ -1,17 +1,60 @@
 """Step -> scale of the gradient that shielded tokens send through the shared experts."""
 
+from collections.abc import Callable
+
 from symbiotic_titan.config.experts import Shielding
+from symbiotic_titan.config.registry import Registry
+
+ShieldSchedule = Callable[[Shielding, int], float]
+"""([shielding], step) -> scale in [0, 1], for the steps 1 to ``shielding.steps``; behind them ``after_scale`` holds. A pure
+function of the two, so that a resumed run goes on exactly."""
+
+SHIELD_SCHEDULES: Registry[ShieldSchedule] = Registry("shielding.ramp")
+
+
+def step_ramp(config: Shielding, step: int) -> float:
+    """0: what shielded tokens would change is blocked whole."""
+    return 0.0
+
+
+def linear_ramp(config: Shielding, step: int) -> float:
+    """A line from 0 at step 1 to ``after_scale`` at the first step behind the warm-up."""
+    return config.after_scale * (step - 1) / config.steps
+
+
+SHIELD_SCHEDULES.register("step", step_ramp)
+SHIELD_SCHEDULES.register("linear", linear_ramp)
 
 
 def shield_scale(config: Shielding, step: int) -> float:
-    """Scale for ``step``, counted from 1. A pure function of the step, so a resumed run goes on exactly.
+    """Scale for ``step``, counted from 1. A pure function of the step.
 
-    Within the first ``config.steps`` steps: 0 (``step``), or a line from 0 at step 1 towards ``after_scale`` (``linear``).
+    Raises:
+        ValueError: nobody registered ``config.ramp``, or it gave something else than a number in [0, 1].
     """
     if not config.enabled:
         return 1.0
     if step > config.steps:
         return config.after_scale
-    if config.ramp == "linear":
-        return config.after_scale * (step - 1) / config.steps
-    return 0.0
+    scale = float(SHIELD_SCHEDULES[config.ramp](config, step))
+    if not 0.0 <= scale <= 1.0:
+        raise ValueError(
+            f"shielding.ramp = {config.ramp!r}: gave the scale {scale} at step {step}; it must lie in [0, 1]"
+        )
+    return scale
+
+
+def check_schedule(config: Shielding, training_steps: int) -> None:
+    """Pass if the schedule is known, ends within the run and gives a scale for each of its steps.
+
+    Raises:
+        ValueError: names the key, the value and the remedy.
+    """
+    _ = SHIELD_SCHEDULES[config.ramp]  # raises where nobody registered it
+    if config.ramp != "step" and config.steps > training_steps:
+        raise ValueError(
+            f"shielding.steps = {config.steps}: the ramp {config.ramp!r} would not reach its end within training.steps = "
+            f"{training_steps}; shorten the ramp, train longer, or use ramp = 'step'"
+        )
+    for number in range(1, min(config.steps, training_steps) + 1):
+        shield_scale(config, number)

@@ -20,7 +20,9 @@ ARROWS = {
     "model": {"sequence", "moe", "config"},
     "losses": {"sequence", "moe", "config"},
     "parallel": {"model", "moe", "config", "device"},
-    "checkpoint": {"model", "config"},
+    "checkpoint": {"model", "moe", "sequence", "config"},
+    "plots": {"moe", "sequence", "routing_report"},
+    "extensions": {"extend", "optim", "config"},
 }
 
 # Where torchtitan may be imported, besides the files at the root: a whole folder, or single files.
@@ -33,6 +35,7 @@ TORCHTITAN_EDGE = {
     "model/args.py",
     "model/symbiotic.py",
     "optim/build.py",
+    "extensions/",
 }
 
 # Folders that know neither ranks nor meshes, and their two files that must tell a sharded parameter from a plain one.

@@ -63,6 +63,24 @@ SIGNATURES = {
     "components.metrics.MetricsProcessor.close": ("self",),
     "components.metrics.LoggerContainer.log": ("self", "metrics", "step"),
     "components.metrics.TensorBoardLogger.log": ("self", "metrics", "step"),
+    # validation; build_validator is the contract of the train spec's slot
+    "components.validate.BaseValidator.__init__": ("self", "job_config"),
+    "components.validate.BaseValidator.validate": ("self", "model_parts", "step"),
+    "components.validate.BaseValidator.should_validate": ("self", "step"),
+    "components.validate.build_validator": (
+        "job_config",
+        "dp_world_size",
+        "dp_rank",
+        "tokenizer",
+        "parallel_dims",
+        "loss_fn",
+        "validation_context",
+        "maybe_enable_amp",
+        "metrics_processor",
+        "pp_schedule",
+        "pp_has_first_stage",
+        "pp_has_last_stage",
+    ),
     # optimizer and schedule
     "components.optimizer.OptimizersContainer.__init__": (
         "self",
@@ -87,6 +105,7 @@ SIGNATURES = {
     # config
     "config.ConfigManager.__init__": ("self", "config_cls"),
     "config.ConfigManager.parse_args": ("self", "args"),
+    "config.ConfigManager._maybe_load_toml": ("self", "args"),
     "config.ConfigManager._dict_to_dataclass": ("self", "cls", "data"),
     # distributed
     "distributed.ParallelDims.__init__": (
@@ -174,13 +193,18 @@ CONFIG_FIELDS = {
     "Model": {"name", "flavor", "hf_assets_path", "converters"},
     "Quantize": {"linear", "grouped_mm"},
     "Optimizer": {"name", "lr", "beta1", "beta2", "eps", "weight_decay", "implementation"},
-    "LRScheduler": {"warmup_steps"},
+    "LRScheduler": {"warmup_steps", "total_steps", "decay_ratio", "decay_type", "min_lr_factor"},
     "ActivationCheckpoint": {"mode", "selective_ac_option"},
     "Parallelism": {"data_parallel_replicate_degree", "data_parallel_shard_degree"}
     | {"expert_parallel_degree", "fsdp_reshard_after_forward"},
     "Training": {"dtype", "mixed_precision_param", "mixed_precision_reduce", "enable_cpu_offload"}
     | {"local_batch_size", "global_batch_size", "seq_len"},
-    "Checkpoint": {"enable", "folder", "interval", "load_step", "last_save_model_only"},
+    "Validation": {"enable", "freq", "steps", "dataset", "dataset_path", "local_batch_size"}
+    | {"seq_len", "dataloader"},
+    "DataLoader": {"num_workers", "pin_memory", "prefetch_factor", "persistent_workers"},
+    "Checkpoint": {"enable", "folder", "interval", "load_step", "last_save_model_only"}
+    | {"initial_load_path", "initial_load_model_only", "exclude_from_loading"},
+    "Metrics": {"log_freq"},
 }
 
 # The same for torchao, which is imported only where a model is converted to float8.

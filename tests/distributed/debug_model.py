@@ -50,12 +50,14 @@ def build(config: JobConfig) -> tuple[SymbioticModel, ModelArgs]:
     return model, args
 
 
-def forward(model: SymbioticModel, args: ModelArgs, rank: int) -> ModelOutput:
+def forward(
+    model: SymbioticModel, args: ModelArgs, rank: int, shield_scale: float = 1.0
+) -> ModelOutput:
     """On two rows, the second of which is the rank's own."""
     batch = stack_rows([pack_row(MIXED, args), pack_row(OTHER, args, seed=10 + rank)])
     shape = batch.vae_image.shape
     timesteps_BL = torch.linspace(0.1, 0.9, shape[1]).expand(shape)
-    return model(batch, batch.latents, timesteps_BL, torch.tensor(1.0))
+    return model(batch, batch.latents, timesteps_BL, torch.tensor(shield_scale))
 
 
 def backward(output: ModelOutput) -> None:

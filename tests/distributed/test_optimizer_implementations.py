@@ -5,7 +5,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from symbiotic_titan.config.optimizer import ParamGroupRow
-from symbiotic_titan.optim.build import ParamGroupOptimizers
+from symbiotic_titan.optim.build import param_group_optimizers
 from tests.distributed.debug_model import backward, build, config_of, forward
 from tests.distributed.gloo import run_on_ranks
 
@@ -34,7 +34,7 @@ def weights_after_steps(rank, overrides, name, implementation):
         ParamGroupRow("generation", [r"\.generation\.", "^flow_head"], lr=4e-3, betas=[0.8, 0.9]),
         ParamGroupRow("rest", [".*"]),
     ]
-    optimizers = ParamGroupOptimizers(model, config.optimizer)
+    optimizers = param_group_optimizers(model, config.optimizer, None)
     backward(forward(model, args, rank))
     gradients = {p: p.grad.clone() for p in model.parameters()}
     for scale in STEPS:

@@ -1,58 +1,119 @@
-"""What the metrics say about routing and gradients, against numbers worked out by hand."""
+"""Which steps are logged, and what a step leaves in TensorBoard."""
 
 import signal
 
 import pytest
 import torch
-from torch import nn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+from torchtitan.components.metrics import BaseLogger
+from torchtitan.distributed import ParallelDims
 
-from symbiotic_titan.metrics import group_grad_norms, routing_metrics
+from symbiotic_titan.config.job import JobConfig, Metrics
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.metrics import StepReport, SymbioticMetrics
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from symbiotic_titan.stop import StopRequest
 
-GROUPS = (ExpertGroup("und", (TEXT, VIT), 3), ExpertGroup("gen", (VAE,), 2))
+GROUPS = (ExpertGroup("und", (TEXT, VIT), 4), ExpertGroup("gen", (VAE,), 2))
+COUNTS = torch.tensor([[[4, 4, 2, 2, 0, 0], [0] * 6, [0, 0, 0, 0, 6, 2]]]).repeat(2, 1, 1)
 
 
-def assignments(text, vit, vae):
-    """(1 layer, 3 modalities, 5 experts) counts."""
-    return torch.tensor([[text, vit, vae]])
+class NoCost:
+    """Stands in for the model's cost."""
+
+    def training_flops_per_token(self, shares):
+        return 1.0
 
 
-def test_experts_are_compared_with_their_own_group():
-    metrics = routing_metrics(
-        assignments([4, 4, 4, 0, 0], [0] * 5, [0, 0, 0, 6, 6]), GROUPS, capacity_factor=1.0
+@pytest.fixture
+def make_metrics(tmp_path, monkeypatch):
+    """Metrics of a run of 40 steps of a model whose layers 1 and 2 have experts; options as on the command line."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+
+    def make(*options):
+        config: JobConfig = load_job_config(
+            ["--job.dump_folder", str(tmp_path), "--training.steps", "40", *options]
+        )
+        one_rank = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "etp"), 1)
+        dims = ParallelDims(**one_rank, world_size=1)
+        metrics = SymbioticMetrics(config, dims, GROUPS, moe_layers=range(1, 3))
+        metrics.cost = NoCost()
+        return metrics
+
+    return make
+
+
+def report(step):
+    return StepReport(
+        step=step,
+        losses={"text": 1.0, "flow": 2.0, "balance": 3.0},
+        grad_norms={"all": 1.0},
+        update_ratios={},
+        rates={},
+        assignments=COUNTS,
+        shield_scale=1.0,
+        fill=1.0,
+        num_skipped=0,
+        tokens_seen=torch.tensor([1, 0, 1]),
     )
-    for name in ("all", "text", "vae"):
-        assert metrics[f"routing/capacity_rate/{name}"] == pytest.approx(1.0)
-        assert metrics[f"routing/imbalance/{name}"] == pytest.approx(1.0)
-        assert metrics[f"routing/idle_experts/{name}"] == 0
-    assert "routing/capacity_rate/vit" not in metrics  # it has no token
 
 
-def test_collapse_of_one_group_shows_in_its_modality_and_by_its_weight_in_all():
-    metrics = routing_metrics(
-        assignments([2, 2, 2, 0, 0], [0] * 5, [0, 0, 0, 6, 0]), GROUPS, capacity_factor=1.0
-    )
-    assert metrics["routing/capacity_rate/text"] == pytest.approx(1.0)
-    assert metrics["routing/capacity_rate/vae"] == pytest.approx(0.5)
-    assert metrics["routing/capacity_rate/all"] == pytest.approx(0.75)
-    assert metrics["routing/imbalance/vae"] == pytest.approx(2.0)
-    assert metrics["routing/idle_experts/all"] == 1
+def read_log(folder):
+    (file,) = folder.glob("tb/*/events.out.*")
+    return EventAccumulator(str(file)).Reload()
 
 
-def test_capacity_factor_widens_what_fits():
-    counts = assignments([4, 1, 1, 0, 0], [0] * 5, [0] * 5)
-    tight = routing_metrics(counts, GROUPS, 1.0)["routing/capacity_rate/text"]
-    loose = routing_metrics(counts, GROUPS, 2.0)["routing/capacity_rate/text"]
-    assert tight == pytest.approx(4 / 6) and loose == pytest.approx(1.0)
+def logged_steps(metrics):
+    return [step for step in range(1, 41) if metrics.should_log(step)]
 
 
-def test_gradient_norm_of_a_group_is_that_of_its_parameters_together():
-    a, b, idle = (nn.Parameter(torch.zeros(2)) for _ in range(3))
-    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
-    groups = [{"name": "both", "params": [a, b]}, {"name": "idle", "params": [idle]}]
-    assert group_grad_norms(groups) == {"both": pytest.approx(5.0), "idle": 0.0}
+def test_an_account_of_routing_makes_its_step_a_logged_one(make_metrics):
+    metrics = make_metrics("--metrics.log_freq", "20", "--metrics.routing_freq", "15")
+    assert logged_steps(metrics) == [1, 15, 20, 30, 40]
+    assert [s for s in range(1, 41) if metrics.shows_routing(s)] == [1, 15, 30, 40]
+
+
+def test_without_accounts_of_routing_only_the_usual_steps_are_logged(make_metrics):
+    metrics = make_metrics("--metrics.log_freq", "20", "--metrics.routing_freq", "0")
+    assert logged_steps(metrics) == [1, 20, 40]
+    assert not any(metrics.shows_routing(step) for step in range(1, 41))
+
+
+def test_negative_distance_of_accounts_is_refused():
+    with pytest.raises(
+        ValueError, match=r"metrics.routing_freq: must be zero \(never\) or positive, got -1"
+    ):
+        Metrics(routing_freq=-1)
+
+
+def test_means_are_logged_always_and_layers_with_an_account(make_metrics, tmp_path):
+    metrics = make_metrics("--metrics.enable_tensorboard", "--metrics.routing_freq", "15")
+    for step in (1, 10, 15):
+        metrics.log_step(report(step))
+    metrics.close()
+    log = read_log(tmp_path)
+    assert [e.step for e in log.Scalars("routing/capacity_rate/vae")] == [1, 10, 15]
+    by_layer = log.Scalars("routing_by_layer/capacity_rate/vae/layer_02")
+    assert [(e.step, e.value) for e in by_layer] == [(1, 0.75), (15, 0.75)]
+    assert log.Tags()["images"] == ["routing/experts/text", "routing/experts/vae"]
+    assert [e.step for e in log.Images("routing/experts/vae")] == [1, 15]
+    tensors = log.Tensors("routing/counts")
+    assert [e.step for e in tensors] == [1, 15]
+    counts = make_ndarray(tensors[1].tensor_proto)
+    assert counts.dtype == "int32" and (counts == COUNTS.numpy()).all()
+
+
+def test_without_tensorboard_other_loggers_get_the_scalars(make_metrics):
+    class Sink(BaseLogger):
+        def log(self, metrics, step):
+            self.seen = metrics
+
+    metrics = make_metrics()
+    metrics.logger = sink = Sink()
+    metrics.log_step(report(1))
+    assert sink.seen["routing_by_layer/imbalance/text/layer_01"] == pytest.approx(4 / 3)
 
 
 def test_first_signal_is_remembered_and_a_second_interrupt_is_not_held_back():

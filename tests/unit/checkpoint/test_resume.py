@@ -8,6 +8,8 @@ import torch.distributed.checkpoint as dcp
 
 from symbiotic_titan.checkpoint.resume import (
     check_fits,
+    check_start,
+    check_whole,
     damage_of,
     newest_complete_step,
     set_aside,
@@ -89,10 +91,54 @@ def test_checkpoint_of_this_run_fits(tmp_path):
         ({"train_state": {}}, {"w": (2, 3)}, "holds the model alone"),
         ({}, {"w": (4, 3)}, r"w has shape \(2, 3\) in it and has shape \(4, 3\) here"),
         ({}, {"v": (2, 3)}, "v is missing in it"),
-        ({"optimizer": {}}, {"w": (2, 3)}, "no optimizer state of w, which was frozen"),
+        (
+            {"optimizer": {"state.u.exp_avg": torch.zeros(1)}},
+            {"w": (2, 3)},
+            "no optimizer state of w, which was frozen",
+        ),
     ],
 )
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path, changes, shapes, message):
     folder = save_run(tmp_path / "step-1", **changes)
     with pytest.raises(ValueError, match=message):
         check_fits(folder, shapes, list(shapes))
+
+
+def test_start_of_this_model_can_be_begun_with(tmp_path):
+    start = save_run(tmp_path / "start", train_state={}, optimizer={})
+    assert check_start(start, tmp_path / "checkpoint", {"w": (2, 3)}, model_only=True) is None
+
+
+@pytest.mark.parametrize(
+    ("shapes", "model_only", "message"),
+    [
+        ({"w": (4, 3)}, True, r"of another model: w has shape \(2, 3\) .* tools/convert.py"),
+        ({"v": (2, 3)}, True, "v is missing in it"),
+        ({"w": (2, 3)}, False, "set checkpoint.initial_load_model_only = true"),
+    ],
+)
+def test_start_that_does_not_fit_is_refused(tmp_path, shapes, model_only, message):
+    start = save_run(tmp_path / "start", train_state={}, optimizer={})
+    with pytest.raises(ValueError, match=message):
+        check_start(start, tmp_path / "checkpoint", shapes, model_only=model_only)
+
+
+def test_start_that_would_not_be_read_is_refused(tmp_path):
+    start = save_run(tmp_path / "start")
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(ValueError, match="is not read where .*checkpoint exists"):
+        check_start(start, tmp_path / "checkpoint", {"w": (2, 3)}, model_only=True)
+
+
+def test_missing_or_damaged_folder_is_named_with_its_key(tmp_path):
+    with pytest.raises(ValueError, match="a.key: no such folder: .*; do that"):
+        check_whole(tmp_path / "none", "a.key", "do that")
+    start = save_run(tmp_path / "start")
+    next(start.glob("*.distcp")).unlink()
+    with pytest.raises(ValueError, match="is not complete: its file .* is missing; do that"):
+        check_whole(start, "a.key", "do that")
+
+
+def test_checkpoint_of_an_optimizer_without_state_fits(tmp_path):
+    folder = save_run(tmp_path / "step-1", optimizer={})
+    assert check_fits(folder, {"w": (2, 3)}, ["w"]) is None

@@ -25,6 +25,8 @@ class Row:
         (None, int | None),
         ([1, 2.5], list[float]),
         ({"x": [1]}, dict[str, list[int]]),
+        ("a", list[str] | str),
+        (["a"], list[str] | str),
     ],
 )
 def test_fitting_values_pass(value, annotation):
@@ -41,6 +43,7 @@ def test_fitting_values_pass(value, annotation):
         ("c", Literal["a", "b"], "training.steps: must be one of 'a', 'b', got 'c'"),
         ([1, "x"], list[int], r"training.steps\[1\]: must be an integer, got 'x'"),
         ("x", float | None, "training.steps: must be a number, got 'x'"),
+        ([1], list[str] | str, "must be a list, each item a string or a string, got"),
     ],
 )
 def test_wrong_values_name_key_rule_and_value(value, annotation, message):

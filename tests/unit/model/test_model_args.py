@@ -23,7 +23,7 @@ def config(partition=None, shared=True, modalities=("vae",), patch=8, seed=3, fl
     """The sections that ModelArgs reads, as JobConfig has them."""
     return SimpleNamespace(
         model=SimpleNamespace(flavor=flavor, attention_backend="flex"),
-        experts=SimpleNamespace(partition=partition or {}, shared=shared),
+        experts=SimpleNamespace(partition=partition or {}, shared=shared, score_function=None),
         shielding=SimpleNamespace(modalities=list(modalities), mode="weights"),
         latents=SimpleNamespace(codec="pixel", patch=patch),
         debug=SimpleNamespace(seed=seed),

@@ -45,7 +45,10 @@ def test_bad_groups_are_named(groups, message):
         ({"hidden_dim": -1}, "hidden_dim must be at least 1, got -1"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"shared_hidden_dim": -1}, "shared_hidden_dim must be 0"),
-        ({"score_function": "relu"}, "score_function must be one of softmax, sigmoid, got 'relu'"),
+        (
+            {"score_function": "relu"},
+            "score_function = 'relu': nothing is registered under this name",
+        ),
         ({"shield_mode": "all"}, "shield_mode must be one of output, weights, got 'all'"),
         ({"shield_modalities": (5,)}, "shield_modalities: 5 is no modality"),
         ({"shared_gate": True}, "shared_gate has no effect without a shared expert"),

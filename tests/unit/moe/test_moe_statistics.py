@@ -7,6 +7,8 @@ from symbiotic_titan.moe.statistics import (
     count_std,
     idle_experts,
     imbalance_ratio,
+    overlap_size,
+    relative_deviation,
     top_overlap,
 )
 
@@ -39,10 +41,20 @@ def test_nothing_measured_is_not_a_number():
     empty = torch.zeros(3, 4, dtype=torch.int64)
     assert capacity_rate(empty).isnan().all()
     assert imbalance_ratio(empty).isnan().all()
+    assert relative_deviation(empty).isnan().all()
 
 
 def test_std_is_that_of_the_population():
     assert torch.isclose(count_std(torch.tensor([2, 4, 4, 6])), torch.tensor(2.0).sqrt())
+
+
+def test_relative_deviation_does_not_grow_with_the_tokens():
+    counts = torch.tensor([[2, 4, 4, 6], [200, 400, 400, 600]])
+    assert torch.allclose(relative_deviation(counts), torch.tensor(2.0).sqrt() / 4)
+
+
+def test_compared_top_experts_are_eight_or_a_quarter():
+    assert [overlap_size(n) for n in (128, 32, 16, 12, 3)] == [8, 8, 4, 3, 0]
 
 
 def test_counts_beyond_float_precision_stay_exact():

@@ -59,6 +59,7 @@ def test_compiled_model_equals_eager_and_never_compiles_twice():
     for batch, scale in [
         (batch_of(MIXED), 1.0),
         (batch_of(OTHER, seed=3), 0.1),  # other token counts, another shield
+        (batch_of(MIXED, seed=2), 0.05),  # on a ramp
         (batch_of(ONE_TOKEN_IMAGE, seed=4), 0.0),
         (only_text, 0.0),  # a group without a token
     ]:

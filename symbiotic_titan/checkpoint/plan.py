@@ -1,0 +1,278 @@
+"""Which experts of each layer go to which group: rules that turn a profile into a partition plan.
+
+A rule gets counts (L, M, E) and the groups, and returns an order (L, E): for each layer the original number of the expert in
+each slot, the first group's slots first. A third party registers its own in ``PARTITION_RULES``. A rule may draw random numbers
+from torch's global generator, which is seeded before it runs.
+
+Letters: L MoE layers, M modalities, E experts, G groups.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symbiotic_titan.checkpoint.json_file import read_json, write_json
+from symbiotic_titan.checkpoint.profile import ModelIdentity, Profile
+from symbiotic_titan.config.registry import Registry
+from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, TEXT, VIT, modality_ids
+
+KIND = "partition plan"
+
+Groups = Sequence[ExpertGroup]
+PartitionRule = Callable[[Tensor, Groups], Tensor]
+
+PARTITION_RULES: Registry[PartitionRule] = Registry("experts.partition_rule")
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------------
+
+
+def cumulative(counts_LME: Tensor, groups: Groups) -> Tensor:
+    """The paper's rule (arXiv 2604.07753): experts ranked by how often text and ViT tokens choose them, together. Groups without
+    text and ViT get the least used. Where text and ViT have a group each, the rest is divided so that the choices kept inside
+    the right group are most."""
+    understanding_LE = counts_LME[:, TEXT] + counts_LME[:, VIT]
+    return _order(_owners(understanding_LE, counts_LME, groups), groups)
+
+
+def per_modality_max(counts_LME: Tensor, groups: Groups) -> Tensor:
+    """As ``cumulative``, but an expert counts as much as for the modality that it serves most: counts become shares of their
+    modality, and the larger one ranks. It keeps specialists of the modality with fewer tokens."""
+    shares_LME = counts_LME / counts_LME.sum(-1, keepdim=True).clamp(min=1)
+    understanding_LE = torch.maximum(shares_LME[:, TEXT], shares_LME[:, VIT])
+    return _order(_owners(understanding_LE, shares_LME, groups), groups)
+
+
+def balanced(counts_LME: Tensor, groups: Groups) -> Tensor:
+    """The groups of ``cumulative``, each ordered for expert parallelism: its ranks, which own contiguous equal ranges, get about
+    equal load. Exact ranges are those of degrees 2, 4 .. and further products of the size's prime factors in ascending order."""
+    order_LE = cumulative(counts_LME, groups)
+    sizes = [group.num_experts for group in groups]
+    for layer, row_E in enumerate(order_LE):
+        parts = []
+        for group, experts_E in zip(groups, row_E.split(sizes), strict=True):
+            load_E = counts_LME[layer, list(group.modalities)].sum(0)
+            parts += _spread_load(experts_E.tolist(), load_E.tolist())
+        order_LE[layer] = torch.tensor(parts)
+    return order_LE
+
+
+def random(counts_LME: Tensor, groups: Groups) -> Tensor:
+    """A control: groups drawn by lot, another in every layer."""
+    num_layers, _, num_experts = counts_LME.shape
+    lot_LE = torch.stack([torch.randperm(num_experts) for _ in range(num_layers)])
+    sizes = torch.tensor([group.num_experts for group in groups])
+    bounds_G = sizes.cumsum(0)
+    return _order(torch.bucketize(lot_LE, bounds_G, right=True), groups)
+
+
+def _owners(understanding_LE: Tensor, usage_LME: Tensor, groups: Groups) -> Tensor:
+    """(L, E) group of each expert. Groups that hold neither text nor ViT take the experts with the least understanding use; what
+    is left goes to the group of text and ViT, or is cut where text's lead over ViT ends (the best cut of two groups)."""
+    owner_LE = torch.full(understanding_LE.shape, -1)
+    serves = [bool({TEXT, VIT} & set(group.modalities)) for group in groups]
+    # Descending and stable: of equally used experts the lower number counts as more used.
+    ranked_LE = understanding_LE.argsort(dim=-1, descending=True, stable=True)
+    end = ranked_LE.shape[1]
+    for g in range(len(groups) - 1, -1, -1):
+        if not serves[g]:
+            start = end - groups[g].num_experts
+            owner_LE.scatter_(1, ranked_LE[:, start:end], g)
+            end = start
+    first, *second = [g for g in range(len(groups)) if serves[g]]
+    rest_LE = ranked_LE[:, :end].sort(dim=-1).values
+    if second:
+        own = usage_LME[:, list(groups[first].modalities)].sum(1)
+        other = usage_LME[:, list(groups[second[0]].modalities)].sum(1)
+        lead = (own - other).gather(1, rest_LE)
+        rest_LE = rest_LE.gather(1, lead.argsort(dim=-1, descending=True, stable=True))
+        owner_LE.scatter_(1, rest_LE[:, groups[first].num_experts :], second[0])
+    owner_LE.scatter_(1, rest_LE[:, : groups[first].num_experts], first)
+    return owner_LE
+
+
+def _order(owner_LE: Tensor, groups: Groups) -> Tensor:
+    """(L, E) experts by group, inside a group in their original order."""
+    return owner_LE.argsort(dim=-1, stable=True)
+
+
+def _spread_load(experts: list[int], load: list[int]) -> list[int]:
+    """``experts`` reordered so that equal contiguous parts have about equal load: the busiest first to the part that has least and
+    room, then the same inside every part. Experts that nobody uses keep their order."""
+    size = len(experts)
+    if size <= 1:
+        return experts
+    num_parts = next(d for d in range(2, size + 1) if size % d == 0)
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    for expert in sorted(experts, key=lambda e: -load[e]):
+        open_parts = [part for part in parts if len(part) < size // num_parts]
+        min(open_parts, key=lambda part: sum(load[e] for e in part)).append(expert)
+    return [expert for part in parts for expert in _spread_load(sorted(part), load)]
+
+
+for _rule in (cumulative, per_modality_max, balanced, random):
+    PARTITION_RULES.register(_rule.__name__, _rule)
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A partition of one model's experts.
+
+    order (L, E) int64   original number of the expert in each slot, groups one after the other.
+    """
+
+    model: ModelIdentity
+    rule: str
+    seed: int
+    groups: tuple[ExpertGroup, ...]
+    layers: tuple[str, ...]
+    order: Tensor
+
+    def values(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "model": vars(self.model),
+            "rule": self.rule,
+            "seed": self.seed,
+            "groups": {
+                group.name: {
+                    "modalities": [MODALITY_NAMES[m] for m in group.modalities],
+                    "num_experts": group.num_experts,
+                }
+                for group in self.groups
+            },
+            "layers": list(self.layers),
+            "order": self.order.tolist(),
+        }
+
+    @classmethod
+    def of_values(cls, values: dict[str, Any], where: str) -> "Plan":
+        """The inverse of ``values``; raises ValueError where they are damaged."""
+        try:
+            groups = tuple(
+                ExpertGroup(name, modality_ids(g["modalities"], key=name), g["num_experts"])
+                for name, g in values["groups"].items()
+            )
+            model, order = ModelIdentity(**values["model"]), torch.tensor(values["order"])
+            plan = cls(
+                model, values["rule"], values["seed"], groups, tuple(values["layers"]), order
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{KIND}: {where} is damaged ({error}); make the plan anew") from None
+        num_experts = sum(group.num_experts for group in groups)
+        check_order(order, (len(plan.layers), num_experts), f"{KIND} {where}")
+        return plan
+
+    def save(self, path: Path, extra: dict[str, Any]) -> None:
+        """Write the plan, with what ``extra`` says about it."""
+        write_json(path, KIND, {**extra, **self.values()})
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Raises ValueError where the file is missing, damaged or of another kind."""
+        keys = ("model", "rule", "seed", "groups", "layers", "order")
+        return cls.of_values(read_json(path, KIND, keys), str(path))
+
+
+def check_order(order_LE: Any, shape: tuple[int, int], where: str) -> None:
+    """Pass if every row holds every expert once.
+
+    Raises:
+        ValueError: begins with ``where``.
+    """
+    if not isinstance(order_LE, Tensor) or order_LE.is_floating_point():
+        raise ValueError(
+            f"{where}: the order must be a tensor of integers, got {type(order_LE).__name__}"
+        )
+    if tuple(order_LE.shape) != shape:
+        raise ValueError(
+            f"{where}: the order must have shape {shape} (layers, experts), got {tuple(order_LE.shape)}"
+        )
+    wrong_L = (order_LE.sort(dim=-1).values != torch.arange(shape[1])).any(-1)
+    if wrong_L.any():
+        row = int(wrong_L.nonzero()[0])
+        raise ValueError(
+            f"{where}: row {row} of the order must hold every expert from 0 to {shape[1] - 1} once, got {order_LE[row].tolist()}"
+        )
+
+
+def make_plan(profile: Profile, groups: Groups, rule: str, seed: int = 0) -> Plan:
+    """The plan that ``rule`` makes of ``profile``.
+
+    Raises:
+        ValueError: an unknown rule, a rule whose result is no order, or a profile of other experts than ``groups`` divide.
+    """
+    check_profile_fits(profile, groups)
+    counts_LME = profile.counts.clone()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        order_LE = PARTITION_RULES[rule](counts_LME, tuple(groups))
+    num_layers, _, num_experts = profile.counts.shape
+    check_order(order_LE, (num_layers, num_experts), f"experts.partition_rule = {rule!r}")
+    return Plan(profile.model, rule, seed, tuple(groups), profile.layers, order_LE.long())
+
+
+def check_profile_fits(profile: Profile, groups: Groups) -> None:
+    """Pass if the profile is of an unpartitioned model with as many experts as the groups hold.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    if set(profile.model.groups) != {"all"}:
+        raise ValueError(
+            f"the profile is of a model that is partitioned into {', '.join(profile.model.groups)}; "
+            "profile the model before it was partitioned"
+        )
+    held, profiled = sum(group.num_experts for group in groups), profile.counts.shape[-1]
+    if held != profiled:
+        raise ValueError(
+            f"experts.partition: the groups hold {held} experts, but the profile is of a model with {profiled}; "
+            "use the config and the profile of one model"
+        )
+
+
+@dataclass(frozen=True)
+class KeptMass:
+    """Shares of a modality's choices that go to experts of its own group: mean over layers, the worst layer, and what a split by
+    lot keeps on average. None for a modality that was not profiled."""
+
+    modality: str
+    mean: float | None
+    worst: float | None
+    worst_layer: str | None
+    by_lot: float
+
+
+def kept_mass(profile: Profile, plan: Plan) -> list[KeptMass]:
+    """How much of each modality's routing the plan keeps inside the modality's group."""
+    num_experts = profile.counts.shape[-1]
+    ordered_LME = profile.counts.gather(2, plan.order.unsqueeze(1).expand_as(profile.counts))
+    parts = ordered_LME.double().split([group.num_experts for group in plan.groups], dim=-1)
+    rows = []
+    for group, part_LME in zip(plan.groups, parts, strict=True):
+        for m in group.modalities:
+            total_L = profile.counts[:, m].sum(-1)
+            name, by_lot = MODALITY_NAMES[m], group.num_experts / num_experts
+            if not bool(total_L.all()):
+                rows.append(KeptMass(name, None, None, None, by_lot))
+                continue
+            share_L = part_LME[:, m].sum(-1) / total_L
+            worst = int(share_L.argmin())
+            rows.append(
+                KeptMass(
+                    name,
+                    float(share_L.mean()),
+                    float(share_L[worst]),
+                    profile.layers[worst],
+                    by_lot,
+                )
+            )
+    return sorted(rows, key=lambda row: MODALITY_NAMES.index(row.modality))

@@ -1,0 +1,149 @@
+"""How often each expert of a model is chosen by the tokens of each modality: what a partition is planned from.
+
+The paper's expert role analysis (arXiv 2604.07753): imbalance, deviation, and how far text and ViT agree on experts.
+Letters: L MoE layers, M modalities, E experts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symbiotic_titan.checkpoint.json_file import read_json, write_json
+from symbiotic_titan.checkpoint.tensor_store import StoredModel
+from symbiotic_titan.moe.statistics import (
+    imbalance_ratio,
+    overlap_size,
+    relative_deviation,
+    top_overlap,
+)
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, TEXT, VIT
+
+KIND = "expert profile"
+
+# Below this many choices per expert the order of experts is noise: a count of 100 has a standard error of 10 %.
+ENOUGH_PER_EXPERT = 100
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model was profiled.
+
+    routers: hash of all router weights; two models that choose experts alike have the same.
+    groups:  experts by group; a model that is not partitioned has one group, ``all``.
+    """
+
+    flavor: str
+    step: int | None
+    routers: str
+    groups: dict[str, int]
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Counts of a run over data.
+
+    layers (L,)              names of the MoE layers, as in parameter names.
+    counts (L, M, E) int64   assignments; a token makes top_k of them.
+    tokens                   modality -> tokens that were read.
+    data                     what was read, for the reader of the file.
+    """
+
+    model: ModelIdentity
+    layers: tuple[str, ...]
+    counts: Tensor
+    tokens: dict[str, int]
+    data: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        write_json(
+            path,
+            KIND,
+            {
+                "model": vars(self.model),
+                "data": self.data,
+                "tokens": self.tokens,
+                "modalities": list(MODALITY_NAMES),
+                "layers": list(self.layers),
+                "counts": self.counts.tolist(),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Profile":
+        """Raises ValueError where the file is missing, damaged or of another kind."""
+        values = read_json(path, KIND, ("model", "data", "tokens", "layers", "counts"))
+        try:
+            counts = torch.tensor(values["counts"], dtype=torch.int64)
+            model = ModelIdentity(**values["model"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{KIND}: {path} is damaged ({error}); profile the model anew"
+            ) from None
+        expected = (len(values["layers"]), len(MODALITY_NAMES), sum(model.groups.values()))
+        if tuple(counts.shape) != expected:
+            raise ValueError(
+                f"{KIND}: {path} holds counts of shape {tuple(counts.shape)} for {expected} (layers, modalities, experts); "
+                "profile the model anew"
+            )
+        return cls(model, tuple(values["layers"]), counts, values["tokens"], values["data"])
+
+
+def router_groups(names: Mapping[str, Any]) -> set[str]:
+    """Names of the expert groups among a model's parameter names."""
+    routers = (name.split(".moe.router.") for name in names if ".moe.router." in name)
+    return {rest.split(".")[0] for _, rest in routers}
+
+
+def router_hash(stored: StoredModel) -> str:
+    """Identifies how a stored model chooses experts: its routers' weights and selection biases."""
+    digest = sha256()
+    for name in sorted(name for name in stored.tensors if ".moe.router." in name):
+        digest.update(name.encode())
+        digest.update(stored.read(name).float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def too_few_tokens(profile: Profile) -> str | None:
+    """A warning where some modality was profiled with too few tokens to rank experts, else None."""
+    num_experts = profile.counts.shape[-1]
+    few = {
+        name: num_tokens
+        for name, num_tokens in profile.tokens.items()
+        if 0 < num_tokens * profile.model.top_k < ENOUGH_PER_EXPERT * num_experts
+    }
+    if not few:
+        return None
+    needed = -(-ENOUGH_PER_EXPERT * num_experts // profile.model.top_k)
+    read = ", ".join(f"{num_tokens:,} {name}" for name, num_tokens in few.items())
+    return (
+        f"only {read} tokens were read; ranks of {num_experts} experts are noisy with fewer than {needed:,} "
+        f"({ENOUGH_PER_EXPERT} choices per expert): use more --batches"
+    )
+
+
+def layer_statistics(profile: Profile) -> list[dict[str, Any]]:
+    """Per layer: imbalance ratio and relative standard deviation of the counts of text and ViT, and how many experts are among the
+    most (least) used of both. What cannot be measured, for want of tokens, is None."""
+    counts_LME, names = profile.counts, MODALITY_NAMES
+    k = overlap_size(counts_LME.shape[-1])
+    imbalance_LM, deviation_LM = imbalance_ratio(counts_LME), relative_deviation(counts_LME)
+    text_LE, vit_LE = counts_LME[:, TEXT], counts_LME[:, VIT]
+    most_L, least_L = top_overlap(text_LE, vit_LE, k), top_overlap(-text_LE, -vit_LE, k)
+    rows = []
+    for i, layer in enumerate(profile.layers):
+        measured = {m: bool(counts_LME[i, m].any()) for m in (TEXT, VIT)}
+        row: dict[str, Any] = {"layer": layer}
+        for m in (TEXT, VIT):
+            row[f"imbalance_{names[m]}"] = float(imbalance_LM[i, m]) if measured[m] else None
+            row[f"deviation_{names[m]}"] = float(deviation_LM[i, m]) if measured[m] else None
+        both = all(measured.values())
+        row[f"top_{k}_in_both"] = int(most_L[i]) if both else None
+        row[f"bottom_{k}_in_both"] = int(least_L[i]) if both else None
+        rows.append(row)
+    return rows

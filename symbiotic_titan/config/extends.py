@@ -1,0 +1,118 @@
+"""A config file laid over others, so that what several runs share is said once. Standard library only: it starts at once.
+
+    extends = "base.toml"                            # above the first [section]; relative to the file that says it
+    extends = ["symbiotic.toml", "my_data.toml"]     # each stands for itself and all that it extends
+
+Tables merge key by key. Every other value is replaced, arrays too: who says ``[[data.sources]]`` says all of them. Of a list
+later files win over earlier ones, and the file itself wins over all.
+
+As a program it prints the merged table as one line of JSON:  python -P symbiotic_titan/config/extends.py FILE
+"""
+
+import functools
+import json
+import os.path
+import sys
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KEY = "extends"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One file of a chain: its path, as messages show it, and what it says itself, without ``extends``."""
+
+    path: str
+    table: dict[str, Any]
+
+
+def read_layers(path: str) -> list[Layer]:
+    """The file and all that it extends, in the order in which they are laid over each other: the file itself is the last.
+
+    Raises:
+        ValueError: a file is missing or is not TOML, ``extends`` is no path, or the chain is a circle.
+    """
+    return _read(path, ())
+
+
+def _read(path: str, above: tuple[str, ...]) -> list[Layer]:
+    """``read_layers`` for a file that the last of the files ``above`` named."""
+    chain = " -> ".join([*above, path])
+    if os.path.realpath(path) in map(os.path.realpath, above):
+        raise ValueError(
+            f"{KEY}: {chain} is a circle: no file may extend itself, directly or through others; "
+            f"remove one of these {KEY} lines"
+        )
+    if not Path(path).is_file():
+        raise ValueError(
+            f"{KEY}: {chain}: no such file; a path is relative to the file that names it: correct it or remove it"
+            if above
+            else f"job.config_file: no such file: {path}"
+        )
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        where = f"{KEY}: {chain}" if above else f"job.config_file: {path}"
+        raise ValueError(f"{where} is not valid TOML: {error}") from None
+    named = _paths_of(table.pop(KEY, []), chain)
+    folder = os.path.dirname(path)
+    bases = [os.path.normpath(os.path.join(folder, name)) for name in named]
+    layers = [layer for base in bases for layer in _read(base, (*above, path))]
+    return [*layers, Layer(path, table)]
+
+
+def _paths_of(value: Any, chain: str) -> list[str]:
+    """The paths that the value of ``extends`` names."""
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(
+            f"{KEY}: {chain}: must be a path or a list of paths, got {value!r}; "
+            f'write {KEY} = "base.toml" or {KEY} = ["base.toml", "more.toml"]'
+        )
+    return paths
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``: tables merge key by key, every other value is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def merged_table(layers: Iterable[Layer]) -> dict[str, Any]:
+    """All layers as one table."""
+    return functools.reduce(merge, (layer.table for layer in layers), {})
+
+
+def stamp(table: dict[str, Any], text: str) -> dict[str, Any]:
+    """The table with ``text`` in place of every value."""
+    return {k: stamp(v, text) if isinstance(v, dict) else text for k, v in table.items()}
+
+
+def origins(layers: Iterable[Layer]) -> dict[str, Any]:
+    """The merged table with, in place of every value, the path of the file that says it."""
+    return merged_table(Layer(layer.path, stamp(layer.table, layer.path)) for layer in layers)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -P symbiotic_titan/config/extends.py FILE", file=sys.stderr)
+        return 2
+    try:
+        print(json.dumps(merged_table(read_layers(arguments[0])), default=str))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

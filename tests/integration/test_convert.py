@@ -1,0 +1,160 @@
+"""Profile, plan, partition and check as a user runs them, on a model of initial weights and the demo data."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.inference import model_args
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from tests.integration.launch import ROOT
+from tools import convert, profile_experts
+
+HELD_OUT = """
+[[validation.sources]]
+name = "lm"
+task = "lm"
+format = "jsonl"
+path = "DEMO/heldout/lm/lm-*.jsonl"
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, demo):
+    """Folder with ``split.toml`` (12 / 4), ``pool.toml``, and ``vlm``, a checkpoint of the pool."""
+    folder = tmp_path_factory.mktemp("study")
+    text = (ROOT / "train_configs" / "debug.toml").read_text().replace("demo_data/", f"{demo}/")
+    (folder / "split.toml").write_text(text + HELD_OUT.replace("DEMO", str(demo)))
+    before, rest = text.split("[experts.partition.understanding]")
+    (folder / "pool.toml").write_text(before + "[optimizer]" + rest.split("[optimizer]", 1)[1])
+    args = model_args(load_job_config(["--job.config_file", str(folder / "pool.toml")]))
+    model = SymbioticModel(args)
+    model.init_weights()
+    dcp.save(model.state_dict(), checkpoint_id=str(folder / "vlm"), no_dist=True)
+    return folder
+
+
+def run(main, *words) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+@pytest.fixture(scope="module")
+def profile(study):
+    path = study / "profile.json"
+    run(
+        profile_experts.main,
+        *("--config", study / "pool.toml", "--checkpoint", study / "vlm", "--out", path),
+        *("--batches", 3),
+    )
+    return path
+
+
+def started(study, profile, rule) -> tuple[dict, dict]:
+    """(plan, report of the check) of the model partitioned by ``rule``."""
+    plan, out, report = (study / f"{rule}{end}" for end in (".json", "", ".report.json"))
+    config = ("--config", study / "split.toml")
+    run(convert.main, "plan", *config, "--profile", profile, "--rule", rule, "--out", plan)
+    source = ("--checkpoint", study / "vlm")
+    run(convert.main, "partition", *config, *source, "--plan", plan, "--out", out)
+    run(
+        convert.main,
+        *("check", *config, "--checkpoint", out, "--original", study / "vlm"),
+        *("--split", "train", "--batches", 3, "--json", report),
+    )
+    return json.loads(plan.read_text()), json.loads(report.read_text())
+
+
+def test_profile_counts_every_choice_of_text_and_vit_tokens(profile):
+    values = json.loads(profile.read_text())
+    assert values["layers"] == ["layers.1", "layers.2"] and values["model"]["flavor"] == "debug"
+    assert [source["task"] for source in values["data"]["sources"]] == ["lm", "mmu"]
+    assert values["tokens"]["text"] > 0 and values["tokens"]["vit"] > 0
+    for layer in values["counts"]:
+        chosen = [sum(row) for row in layer]
+        assert chosen == [2 * values["tokens"][name] for name in ("text", "vit", "vae")]
+    assert values["tokens"]["vae"] == 0
+
+
+def test_the_plan_by_use_keeps_more_than_a_plan_by_lot(study, profile):
+    (plan, report), (lot, control) = (
+        started(study, profile, rule) for rule in ("cumulative", "random")
+    )
+    kept, kept_by_lot = (p["kept"][0]["mean"] for p in (plan, lot))
+    assert kept > kept_by_lot
+    assert report["columns"].keys() == {"original", "partitioned", "shared_only"}
+    assert report["columns"]["original"] == control["columns"]["original"]
+    text = report["columns"]["partitioned"]
+    assert {"text", "by_task/lm_text", "by_task/mmu_text", "accuracy/mmu"} <= text.keys()
+    inside, inside_by_lot = (sum(r["inside"]["text"]) for r in (report, control))
+    assert inside > inside_by_lot
+    # The rows that were profiled are the rows that are checked: mass kept and tokens kept belong together.
+    assert all(0 < share < 1 for share in report["inside"]["text"])
+
+
+def test_a_model_without_its_shared_expert_is_checked_against_the_whole(study, profile, capsys):
+    out = study / "without_shared"
+    config = ("--config", study / "pool.toml", "--experts.no_shared")
+    run(convert.main, "partition", *config, "--checkpoint", study / "vlm", "--out", out)
+    assert "dropped 49,152" in capsys.readouterr().out
+    check = ("check", *config, "--checkpoint", out, "--original", study / "vlm", "--batches", 1)
+    run(convert.main, *check)
+    table = capsys.readouterr().out
+    assert "original   partitioned    difference" in table and "shared_only" not in table
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("plan --config POOL --profile PROFILE --out X", "has no [experts.partition]"),
+        ("plan --config SPLIT --profile NONE --out X", "expert profile: no such file"),
+        ("plan --config SPLIT --profile PROFILE --out X --rule best", "choose from balanced"),
+        ("partition --config SPLIT --checkpoint VLM --out X", "--plan must say which expert"),
+        ("check --config SPLIT --checkpoint VLM", "has the expert groups all"),
+        ("check --config SPLIT --checkpoint VLM --batches 0", "--batches: must be at least 1"),
+        (
+            "check --config SPLIT --checkpoint VLM --original-config POOL",
+            "--original-config has no effect without --original",
+        ),
+        (
+            "partition --config POOL --checkpoint VLM --out X --model.flavor huge",
+            "unknown flavor 'huge'",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(study, profile, capsys, words, message):
+    names = {"POOL": "pool.toml", "SPLIT": "split.toml", "PROFILE": "profile.json", "VLM": "vlm"}
+    line = [str(study / names.get(w, w)) if w.isupper() else w for w in words.split()]
+    assert convert.main(line) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (study / "X").exists()
+
+
+def test_profiling_without_text_sources_is_a_mistake(study, tmp_path, capsys):
+    config = tmp_path / "images.toml"
+    text = (study / "pool.toml").read_text()
+    for task in ("lm", "mmu"):
+        text = text.replace(f'task = "{task}"', 'task = "t2i"')
+    config.write_text(text)
+    arguments = ["--config", str(config), "--checkpoint", str(study / "vlm"), "--out", "x.json"]
+    assert profile_experts.main(arguments) == 2
+    assert "[[data.sources]]: none has the task lm or mmu" in capsys.readouterr().err
+    assert profile_experts.main([*arguments, "--batches", "0"]) == 2
+    assert "--batches: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_profile_of_held_out_data_reads_other_rows(study, profile):
+    config, vlm, out = study / "split.toml", study / "vlm", study / "heldout.json"
+    pool = study / "pool_heldout.toml"
+    held_out = config.read_text().split("[[validation.sources]]")[1]
+    pool.write_text((study / "pool.toml").read_text() + "\n[[validation.sources]]" + held_out)
+    run(
+        profile_experts.main,
+        *("--config", pool, "--checkpoint", vlm, "--out", out, "--split", "validation"),
+        *("--batches", 1),
+    )
+    values = json.loads(out.read_text())
+    assert [source["path"] for source in values["data"]["sources"]][0].endswith("lm-*.jsonl")
+    assert values["tokens"]["vit"] == 0 and torch.tensor(values["counts"])[:, 1].sum() == 0

@@ -1,0 +1,47 @@
+"""Parts from outside, in a run as a user starts it: named in the config, and seen to act."""
+
+import math
+
+import pytest
+from torch.distributed.checkpoint import FileSystemReader
+
+from tests.integration.launch import launch
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, demo):
+    run = launch(
+        tmp_path_factory.mktemp("extended"),
+        demo,
+        experimental__custom_import="docs.examples.all_parts",
+        shielding__ramp="cosine",
+        shielding__steps=3,
+        experts__score_function="softplus",
+        optimizer__builder="sgd",
+        training__steps=4,
+    )
+    assert run.status == 0, run.text[-3000:]
+    return run
+
+
+def test_the_shield_follows_the_registered_cosine(run):
+    scales = run.scalars("shield/scale")
+    rising = [0.05 * (1 - math.cos(math.pi * i / 3)) for i in range(3)]
+    assert [scales[step] for step in (1, 2, 3, 4)] == pytest.approx([*rising, 0.1], abs=1e-7)
+
+
+def test_the_router_and_the_optimizer_are_the_registered_ones(run, tmp_path, demo):
+    ours = launch(tmp_path, demo, training__steps=1)
+    assert ours.status == 0, ours.text[-3000:]
+    # The same weights and batch: before the first update only the router's score differs.
+    assert run.scalars("loss/balance")[1] != pytest.approx(ours.scalars("loss/balance")[1])
+    saved = FileSystemReader(run.folder / "checkpoint" / "step-4").read_metadata()
+    assert any("momentum_buffer" in key for key in saved.state_dict_metadata)
+    assert not any("exp_avg" in key for key in saved.state_dict_metadata)
+
+
+def test_a_module_that_does_not_exist_ends_the_run_with_one_line(tmp_path, demo):
+    name = "docs.examples.absent"
+    run = launch(tmp_path, demo, training__steps=1, experimental__custom_import=name)
+    assert run.status == 2, run.text[-2000:]
+    assert f"there is no module '{name}'" in run.text and "Traceback" not in run.text

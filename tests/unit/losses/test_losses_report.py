@@ -1,0 +1,54 @@
+"""Losses by name are the sums over the counts, bit for bit as the trainer logs them; nothing is said of what has no token."""
+
+import torch
+
+from symbiotic_titan.losses.report import accuracies, correct_tokens, mean_losses
+from symbiotic_titan.losses.terms import LossTerms
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, TASK_NAMES
+from tests.unit.losses.test_losses import random_batch
+
+
+def random_terms():
+    generator = torch.Generator().manual_seed(0)
+    return LossTerms(
+        text_sum=torch.rand(4, generator=generator) * 1e3,
+        text_count=torch.tensor([311.0, 0.0, 97.0, 3.0]),
+        flow_sum=torch.rand(4, generator=generator),
+        flow_count=torch.tensor([0.0, 0.0, 1021.0, 77.0]),
+    )
+
+
+def test_means_are_sums_over_counts_and_empty_tasks_are_left_out():
+    terms = random_terms()
+    expected = {
+        "text": float(terms.text_sum.sum() / terms.text_count.sum()),
+        "flow": float(terms.flow_sum.sum() / terms.flow_count.sum()),
+    }
+    for i, task in enumerate(TASK_NAMES):
+        if terms.text_count[i]:
+            expected[f"by_task/{task}_text"] = float(terms.text_sum[i] / terms.text_count[i])
+        if terms.flow_count[i]:
+            expected[f"by_task/{task}_flow"] = float(terms.flow_sum[i] / terms.flow_count[i])
+    assert mean_losses(terms) == expected
+    assert "by_task/mmu_text" not in expected and len(expected) == 7
+
+
+def test_without_a_generated_token_there_is_no_flow_loss():
+    terms = random_terms()
+    zeros = torch.zeros(4)
+    names = mean_losses(LossTerms(terms.text_sum, terms.text_count, zeros, zeros))
+    assert "text" in names and not [name for name in names if "flow" in name]
+
+
+def test_correct_tokens_are_counted_by_task_where_there_is_a_label():
+    batch = random_batch()
+    logits = torch.nn.functional.one_hot(batch.labels.clamp(min=0), 7).float()
+    logits[0, :3] = 0  # then the most likely token is 0
+    logits[0, :3, 0] = 1
+    expected = [0.0] * 4
+    for row, place in (batch.labels != IGNORE_INDEX).nonzero().tolist():
+        wrong = row == 0 and place < 3 and batch.labels[row, place] != 0
+        expected[batch.task[row, place]] += not wrong
+    assert correct_tokens(logits, batch).tolist() == expected
+    shares = accuracies(torch.tensor([1.0, 0, 3, 0]), torch.tensor([4.0, 0, 3, 0]))
+    assert shares == {"accuracy/lm": 0.25, "accuracy/t2i": 1.0}

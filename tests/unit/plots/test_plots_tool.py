@@ -1,0 +1,188 @@
+"""tools/plot.py as a user calls it: pictures, page, messages."""
+
+import base64
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from symbiotic_titan.plots import curves
+from symbiotic_titan.plots.expert_figures import expert_counts, layer_imbalance
+from symbiotic_titan.plots.expert_use import from_run
+from symbiotic_titan.plots.logs import read_run
+from symbiotic_titan.plots.page import final_values
+from symbiotic_titan.plots.style import COLORS, MissingData
+from tests.unit.plots.written_runs import GROUPS, Log, write_full_run
+
+ROOT = Path(__file__).parents[3]
+ON_PAGE, OTHERS = ("5b", "6b", "7", "10"), ("5a", "6c", "8", "9")
+
+
+@pytest.fixture(scope="module")
+def plot():
+    spec = importlib.util.spec_from_file_location("plot", ROOT / "tools" / "plot.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def drawn(plot, tmp_path_factory):
+    """(folder of the output, run): half of the figures of two runs, drawn once."""
+    folder = tmp_path_factory.mktemp("plot")
+    run = write_full_run(folder / "full")
+    other = Log(folder / "other").scalars("loss/by_task/t2i_flow", {10: 2.0, 20: 1.0})
+    other.scalars("loss/by_task/lm_text", {10: 2.0, 20: 1.0}).close()
+    arguments = [str(run), str(folder / "other"), "--labels", "ours", "<other>"]
+    assert plot.main([*arguments, "--out", str(folder / "out"), "--figures", *ON_PAGE]) == 0
+    return folder / "out", run
+
+
+def has_sensible_size(path):
+    with Image.open(path) as picture:
+        width, height = picture.size
+    return 900 <= width <= 2400 and 450 <= height <= 2400
+
+
+def test_figures_are_pictures_of_a_sensible_size(drawn):
+    out, _ = drawn
+    assert {path.name for path in out.glob("*.png")} == {f"figure_{name}.png" for name in ON_PAGE}
+    assert all(has_sensible_size(path) for path in out.glob("*.png"))
+
+
+def test_so_are_all_the_others(plot, drawn, tmp_path):
+    _, run = drawn
+    assert plot.main([str(run), "--out", str(tmp_path), "--figures", *OTHERS]) == 0
+    assert all(has_sensible_size(tmp_path / f"figure_{name}.png") for name in OTHERS)
+    assert not set(OTHERS + ON_PAGE) ^ set(plot.FIGURES)
+
+
+def test_the_page_holds_the_pictures_themselves_and_asks_no_network(drawn):
+    out, _ = drawn
+    text = (out / "index.html").read_text()
+    embedded = [base64.b64decode(found) for found in re.findall(r"base64,([^\"]+)", text)]
+    assert embedded == [(out / f"figure_{name}.png").read_bytes() for name in ON_PAGE]
+    assert not re.search(r"(src|href)=\"(?!data:)|https?:", text)
+
+
+def test_the_page_has_the_final_values(drawn):
+    out, _ = drawn
+    text = (out / "index.html").read_text()
+    rows = dict(re.findall(r"<tr><td>([^<]*)</td>(.*?)</tr>", text))
+    cells = {tag: re.findall(r"<td>(.*?)</td>", row) for tag, row in rows.items()}
+    # 40 values: the last one, and the mean of the last four; the second run has two.
+    assert cells["loss/by_task/t2i_flow"] == ["401", "386", "1", "1"]
+    assert cells["validation/by_task/lm_text"] == ["404", "389", "", ""]
+    assert cells["tokens/vae"] == ["411", "", "", ""]
+    assert "&lt;other&gt;" in text and "<other>" not in text
+
+
+def test_final_values_of_a_short_run(tmp_path):
+    Log(tmp_path).scalars("a", {1: 4.0, 2: 6.0}).close()
+    run = read_run(tmp_path, "r")
+    assert final_values(run, "a") == (6.0, 6.0) and final_values(run, "b") is None
+
+
+def test_a_missing_tag_is_told_in_one_line(plot, tmp_path, capsys):
+    Log(tmp_path / "run").scalars("loss/by_task/lm_text", {1: 2.0, 2: 1.0}).close()
+    assert plot.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "figure 5a is skipped: no run has routing/capacity_rate/all" in lines
+    assert "figure 6b: training loss, because run logged no validation/by_task/lm_text" in lines
+    assert [line for line in lines if "figure 7 is skipped: no counts of text and vit" in line]
+    assert [path.name for path in tmp_path.glob("out/*.png")] == ["figure_6b.png"]
+
+
+def test_a_run_keeps_its_colour_where_another_has_no_data(tmp_path):
+    Log(tmp_path / "a").scalars("loss/text", {1: 1.0}).close()
+    Log(tmp_path / "b").scalars("routing/capacity_rate/all", {1: 1.0}).counts(1).close()
+    first, second = (read_run(tmp_path / name, name, i) for i, name in enumerate(("a", "b")))
+    (line,) = curves.capacity_rate([first, second]).figure.axes[0].lines
+    use = from_run(second, step=None, window=1)
+    assert line.get_color() == COLORS[1]
+    assert layer_imbalance([use]).figure.axes[0].lines[0].get_color() == COLORS[1]
+
+
+def test_held_out_and_training_loss_never_share_an_axis(tmp_path):
+    def run(label, *tags):
+        log = Log(tmp_path / label)
+        for tag in tags:
+            log.scalars(tag, {1: 2.0, 2: 1.0})
+        log.close()
+        return read_run(tmp_path / label, label)
+
+    held_out, training = "validation/by_task/lm_text", "loss/by_task/lm_text"
+    both, one, neither = run("both", held_out, training), run("one", training), run("neither", "a")
+    drawing = curves.language([both, neither])
+    assert "held-out loss" in drawing.title and drawing.notes == [f"neither has no {held_out}"]
+    drawing = curves.language([both, one])
+    assert "TRAINING loss" in drawing.title
+    assert drawing.notes == [f"training loss, because one logged no {held_out}"]
+    with pytest.raises(MissingData, match=f"no run has {held_out} or {training}"):
+        curves.language([neither])
+
+
+def test_a_profile_alone_gives_figures_7_and_8(plot, tmp_path, capsys):
+    counts = [[[5, 4, 3, 2], [1, 2, 3, 4], [0, 0, 0, 0]]] * 3
+    (tmp_path / "p.json").write_text(json.dumps({"counts": counts}))
+    assert plot.main(["--profile", str(tmp_path / "p.json"), "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["figure_7.png", "figure_8.png"]
+    assert "skipped" not in capsys.readouterr().out
+
+
+def test_figure_8_takes_the_layer_and_says_what_is_shared(tmp_path):
+    use = from_run(read_run(write_full_run(tmp_path), "r"), step=None, window=2)
+    upper, lower = expert_counts([use], 3).figure.axes
+    assert upper.get_title(loc="left") == (
+        "r, layer 3, 2 logged steps, 100 to 200: top 2 in common: 0 (-); bottom 2 in common: 0 (-)"
+    )
+    heights = [patch.get_height() for patch in upper.containers[0]]
+    assert heights == [n * 300 * 3 for n in range(8, 0, -1)]
+    assert len(lower.containers[0]) == GROUPS[0].num_experts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name the dump folder of at least one run, or a file with --profile"),
+        (["RUN", "--figures", "5a", "5c"], "--figures: unknown figure '5c'; choose from 5a, 5b,"),
+        (["RUN", "--labels", "a", "b"], "--labels: 2 names for 1 runs; give one for each"),
+        (["RUN", "RUN", "--labels", "a", "a"], "--labels: names must differ, got a a"),
+        (["RUN", "RUN"], "the run is given twice"),
+        (["RUN", "--window", "0"], "--window: must be at least 1, got 0"),
+        (["RUN", "--figures", "8", "--layer", "9"], "--layer 9: full has the MoE layers 1 to 3"),
+        (["RUN", "--step", "3"], "--step 3: full logged counts at 1, 100, 200"),
+        (["nowhere"], "nowhere: no such folder"),
+        (["EMPTY"], "EMPTY: no TensorBoard logs below"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(plot, drawn, tmp_path, capsys, arguments, message):
+    (tmp_path / "EMPTY").mkdir()
+    places = {"RUN": str(drawn[1]), "EMPTY": str(tmp_path / "EMPTY")}
+    words = [places.get(word, word) for word in arguments]
+    assert plot.main([*words, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_without_data_nothing_is_written(plot, tmp_path, capsys):
+    Log(tmp_path).scalars("a", {1: 1.0}).close()
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "error: there is nothing to draw\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_the_command_that_installs_it_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    packages = ("matplotlib.", "symbiotic_titan.plots")
+    for name in [name for name in sys.modules if name.startswith(packages)]:
+        monkeypatch.delitem(sys.modules, name)
+    spec = importlib.util.spec_from_file_location("plot_alone", ROOT / "tools" / "plot.py")
+    with pytest.raises(SystemExit) as end:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert end.value.code == 2
+    assert "plotting needs matplotlib: " in capsys.readouterr().err

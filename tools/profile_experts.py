@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""How often each expert of a checkpoint is chosen by text and by ViT tokens: what tools/convert.py plans a partition from.
+
+Example: tools/profile_experts.py --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-1000 --out profile.json
+
+The checkpoint runs without gradients over the config's sources of text (task lm) and of questions about images (task mmu), mixed
+and packed as in training. Sources of images to be generated are left out: their tokens are not what is profiled. Per layer it
+prints the imbalance ratio (fullest expert / mean), the relative standard deviation, and how many of the most and of the least
+used experts text and ViT share. torchrun spreads it over processes, each with its own rows.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs without an installation
+
+from symbiotic_titan import device
+
+device.prepare()
+
+import torch.distributed as dist  # noqa: E402
+
+from symbiotic_titan.checkpoint.profile import (  # noqa: E402
+    Profile,
+    layer_statistics,
+    too_few_tokens,
+)
+from symbiotic_titan.checks import check_job  # noqa: E402
+from symbiotic_titan.config.load import load_job_config  # noqa: E402
+from symbiotic_titan.extend import import_extension  # noqa: E402
+from symbiotic_titan.inference import (  # noqa: E402
+    LoadedModel,
+    join_ranks,
+    packed_batches,
+    understanding_data,
+)
+from symbiotic_titan.retention import describe_data, profile_model  # noqa: E402
+
+T = TypeVar("T")
+
+
+def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The same items, counted on standard error where somebody watches."""
+    for done, item in enumerate(items, start=1):
+        yield item
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\r{what}: {done}/{total} batches", end=end, file=sys.stderr, flush=True)
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
+    """The profile, written to its file; None on all processes but the first.
+
+    Raises:
+        ValueError: a user's mistake.
+    """
+    if options.batches < 1:
+        raise ValueError(f"--batches: must be at least 1, got {options.batches}")
+    config = load_job_config(["--job.config_file", options.config, *overrides])
+    import_extension(config)
+    check_job(config)
+    ranks = join_ranks(config)
+    data = understanding_data(config, options.split)
+    loaded = LoadedModel(config, options.checkpoint, ranks)
+    batches = packed_batches(config, data, options.batches, ranks)
+    rows = options.batches * config.training.local_batch_size * ranks.size
+    profile = profile_model(
+        loaded,
+        config,
+        with_progress(batches, options.batches, "profile"),
+        describe_data(config, data, options.split, rows),
+        ranks,
+    )
+    if ranks.rank != 0:
+        return None
+    profile.save(options.out)
+    return profile
+
+
+def print_profile(profile: Profile) -> None:
+    read = ", ".join(f"{count:,} {name}" for name, count in profile.tokens.items() if count)
+    print(f"{read} tokens, top-{profile.model.top_k} of {profile.counts.shape[-1]} experts\n")
+    rows = layer_statistics(profile)
+    names = list(rows[0])
+    print("  ".join(name.rjust(max(len(name), 9)) for name in names))
+    for row in rows:
+        print("  ".join(cell(row[name]).rjust(max(len(name), 9)) for name in names))
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="TOML file of the checkpoint's config")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="its folder, .../step-N")
+    parser.add_argument("--out", required=True, type=Path, help="file to write")
+    parser.add_argument("--batches", type=int, default=50, help="batches each process reads")
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation"),
+        default="train",
+        help="[[data.sources]] or [[validation.sources]]",
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        profile = run(options, overrides)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if profile is not None:
+        print_profile(profile)
+        if warning := too_few_tokens(profile):
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"\nwritten to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""The study of train_configs/mini from beginning to end: train the start, profile it, split it, check every split, train every run.
+
+Examples: tools/run_study.py --steps 50                            all runs for 50 steps
+          tools/run_study.py symbiotic standard_moe --steps 400    two of them, longer
+
+Each stage calls the command that a user would call, and prints it. What is already there is not done again, and training goes on
+from its last checkpoint, so an interrupted study is started again with the same command. Losses before the first step of every
+run go to outputs/mini/check/RUN.json and to the table printed at the end; tools/plot.py draws the rest.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also runs without an installation
+
+from symbiotic_titan.config.extends import merged_table, read_layers  # noqa: E402
+
+FOLDER = Path("train_configs/mini")
+START = "vlm"
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One config of the study. ``start``: the checkpoint that it begins with; None for the one that begins from scratch."""
+
+    name: str
+    config: Path
+    dump_folder: Path
+    start: Path | None
+    steps: int
+    keeps_shared: bool
+
+
+def read_runs() -> dict[str, StudyRun]:
+    """All configs of the study that say where a run writes; the others are parts."""
+    runs = {}
+    for config in sorted(FOLDER.glob("*.toml")):
+        layers = read_layers(str(config))
+        if "dump_folder" not in layers[-1].table.get("job", {}):
+            continue
+        table = merged_table(layers)
+        start = table["checkpoint"].get("initial_load_path")
+        runs[config.stem] = StudyRun(
+            name=config.stem,
+            config=config,
+            dump_folder=Path(table["job"]["dump_folder"]),
+            start=None if start is None else Path(start),
+            steps=table["training"]["steps"],
+            keeps_shared=table.get("experts", {}).get("shared", True),
+        )
+    return runs
+
+
+def call(command: list[str | Path], **environment: str) -> None:
+    """Run one command of the study, with its output on the terminal.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    words = [str(word) for word in command]
+    shown = [f"{key}={value}" for key, value in environment.items()] + words
+    print("\n$ " + " ".join(shown), flush=True)
+    status = subprocess.run(words, env={**os.environ, **environment}).returncode
+    if status != 0:
+        raise RuntimeError(f"{words[0]} ended with status {status}: {' '.join(shown)}")
+
+
+def train(run: StudyRun, steps: int) -> None:
+    if (run.dump_folder / f"checkpoint/step-{steps}/.metadata").is_file():
+        print(f"\n{run.name}: has its {steps} steps")
+        return
+    call(["./run_train.sh", "--training.steps", str(steps)], CONFIG_FILE=str(run.config))
+
+
+def tool(name: str, *arguments: str | Path) -> None:
+    call([sys.executable, f"tools/{name}.py", *arguments])
+
+
+def profile(start: StudyRun, checkpoint: Path) -> Path:
+    """The profile that every split is planned from."""
+    out = start.dump_folder / "profile.json"
+    if not out.is_file():
+        tool("profile_experts", "--config", start.config, "--checkpoint", checkpoint, "--out", out)
+    return out
+
+
+def split(run: StudyRun, checkpoint: Path, profile_file: Path) -> None:
+    """Plan and write the checkpoint that ``run`` begins with, unless it begins with the unsplit one."""
+    assert run.start is not None
+    if run.start == checkpoint or run.start.is_dir():
+        return
+    plan = run.start.parent / f"{run.start.name}_plan.json"
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    tool("convert", "plan", "--profile", profile_file, "--config", run.config, "--out", plan)
+    where: list[str | Path] = ["--checkpoint", checkpoint, "--plan", plan, "--out", run.start]
+    tool("convert", "partition", "--config", run.config, *where)
+
+
+def check(run: StudyRun, start: StudyRun, checkpoint: Path, batches: int) -> Path:
+    """Held-out losses of ``run`` before its first step beside those of the model that all runs come from."""
+    assert run.start is not None
+    out = Path("outputs/mini/check") / f"{run.name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.is_file():
+        original: list[str | Path] = ["--original", checkpoint, "--original-config", start.config]
+        read = ["--batches", str(batches), "--json", str(out)]
+        tool(
+            "convert", "check", "--config", run.config, "--checkpoint", run.start, *original, *read
+        )
+    return out
+
+
+def print_table(reports: dict[str, Path]) -> None:
+    """Text loss before the first step, and by how much it differs from the original model's."""
+    print("\nheld-out text loss before the first step, and its difference from the original's")
+    for name, path in reports.items():
+        report = json.loads(path.read_text(encoding="utf-8"))
+        difference = report["differences"].get("text")
+        print(f"  {name:24s}{report['columns']['partitioned']['text']:9.4f}{difference:+9.2%}")
+
+
+def run_study(options: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: a run that does not exist.
+    RuntimeError: a stage failed.
+    """
+    runs = read_runs()
+    start = runs.pop(START)
+    unknown = sorted(set(options.runs) - set(runs))
+    if unknown:
+        raise ValueError(f"no run named {', '.join(unknown)}; choose from {', '.join(runs)}")
+    chosen = [runs[name] for name in (options.runs or runs)]
+    checkpoint = start.dump_folder / f"checkpoint/step-{start.steps}"
+    train(start, start.steps)
+    profile_file = profile(start, checkpoint)
+    for run in chosen:
+        split(run, checkpoint, profile_file)
+    reports = {run.name: check(run, start, checkpoint, options.batches) for run in chosen}
+    for run in chosen:
+        train(run, options.steps or run.steps)
+    print_table(reports)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="names of configs; default: all")
+    parser.add_argument("--steps", type=int, help="steps of each run; default: as its config says")
+    parser.add_argument("--batches", type=int, default=25, help="held-out batches of a check")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    try:
+        run_study(options)
+    except (RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
