@@ -2,12 +2,12 @@
 """From a checkpoint whose experts are one pool to one whose experts are in groups.
 
 Examples:
-  tools/profile_experts.py --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-1000 --out profile.json
+  tools/profile_experts.py --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-600 --out profile.json
   tools/convert.py plan --profile profile.json --config train_configs/mini/symbiotic.toml --out plan.json
-  tools/convert.py partition --checkpoint outputs/mini/vlm/checkpoint/step-1000 --config train_configs/mini/symbiotic.toml \\
+  tools/convert.py partition --checkpoint outputs/mini/vlm/checkpoint/step-600 --config train_configs/mini/symbiotic.toml \\
       --plan plan.json --out outputs/mini/start/24_8
   tools/convert.py check --config train_configs/mini/symbiotic.toml --checkpoint outputs/mini/start/24_8 \\
-      --original outputs/mini/vlm/checkpoint/step-1000
+      --original outputs/mini/vlm/checkpoint/step-600
 
 Groups come from the config's [experts.partition]; further arguments --section.key value override the config.
 """
@@ -87,8 +87,8 @@ def print_kept(made: Plan, kept: list[KeptMass]) -> None:
     worse = [row.modality for row in kept if row.mean is not None and row.mean < row.by_lot]
     if worse:
         print(
-            f"warning: a split by lot would keep more of {', '.join(worse)}; where one modality has far fewer tokens, "
-            "try --rule per_modality_max",
+            f"warning: a split by lot would keep more of {', '.join(worse)}; try another --rule: "
+            f"{', '.join(PARTITION_RULES)}",
             file=sys.stderr,
         )
 

@@ -35,7 +35,6 @@ class StudyRun:
     dump_folder: Path
     start: Path | None
     steps: int
-    keeps_shared: bool
 
 
 def read_runs() -> dict[str, StudyRun]:
@@ -53,7 +52,6 @@ def read_runs() -> dict[str, StudyRun]:
             dump_folder=Path(table["job"]["dump_folder"]),
             start=None if start is None else Path(start),
             steps=table["training"]["steps"],
-            keeps_shared=table.get("experts", {}).get("shared", True),
         )
     return runs
 
@@ -100,7 +98,8 @@ def split(run: StudyRun, checkpoint: Path, profile_file: Path) -> None:
     plan.parent.mkdir(parents=True, exist_ok=True)
     tool("convert", "plan", "--profile", profile_file, "--config", run.config, "--out", plan)
     where: list[str | Path] = ["--checkpoint", checkpoint, "--plan", plan, "--out", run.start]
-    tool("convert", "partition", "--config", run.config, *where)
+    # Shared experts are kept: a run without them leaves them aside, and others begin with the same checkpoint.
+    tool("convert", "partition", "--config", run.config, *where, "--experts.shared")
 
 
 def check(run: StudyRun, start: StudyRun, checkpoint: Path, batches: int) -> Path:

@@ -33,17 +33,23 @@ PARTITION_RULES: Registry[PartitionRule] = Registry("experts.partition_rule")
 
 
 def cumulative(counts_LME: Tensor, groups: Groups) -> Tensor:
-    """The paper's rule (arXiv 2604.07753): experts ranked by how often text and ViT tokens choose them, together. Groups without
-    text and ViT get the least used. Where text and ViT have a group each, the rest is divided so that the choices kept inside
-    the right group are most."""
-    understanding_LE = counts_LME[:, TEXT] + counts_LME[:, VIT]
-    return _order(_owners(understanding_LE, counts_LME, groups), groups)
+    """The paper's rule (arXiv 2604.07753): experts ranked by how often text and ViT tokens choose them, together. Often is a share
+    of the modality's choices, so that the ranking does not depend on how many tokens of each were profiled. Groups without text
+    and ViT get the least used. Where text and ViT have a group each, the rest is divided so that the shares kept inside the right
+    group are most."""
+    shares_LME = _shares(counts_LME)
+    return _order(_owners(shares_LME[:, TEXT] + shares_LME[:, VIT], shares_LME, groups), groups)
+
+
+def cumulative_counts(counts_LME: Tensor, groups: Groups) -> Tensor:
+    """As ``cumulative``, by counts: the modality with more tokens in the profile weighs more."""
+    return _order(_owners(counts_LME[:, TEXT] + counts_LME[:, VIT], counts_LME, groups), groups)
 
 
 def per_modality_max(counts_LME: Tensor, groups: Groups) -> Tensor:
-    """As ``cumulative``, but an expert counts as much as for the modality that it serves most: counts become shares of their
-    modality, and the larger one ranks. It keeps specialists of the modality with fewer tokens."""
-    shares_LME = counts_LME / counts_LME.sum(-1, keepdim=True).clamp(min=1)
+    """As ``cumulative``, but an expert ranks by its share of the modality that it serves most, not by the sum: specialists come
+    before those that serve both a little."""
+    shares_LME = _shares(counts_LME)
     understanding_LE = torch.maximum(shares_LME[:, TEXT], shares_LME[:, VIT])
     return _order(_owners(understanding_LE, shares_LME, groups), groups)
 
@@ -69,6 +75,11 @@ def random(counts_LME: Tensor, groups: Groups) -> Tensor:
     sizes = torch.tensor([group.num_experts for group in groups])
     bounds_G = sizes.cumsum(0)
     return _order(torch.bucketize(lot_LE, bounds_G, right=True), groups)
+
+
+def _shares(counts_LME: Tensor) -> Tensor:
+    """Counts as shares of their modality's choices in the layer. float64: as exact as the counts, so ties stay ties."""
+    return counts_LME.double() / counts_LME.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _owners(understanding_LE: Tensor, usage_LME: Tensor, groups: Groups) -> Tensor:
@@ -115,7 +126,7 @@ def _spread_load(experts: list[int], load: list[int]) -> list[int]:
     return [expert for part in parts for expert in _spread_load(sorted(part), load)]
 
 
-for _rule in (cumulative, per_modality_max, balanced, random):
+for _rule in (cumulative, cumulative_counts, per_modality_max, balanced, random):
     PARTITION_RULES.register(_rule.__name__, _rule)
 
 

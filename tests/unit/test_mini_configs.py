@@ -17,7 +17,7 @@ PARTS = {"base", "progressive", "understanding_data"}
 FILES = {path.stem: path for path in FOLDER.glob("*.toml")}
 RUNS = sorted(FILES.keys() - PARTS)
 
-VLM = "outputs/mini/vlm/checkpoint/step-1000"
+VLM = "outputs/mini/vlm/checkpoint/step-600"
 START = "checkpoint.initial_load_path"
 ONE_POOL = {"experts.partition": {}, START: VLM}
 NO_SHIELD = {"shielding.steps": 0, "shielding.after_scale": 1.0}
@@ -58,7 +58,8 @@ DIFFERENCES = {
         START: None,
         "optimizer.lr": 5e-4,
         "optimizer.param_groups": {},
-        "training.steps": 1000,
+        "losses.balance": 0.001,
+        "training.steps": 600,
     },
 }
 

@@ -10,7 +10,7 @@ from symbiotic_titan.checkpoint.profile import ModelIdentity, Profile
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 
-OURS = ("cumulative", "per_modality_max", "balanced", "random")
+OURS = ("cumulative", "cumulative_counts", "per_modality_max", "balanced", "random")
 
 
 def bimodal(understanding, generation):
@@ -84,25 +84,31 @@ def test_cumulative_tripartite_leaves_the_least_used_to_vae_and_divides_the_rest
     assert groups_of(plan) == [[1, 4], [0, 2], [3, 5]]
 
 
-def test_division_between_text_and_vit_keeps_the_most_choices():
+def test_division_between_text_and_vit_keeps_the_largest_shares():
     profile = random_profile(8, num_layers=1)
     plan = make_plan(profile, tripartite(3, 3, 2), "cumulative")
     text, vit, vae = groups_of(plan)
-    counts = profile.counts[0]
+    shares = profile.counts[0].double() / profile.counts[0].sum(-1, keepdim=True).clamp(min=1)
 
     def kept(part):
-        return counts[TEXT, list(part)].sum() + counts[VIT, list(set(text + vit) - set(part))].sum()
+        return shares[TEXT, list(part)].sum() + shares[VIT, list(set(text + vit) - set(part))].sum()
 
     from itertools import combinations
 
     best = max(kept(part) for part in combinations(sorted(text + vit), 3))
-    assert kept(text) == best
+    assert kept(text) == pytest.approx(best)
 
 
-def test_per_modality_max_keeps_a_specialist_of_the_modality_with_few_tokens():
+def test_shares_keep_a_specialist_of_the_modality_with_few_tokens_and_counts_do_not():
     profile = profile_of(([400, 300, 200, 0], [0, 0, 1, 9]))
-    assert groups_of(make_plan(profile, bimodal(2, 2), "cumulative"))[0] == [0, 1]
-    assert groups_of(make_plan(profile, bimodal(2, 2), "per_modality_max"))[0] == [0, 3]
+    assert groups_of(make_plan(profile, bimodal(2, 2), "cumulative"))[0] == [0, 3]
+    assert groups_of(make_plan(profile, bimodal(2, 2), "cumulative_counts"))[0] == [0, 1]
+
+
+def test_per_modality_max_prefers_a_specialist_to_one_that_serves_both_a_little():
+    profile = profile_of(([50, 30, 20, 0], [50, 30, 0, 20]), ([40, 35, 25, 0], [0, 22, 28, 50]))
+    assert groups_of(make_plan(profile, bimodal(2, 2), "cumulative"), 1) == [[1, 2], [0, 3]]
+    assert groups_of(make_plan(profile, bimodal(2, 2), "per_modality_max"), 1) == [[0, 3], [1, 2]]
 
 
 def test_balanced_has_the_groups_of_cumulative_with_equal_load_in_every_range():
