@@ -2,12 +2,12 @@
 """From a checkpoint whose experts are one pool to one whose experts are in groups.
 
 Examples:
-  tools/profile_experts.py --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-600 --out profile.json
+  tools/profile_experts.py --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-400 --out profile.json
   tools/convert.py plan --profile profile.json --config train_configs/mini/symbiotic.toml --out plan.json
-  tools/convert.py partition --checkpoint outputs/mini/vlm/checkpoint/step-600 --config train_configs/mini/symbiotic.toml \\
+  tools/convert.py partition --checkpoint outputs/mini/vlm/checkpoint/step-400 --config train_configs/mini/symbiotic.toml \\
       --plan plan.json --out outputs/mini/start/24_8
   tools/convert.py check --config train_configs/mini/symbiotic.toml --checkpoint outputs/mini/start/24_8 \\
-      --original outputs/mini/vlm/checkpoint/step-600
+      --original outputs/mini/vlm/checkpoint/step-400
 
 Groups come from the config's [experts.partition]; further arguments --section.key value override the config.
 """

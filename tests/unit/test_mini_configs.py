@@ -17,7 +17,7 @@ PARTS = {"base", "progressive", "understanding_data"}
 FILES = {path.stem: path for path in FOLDER.glob("*.toml")}
 RUNS = sorted(FILES.keys() - PARTS)
 
-VLM = "outputs/mini/vlm/checkpoint/step-600"
+VLM = "outputs/mini/vlm/checkpoint/step-400"
 START = "checkpoint.initial_load_path"
 ONE_POOL = {"experts.partition": {}, START: VLM}
 NO_SHIELD = {"shielding.steps": 0, "shielding.after_scale": 1.0}
@@ -59,7 +59,6 @@ DIFFERENCES = {
         "optimizer.lr": 5e-4,
         "optimizer.param_groups": {},
         "losses.balance": 0.001,
-        "training.steps": 600,
     },
 }
 
