@@ -65,7 +65,7 @@ _UNSUPPORTED = (
     Unsupported(
         "parallelism.enable_async_tensor_parallel", False, "there is no tensor parallelism"
     ),
-    Unsupported("model.tokenizer_path", None, "the tokenizer is the bytes of the text"),
+    Unsupported("model.tokenizer_path", None, "name the file in tokenizer.path"),
     Unsupported("comm.mode", "default", "for a dry run use tools/show_parallel.py"),
     Unsupported("debug.moe_force_load_balance", False, "train with real routing"),
 )

@@ -32,6 +32,7 @@ class StepReport:
     update_ratios  L2 norm of each group's last update over that of its weights.
     assignments  (layers, modalities, E) routed assignments of the step; None without MoE layers.
     fill         share of positions that are not padding.
+    skipped      samples since the run began; ``skipped``, ``skipped/<reason>``, ``truncated``.
     tokens_seen  (modalities,) tokens since the start of training.
     """
 
@@ -43,7 +44,7 @@ class StepReport:
     assignments: torch.Tensor | None
     shield_scale: float
     fill: float
-    num_skipped: int
+    skipped: dict[str, int]
     tokens_seen: torch.Tensor
 
 
@@ -126,7 +127,8 @@ class SymbioticMetrics(MetricsProcessor):
             for name, count in zip(MODALITY_NAMES, report.tokens_seen, strict=True)
         }
         metrics |= {"shield/scale": report.shield_scale}
-        metrics |= {"data/fill": report.fill, "data/skipped": report.num_skipped}
+        metrics |= {"data/fill": report.fill}
+        metrics |= {f"data/{name}": count for name, count in report.skipped.items()}
         metrics |= self.performance(report.step, report.tokens_seen)
         self.logger.log(metrics, report.step)
         self.log_console(report, metrics)

@@ -15,7 +15,7 @@ from torchtitan.tools.logging import logger
 from symbiotic_titan.checks import global_batch_size
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.data.loader import PackedLoader, build_loader
-from symbiotic_titan.data.tokenizer import ByteTokenizer
+from symbiotic_titan.data.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 from symbiotic_titan.losses.terms import loss_terms, text_errors
 from symbiotic_titan.metrics import build_metrics
 from symbiotic_titan.model.flavors import FLAVORS
@@ -95,9 +95,27 @@ def build_validator(
     return SymbioticValidator(job_config, rows, loss_fn, metrics_processor)
 
 
-def build_tokenizer(job_config: JobConfig) -> ByteTokenizer:
-    """The tokenizer of the flavors that train from scratch."""
-    return ByteTokenizer()
+def build_tokenizer(job_config: JobConfig) -> ByteTokenizer | FileTokenizer:
+    """The tokenizer of [tokenizer].
+
+    Raises:
+        ValueError: its file cannot be used, or the flavor has fewer embeddings than it has ids.
+    """
+    tokenizer = open_tokenizer(job_config.tokenizer)
+    flavor = job_config.model.flavor
+    num_rows = FLAVORS[flavor].vocab_size
+    added = tokenizer.added
+    if tokenizer.vocab_size > num_rows:
+        raise ValueError(
+            f"[tokenizer]: {tokenizer.vocab_size} ids, among them {len(added)} special tokens that the file lacks, are more "
+            f"than the {num_rows} embeddings of model.flavor = {flavor!r}; choose a larger flavor, or a file with at most "
+            f"{num_rows - len(added)} ids"
+        )
+    logger.info(
+        f"tokenizer: {tokenizer.fingerprint}, {tokenizer.vocab_size} ids of {num_rows} embeddings"
+        + (f"; new behind the file's: {' '.join(added)}" if added else "")
+    )
+    return tokenizer
 
 
 def parallelize(

@@ -31,8 +31,10 @@ from symbiotic_titan.checkpoint.resume import (
     holds,
     set_aside,
 )
+from symbiotic_titan.codecs.batch import build_batch_encoder
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.parameter_names import clean_name
+from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.timesteps import draw_noise_and_timesteps
 from symbiotic_titan.losses.terms import LossTerms
@@ -74,9 +76,11 @@ class SymbioticTrainer(Trainer):
             super().__init__(job_config)
         if job_config.training.mixed_precision_param == "float32":
             self.maybe_enable_amp = contextlib.nullcontext()
+        geometry = cast(ModelArgs, self.model_args).geometry
+        self.encode = build_batch_encoder(job_config.latents, geometry, self.device)
         if job_config.validation.enable:
             self.validator.connect(
-                self.device, self.maybe_enable_amp, self.sum_over_ranks, self.stop_requested
+                self.to_device, self.maybe_enable_amp, self.sum_over_ranks, self.stop_requested
             )
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.shield_scale = torch.ones((), device=self.device)
@@ -97,6 +101,10 @@ class SymbioticTrainer(Trainer):
                 raise DataloaderExhaustedError from end
             self.metrics_processor.data_loading_times.append(time.perf_counter() - start)
             yield batch
+
+    def to_device(self, batch: PackedBatch) -> PackedBatch:
+        """``batch`` on the training device, images to be generated as latents."""
+        return self.encode(batch.to(self.device))
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """``values`` summed over the data ranks; the same on all of them."""
@@ -195,7 +203,7 @@ class SymbioticTrainer(Trainer):
         self.optimizers.zero_grad()
         self.shield_scale.fill_(shield_scale(self.job_config.shielding, self.step))
         batches = [
-            next(data_iterator).to(self.device) for _ in range(self.gradient_accumulation_steps)
+            self.to_device(next(data_iterator)) for _ in range(self.gradient_accumulation_steps)
         ]
         totals = self.count_targets(batches)
         needs_routing = self.job_config.losses.balance_scope == "global" and len(batches) > 1
@@ -232,26 +240,32 @@ class SymbioticTrainer(Trainer):
                     assignments=self.reduce_routing(routing).counts if routing else None,
                     shield_scale=float(self.shield_scale),
                     fill=float(totals.modality.sum() / totals.positions),
-                    num_skipped=self.count_skipped(),
+                    skipped=self.count_skipped(),
                     tokens_seen=self.tokens_seen,
                 )
             )
 
-    def count_skipped(self) -> int:
-        """Bad samples that all ranks have skipped since the run began.
+    def count_skipped(self) -> dict[str, int]:
+        """Bad samples that all ranks have skipped since the run began: ``skipped``, and by reason those that there are.
 
         Raises:
             ValueError: more than the run tolerates. (A rank that alone has skipped too many stops in its loader.)
         """
-        own = self.dataloader.num_skipped  # type: ignore[union-attr]
-        skipped = int(self.sum_over_ranks(torch.tensor(own, device=self.device)))
+        loader = cast(PackedLoader, self.dataloader)
+        own = {"skipped": loader.num_skipped} | {
+            name if name == "truncated" else f"skipped/{name}": count
+            for name, count in loader.skip_reasons.items()
+        }
+        totals = self.sum_over_ranks(torch.tensor(list(own.values()), device=self.device))
+        counts = dict(zip(own, totals.tolist(), strict=True))
+        skipped = counts["skipped"]
         limit = self.job_config.data.max_bad_samples
         if skipped > limit:
             raise ValueError(
                 f"skipped {skipped} bad samples over all ranks, more than data.max_bad_samples = {limit}; "
                 "repair the shards or raise the limit"
             )
-        return skipped
+        return {name: count for name, count in counts.items() if count or name == "skipped"}
 
     def count_tokens(self, totals: StepTotals) -> None:
         """Add the step's tokens to the running totals."""

@@ -171,13 +171,13 @@ class SymbioticValidator(BaseValidator):
 
     def connect(
         self,
-        device: torch.device,
+        to_device: Callable[[PackedBatch], PackedBatch],
         autocast: contextlib.AbstractContextManager,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
         stop_requested: Callable[[], bool],
     ) -> None:
         """What only the trainer has. ``stop_requested`` is a collective with one answer for all ranks."""
-        self.device = device
+        self.to_device = to_device
         self.autocast = autocast
         self.sum_over_ranks = sum_over_ranks
         self.stop_requested = stop_requested
@@ -214,7 +214,7 @@ class SymbioticValidator(BaseValidator):
         for batch in self.rows.batches:
             if self.stop_requested():
                 raise Interrupted
-            yield batch.to(self.device)
+            yield self.to_device(batch)
 
     def _log(self, losses: dict[str, float], step: int, seconds: float) -> None:
         metrics = {f"validation/{name}": value for name, value in losses.items()}

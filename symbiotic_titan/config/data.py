@@ -1,4 +1,4 @@
-"""[data], [[data.sources]] and [latents]: what is read, mixed and packed."""
+"""[data] and [[data.sources]]: what is read, mixed and packed."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -6,6 +6,17 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from symbiotic_titan.config.rows import row_from_dict
+
+# Sets of fields of a sample, of which it has one; the last field tells which. First come, first served.
+TASK_FIELDS = {
+    "lm": (("text",), ("messages",), ("conversations",)),
+    "mmu": (("image", "question", "answer"), ("messages",), ("conversations",)),
+    "t2i": (("image", "caption"),),
+    "t2i_long": (("image", "caption"),),
+    "interleaved": (("segments",), ("messages",), ("conversations",)),
+}
+
+TooLong = Literal["bad", "skip", "truncate"]
 
 
 @dataclass
@@ -15,17 +26,56 @@ class DataSource:
     name: str
     """Name of the source, unique; used in messages, metrics and the saved state."""
 
-    task: Literal["lm", "mmu", "t2i", "t2i_long"]
-    """What its samples train: plain text, questions about images, or images from short or long captions."""
+    task: Literal["lm", "mmu", "t2i", "t2i_long", "interleaved"]
+    """What its samples train: plain text, questions about images, images from short or long captions, or text among images of both
+    kinds."""
 
-    format: Literal["webdataset", "jsonl"]
-    """``webdataset``: tar shards; ``jsonl``: one JSON object a line."""
+    format: Literal["webdataset", "jsonl", "parquet"]
+    """``webdataset``: tar shards; ``jsonl``: one JSON object a line; ``parquet``: tables. The first two may be compressed
+    (``.gz``, ``.bz2``, ``.xz``, ``.zst``), see ``data.cache_folder``."""
 
     path: str
     """Path or fsspec URL of the files; ``*`` matches several."""
 
+    keys: dict[str, str] = field(default_factory=dict)
+    """Which of the samples' own names stands for ``text``, ``image``, ``caption``, ``question``, ``answer``, ``messages``,
+    ``conversations`` or ``segments``: a tar member by its extension, a JSON key, a Parquet column; dots lead into tables. E.g.
+    ``{image = "jpg", caption = "json.prompt"}``."""
+
     weight: float = 1.0
     """Share of the samples that come from this source, relative to the other sources' weights."""
+
+    bad_samples: Literal["raise", "skip"] | None = None
+    """Like ``data.bad_samples``, which holds where this is not given."""
+
+    too_long: TooLong | None = None
+    """Like ``data.too_long``, which holds where this is not given."""
+
+    def bad_samples_of(self, data: "Data") -> str:
+        return self.bad_samples or data.bad_samples
+
+    def too_long_of(self, data: "Data") -> str:
+        return self.too_long or data.too_long
+
+
+def _check_keys(source: DataSource, where: str) -> None:
+    """Refuse keys that the task does not have, or that no sample needs together."""
+    ways = TASK_FIELDS[source.task]
+    images = set() if source.task == "lm" else {"image"}
+    known = sorted({field for way in ways for field in way} | images)
+    for name, key in source.keys.items():
+        if name not in known:
+            raise ValueError(
+                f"{where}.keys: samples of the task {source.task} have no {name!r}; choose from {', '.join(known)}"
+            )
+        if not key:
+            raise ValueError(
+                f"{where}.keys.{name}: must not be empty; name what the samples have, or remove it"
+            )
+    named = [way for way in ways if any(f in source.keys for f in way if f != "image")]
+    if len(named) > 1:
+        both = " and ".join(way[-1] for way in named)
+        raise ValueError(f"{where}.keys: {both} are different shapes of a sample; keep one of them")
 
 
 def source_rows(rows: list[Any], table: str) -> list[DataSource]:
@@ -44,6 +94,7 @@ def source_rows(rows: list[Any], table: str) -> list[DataSource]:
             raise ValueError(f"{where}: name is used twice; every source needs its own")
         if not 0 <= s.weight < float("inf"):
             raise ValueError(f"{where}: weight must be zero or positive, got {s.weight}")
+        _check_keys(s, where)
     if sources and not sum(s.weight for s in sources) > 0:
         raise ValueError(
             f"{table}: the weights sum to zero; give at least one source a positive weight"
@@ -67,6 +118,10 @@ class Data:
     lookahead: int = 32
     """Samples a lane holds while it looks for one that fills the row."""
 
+    packing: Literal["longest_first", "fullest"] = "longest_first"
+    """Which of the samples held share a row, besides the oldest: ``longest_first`` takes the longest that still fits, again and
+    again; ``fullest`` those that leave the fewest positions empty. May change on a resumed run."""
+
     max_vit_tokens: int = 0
     """ViT tokens a row may hold; 0 means as many as the row is long. A smaller number saves compute on rows without images."""
 
@@ -88,8 +143,24 @@ class Data:
     bad_samples: Literal["raise", "skip"] = "raise"
     """What happens on a corrupt sample: stop and name shard and key, or skip and count it."""
 
+    cache_folder: str = ""
+    """Local folder into which compressed shards are unpacked, since samples are read from anywhere in a file; they stay there for
+    later runs. Nothing is removed from it."""
+
     max_bad_samples: int = 100
     """With ``skip``: how many bad samples the run tolerates, over all ranks, before it stops."""
+
+    max_bad_in_a_row: int = 100
+    """With ``skip``: how many samples of one source a lane skips one behind another before the run stops; those that ``too_long``
+    skips count too."""
+
+    too_long: TooLong = "bad"
+    """What becomes of a sample that is longer than a row: it is ``bad``; or it is skipped, and counted apart from the bad ones; or
+    its text is truncated: a caption at its end, everything else where the row ends, never inside an image. Plain text of ``lm``
+    is split over rows instead."""
+
+    max_image_pixels: int = 100_000_000
+    """Images of more pixels are bad samples; they are not decoded. (RGB pixels take 3 bytes, in every worker at once.)"""
 
     def __post_init__(self) -> None:
         self.sources = source_rows(self.sources, "[[data.sources]]")
@@ -101,6 +172,8 @@ class Data:
             ("vit_pixels", 1),
             ("vae_pixels", 1),
             ("max_bad_samples", 0),
+            ("max_bad_in_a_row", 1),
+            ("max_image_pixels", 1),
         ):
             if getattr(self, name) < low:
                 raise ValueError(f"data.{name}: must be at least {low}, got {getattr(self, name)}")
@@ -110,16 +183,3 @@ class Data:
             )
         if self.max_aspect < 1.0:
             raise ValueError(f"data.max_aspect: must be at least 1, got {self.max_aspect}")
-
-
-@dataclass
-class Latents:
-    codec: Literal["pixel"] = "pixel"
-    """``pixel``: patches of pixels, scaled to [-1, 1]; for small runs, needs no autoencoder."""
-
-    patch: int = 4
-    """Latent cells along one side of one sequence token (pixels, for the ``pixel`` codec)."""
-
-    def __post_init__(self) -> None:
-        if self.patch < 1:
-            raise ValueError(f"latents.patch: must be at least 1, got {self.patch}")

@@ -8,11 +8,13 @@ from torchtitan.config.job_config import Checkpoint as UpstreamCheckpoint
 from torchtitan.config.job_config import Metrics as UpstreamMetrics
 from torchtitan.config.job_config import Model as UpstreamModel
 
-from symbiotic_titan.config.data import Data, Latents
+from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.experts import Experts, Shielding
 from symbiotic_titan.config.float8 import Float8
+from symbiotic_titan.config.latents import Latents
 from symbiotic_titan.config.losses import Flow, Losses
 from symbiotic_titan.config.optimizer import Optimizer
+from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.config.validation import Validation
 
 
@@ -70,6 +72,7 @@ class JobConfig(UpstreamJobConfig):
     shielding: Shielding = field(default_factory=Shielding)
     losses: Losses = field(default_factory=Losses)
     flow: Flow = field(default_factory=Flow)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
     data: Data = field(default_factory=Data)
     latents: Latents = field(default_factory=Latents)
     float8: Float8 = field(default_factory=Float8)

@@ -11,7 +11,7 @@ def identity_of(recipe: LaneRecipe) -> dict[str, Any]:
     """JSON-able. Files count by name, size and number of samples, so that data may move to another folder."""
     files = {
         source.name: _hash_files(
-            [(PurePosixPath(s.path).name, s.num_bytes, len(s.keys)) for s in shards]
+            [(PurePosixPath(s.path).name, s.num_bytes, s.num_samples) for s in shards]
         )
         for source, shards in zip(recipe.sources, recipe.shards, strict=True)
     }
@@ -19,6 +19,7 @@ def identity_of(recipe: LaneRecipe) -> dict[str, Any]:
         "data.seed": recipe.config.seed,
         "data.num_lanes": recipe.num_lanes,
         "training.seq_len": recipe.size.num_tokens,
+        "tokenizer": recipe.tokenizer,
         "sources": [source.name for source in recipe.sources],
         "weights": [float(source.weight) for source in recipe.sources],
         "files": files,
@@ -34,6 +35,12 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
     for key in ("data.seed", "data.num_lanes", "training.seq_len"):
         if saved[key] != current[key]:
             _refuse(f"{key} was {saved[key]}, now it is {current[key]}", f"set {key} back")
+    tokenizer = saved.get("tokenizer", "bytes")  # states without the key are older than other kinds
+    if tokenizer != current["tokenizer"]:
+        _refuse(
+            f"the tokenizer (file, special tokens and turns) was {tokenizer}, now it is {current['tokenizer']}",
+            "set [tokenizer] and its file back",
+        )
     for key in ("sources", "weights"):
         if saved[key] != current[key]:
             _refuse(

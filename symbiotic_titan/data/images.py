@@ -5,6 +5,7 @@ Letters: C channels, H and W pixels, P patches, Q numbers in one ViT patch.
 
 import io
 import struct
+import warnings
 import zlib
 from math import log, sqrt
 
@@ -25,18 +26,71 @@ DECODE_ERRORS = (
     OverflowError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+# Where Pillow itself refuses, to be safe from decompression bombs.
+MAX_PIXELS = 178_956_970
+
 # The decoders that a shard's bytes may reach, whatever the extension says; Pillow has dozens more.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 
+# What the orientation of a camera's EXIF data asks for; upright images have 1.
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-def decode_image(data: bytes) -> Image.Image:
-    """RGB image of encoded ``data``; raises one of DECODE_ERRORS when the data are damaged."""
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        return image.convert("RGB")
+
+class ImageSizeError(Exception):
+    """An image has no pixels, or more than may be decoded."""
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Upright RGB image of encoded ``data``; what is transparent becomes white.
+
+    Raises:
+        ImageSizeError: told by the header, before anything is decoded.
+        one of DECODE_ERRORS: the data are damaged.
+    """
+    with warnings.catch_warnings():
+        # Pillow warns of what it can do without, and raises where it cannot go on.
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise ImageSizeError(str(error)) from error
+        with image:
+            if not 0 < image.width * image.height <= max_pixels:
+                raise ImageSizeError(
+                    f"{image.width} x {image.height} pixels, data.max_image_pixels = {max_pixels}"
+                )
+            rgb = _to_rgb(image)
+            turn = UPRIGHT.get(_orientation(image))
+            return rgb if turn is None else rgb.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip instead of scale
+        grey = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) >> 8
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except DECODE_ERRORS:  # the image itself is whole
+        return 1
 
 
 def to_array(image: Image.Image) -> np.ndarray:

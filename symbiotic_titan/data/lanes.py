@@ -11,15 +11,18 @@ A lane is a pure function of (config, seed, lane number). Its steps, one sample 
 The state after a row is a few counters and the names of the documents that wait; these are read again on resume.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import TypedDict
 
 from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.data.fields import REASONS, BadSample
+from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.order import SourceOrder
-from symbiotic_titan.data.packing import RowBuilder, RowSize, choose_documents
-from symbiotic_titan.data.readers import Reader, Shard
-from symbiotic_titan.data.samples import BadSample, Document, DocumentMaker
+from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize
+from symbiotic_titan.data.readers import Reader
+from symbiotic_titan.data.samples import Document, DocumentMaker
 from symbiotic_titan.sequence.batch import PackedBatch
 
 
@@ -31,6 +34,7 @@ class LaneRecipe:
     sources: list[DataSource]
     shards: list[list[Shard]]
     num_lanes: int
+    tokenizer: str
     size: RowSize
     maker: DocumentMaker
     builder: RowBuilder
@@ -41,13 +45,19 @@ class LaneState(TypedDict):
 
     rows:      rows made so far.
     scheduled: samples that the mixture has had of each source.
-    read:      samples read of each source; those beyond ``scheduled`` were bad.
+    read:      samples read of each source; those beyond ``scheduled`` were skipped.
+    skipped:   how many of each source, by reason. (States of older versions lack this and the next two.)
+    in_a_row:  how many of each source since its last good one.
+    truncated: samples of each source whose text did not fit.
     waiting:   (source, index in its endless sequence, part) of each document that waits for its row.
     """
 
     rows: int
     scheduled: list[int]
     read: list[int]
+    skipped: list[dict[str, int]]
+    in_a_row: list[int]
+    truncated: list[int]
     waiting: list[tuple[int, int, int]]
 
 
@@ -57,7 +67,7 @@ class OpenSource:
     def __init__(self, recipe: LaneRecipe, number: int) -> None:
         self.config = recipe.sources[number]
         self._maker = recipe.maker
-        sizes = [len(shard.keys) for shard in recipe.shards[number]]
+        sizes = [shard.num_samples for shard in recipe.shards[number]]
         self._order = SourceOrder(recipe.config.seed, self.config.name, sizes)
         self._reader = Reader(recipe.shards[number])
 
@@ -94,6 +104,9 @@ class Lane:
         self._num_rows = state["rows"]
         self._scheduled = list(state["scheduled"])
         self._read = list(state["read"])
+        self._skipped = [dict(reasons) for reasons in state["skipped"]]
+        self._in_a_row = list(state["in_a_row"])
+        self._truncated = list(state["truncated"])
         self._waiting = _read_again(sources, state["waiting"])
 
     def next_row(self) -> PackedBatch:
@@ -101,7 +114,7 @@ class Lane:
         while len(self._waiting) < self._recipe.config.lookahead:
             self._draw()
         documents = [waiting.document for waiting in self._waiting]
-        chosen = choose_documents(documents, self._recipe.size)
+        chosen = PACKINGS[self._recipe.config.packing](documents, self._recipe.size)
         taken = set(chosen)
         self._waiting = [w for i, w in enumerate(self._waiting) if i not in taken]
         self._num_rows += 1
@@ -113,6 +126,9 @@ class Lane:
             "rows": self._num_rows,
             "scheduled": list(self._scheduled),
             "read": list(self._read),
+            "skipped": [dict(reasons) for reasons in self._skipped],
+            "in_a_row": list(self._in_a_row),
+            "truncated": list(self._truncated),
             "waiting": [(w.source, w.index, w.part) for w in self._waiting],
         }
 
@@ -124,19 +140,39 @@ class Lane:
         try:
             documents = self._sources[source].documents(index)
         except BadSample as error:
-            self._refuse_or_count(self._sources[source].config, error)
+            self._refuse_or_count(source, error)
             return
         self._scheduled[source] += 1
+        self._in_a_row[source] = 0
+        self._truncated[source] += any(document.truncated for document in documents)
         self._waiting += [
             Waiting(source, index, part, document) for part, document in enumerate(documents)
         ]
 
-    def _refuse_or_count(self, source: DataSource, error: BadSample) -> None:
-        if self._recipe.config.bad_samples == "raise":
+    def _refuse_or_count(self, source: int, error: BadSample) -> None:
+        config, data = self._sources[source].config, self._recipe.config
+        passed_over = error.reason == "too_long" and config.too_long_of(data) == "skip"
+        if config.bad_samples_of(data) == "raise" and not passed_over:
+            remedy = 'repair it, or set data.bad_samples = "skip"'
+            if error.reason == "too_long":
+                remedy = 'raise training.seq_len, or set data.too_long = "skip" or "truncate"'
+            raise ValueError(f"{error} (source {config.name!r}); {remedy}") from error
+        count = self._skipped[source].get(error.reason, 0) + 1
+        self._skipped[source][error.reason] = count
+        if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a damaged shard must not fill the log
+            logging.getLogger(__name__).warning(
+                f"source {config.name!r}, lane {self._number}: skipped {count} samples so far as "
+                f"{error.reason!r}; the last one is {error}"
+            )
+        self._in_a_row[source] += 1
+        if self._in_a_row[source] > data.max_bad_in_a_row:
             raise ValueError(
-                f'{error} (source {source.name!r}); repair it, or set data.bad_samples = "skip"'
-            ) from error
-        check_skipped(self._recipe, [self.state()], f"; the last one is {error}")
+                f"source {config.name!r}: skipped {self._in_a_row[source]} samples one behind another, more than "
+                f"data.max_bad_in_a_row = {data.max_bad_in_a_row}; the last one is {error}; repair the shards, correct the "
+                "source, or raise the limit"
+            )
+        if not passed_over:
+            check_skipped(self._recipe, [self.state()], f"; the last one is {error}")
 
 
 def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -> list[Waiting]:
@@ -148,27 +184,58 @@ def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -
                 samples[source, index] = sources[source].documents(index)
             except BadSample as error:
                 raise ValueError(f"{error}; it was good when the checkpoint was saved") from error
+    if any(part >= len(samples[source, index]) for source, index, part in places):
+        raise ValueError(
+            "a text gives fewer rows than when the checkpoint was saved; its source or its keys were changed: set them back, "
+            'or start the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
+        )
     return [Waiting(s, i, part, samples[s, i][part]) for s, i, part in places]
 
 
 def new_state(recipe: LaneRecipe) -> LaneState:
     """State of a lane that has not begun."""
     zeros = [0] * len(recipe.sources)
-    return {"rows": 0, "scheduled": zeros, "read": zeros, "waiting": []}
+    return {
+        "rows": 0,
+        "scheduled": zeros,
+        "read": zeros,
+        "skipped": [{} for _ in zeros],
+        "in_a_row": zeros,
+        "truncated": zeros,
+        "waiting": [],
+    }
 
 
-def num_skipped(states: list[LaneState]) -> list[int]:
-    """Bad samples skipped so far, per source: those read beyond those the mixture asked for."""
-    differences = [
-        [read - scheduled for read, scheduled in zip(s["read"], s["scheduled"], strict=True)]
-        for s in states
+def num_skipped(recipe: LaneRecipe, states: list[LaneState]) -> list[int]:
+    """Bad samples skipped so far, per source: those read beyond those the mixture asked for, without those that
+    ``too_long = "skip"`` passes over."""
+    return [
+        sum(
+            state["read"][number]
+            - state["scheduled"][number]
+            - (state["skipped"][number].get("too_long", 0) if passes_over else 0)
+            for state in states
+        )
+        for number, passes_over in enumerate(
+            source.too_long_of(recipe.config) == "skip" for source in recipe.sources
+        )
     ]
-    return [sum(column) for column in zip(*differences, strict=True)]
+
+
+def count_reasons(states: list[LaneState]) -> dict[str, int]:
+    """Samples skipped by reason, and samples truncated, over all sources; every reason is there."""
+    counts = dict.fromkeys((*REASONS, "truncated"), 0)
+    for state in states:
+        for reasons in state["skipped"]:
+            for reason, count in reasons.items():
+                counts[reason] += count
+        counts["truncated"] += sum(state["truncated"])
+    return counts
 
 
 def check_skipped(recipe: LaneRecipe, states: list[LaneState], last: str = "") -> None:
     """Raise ValueError when more than data.max_bad_samples were skipped in the lanes of ``states``."""
-    counts, limit = num_skipped(states), recipe.config.max_bad_samples
+    counts, limit = num_skipped(recipe, states), recipe.config.max_bad_samples
     if sum(counts) > limit:
         named = ", ".join(
             f"{source.name}: {count}"

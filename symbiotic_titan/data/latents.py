@@ -1,55 +1,114 @@
-"""Images to be generated, as latent tokens and back.
+"""Images to be generated, as what a row carries of them: latents, or pixels that the training device will encode.
 
-Letters: C latent channels, H and W latent cells, L latent tokens, Z numbers in one latent token.
+    codec            a token in the row
+    pixel            (Z,) float32    its pixels in [-1, 1], which are the latents
+    an autoencoder   (Z,) uint8      its pixels; ``codecs.batch`` makes latents of them
+    any, cached      (Z,) float32    latents, read from a cache
+
+So the number of tokens, and all that packing asks, follows from an image's size. Letters: C channels, H and W cells (pixels or
+latents), L tokens of an image, Z numbers in one token.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
-from symbiotic_titan.config.data import Latents
-from symbiotic_titan.data.images import to_array
+from symbiotic_titan.codecs.batch import carries_pixels
+from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.data.images import aspect_buckets, nearest_bucket, resize_and_crop, to_array
 from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.patches import patchify
+
+# Tasks whose samples have an image to be generated.
+GENERATION_TASKS = ("t2i", "t2i_long")
+# Of a sample's latents in a cache, and the name of the one tensor in them.
+CACHED_EXTENSION = "safetensors"
+_TENSOR = "latents"
 
 
-def patchify(cells_CHW: torch.Tensor, patch: int) -> torch.Tensor:
-    """(L, Z) latent tokens in row-major order; each is flattened as (channel, row, column)."""
-    channels, height, width = cells_CHW.shape
-    split = cells_CHW.reshape(channels, height // patch, patch, width // patch, patch)
-    return split.permute(1, 3, 0, 2, 4).reshape(-1, channels * patch**2)
+@dataclass(frozen=True)
+class TokenForm:
+    """What one token of an image to be generated is in a row: so many numbers of this type."""
+
+    num_values: int
+    dtype: torch.dtype
 
 
-def unpatchify(tokens_LZ: torch.Tensor, rows: int, columns: int, patch: int) -> torch.Tensor:
-    """(C, H, W) latent cells of an image of ``rows`` x ``columns`` tokens: the inverse of ``patchify``."""
-    split = tokens_LZ.reshape(rows, columns, -1, patch, patch)
-    return split.permute(2, 0, 3, 1, 4).reshape(-1, rows * patch, columns * patch)
+@dataclass(frozen=True)
+class ImageTokens:
+    """(L, Z) tokens of an image of ``rows`` x ``columns`` tokens."""
+
+    values: torch.Tensor
+    rows: int
+    columns: int
 
 
-def coords(rows: int, columns: int) -> torch.Tensor:
-    """(L, 2) int64: (row, column) of each latent token, row-major."""
-    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+def generates(sources: list[DataSource]) -> bool:
+    """Whether any of ``sources`` may have images to be generated."""
+    return any(source.task in (*GENERATION_TASKS, "interleaved") for source in sources)
 
 
-class PixelCodec:
-    """Latents that are the pixels themselves, scaled to [-1, 1]."""
+class GeneratedImages:
+    """How images to be generated enter the rows of a run. Plain data: it travels to worker processes."""
 
-    def __init__(self, geometry: ImageGeometry) -> None:
+    def __init__(
+        self, config: Data, latents: Latents, geometry: ImageGeometry, sources: list[DataSource]
+    ) -> None:
+        self.step = geometry.vae_token_pixels
+        self.is_cached = bool(latents.cache)
+        self.form = (
+            TokenForm(3 * self.step**2, torch.uint8)
+            if carries_pixels(latents) and generates(sources)
+            else TokenForm(geometry.vae_token_values, torch.float32)
+        )
         self._patch = geometry.latent_patch
+        self._buckets = aspect_buckets(config.vae_pixels, self.step, config.max_aspect)
 
-    def encode(self, image: Image.Image) -> torch.Tensor:
-        """(L, Z) float32 tokens of an RGB image whose sides are multiples of ``geometry.vae_token_pixels``."""
-        cells_CHW = torch.from_numpy(to_array(image)) * 2.0 - 1.0
-        return patchify(cells_CHW, self._patch)
+    def fit(self, image: Image.Image) -> Image.Image:
+        """``image`` in its aspect bucket: what is encoded, wherever that is done."""
+        height, width = nearest_bucket(image.height, image.width, self._buckets)
+        return resize_and_crop(image, height, width)
 
-    def decode(self, tokens_LZ: torch.Tensor, rows: int, columns: int) -> Image.Image:
-        """RGB image of ``rows`` x ``columns`` tokens; values outside [-1, 1] are clipped."""
-        cells_CHW = unpatchify(tokens_LZ.detach().float().cpu(), rows, columns, self._patch)
-        bytes_HWC = ((cells_CHW.clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(1, 2, 0)
-        return Image.fromarray(np.ascontiguousarray(bytes_HWC.numpy()), "RGB")
+    def from_image(self, image: Image.Image) -> ImageTokens:
+        """Tokens of an RGB image of any size."""
+        fitted = self.fit(image)
+        cells_CHW = to_bytes(fitted) if self.form.dtype == torch.uint8 else to_cells(fitted)
+        rows, columns = fitted.height // self.step, fitted.width // self.step
+        return ImageTokens(patchify(cells_CHW, cells_CHW.shape[1] // rows), rows, columns)
+
+    def from_cache(self, data: bytes) -> ImageTokens:
+        """Tokens of the latents that ``cached_bytes`` wrote; raises ValueError when ``data`` are damaged."""
+        try:
+            cells_CHW = load(data)[_TENSOR].float()
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"its latents cannot be read ({error})") from error
+        _, height, width = cells_CHW.shape
+        tokens_LZ = patchify(cells_CHW, self._patch)
+        return ImageTokens(tokens_LZ, height // self._patch, width // self._patch)
 
 
-def build_codec(latents: Latents, geometry: ImageGeometry) -> PixelCodec:
-    """The codec that [latents] names, for images cut as ``geometry`` says."""
-    assert latents.codec == "pixel" and latents.patch == geometry.latent_patch
-    assert geometry.latent_channels == 3 and geometry.latent_stride == 1
-    return PixelCodec(geometry)
+def to_cells(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) float32 in [-1, 1]: the ``pixel`` codec's latents, and what an autoencoder encodes."""
+    return torch.from_numpy(to_array(image)) * 2.0 - 1.0
+
+
+def to_bytes(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_image(cells_CHW: torch.Tensor) -> Image.Image:
+    """RGB image of (3, H, W) pixels; values outside [-1, 1] are clipped."""
+    pixels_CHW = cells_CHW.detach().float().cpu()
+    bytes_HWC = ((pixels_CHW.clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(bytes_HWC.numpy()), "RGB")
+
+
+def cached_bytes(cells_CHW: torch.Tensor, dtype: torch.dtype) -> bytes:
+    """(C, H, W) latents as a cache keeps them."""
+    return save({_TENSOR: cells_CHW.to("cpu", dtype).contiguous()})

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
-from symbiotic_titan.config.data import Data, Latents
+from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.latents import Latents
 from symbiotic_titan.data.identity import check_identity, identity_of
 from symbiotic_titan.data.lanes import (
     Lane,
@@ -28,6 +29,7 @@ from symbiotic_titan.data.lanes import (
     LaneState,
     OpenSource,
     check_skipped,
+    count_reasons,
     new_state,
     num_skipped,
 )
@@ -140,6 +142,11 @@ class PackedLoader(BaseDataLoader):
         self._share = share
 
     @property
+    def recipe(self) -> LaneRecipe:
+        """All that decides the rows, besides the lanes of this rank."""
+        return self._recipe
+
+    @property
     def lanes(self) -> list[int]:
         """Lanes of this rank."""
         return list(self._states)
@@ -147,7 +154,12 @@ class PackedLoader(BaseDataLoader):
     @property
     def num_skipped(self) -> int:
         """Bad samples that were skipped in the lanes this rank owns, since the run began."""
-        return sum(num_skipped(list(self._states.values())))
+        return sum(num_skipped(self._recipe, list(self._states.values())))
+
+    @property
+    def skip_reasons(self) -> dict[str, int]:
+        """Samples of the lanes this rank owns that were skipped, by reason, and ``truncated`` ones; the same keys always."""
+        return count_reasons(list(self._states.values()))
 
     def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
         rows = self._rows()
@@ -174,7 +186,10 @@ class PackedLoader(BaseDataLoader):
         """
         saved = json.loads(state_dict["state"])
         check_identity(saved["identity"], identity_of(self._recipe))
-        self._states = {lane: saved["lanes"][str(lane)] for lane in self._states}
+        # A state of an older version lacks what was not counted then.
+        self._states = {
+            lane: new_state(self._recipe) | saved["lanes"][str(lane)] for lane in self._states
+        }
 
     def _rows(self) -> Iterator[LaneRow]:
         dataset = LaneRows(self._recipe, self._states)

@@ -3,16 +3,19 @@
 Letters: T positions of a row, N patches or latent tokens of one kind of image, Q numbers in each of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from symbiotic_titan.data.images import vit_patch_coords
-from symbiotic_titan.data.latents import coords
+from symbiotic_titan.data.latents import TokenForm
 from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment, VitSegment
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, PADDING, TEXT, VAE, VIT
+from symbiotic_titan.sequence.patches import coords
 from symbiotic_titan.sequence.positions import RotaryLayout, image_positions, text_positions
 from symbiotic_titan.sequence.vocabulary import SpecialTokens
 
@@ -40,7 +43,7 @@ class RowSize:
         )
 
 
-def choose_documents(waiting: list[Document], size: RowSize) -> list[int]:
+def longest_first(waiting: list[Document], size: RowSize) -> list[int]:
     """Indices into ``waiting`` of the documents of the next row, in the order they are laid out.
 
     The oldest one always goes first, so that none waits for more than ``len(waiting)`` rows. Then, again and again, the
@@ -56,20 +59,61 @@ def choose_documents(waiting: list[Document], size: RowSize) -> list[int]:
     return chosen
 
 
+def fullest(waiting: list[Document], size: RowSize) -> list[int]:
+    """Like ``longest_first``, but behind the oldest come those documents, by age, that leave the fewest positions empty.
+
+    Subset sums: one way is kept to every length that can be reached, the first found, which favours older documents. So the
+    row is the fullest there is unless a limit on image tokens shuts off that way. Up to num_tokens x len(waiting) steps; it
+    ends early when the row is full to the last position.
+    """
+    left = size.minus(waiting[0])
+    # Length behind the oldest document -> ViT and VAE tokens that still fit, and the document that was added last.
+    ways = {0: (left.num_vit_tokens, left.num_vae_tokens, 0)}
+    for i, document in enumerate(waiting[1:], start=1):
+        count, vit, vae = document.num_tokens, document.num_vit_tokens, document.num_vae_tokens
+        longest = left.num_tokens - count
+        ways |= {
+            length + count: (vit_left - vit, vae_left - vae, i)
+            for length, (vit_left, vae_left, _) in ways.items()
+            if length <= longest and vit <= vit_left and vae <= vae_left
+            if length + count not in ways
+        }
+        if left.num_tokens in ways:
+            break
+    chosen, length = [], max(ways)
+    while length:
+        chosen.append(ways[length][2])
+        length -= waiting[chosen[-1]].num_tokens
+    return [0, *reversed(chosen)]
+
+
+# data.packing -> which of the waiting documents share the next row.
+PACKINGS: dict[str, Callable[[list[Document], RowSize], list[int]]] = {
+    "longest_first": longest_first,
+    "fullest": fullest,
+}
+
+
 class RowBuilder:
     """Lays documents out in rows of one size."""
 
     def __init__(
-        self, size: RowSize, geometry: ImageGeometry, layout: RotaryLayout, special: SpecialTokens
+        self,
+        size: RowSize,
+        geometry: ImageGeometry,
+        layout: RotaryLayout,
+        special: SpecialTokens,
+        latents: TokenForm | None = None,
     ) -> None:
         self._size = size
         self._geometry = geometry
         self._layout = layout
         self._special = special
+        self._latents = latents or TokenForm(geometry.vae_token_values, torch.float32)
 
     def build(self, documents: list[Document]) -> PackedBatch:
         """One row (B = 1): the documents behind each other, then padding."""
-        row = _Row(self._geometry, self._layout, self._special)
+        row = _Row(self._geometry, self._layout, self._special, self._latents)
         for number, document in enumerate(documents):
             row.add(number, document)
         return row.padded(self._size)
@@ -79,7 +123,11 @@ class _Row:
     """A row while it is written: one list entry per token, per ViT patch and per latent token."""
 
     def __init__(
-        self, geometry: ImageGeometry, layout: RotaryLayout, special: SpecialTokens
+        self,
+        geometry: ImageGeometry,
+        layout: RotaryLayout,
+        special: SpecialTokens,
+        latents: TokenForm,
     ) -> None:
         self._geometry, self._layout, self._special = geometry, layout, special
         self._num_spans = 0
@@ -90,8 +138,8 @@ class _Row:
         self._task: list[int] = []
         self._span: list[int] = []
         self._positions: list[torch.Tensor] = []
-        self._vit = _Images()
-        self._vae = _Images()
+        self._vit = _Images(TokenForm(geometry.vit_patch_values, torch.float32))
+        self._vae = _Images(latents)
 
     def add(self, number: int, document: Document) -> None:
         position = 0
@@ -131,18 +179,16 @@ class _Row:
         """The row as a batch of one; every list is filled up to its static size."""
         num_tokens, geometry = size.num_tokens, self._geometry
         num_patches = size.num_vit_tokens * geometry.vit_patches_per_token
-        vit_values, vit_coords, vit_image = self._vit.padded(num_patches, geometry.vit_patch_values)
-        latents, vae_coords, vae_image = self._vae.padded(
-            size.num_vae_tokens, geometry.vae_token_values
-        )
+        vit_values, vit_coords, vit_image = self._vit.padded(num_patches)
+        latents, vae_coords, vae_image = self._vae.padded(size.num_vae_tokens)
         return PackedBatch(
-            tokens=_padded(torch.tensor(self._tokens), num_tokens, self._special.pad),
-            modality=_padded(torch.tensor(self._modality), num_tokens, PADDING),
-            document=_padded(torch.tensor(self._document), num_tokens, -1),
-            span=_padded(torch.tensor(self._span), num_tokens, -1),
+            tokens=_padded(_int64(self._tokens), num_tokens, self._special.pad),
+            modality=_padded(_int64(self._modality), num_tokens, PADDING),
+            document=_padded(_int64(self._document), num_tokens, -1),
+            span=_padded(_int64(self._span), num_tokens, -1),
             positions=_padded(torch.cat(self._positions), num_tokens, 0),
             labels=_padded(self._labels(), num_tokens, IGNORE_INDEX),
-            task=_padded(torch.tensor(self._task), num_tokens, NO_TASK),
+            task=_padded(_int64(self._task), num_tokens, NO_TASK),
             vit_patches=vit_values,
             vit_coords=vit_coords,
             vit_image=vit_image,
@@ -156,14 +202,14 @@ class _Row:
     def _labels(self) -> torch.Tensor:
         """The next token where that one is trained. A document's first token never is, so no label crosses documents."""
         following = zip(self._tokens[1:], self._trained[1:], strict=True)
-        return torch.tensor([token if trained else IGNORE_INDEX for token, trained in following])
+        return _int64([token if trained else IGNORE_INDEX for token, trained in following])
 
 
 class _Images:
     """Values, coordinates, span numbers and positions in the row of all images of one kind."""
 
-    def __init__(self) -> None:
-        self._values: list[torch.Tensor] = []
+    def __init__(self, form: TokenForm) -> None:
+        self._values = [torch.empty(0, form.num_values, dtype=form.dtype)]
         self._coords: list[torch.Tensor] = []
         self._spans: list[torch.Tensor] = []
         self._index: list[int] = []
@@ -176,9 +222,9 @@ class _Images:
         self._spans.append(torch.full((len(values_NQ),), span))
         self._index += positions
 
-    def padded(self, length: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """((1, length, width) values, (1, length, 2) coordinates, (1, length) span numbers)."""
-        values_NQ = torch.cat([torch.empty(0, width), *self._values])
+    def padded(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """((1, length, Q) values, (1, length, 2) coordinates, (1, length) span numbers)."""
+        values_NQ = torch.cat(self._values)
         coords_N2 = torch.cat([torch.empty(0, 2, dtype=torch.int64), *self._coords])
         spans_N = torch.cat([torch.empty(0, dtype=torch.int64), *self._spans])
         return (
@@ -188,7 +234,12 @@ class _Images:
         )
 
     def index(self) -> torch.Tensor:
-        return torch.tensor(self._index, dtype=torch.int64)
+        return _int64(self._index)
+
+
+def _int64(values: list[int]) -> torch.Tensor:
+    """``torch.tensor`` of a list, int64 also when it is empty; by way of NumPy, which is faster."""
+    return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def _padded(values: torch.Tensor, length: int, fill: int) -> torch.Tensor:

@@ -1,65 +1,100 @@
 """Shards on disk or behind an fsspec URL: an index of where each sample lies, and a reader that fetches samples by number.
 
 The index is plain data and travels to worker processes; the reader owns open files and is made in the process that reads.
+What a shard is in each format: see ``formats``.
 """
 
-import tarfile
+import functools
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.config.data import TASK_FIELDS, DataSource
+from symbiotic_titan.data.fields import BadSample, Fields, Sample, check_fields, dotted, names_of
+from symbiotic_titan.data.formats.extents import index_lines, index_tar
+from symbiotic_titan.data.formats.parquet import index_parquet
+from symbiotic_titan.data.formats.shard import DamagedRest, File, Indexed, OpenShard, Shard
+from symbiotic_titan.data.formats.unpack import compression_of, unpacked
 
-# Shards a reader keeps open. Lanes walk through one shard, at an epoch's turn through two.
-MAX_OPEN_SHARDS = 8
+# Samples that are read to see which names a source has.
+NUM_PROBED = 16
 
-# Bytes of a block of a tar file.
-BLOCK = 512
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Bytes of one sample, by file extension (``png``, ``json`` ...), and where they came from."""
-
-    shard: str
-    key: str
-    members: dict[str, bytes]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Where the samples of one file lie: ``members[i]`` maps extension to (offset, length) for the sample ``keys[i]``."""
-
-    path: str
-    num_bytes: int
-    keys: list[str]
-    members: list[dict[str, tuple[int, int]]]
+FORMATS: dict[str, Callable[[File, Callable[[list[str]], list[str]]], Indexed]] = {
+    "webdataset": index_tar,
+    "jsonl": index_lines,
+    "parquet": index_parquet,
+}
 
 
-def index_source(source: DataSource, where: str) -> list[Shard]:
-    """All shards of ``source``, sorted by path. Reads the tar headers, or the lines, of every file once.
+def index_source(
+    source: DataSource, where: str, *, cache_folder: str = "", tolerant: bool = False
+) -> list[Shard]:
+    """All shards of ``source``, sorted by path. Reads the tar headers, the lines, or the tables' footers of every file once.
+
+    With ``tolerant`` the part of a file that cannot be read stands as one bad sample behind the others.
 
     Raises:
-        ValueError: no file matches, a file is empty or is not of its format; ``where`` (the config row) leads the message.
+        ValueError: no file matches, or a file is empty or is not of its format; ``where`` (the config row) leads the message.
     """
-    index = {"webdataset": _index_tar, "jsonl": _index_lines}[source.format]
-    shards = []
-    for path in _expand(source.path, where):
-        with fsspec.open(path, "rb") as file:
-            file.seek(0, 2)
-            num_bytes = file.tell()
-            file.seek(0)
-            keys, members = index(file, f"{where}: {path}") if num_bytes else ([], [])
-        if not keys:
+    columns = functools.partial(_columns, source)
+    shards: list[Shard] = []
+    for path in expand(source.path, where):
+        file, damage = _plain(path, cache_folder, where)
+        indexed = FORMATS[source.format](file, columns) if file.num_bytes else Indexed([])
+        damage = damage or indexed.damage
+        if damage and not tolerant:
+            raise ValueError(f"{where}: {path} {damage}")
+        rest = [DamagedRest(path, file.num_bytes, f"the file {damage}")] if damage else []
+        if not indexed.shards and not rest:
             raise ValueError(f"{where}: {path} is empty; remove the file, or write samples into it")
-        shards.append(Shard(path, num_bytes, keys, members))
+        shards += [*indexed.shards, *rest]
     return shards
 
 
-def _expand(path: str, where: str) -> list[str]:
+def check_names(source: DataSource, shards: list[Shard], where: str) -> None:
+    """Raise ValueError when no sample has what the task of ``source`` needs, as far as a few samples or a schema tell."""
+    names = _names_seen(shards)
+    if names:
+        check_fields(source, names, where)
+
+
+def _plain(path: str, cache_folder: str, where: str) -> tuple[File, str]:
+    """The file ``path``, unpacked where needed, and what was wrong with it then."""
+    data, damage = path, ""
+    if compression_of(path):
+        data, damage = unpacked(path, cache_folder, where)
+    with fsspec.open(path, "rb") as opened:
+        return File(path, data, opened.seek(0, 2)), damage
+
+
+def _columns(source: DataSource, names: list[str]) -> list[str]:
+    """Columns that hold the fields of the source's task."""
+    fields = {"image", *(field for way in TASK_FIELDS[source.task] for field in way)}
+    wanted = [name for field in fields for name in names_of(field, source.keys)]
+    heads = {name for path in wanted for name in (path, *(head for head, _ in dotted(path)))}
+    return [name for name in names if name in heads]
+
+
+def _names_seen(shards: list[Shard]) -> set[str]:
+    """All names that some samples have, spread over the shards; none where these are bad."""
+    reader = Reader(shards)
+    names: set[str] = set()
+    probed = range(0, len(shards), -(-len(shards) // NUM_PROBED))
+    for number in probed:
+        shard = shards[number]
+        names.update(shard.names)
+        count = 0 if shard.names else min(shard.num_samples, NUM_PROBED // len(probed))
+        for sample in range(count):
+            try:
+                names |= Fields(reader.read(number, sample), {}).names
+            except BadSample:
+                continue
+    return names
+
+
+def expand(path: str, where: str) -> list[str]:
     """Files that ``path`` names, sorted. A path that exists is taken as it is, whatever characters it holds."""
     try:
         filesystem, pattern = url_to_fs(path)
@@ -75,64 +110,31 @@ def _expand(path: str, where: str) -> list[str]:
     return [filesystem.unstrip_protocol(name) for name in files] if "://" in path else files
 
 
-def _index_tar(file: Any, where: str) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
-    """Members grouped by key: the path up to the first dot of the file name (WebDataset layout)."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, extension = name.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    extent = (member.offset_data, member.size)
-                    samples.setdefault(key, {})[extension.lower()] = extent
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{where} cannot be read as a tar file ({error}); "
-            "write it again, uncompressed, or correct format"
-        ) from error
-    file.seek(end)
-    # tarfile takes a header that breaks off for the end; a whole archive ends with a block of zeros.
-    if file.read(BLOCK) != bytes(BLOCK):
-        raise ValueError(f"{where} breaks off after byte {end}; copy or write it again")
-    return list(samples), list(samples.values())
-
-
-def _index_lines(file: Any, where: str) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
-    """One sample per line that is not blank; its key is the line's number, from 1."""
-    keys, members, offset = [], [], 0
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            keys.append(f"line {number}")
-            members.append({"json": (offset, len(line))})
-        offset += len(line)
-    return keys, members
-
-
 class Reader:
     """Fetches samples of one source by shard and number. Not shared between processes: they would share file positions."""
 
     def __init__(self, shards: list[Shard]) -> None:
         self._shards = shards
-        self._files: OrderedDict[int, Any] = OrderedDict()
+        self._files: OrderedDict[int, OpenShard] = OrderedDict()
 
     def read(self, shard: int, sample: int) -> Sample:
+        """Raises BadSample: it cannot be read."""
         at = self._shards[shard]
-        file = self._open(shard)
-        members = {}
-        for extension, (offset, length) in at.members[sample].items():
-            file.seek(offset)
-            members[extension] = file.read(length)
-        return Sample(at.path, at.keys[sample], members)
+        key = at.key(sample)
+        try:
+            return Sample(at.path, key, self._open(shard).read(sample))
+        except BadSample as error:
+            raise error.at(at.path, key) from error.__cause__
+        except (OSError, ValueError) as error:
+            raise BadSample("unreadable", f"it cannot be read ({error})").at(
+                at.path, key
+            ) from error
 
-    def _open(self, shard: int) -> Any:
+    def _open(self, shard: int) -> OpenShard:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        if len(self._files) >= MAX_OPEN_SHARDS:
+        if len(self._files) >= self._shards[shard].max_open:
             self._files.popitem(last=False)[1].close()
-        self._files[shard] = fsspec.open(self._shards[shard].path, "rb").open()
+        self._files[shard] = self._shards[shard].open()
         return self._files[shard]

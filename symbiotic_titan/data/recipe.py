@@ -1,12 +1,15 @@
 """From config to LaneRecipe: index the shards, work out the sizes, refuse what cannot work. Runs once, before training."""
 
-from symbiotic_titan.config.data import Data, DataSource, Latents
+from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.lanes import LaneRecipe
-from symbiotic_titan.data.latents import build_codec
+from symbiotic_titan.data.latent_cache import cached_sources
+from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.packing import RowBuilder, RowSize
-from symbiotic_titan.data.readers import index_source
-from symbiotic_titan.data.samples import IMAGE_DOCUMENT_OVERHEAD, DocumentMaker
+from symbiotic_titan.data.readers import check_names, index_source
+from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.positions import RotaryLayout
@@ -38,32 +41,51 @@ def build_recipe(
                 f"{seq_len}; lower it, or set 0 for as many as fit"
             )
     size = RowSize(seq_len, config.max_vit_tokens or seq_len, config.max_vae_tokens or seq_len)
-    _check_images_fit(config, sources, geometry, size)
+    overhead = image_document_overhead(tokenizer)
+    _check_images_fit(config, sources, geometry, size, overhead)
+    if latents.cache and any(source.task == "interleaved" for source in sources):
+        raise ValueError(
+            "latents.cache: holds one image of a sample, and samples of the task interleaved may have several; encode while "
+            "training, or remove these sources"
+        )
+    images = GeneratedImages(config, latents, geometry, sources)
+    rows = cached_sources(rows, config, latents, geometry, table)
     return LaneRecipe(
         config=config,
-        sources=sources,
-        shards=[index_source(s, f"{table} #{i} ({s.name})") for i, s in rows],
+        sources=[source for _, source in rows],
+        shards=[indexed(config, s, f"{table} #{i} ({s.name})") for i, s in rows],
         num_lanes=config.num_lanes or global_batch_size,
+        tokenizer=tokenizer.fingerprint,
         size=size,
-        maker=DocumentMaker(config, geometry, build_codec(latents, geometry), tokenizer, seq_len),
-        builder=RowBuilder(size, geometry, rotary_layout, tokenizer.special),
+        maker=DocumentMaker(config, geometry, images, tokenizer, seq_len),
+        builder=RowBuilder(size, geometry, rotary_layout, tokenizer.special, images.form),
     )
 
 
+def indexed(config: Data, source: DataSource, where: str) -> list[Shard]:
+    """The shards of ``source``, and a look at whether its samples have what its task needs."""
+    tolerant = source.bad_samples_of(config) == "skip"
+    shards = index_source(source, where, cache_folder=config.cache_folder, tolerant=tolerant)
+    check_names(source, shards, where)
+    return shards
+
+
 def _check_images_fit(
-    config: Data, sources: list[DataSource], geometry: ImageGeometry, size: RowSize
+    config: Data, sources: list[DataSource], geometry: ImageGeometry, size: RowSize, overhead: int
 ) -> None:
     tasks = {source.task for source in sources}
-    if "mmu" in tasks:
+    if tasks & {"mmu", "interleaved"}:
         num_tokens = config.vit_pixels // geometry.vit_token_pixels**2
-        # A question and an answer of one token each.
-        _check_image("vit", config.vit_pixels, geometry.vit_token_pixels, num_tokens, 2, size)
-    if tasks & {"t2i", "t2i_long"}:
+        num_text = overhead + 2  # a question and an answer of one token each
+        _check_image(
+            "vit", config.vit_pixels, geometry.vit_token_pixels, num_tokens, num_text, size
+        )
+    if tasks & {"t2i", "t2i_long", "interleaved"}:
         step = geometry.vae_token_pixels
         buckets = aspect_buckets(config.vae_pixels, step, config.max_aspect)
         num_tokens = max((h * w // step**2 for h, w in buckets), default=0)
-        # A caption of one token.
-        _check_image("vae", config.vae_pixels, step, num_tokens, 1, size)
+        num_text = overhead + 1  # a caption of one token
+        _check_image("vae", config.vae_pixels, step, num_tokens, num_text, size)
 
 
 def _check_image(
@@ -74,7 +96,7 @@ def _check_image(
         raise ValueError(
             f"data.{kind}_pixels: {pixels} pixels hold no token of {step} x {step}; set at least {step**2}"
         )
-    needed = num_tokens + num_text + IMAGE_DOCUMENT_OVERHEAD
+    needed = num_tokens + num_text
     if size.num_tokens < needed:
         raise ValueError(
             f"training.seq_len: {size.num_tokens} is too short for one image of {num_tokens} tokens + "

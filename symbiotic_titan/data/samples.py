@@ -1,48 +1,39 @@
-"""A sample's bytes -> documents made of segments. One function per task says what its documents look like.
+"""A sample -> documents made of segments. One function per task says what its documents look like.
 
-    lm         <bos> text <eos>
-    mmu        <bos> <user> <vit_start> [vit] <vit_end> question <assistant> ANSWER <eos>
-    t2i(_long) <bos> <user> CAPTION <assistant> <vae_start> [vae] <vae_end> <eos>
+    lm           <bos> text <eos>
+    mmu          <bos> <user> <vit_start> [vit] <vit_end> question <assistant> ANSWER <eos>
+    t2i(_long)   <bos> <user> CAPTION <assistant> <vae_start> [vae] <vae_end> <eos>
+    interleaved  <bos> TEXT <vit_start> [vit] <vit_end> TEXT <vae_start> [vae] <vae_end> <eos>, or turns of a conversation
 
-Trained as next tokens: all of lm behind <bos>; ANSWER and its <eos>; CAPTION, <vae_start> and <eos>. The tokens of an image
-are never anyone's next token: the label there is ignored.
+All but t2i may also be conversations of several turns: what the assistant says, and what ends its turns, is trained as next
+tokens, nothing else. <user>, <assistant> and the <eos> of a turn stand for what the tokenizer puts around turns (``turn``,
+``separator``). Otherwise trained are: all of lm behind <bos>; ANSWER and its <eos>; CAPTION, <vae_start> and <eos>; TEXT,
+<vae_start> and <eos>. The tokens of an image are never anyone's next token: the label there is ignored.
 """
 
-import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
-from symbiotic_titan.data.images import (
-    DECODE_ERRORS,
-    IMAGE_EXTENSIONS,
-    aspect_buckets,
-    decode_image,
-    nearest_bucket,
-    resize_and_crop,
-    vit_patches,
-)
-from symbiotic_titan.data.latents import PixelCodec
+from symbiotic_titan.data.conversations import Picture, Piece, Speech, segments_of, speeches_of
+from symbiotic_titan.data.fields import BadSample, Fields, Sample, way_of
+from symbiotic_titan.data.images import DECODE_ERRORS, ImageSizeError, decode_image, vit_patches
+from symbiotic_titan.data.latents import CACHED_EXTENSION, GeneratedImages
 from symbiotic_titan.data.order import hash_fraction
-from symbiotic_titan.data.readers import Sample
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import TASK_NAMES
 
-# Tokens of a document with one image, besides the image and the text.
-IMAGE_DOCUMENT_OVERHEAD = 6
 
-
-class BadSample(Exception):
-    """A sample that cannot be used. What happens then is the policy of the caller."""
-
-    def __init__(self, sample: Sample, reason: str) -> None:
-        super().__init__(f"{sample.shard}: sample {sample.key!r}: {reason}")
-        self.reason = reason
+def image_document_overhead(tokenizer: Tokenizer) -> int:
+    """Tokens of a document with one image, besides the image and the text: <bos>, two turns, begin and end of the image."""
+    user, assistant = tokenizer.turn("user"), tokenizer.turn("assistant")
+    around_text = sum(len(ids) for ids in (*user, tokenizer.separator, *assistant))
+    return 1 + around_text + 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ class VitSegment:
 
 @dataclass(frozen=True)
 class VaeSegment:
-    """An image to be generated: (L, Z) clean latents, ``rows`` x ``columns`` tokens."""
+    """An image to be generated: (L, Z) clean latents, or pixels that become latents, of ``rows`` x ``columns`` tokens."""
 
     latents: torch.Tensor
     rows: int
@@ -76,10 +67,11 @@ Segment = TextSegment | VitSegment | VaeSegment
 
 @dataclass(frozen=True)
 class Document:
-    """Segments that attend to each other; ``task`` indexes TASK_NAMES."""
+    """Segments that attend to each other; ``task`` indexes TASK_NAMES. ``truncated``: its text went on."""
 
     task: int
     segments: tuple[Segment, ...]
+    truncated: bool = False
 
     @cached_property
     def num_vit_tokens(self) -> int:
@@ -96,24 +88,23 @@ class Document:
 
 
 class DocumentMaker:
-    """Turns samples into documents of at most ``seq_len`` tokens."""
+    """Turns samples into documents that fit a row of ``seq_len`` tokens."""
 
     def __init__(
         self,
         config: Data,
         geometry: ImageGeometry,
-        codec: PixelCodec,
+        images: GeneratedImages,
         tokenizer: Tokenizer,
         seq_len: int,
     ) -> None:
         self._config = config
         self._geometry = geometry
-        self._codec = codec
+        self._images = images
         self._tokenizer = tokenizer
         self._seq_len = seq_len
-        self._buckets = aspect_buckets(
-            config.vae_pixels, geometry.vae_token_pixels, config.max_aspect
-        )
+        self._max_vit_tokens = config.max_vit_tokens or seq_len
+        self._max_vae_tokens = config.max_vae_tokens or seq_len
 
     def make(self, source: DataSource, sample: Sample, index: int) -> list[Document]:
         """Documents of ``sample``, which is number ``index`` of its source's endless sequence.
@@ -121,105 +112,187 @@ class DocumentMaker:
         Raises:
             BadSample: an image is damaged, a field is missing or of the wrong type, or the document is longer than a row.
         """
-        make = {"lm": self._lm, "mmu": self._mmu, "t2i": self._t2i, "t2i_long": self._t2i}
-        segment_lists = make[source.task](source, sample, index)
-        documents = [Document(TASK_NAMES.index(source.task), tuple(s)) for s in segment_lists]
-        for document in documents:
-            if document.num_tokens > self._seq_len:
-                raise BadSample(
-                    sample,
-                    f"it needs {document.num_tokens} tokens, a row holds {self._seq_len} "
-                    "(training.seq_len)",
-                )
-        return documents
+        task = TASK_NAMES.index(source.task)
+        try:
+            fields = Fields(sample, source.keys)
+            documents = [Document(task, tuple(s)) for s in self._segments(source, fields, index)]
+            cuts = source.too_long_of(self._config) == "truncate"
+            return [self._fitted(document, cuts) for document in documents]
+        except BadSample as error:
+            raise error.at(sample.shard, sample.key) from error.__cause__
 
-    def _lm(self, source: DataSource, sample: Sample, index: int) -> list[list[Segment]]:
+    def _segments(self, source: DataSource, fields: Fields, index: int) -> list[list[Segment]]:
+        shape = way_of(source, fields)[-1]
+        if shape == "text":
+            return self._lm(fields)
+        if shape == "answer":
+            return [self._conversation(source, _question_and_answer(fields))]
+        if shape == "caption":
+            return [self._t2i(source, fields, index)]
+        if shape == "segments":
+            return [self._interleaved(fields)]
+        speeches = speeches_of(fields, shape, has_images=source.task != "lm")
+        return [self._conversation(source, speeches)]
+
+    def _lm(self, fields: Fields) -> list[list[Segment]]:
         """Chunks of a row's length; every chunk starts with <bos>, the last one ends with <eos>."""
         special, size = self._tokenizer.special, self._seq_len - 1
-        ids = [*self._tokenizer.encode(_text(sample, _fields(sample), "text")), special.eos]
+        ids = [*self._tokenizer.encode(fields.text("text")), special.eos]
         return [
             [TextSegment([special.bos]), TextSegment(ids[start : start + size], trained=True)]
             for start in range(0, len(ids), size)
         ]
 
-    def _mmu(self, source: DataSource, sample: Sample, index: int) -> list[list[Segment]]:
-        special, fields = self._tokenizer.special, _fields(sample)
-        question = self._tokenizer.encode(_text(sample, fields, "question"))
-        answer = self._tokenizer.encode(_text(sample, fields, "answer"))
-        image = VitSegment(*vit_patches(_image(sample), self._config.vit_pixels, self._geometry))
-        return [
-            [
-                TextSegment([special.bos, special.user, special.vit_start]),
-                image,
-                TextSegment([special.vit_end, *question, special.assistant]),
-                TextSegment([*answer, special.eos], trained=True),
-            ]
-        ]
-
-    def _t2i(self, source: DataSource, sample: Sample, index: int) -> list[list[Segment]]:
-        special = self._tokenizer.special
-        caption = self._tokenizer.encode(_text(sample, _fields(sample), "caption"))
+    def _t2i(self, source: DataSource, fields: Fields, index: int) -> list[Segment]:
+        special, tokenizer = self._tokenizer.special, self._tokenizer
+        user, assistant = tokenizer.turn("user"), tokenizer.turn("assistant")
+        caption = tokenizer.encode(fields.text("caption"))
         if self._drops_condition(source, index):
             caption = []
         return [
-            [
-                TextSegment([special.bos, special.user]),
-                TextSegment(caption, trained=True),
-                TextSegment([special.assistant]),
-                TextSegment([special.vae_start], trained=True),
-                self._latents(_image(sample)),
-                TextSegment([special.vae_end]),
-                TextSegment([special.eos], trained=True),
-            ]
+            TextSegment([special.bos, *user.prefix]),
+            TextSegment(caption, trained=True),
+            TextSegment([*user.suffix, *tokenizer.separator, *assistant.prefix]),
+            TextSegment([special.vae_start], trained=True),
+            self._cached(fields) if self._images.is_cached else self._generated(fields.image()),
+            TextSegment([special.vae_end]),
+            TextSegment(assistant.suffix, trained=True),
         ]
+
+    def _conversation(self, source: DataSource, speeches: list[Speech]) -> list[Segment]:
+        segments: list[Segment] = [TextSegment([self._tokenizer.special.bos])]
+        for number, speech in enumerate(speeches):
+            try:
+                turn = self._tokenizer.turn(speech.role)
+            except ValueError as error:
+                raise BadSample("conversation", str(error)) from error
+            before = [*(self._tokenizer.separator if number else []), *turn.prefix]
+            segments.append(TextSegment(before))
+            for piece in speech.pieces:
+                if source.task == "mmu" and isinstance(piece, Picture) and piece.generated:
+                    raise BadSample(
+                        "conversation",
+                        "the assistant gives an image; that needs the task interleaved",
+                    )
+                segments += self._piece(piece, speech.trained)
+            segments.append(TextSegment(turn.suffix, speech.trained))
+        return segments
+
+    def _interleaved(self, fields: Fields) -> list[Segment]:
+        special = self._tokenizer.special
+        pieces = [s for piece in segments_of(fields) for s in self._piece(piece, trained=True)]
+        return [TextSegment([special.bos]), *pieces, TextSegment([special.eos], trained=True)]
+
+    def _piece(self, piece: Piece, trained: bool) -> Iterator[Segment]:
+        """Text, or an image between its two marks; only the start of an image to be generated is ever trained."""
+        special = self._tokenizer.special
+        if isinstance(piece, str):
+            yield TextSegment(self._tokenizer.encode(piece), trained)
+        elif piece.generated:
+            yield TextSegment([special.vae_start], trained)
+            yield self._generated(piece.data)
+            yield TextSegment([special.vae_end])
+        else:
+            image = _decoded(piece.data, self._config.max_image_pixels)
+            yield TextSegment([special.vit_start])
+            yield VitSegment(*vit_patches(image, self._config.vit_pixels, self._geometry))
+            yield TextSegment([special.vit_end])
 
     def _drops_condition(self, source: DataSource, index: int) -> bool:
         """Another decision in every epoch, and the same one whenever this sample is read again."""
         fraction = hash_fraction(self._config.seed, source.name, "condition", index)
         return fraction < self._config.condition_dropout
 
-    def _latents(self, image: Image.Image) -> VaeSegment:
-        height, width = nearest_bucket(image.height, image.width, self._buckets)
-        step = self._geometry.vae_token_pixels
-        latents_LZ = self._codec.encode(resize_and_crop(image, height, width))
-        return VaeSegment(latents_LZ, height // step, width // step)
+    def _generated(self, data: bytes) -> VaeSegment:
+        tokens = self._images.from_image(_decoded(data, self._config.max_image_pixels))
+        return VaeSegment(tokens.values, tokens.rows, tokens.columns)
 
-
-def _image(sample: Sample) -> Image.Image:
-    for extension in IMAGE_EXTENSIONS:
-        if extension in sample.members:
-            try:
-                return decode_image(sample.members[extension])
-            except DECODE_ERRORS as error:
-                raise BadSample(sample, f"its .{extension} cannot be decoded ({error})") from error
-    expected = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
-    raise BadSample(sample, f"it has no image (one of {expected})")
-
-
-def _fields(sample: Sample) -> dict[str, Any]:
-    """The JSON object of ``sample``; a plain .txt counts as its caption."""
-    if "json" not in sample.members:
-        if "txt" not in sample.members:
-            raise BadSample(sample, "it has neither .json nor .txt")
+    def _cached(self, fields: Fields) -> VaeSegment:
+        data = fields.sample.members.get(CACHED_EXTENSION)
+        if data is None:
+            raise BadSample(
+                "missing", "it has no latents: its image was bad when the cache was made"
+            )
         try:
-            return {"caption": sample.members["txt"].decode("utf-8")}
-        except UnicodeDecodeError as error:
-            raise BadSample(sample, f"its .txt is not UTF-8 ({error})") from error
+            tokens = self._images.from_cache(data)
+        except ValueError as error:
+            raise BadSample("image", str(error)) from error
+        return VaeSegment(tokens.values, tokens.rows, tokens.columns)
+
+    def _fitted(self, document: Document, cuts: bool) -> Document:
+        """``document``, or with ``cuts`` as much of it as a row holds; raises BadSample when nothing to train is left."""
+        if self._fits(document):
+            return document
+        if cuts:
+            cut = _truncated(document, self._seq_len)
+            if self._fits(cut) and _has_lesson(cut):
+                return cut
+        raise BadSample(
+            "too_long",
+            f"it needs {document.num_tokens} tokens, a row holds {self._seq_len} (training.seq_len)"
+            if document.num_tokens > self._seq_len
+            else f"its images need {document.num_vit_tokens} ViT and {document.num_vae_tokens} latent tokens, a row holds "
+            f"{self._max_vit_tokens} and {self._max_vae_tokens} (data.max_vit_tokens, data.max_vae_tokens)",
+        )
+
+    def _fits(self, document: Document) -> bool:
+        return (
+            document.num_tokens <= self._seq_len
+            and document.num_vit_tokens <= self._max_vit_tokens
+            and document.num_vae_tokens <= self._max_vae_tokens
+        )
+
+
+def _question_and_answer(fields: Fields) -> list[Speech]:
+    """The images before the question, then the answer."""
+    question, answer = fields.text("question"), fields.text("answer")
+    pictures = [Picture(data, generated=False) for data in fields.some_images()]
+    return [Speech("user", [*pictures, question]), Speech("assistant", [answer])]
+
+
+def _truncated(document: Document, seq_len: int) -> Document:
+    """``document`` without the end of its caption, or else without its own end. An image is kept whole or not at all."""
+    if TASK_NAMES[document.task] in ("t2i", "t2i_long"):
+        before, caption, *behind = document.segments
+        assert isinstance(caption, TextSegment)
+        length = max(0, len(caption.ids) - (document.num_tokens - seq_len))
+        caption = replace(caption, ids=caption.ids[:length])
+        return Document(document.task, (before, caption, *behind), truncated=True)
+    kept: list[Segment] = []
+    room = seq_len
+    for segment in document.segments:
+        if isinstance(segment, TextSegment):
+            segment = replace(segment, ids=segment.ids[:room])
+            room -= len(segment.ids)
+        elif segment.rows * segment.columns > room:
+            kept.pop()  # the mark of the image's start
+            break
+        else:
+            room -= segment.rows * segment.columns
+        kept.append(segment)
+    return Document(document.task, tuple(kept), truncated=True)
+
+
+def _has_lesson(document: Document) -> bool:
+    """Whether anything in ``document`` is trained."""
+    return any(
+        isinstance(s, VaeSegment) or (isinstance(s, TextSegment) and s.trained and s.ids)
+        for s in document.segments
+    )
+
+
+def image_of(source: DataSource, sample: Sample, max_pixels: int) -> Image.Image:
+    """The one image of ``sample``, upright and RGB; raises BadSample."""
     try:
-        value = json.loads(sample.members["json"])
-    except (ValueError, RecursionError) as error:
-        raise BadSample(sample, f"its JSON cannot be parsed ({error})") from error
-    if not isinstance(value, dict):
-        raise BadSample(sample, f"its JSON must be an object, got {type(value).__name__}")
-    return value
+        return _decoded(Fields(sample, source.keys).image(), max_pixels)
+    except BadSample as error:
+        raise error.at(sample.shard, sample.key) from error.__cause__
 
 
-def _text(sample: Sample, fields: dict[str, Any], key: str) -> str:
-    if key not in fields:
-        raise BadSample(sample, f"{key!r} is missing")
-    value = fields[key]
-    if not isinstance(value, str):
-        raise BadSample(sample, f"{key!r} must be a string, got {value!r:.80}")
-    if not value.strip():
-        raise BadSample(sample, f"{key!r} is empty")
-    return value
+def _decoded(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        return decode_image(data, max_pixels)
+    except ImageSizeError as error:
+        raise BadSample("image_size", f"its image has the wrong size ({error})") from error
+    except DECODE_ERRORS as error:
+        raise BadSample("image", f"its image cannot be decoded ({error})") from error

@@ -1,32 +1,86 @@
 """Text to token ids and back."""
 
-from typing import Protocol
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any, NamedTuple, Protocol
 
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from symbiotic_titan.sequence.vocabulary import SPECIAL_TOKENS, SpecialTokens
+from symbiotic_titan.config.tokenizer import FAMILIES, Marks
+from symbiotic_titan.config.tokenizer import Tokenizer as TokenizerSection
+from symbiotic_titan.data.vocabulary_files import (
+    Vocabulary,
+    declared_tokens,
+    find_file,
+    open_vocabulary,
+)
+from symbiotic_titan.sequence.vocabulary import SpecialTokens
 
 NUM_BYTES = 256
 
+# Special tokens of the bytes, in the order of their ids.
+BYTE_SPECIALS = (
+    *("<pad>", "<bos>", "<eos>", "<user>", "<assistant>"),
+    *("<vit_start>", "<vit>", "<vit_end>", "<vae_start>", "<vae>", "<vae_end>"),
+)
+
+
+class Turn(NamedTuple):
+    """Ids before and behind the text of a turn. ``suffix`` ends the turn: the assistant's is trained like its text."""
+
+    prefix: list[int]
+    suffix: list[int]
+
 
 class Tokenizer(Protocol):
-    """What the data chain needs of a tokenizer; ``encode`` adds no special tokens."""
+    """What the data chain needs of a tokenizer. Special tokens never come out of ``encode``, whatever the text says.
+
+    A conversation is ``special.bos``, then the turns one behind another with ``separator`` between them. ``special_ids`` names
+    every special token, also those of turns; ``fingerprint`` changes where an id of some text or turn may.
+    """
 
     special: SpecialTokens
+    special_ids: dict[str, int]
+    separator: list[int]
+    fingerprint: str
+    vocab_size: int
 
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def turn(self, role: str) -> Turn: ...
+
+
+def _turn(turns: Mapping[str, Turn], role: str) -> Turn:
+    if role not in turns:
+        raise ValueError(
+            f"role {role!r} has no turn; known: {', '.join(turns)}; another can be given in [tokenizer.turns]"
+        )
+    return turns[role]
+
 
 class ByteTokenizer(BaseTokenizer):
     """One token per UTF-8 byte, then the special tokens: no files, any text."""
 
+    fingerprint = "bytes"
+
     def __init__(self) -> None:
         super().__init__()
-        self.special = SpecialTokens.after(NUM_BYTES)
-        self.eos_id = self.special.eos
-        self.vocab_size = NUM_BYTES + len(SPECIAL_TOKENS)
+        self.special_ids = {token: NUM_BYTES + i for i, token in enumerate(BYTE_SPECIALS)}
+        pad, bos, eos, user, assistant, *image = self.special_ids.values()
+        self.special = SpecialTokens(pad, bos, eos, *image)
+        self.separator: list[int] = []
+        self.eos_id = eos
+        self.vocab_size = NUM_BYTES + len(BYTE_SPECIALS)
+        self.added: list[str] = []
+        self._turns = {
+            "system": Turn([], []),
+            "user": Turn([user], []),
+            "assistant": Turn([assistant], [eos]),
+        }
 
     def encode(self, text: str) -> list[int]:
         """Ids of the bytes of ``text``. A lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
@@ -36,5 +90,126 @@ class ByteTokenizer(BaseTokenizer):
         """Text of ``ids``; special tokens are left out, bytes that form no character become U+FFFD."""
         return bytes(i for i in ids if i < NUM_BYTES).decode("utf-8", errors="replace")
 
+    def turn(self, role: str) -> Turn:
+        """Raises ValueError where ``role`` is none of system, user, assistant."""
+        return _turn(self._turns, role)
+
     def get_vocab_size(self) -> int:
         return self.vocab_size
+
+
+class FileTokenizer(BaseTokenizer):
+    """A vocabulary file, and behind its ids the special tokens that it lacks.
+
+    Made of the file's content, not of its path: so it travels to worker processes, and they cannot read another file.
+    """
+
+    def __init__(self, section: TokenizerSection, data: bytes, declared: Mapping[str, str]) -> None:
+        super().__init__()
+        self._made_of = (section, data, declared)
+        self._file = open_vocabulary(section, data, declared)
+        marks = section.marks(_family(section, self._file))
+        self.added = [token for token in marks.tokens if self._file.id_of(token) is None]
+        self.vocab_size = self._file.size + len(self.added)
+        self.special_ids = self._file.special | {
+            token: self._id_of(token) for token in marks.tokens
+        }
+        self._spelled = {i: self._spell(token) for token, i in self.special_ids.items()}
+        self.special = SpecialTokens(**{r: self.special_ids[t] for r, t in marks.special.items()})
+        self.eos_id = self.special.eos
+        self.separator = self._encode_marked(marks.turn_separator)
+        self._turns = {
+            role: Turn(self._encode_marked(before), self._encode_marked(behind))
+            for role, (before, behind) in marks.turns.items()
+        }
+        self._check(marks)
+        layout = repr((self.special, sorted(self._turns.items()), self.separator))
+        content = sha256(data + layout.encode()).hexdigest()[:16]
+        self.fingerprint = f"{section.kind} {content}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileTokenizer, self._made_of
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, where a special token that is spelled out is text. A lone surrogate becomes a question mark."""
+        ids = self._file.encode(text.encode("utf-8", errors="replace").decode("utf-8"))
+        if self._spelled.keys().isdisjoint(ids):
+            return ids
+        return [part for i in ids for part in self._spelled.get(i, (i,))]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ``ids``; special tokens and ids of no token are left out."""
+        size = self._file.size
+        return self._file.decode([i for i in ids if i < size and i not in self._spelled])
+
+    def turn(self, role: str) -> Turn:
+        """Raises ValueError where nothing says how a turn of ``role`` looks."""
+        return _turn(self._turns, role)
+
+    def get_vocab_size(self) -> int:
+        return self.vocab_size
+
+    def _id_of(self, token: str) -> int:
+        own = self._file.id_of(token)
+        return self._file.size + self.added.index(token) if own is None else own
+
+    def _spell(self, token: str) -> list[int]:
+        """Ids of the characters of ``token``, for vocabularies that find it in a text although it is special."""
+        ids: list[int] = []
+        for character in token:
+            pieces = [self._file.id_of(f"<0x{byte:02X}>") for byte in character.encode()]
+            own = self._file.id_of(character)
+            if own is not None:
+                ids.append(own)
+            elif None not in pieces:
+                ids += [i for i in pieces if i is not None]
+            else:
+                ids += self._file.encode(character)
+        return ids
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """Ids of a string of the config, in which special tokens are meant."""
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+        ids: list[int] = []
+        for part in filter(None, parts):
+            ids += [self.special_ids[part]] if part in self.special_ids else self.encode(part)
+        return ids
+
+    def _check(self, marks: Marks) -> None:
+        for token in marks.tokens:
+            if self.special_ids[token] == self._file.unknown:
+                raise ValueError(
+                    f"tokenizer.special: {token!r} is what unknown characters become in this file; choose another "
+                    "token, one that the file lacks is added"
+                )
+        if not self._turns["assistant"].suffix:
+            raise ValueError(
+                "tokenizer.turns.assistant: no token stands behind its text; name the token that ends an answer, "
+                "or nothing would tell generation where to stop"
+            )
+
+
+def _family(section: TokenizerSection, file: Vocabulary) -> Marks:
+    """Defaults of the section's family. Where ours are as good as any, the file's own begin, end and padding go first."""
+    name = section.family
+    if name == "auto":
+        name = "plain" if file.id_of("<|im_start|>") is None else "qwen"
+    family = FAMILIES[name]
+    if name != "plain":
+        return family
+    declared = {r: token for r, token in file.declared.items() if file.id_of(token) != file.unknown}
+    return replace(family, special=family.special | declared)
+
+
+def open_tokenizer(section: TokenizerSection) -> ByteTokenizer | FileTokenizer:
+    """The tokenizer of [tokenizer].
+
+    Raises:
+        ValueError: the file is missing or no vocabulary, or its special tokens do not fit the section.
+    """
+    if section.kind == "bytes":
+        return ByteTokenizer()
+    file = find_file(section.kind, section.path)
+    declared = declared_tokens(file.parent) if section.kind == "huggingface" else {}
+    return FileTokenizer(section, file.read_bytes(), declared)

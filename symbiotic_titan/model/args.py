@@ -7,6 +7,7 @@ from typing import Literal, Protocol, get_type_hints
 from torch import nn
 from torchtitan.protocols.model import BaseModelArgs
 
+from symbiotic_titan.codecs.files import codec_info
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.model.flops import model_cost
@@ -15,9 +16,6 @@ from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import NUM_MODALITIES, modality_ids
 from symbiotic_titan.sequence.positions import RotaryLayout
-
-# Channels and stride of the latents that each codec makes.
-_CODECS = {"pixel": (3, 1)}
 
 
 class PartitionRow(Protocol):
@@ -292,7 +290,8 @@ class ModelArgs(BaseModelArgs):
             job_config.shielding.modalities, key="shielding.modalities"
         )
         self.shield_mode = job_config.shielding.mode
-        self.latent_channels, self.latent_stride = _CODECS[job_config.latents.codec]
+        codec = codec_info(job_config.latents)
+        self.latent_channels, self.latent_stride = codec.channels, codec.stride
         self.latent_patch = job_config.latents.patch
         self.attention_backend = job_config.model.attention_backend
         self.init_seed = job_config.debug.seed or 0

@@ -33,7 +33,8 @@ class PackedBatch:
     vit_image   (B, V*M) int64       span number of each patch's image; -1 where unused.
     vit_index   (B, V) int64         position in the row of each ViT token; T where unused.
 
-    latents     (B, L, Z) float32    clean latent patches x_0, flattened (channel, row, column).
+    latents     (B, L, Z) float32    clean latent patches x_0, flattened (channel, row, column). Between a loader and
+                                     ``codecs.batch`` uint8 instead: the pixels that an autoencoder makes them of.
     vae_coords  (B, L, 2) int64      (row, column) of each latent token in its image's token grid.
     vae_image   (B, L) int64         span number of each latent token's image; -1 where unused.
     vae_index   (B, L) int64         position in the row of each latent token; T where unused.

@@ -7,7 +7,7 @@ PADDING = 3
 MODALITY_NAMES = ("text", "vit", "vae")
 
 # A document's task; a padding token belongs to none.
-TASK_NAMES = ("lm", "mmu", "t2i", "t2i_long")
+TASK_NAMES = ("lm", "mmu", "t2i", "t2i_long", "interleaved")
 NO_TASK = -1
 
 # Label of a token that has no next-token loss (upstream uses the same value).

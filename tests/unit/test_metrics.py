@@ -55,7 +55,7 @@ def report(step):
         assignments=COUNTS,
         shield_scale=1.0,
         fill=1.0,
-        num_skipped=0,
+        skipped={"skipped": 0},
         tokens_seen=torch.tensor([1, 0, 1]),
     )
 

@@ -256,7 +256,7 @@ def validator_of(config, stops=()):
     rows, answers = labelled_rows(), iter(stops)
     validator = SymbioticValidator(config, HeldOutRows(rows, [0, 1, 2, 3]), loss_terms, Metrics())
     validator.connect(
-        device=torch.device("cpu"), autocast=nullcontext(),
+        to_device=lambda batch: batch, autocast=nullcontext(),
         sum_over_ranks=lambda values: values, stop_requested=lambda: next(answers, False),
     )  # fmt: skip
     return validator

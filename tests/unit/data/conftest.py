@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from symbiotic_titan.config.data import Data, Latents
+from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.latents import Latents
 from symbiotic_titan.data.demo.world import WorldSize, write_world
 from symbiotic_titan.data.loader import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer

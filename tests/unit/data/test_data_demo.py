@@ -24,7 +24,7 @@ def read_all(folder, form="webdataset"):
     path = f"{folder}/*.{'tar' if form == 'webdataset' else 'jsonl'}"
     shards = index_source(DataSource("s", "t2i", form, path), "s")
     reader = Reader(shards)
-    samples = [reader.read(i, k) for i, s in enumerate(shards) for k in range(len(s.keys))]
+    samples = [reader.read(i, k) for i, s in enumerate(shards) for k in range(s.num_samples)]
     return [(sample.members, json.loads(sample.members["json"])) for sample in samples]
 
 

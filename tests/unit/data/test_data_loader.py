@@ -215,7 +215,8 @@ def _children(pid):
 
 PROGRAM = """
 import sys
-from symbiotic_titan.config.data import Data, Latents
+from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.latents import Latents
 from symbiotic_titan.data.loader import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry

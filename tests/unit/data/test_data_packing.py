@@ -1,9 +1,10 @@
+from itertools import combinations
 from random import Random
 
 import pytest
 import torch
 
-from symbiotic_titan.data.packing import RowBuilder, RowSize, choose_documents
+from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize, fullest, longest_first
 from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment, VitSegment
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
@@ -46,21 +47,47 @@ def build(documents, size, layout="shared"):
     return RowBuilder(size, GEOMETRY, layout, SPECIAL).build(documents)
 
 
-def test_chosen_documents_fit_and_the_oldest_always_goes():
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS)
+def test_chosen_documents_fit_and_the_oldest_always_goes(packing):
     random = Random(0)
     for _ in range(300):
         waiting = [random_document(random) for _ in range(random.randint(1, 12))]
         size = RowSize(random.randint(40, 120), random.randint(40, 60), random.randint(40, 60))
-        chosen = choose_documents(waiting, size)
+        chosen = packing(waiting, size)
         assert chosen[0] == 0 and len(set(chosen)) == len(chosen)
         documents = [waiting[i] for i in chosen]
         assert sum(d.num_tokens for d in documents) <= size.num_tokens
         assert sum(d.num_vit_tokens for d in documents) <= size.num_vit_tokens
         assert sum(d.num_vae_tokens for d in documents) <= size.num_vae_tokens
+
+
+def test_longest_first_leaves_nothing_that_still_fits():
+    random = Random(3)
+    for _ in range(300):
+        waiting = [random_document(random) for _ in range(random.randint(1, 12))]
+        size = RowSize(random.randint(40, 120), random.randint(40, 60), random.randint(40, 60))
+        chosen = longest_first(waiting, size)
         left = size
-        for document in documents:
-            left = left.minus(document)
+        for i in chosen:
+            left = left.minus(waiting[i])
         assert not any(left.fits(d) for i, d in enumerate(waiting) if i not in chosen)
+
+
+def test_fullest_fills_a_row_as_far_as_any_choice_does():
+    """Against all subsets, where no limit on image tokens binds."""
+    random = Random(4)
+    better = 0
+    for _ in range(100):
+        waiting = [random_document(random) for _ in range(random.randint(1, 9))]
+        size = RowSize(random.randint(40, 120), 200, 200)
+        oldest, *lengths = [document.num_tokens for document in waiting]
+        subsets = (c for n in range(len(lengths) + 1) for c in combinations(lengths, n))
+        best = max(filled for c in subsets if (filled := oldest + sum(c)) <= size.num_tokens)
+        chosen = fullest(waiting, size)
+        assert sum(waiting[i].num_tokens for i in chosen) == best
+        assert chosen == sorted(chosen)
+        better += best > sum(waiting[i].num_tokens for i in longest_first(waiting, size))
+    assert better > 10
 
 
 def test_every_document_is_found_again_in_its_row_whole_and_alone():

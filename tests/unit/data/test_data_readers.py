@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from symbiotic_titan.config.data import DataSource
-from symbiotic_titan.data.readers import MAX_OPEN_SHARDS, Reader, index_source
+from symbiotic_titan.data.readers import Reader, index_source
 
 WHERE = "[[data.sources]] #1 (s)"
 
@@ -35,7 +35,7 @@ def test_members_are_grouped_by_the_path_up_to_the_first_dot(tmp_path):
     ]
     (tmp_path / "s.tar").write_bytes(tar_bytes(members))
     [shard] = index_source(source(tmp_path / "s.tar"), WHERE)
-    assert shard.keys == ["a/0", "b/0", long_name]
+    assert [shard.key(i) for i in range(shard.num_samples)] == ["a/0", "b/0", long_name]
     samples = [Reader([shard]).read(0, i) for i in range(3)]
     assert samples[0].members == {"png": b"picture", "json": b"{}"}
     assert samples[1].members == {"seg.png": b"other"}
@@ -46,7 +46,7 @@ def test_members_are_grouped_by_the_path_up_to_the_first_dot(tmp_path):
 def test_lines_are_samples_and_blank_ones_are_passed_over(tmp_path):
     (tmp_path / "t.jsonl").write_bytes('{"text": "ä"}\n\n  \n{"text": "b"}'.encode())
     [shard] = index_source(source(tmp_path / "t.jsonl", "jsonl"), WHERE)
-    assert shard.keys == ["line 1", "line 4"]
+    assert [shard.key(i) for i in range(shard.num_samples)] == ["line 1", "line 4"]
     texts = [json.loads(Reader([shard]).read(0, i).members["json"])["text"] for i in range(2)]
     assert texts == ["ä", "b"]
 
@@ -60,14 +60,14 @@ def test_shards_behind_a_url_are_read_like_local_ones():
 
 
 def test_reader_keeps_few_shards_open(tmp_path):
-    for i in range(MAX_OPEN_SHARDS + 3):
+    for i in range(11):
         (tmp_path / f"{i:02d}.jsonl").write_text(f'{{"text": "{i}"}}\n')
     shards = index_source(source(tmp_path / "*.jsonl", "jsonl"), WHERE)
     reader = Reader(shards)
     for _ in range(2):
         for i in range(len(shards)):
             assert json.loads(reader.read(i, 0).members["json"]) == {"text": str(i)}
-            assert len(reader._files) <= MAX_OPEN_SHARDS
+            assert len(reader._files) <= shards[0].max_open
 
 
 def check_message(path, form, message):

@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from symbiotic_titan.config.data import Data, DataSource, Latents
-from symbiotic_titan.data.latents import build_codec
+from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.readers import Sample
 from symbiotic_titan.data.samples import (
-    IMAGE_DOCUMENT_OVERHEAD,
     BadSample,
     DocumentMaker,
     TextSegment,
     VaeSegment,
     VitSegment,
+    image_document_overhead,
 )
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
@@ -24,6 +25,7 @@ GEOMETRY = ImageGeometry(
     vit_patch=4, vit_merge=2, vit_channels=3, latent_channels=3, latent_stride=1, latent_patch=4
 )
 S = ByteTokenizer().special
+[USER], [ASSISTANT] = (ByteTokenizer().turn(role).prefix for role in ("user", "assistant"))
 
 
 def png(height=32, width=32):
@@ -35,7 +37,11 @@ def png(height=32, width=32):
 def maker(seq_len=128, **config):
     settings = Data(**({"condition_dropout": 0.0} | config))
     return DocumentMaker(
-        settings, GEOMETRY, build_codec(Latents(), GEOMETRY), ByteTokenizer(), seq_len
+        settings,
+        GEOMETRY,
+        GeneratedImages(settings, Latents(), GEOMETRY, []),
+        ByteTokenizer(),
+        seq_len,
     )
 
 
@@ -80,14 +86,14 @@ def test_only_the_answer_is_trained_in_a_question_about_an_image():
     [document] = make("mmu", members)
     assert layout(document) == [
         (S.bos, False),
-        (S.user, False),
+        (USER, False),
         (S.vit_start, False),
         ("vit", False),
         ("vit", False),
         (S.vit_end, False),
         (ord("q"), False),
         (ord("?"), False),
-        (S.assistant, False),
+        (ASSISTANT, False),
         (ord("a"), True),
         (S.eos, True),
     ]
@@ -98,15 +104,15 @@ def test_caption_and_image_start_are_trained_in_generation(task):
     [document] = make(task, {"jpg": png(), "json": {"caption": "c"}}, vae_pixels=64)
     assert layout(document) == [
         (S.bos, False),
-        (S.user, False),
+        (USER, False),
         (ord("c"), True),
-        (S.assistant, False),
+        (ASSISTANT, False),
         (S.vae_start, True),
         *[("vae", False)] * 4,
         (S.vae_end, False),
         (S.eos, True),
     ]
-    assert document.num_tokens == 1 + 4 + IMAGE_DOCUMENT_OVERHEAD
+    assert document.num_tokens == 1 + 4 + image_document_overhead(ByteTokenizer())
 
 
 def test_plain_text_file_serves_as_caption():
@@ -125,7 +131,7 @@ def test_share_of_dropped_captions_is_as_configured_and_repeatable():
 
     def dropped(index, share, seed=0):
         [document] = make("t2i", members, index, condition_dropout=share, seed=seed, vae_pixels=16)
-        return document.num_tokens < 1 + IMAGE_DOCUMENT_OVERHEAD + 7
+        return document.num_tokens < 1 + image_document_overhead(ByteTokenizer()) + 7
 
     first = [dropped(i, 0.3) for i in range(1000)]
     assert 250 < sum(first) < 350
@@ -140,18 +146,31 @@ BAD = [
     ("lm", {"json": b"\xff\xfe{"}, "its JSON cannot be parsed"),
     ("lm", {"json": b"[" * 100_000}, "its JSON cannot be parsed"),
     ("lm", {"json": ["text"]}, "its JSON must be an object, got list"),
-    ("lm", {"json": {"txt": "a"}}, "'text' is missing"),
+    (
+        "lm",
+        {"json": {"tet": "a"}},
+        "its text is missing: there is no 'text' or 'txt' but json, tet",
+    ),
     ("lm", {"json": {"text": " \n"}}, "'text' is empty"),
-    ("mmu", {"json": {"question": "q", "answer": "a"}}, "it has no image (one of .png, .jpg,"),
-    ("mmu", {"png": png(), "json": {"question": "q"}}, "'answer' is missing"),
+    (
+        "mmu",
+        {"json": {"question": "q", "answer": "a"}},
+        "its image is missing: there is no 'png' or",
+    ),
+    (
+        "mmu",
+        {"png": png(), "json": {"question": "q"}},
+        "its answer is missing: there is no 'answer' but",
+    ),
     ("mmu", {"png": png(), "json": {"question": "q", "answer": ""}}, "'answer' is empty"),
-    ("mmu", {"png": png(), "json": {"question": None, "answer": "a"}}, "a string, got None"),
-    ("t2i", {"png": png()}, "it has neither .json nor .txt"),
-    ("t2i", {"png": png(), "txt": b"\xff"}, "its .txt is not UTF-8"),
+    ("mmu", {"png": png(), "json": {"question": None, "answer": "a"}}, "its question is missing"),
+    ("mmu", {"png": png(), "json": {"question": [], "answer": "a"}}, "a string, got []"),
+    ("t2i", {"png": png()}, "its caption is missing: there is no 'caption' or 'txt' but png"),
+    ("t2i", {"png": png(), "txt": b"\xff"}, "'caption' is not UTF-8"),
     ("t2i", {"png": png(), "json": {"caption": 7}}, "'caption' must be a string, got 7"),
-    ("t2i", {"png": b"", "json": {"caption": "c"}}, "its .png cannot be decoded"),
-    ("t2i", {"png": b"no picture", "json": {"caption": "c"}}, "its .png cannot be decoded"),
-    ("t2i", {"jpg": png()[:60], "json": {"caption": "c"}}, "its .jpg cannot be decoded"),
+    ("t2i", {"png": b"", "json": {"caption": "c"}}, "its image cannot be decoded"),
+    ("t2i", {"png": b"no picture", "json": {"caption": "c"}}, "its image cannot be decoded"),
+    ("t2i", {"jpg": png()[:60], "json": {"caption": "c"}}, "its image cannot be decoded"),
     (
         "t2i_long",
         {"png": png(), "json": {"caption": "c" * 100}},

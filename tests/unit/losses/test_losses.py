@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from symbiotic_titan.losses.terms import loss_terms, target_counts
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
-from symbiotic_titan.sequence.modality import IGNORE_INDEX
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, TASK_NAMES
 
 
 def random_batch(rows: int = 2, length: int = 12, slots: int = 5) -> PackedBatch:
@@ -40,7 +40,7 @@ def test_terms_equal_a_plain_loop():
     logits, velocity = torch.randn(2, 12, 7), torch.randn(2, 5, 3)
     target = torch.randn(2, 5, 3)
     terms = loss_terms(logits, velocity, target, batch)
-    text, flow = [0.0] * 4, [0.0] * 4
+    text, flow = [0.0] * len(TASK_NAMES), [0.0] * len(TASK_NAMES)
     for row in range(2):
         for t in range(12):
             if batch.labels[row, t] != IGNORE_INDEX:
@@ -51,7 +51,7 @@ def test_terms_equal_a_plain_loop():
             flow[2] += (velocity[row, slot] - target[row, slot]).square().mean().item()
     torch.testing.assert_close(terms.text_sum, torch.tensor(text), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(terms.flow_sum, torch.tensor(flow), rtol=1e-5, atol=1e-5)
-    assert terms.flow_count.tolist() == [0, 0, 6, 0]
+    assert terms.flow_count.tolist() == [0, 0, 6, 0, 0]
     assert terms.text_count.sum() == (batch.labels != IGNORE_INDEX).sum()
 
 

@@ -11,10 +11,10 @@ from tests.unit.losses.test_losses import random_batch
 def random_terms():
     generator = torch.Generator().manual_seed(0)
     return LossTerms(
-        text_sum=torch.rand(4, generator=generator) * 1e3,
-        text_count=torch.tensor([311.0, 0.0, 97.0, 3.0]),
-        flow_sum=torch.rand(4, generator=generator),
-        flow_count=torch.tensor([0.0, 0.0, 1021.0, 77.0]),
+        text_sum=torch.rand(len(TASK_NAMES), generator=generator) * 1e3,
+        text_count=torch.tensor([311.0, 0.0, 97.0, 3.0, 0.0]),
+        flow_sum=torch.rand(len(TASK_NAMES), generator=generator),
+        flow_count=torch.tensor([0.0, 0.0, 1021.0, 77.0, 0.0]),
     )
 
 
@@ -35,7 +35,7 @@ def test_means_are_sums_over_counts_and_empty_tasks_are_left_out():
 
 def test_without_a_generated_token_there_is_no_flow_loss():
     terms = random_terms()
-    zeros = torch.zeros(4)
+    zeros = torch.zeros(len(TASK_NAMES))
     names = mean_losses(LossTerms(terms.text_sum, terms.text_count, zeros, zeros))
     assert "text" in names and not [name for name in names if "flow" in name]
 
@@ -45,10 +45,10 @@ def test_correct_tokens_are_counted_by_task_where_there_is_a_label():
     logits = torch.nn.functional.one_hot(batch.labels.clamp(min=0), 7).float()
     logits[0, :3] = 0  # then the most likely token is 0
     logits[0, :3, 0] = 1
-    expected = [0.0] * 4
+    expected = [0.0] * len(TASK_NAMES)
     for row, place in (batch.labels != IGNORE_INDEX).nonzero().tolist():
         wrong = row == 0 and place < 3 and batch.labels[row, place] != 0
         expected[batch.task[row, place]] += not wrong
     assert correct_tokens(logits, batch).tolist() == expected
-    shares = accuracies(torch.tensor([1.0, 0, 3, 0]), torch.tensor([4.0, 0, 3, 0]))
+    shares = accuracies(torch.tensor([1.0, 0, 3, 0, 0]), torch.tensor([4.0, 0, 3, 0, 0]))
     assert shares == {"accuracy/lm": 0.25, "accuracy/t2i": 1.0}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from symbiotic_titan.config.latents import Latents
 from symbiotic_titan.model.args import VitArgs, one_pool, partition_groups
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import ExpertGroup
@@ -25,7 +26,7 @@ def config(partition=None, shared=True, modalities=("vae",), patch=8, seed=3, fl
         model=SimpleNamespace(flavor=flavor, attention_backend="flex"),
         experts=SimpleNamespace(partition=partition or {}, shared=shared, score_function=None),
         shielding=SimpleNamespace(modalities=list(modalities), mode="weights"),
-        latents=SimpleNamespace(codec="pixel", patch=patch),
+        latents=Latents(patch=patch),
         debug=SimpleNamespace(seed=seed),
     )
 

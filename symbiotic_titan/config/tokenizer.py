@@ -1,0 +1,157 @@
+"""[tokenizer]: how text becomes ids, and which tokens mark documents, images and the turns of a conversation."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from symbiotic_titan.config.rows import unknown_key_message
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Token strings around text and images: a family's defaults, or those with what the user set."""
+
+    special: dict[str, str]
+    """Role -> token. Roles are the fields of SpecialTokens."""
+
+    turn_tokens: tuple[str, ...]
+    """Further special tokens, for use in ``turns`` and ``turn_separator``."""
+
+    turns: dict[str, list[str]]
+    """Role of a speaker -> what stands before and behind the text of a turn; ``{eos}`` is the token of that role."""
+
+    turn_separator: str
+    """What stands between two turns."""
+
+    @property
+    def tokens(self) -> list[str]:
+        """Every special token once, in the order in which those that a file lacks get their ids."""
+        return list(dict.fromkeys((*self.special.values(), *self.turn_tokens)))
+
+
+# The names that the byte tokenizer gives its own tokens.
+PLAIN = Marks(
+    special={
+        "pad": "<pad>",
+        "bos": "<bos>",
+        "eos": "<eos>",
+        "vit_start": "<vit_start>",
+        "vit": "<vit>",
+        "vit_end": "<vit_end>",
+        "vae_start": "<vae_start>",
+        "vae": "<vae>",
+        "vae_end": "<vae_end>",
+    },
+    turn_tokens=("<user>", "<assistant>"),
+    turns={"system": ["", ""], "user": ["<user>", ""], "assistant": ["<assistant>", "{eos}"]},
+    turn_separator="",
+)
+
+# Qwen2.5, Qwen3 and their VL models, whose turns are ChatML. They have no token that begins a document: their pre-training
+# text follows an <|endoftext|>. They generate no images: those three tokens are ours.
+QWEN = Marks(
+    special={
+        "pad": "<|endoftext|>",
+        "bos": "<|endoftext|>",
+        "eos": "<|endoftext|>",
+        "vit_start": "<|vision_start|>",
+        "vit": "<|image_pad|>",
+        "vit_end": "<|vision_end|>",
+        "vae_start": "<|generation_start|>",
+        "vae": "<|generation_pad|>",
+        "vae_end": "<|generation_end|>",
+    },
+    turn_tokens=("<|im_start|>", "<|im_end|>"),
+    turns={
+        role: [f"<|im_start|>{role}\n", "<|im_end|>"] for role in ("system", "user", "assistant")
+    },
+    turn_separator="\n",
+)
+
+FAMILIES = {"plain": PLAIN, "qwen": QWEN}
+
+
+@dataclass
+class Tokenizer:
+    kind: Literal["bytes", "huggingface", "sentencepiece"] = "bytes"
+    """``bytes``: one token per byte, needs no file; ``huggingface``: a ``tokenizer.json``; ``sentencepiece``: a ``.model``"""
+
+    path: str = ""
+    """The file, or the folder that holds it. Nothing is downloaded."""
+
+    family: Literal["auto", "plain", "qwen"] = "auto"
+    """Whose special tokens and turns are the defaults: ``qwen`` (ChatML and <|vision_start|>), or ``plain`` (<user>, <vit_start>
+    and so on; begin, end and padding as the file declares them). ``auto``: qwen where the file has <|im_start|>, else plain."""
+
+    special: Annotated[dict[str, str], tyro.conf.Fixed] = field(default_factory=dict)
+    """[tokenizer.special]: role = "token", for roles whose token is not the family's: pad, bos, eos, vit_start, vit, vit_end,
+    vae_start, vae, vae_end. A token that the file lacks is added behind its vocabulary."""
+
+    turns: Annotated[dict[str, list[str]], tyro.conf.Fixed] = field(default_factory=dict)
+    """[tokenizer.turns]: role = ["before", "behind"], what stands around a turn of system, user, assistant or a role of yours.
+    Special tokens in it count as such, ``{eos}`` is the token of that role, the rest is text. What stands behind an assistant's
+    turn is trained with it. A chat template beside the file is not run: it does not say which of its tokens to train."""
+
+    turn_tokens: list[str] = field(default_factory=list)
+    """Further special tokens that ``turns`` uses; those that the file lacks are added behind its vocabulary."""
+
+    turn_separator: str | None = None
+    """What stands between two turns, never trained; None means the family's"""
+
+    def __post_init__(self) -> None:
+        if self.kind == "bytes":
+            for name in ("path", "family", "special", "turns", "turn_tokens", "turn_separator"):
+                if getattr(self, name) not in ("", "auto", {}, [], None):
+                    raise ValueError(
+                        f"tokenizer.{name}: has no effect with tokenizer.kind = 'bytes'; remove it, or set the kind to "
+                        "'huggingface' or 'sentencepiece'"
+                    )
+        elif not self.path:
+            raise ValueError(
+                f"tokenizer.path: empty; tokenizer.kind = {self.kind!r} needs a local file or folder"
+            )
+        for role in self.special:
+            if role not in PLAIN.special:
+                raise ValueError(
+                    unknown_key_message("tokenizer.special", role, list(PLAIN.special))
+                )
+        for role, strings in self.turns.items():
+            if len(strings) != 2:
+                raise ValueError(
+                    f"tokenizer.turns.{role}: must be two strings, what stands before and behind the text, got {strings!r}"
+                )
+        for token in (*self.special.values(), *self.turn_tokens):
+            if len(token) < 2:
+                raise ValueError(
+                    f"tokenizer: a special token must have at least two characters, got {token!r}"
+                )
+
+    def marks(self, family: Marks) -> Marks:
+        """``family`` with what the user set.
+
+        Raises:
+            ValueError: a token of images has two roles.
+        """
+        special = family.special | self.special
+        turns = {
+            role: [text.replace("{eos}", special["eos"]) for text in around]
+            for role, around in (family.turns | self.turns).items()
+        }
+        separator = family.turn_separator if self.turn_separator is None else self.turn_separator
+        strings = [separator, *(text for turn in turns.values() for text in turn)]
+        used = [token for token in family.turn_tokens if any(token in text for text in strings)]
+        _check_roles(special, [*used, *self.turn_tokens])
+        return Marks(special, (*used, *self.turn_tokens), turns, separator)
+
+
+def _check_roles(special: dict[str, str], turn_tokens: list[str]) -> None:
+    """Padding and the two ends of a document may share a token, also with turns; the tokens of images are theirs alone."""
+    for role, token in special.items():
+        others = [name for name, other in special.items() if other == token and name != role]
+        if token in turn_tokens:
+            others.append("turn_tokens")
+        if others and role not in ("pad", "bos", "eos"):
+            raise ValueError(
+                f"tokenizer.special.{role}: {token!r} serves {others[0]} as well; give it a token of its own"
+            )

@@ -1,0 +1,100 @@
+"""Parquet files. Each row group is a shard, so that the order reads one row group after the other and decodes it once.
+
+Nothing but a row group can be fetched from a Parquet file: a sample drawn from anywhere would cost the decoding of thousands.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from symbiotic_titan.data.fields import BadSample
+from symbiotic_titan.data.formats.shard import File, Indexed
+
+# Those of Arrow are OSError or ValueError too, except for features that it lacks.
+PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Row group ``number`` of a file, which begins at row ``first_row``; only ``columns`` are read."""
+
+    file: File
+    number: int
+    first_row: int
+    num_samples: int
+    columns: tuple[str, ...]
+    names: tuple[str, ...]
+    # Decoded row groups are large; lanes walk through one, at a shard's turn through two.
+    max_open: ClassVar[int] = 2
+
+    @property
+    def path(self) -> str:
+        return self.file.path
+
+    @property
+    def num_bytes(self) -> int:
+        return self.file.num_bytes
+
+    def key(self, sample: int) -> str:
+        return f"row {self.first_row + sample}"
+
+    def open(self) -> "OpenRowGroup":
+        return OpenRowGroup(self)
+
+
+class OpenRowGroup:
+    """A decoded row group."""
+
+    def __init__(self, shard: RowGroup) -> None:
+        self._names = shard.columns
+        try:
+            with fsspec.open(shard.file.data, "rb") as opened:
+                # No threads: this may run in a forked worker process.
+                table = pq.ParquetFile(
+                    opened, pre_buffer=False, page_checksum_verification=True
+                ).read_row_group(shard.number, columns=list(shard.columns), use_threads=False)
+        except PARQUET_ERRORS as error:
+            raise OSError(f"row group {shard.number} cannot be decoded ({error})") from error
+        self._columns = [table.column(name) for name in shard.columns]
+
+    def read(self, sample: int) -> dict[str, Any]:
+        try:
+            values = [column[sample].as_py() for column in self._columns]
+        except UnicodeDecodeError as error:
+            raise BadSample("encoding", f"its text is not UTF-8 ({error})") from error
+        return dict(zip(self._names, values, strict=True))
+
+    def close(self) -> None:
+        self._columns = []
+
+
+def index_parquet(file: File, columns: Callable[[list[str]], list[str]]) -> Indexed:
+    """Row groups, with those of all columns that ``columns`` chooses."""
+    try:
+        with fsspec.open(file.data, "rb") as opened:
+            parquet = pq.ParquetFile(opened, pre_buffer=False)
+            schema, metadata = parquet.schema_arrow, parquet.metadata
+            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    except PARQUET_ERRORS as error:
+        damage = f"cannot be read as a Parquet file ({error}); write it again, or correct format"
+        return Indexed([], damage)
+    chosen, names = tuple(columns(schema.names)), tuple(_names(schema))
+    starts = accumulate(sizes, initial=0)
+    groups = [
+        RowGroup(file, number, start, size, chosen, names)
+        for number, (start, size) in enumerate(zip(starts, sizes, strict=False))
+        if size
+    ]
+    return Indexed(list(groups))
+
+
+def _names(schema: pa.Schema) -> Iterator[str]:
+    for column in schema:
+        yield column.name
+        if pa.types.is_struct(column.type):
+            yield from (f"{column.name}.{inner.name}" for inner in column.type)

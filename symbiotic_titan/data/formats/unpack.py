@@ -1,0 +1,82 @@
+"""Compressed files -> plain ones in a cache folder. A compressed stream has no random access, and samples come in any order."""
+
+import lzma
+import os
+import tempfile
+import zlib
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.compression import compr
+from fsspec.core import url_to_fs
+
+# Ending of a file -> what fsspec calls its compression.
+COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+
+UNPACK_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+
+# Bytes that are unpacked at once.
+CHUNK = 2**20
+
+
+def compression_of(path: str) -> str | None:
+    """Compression that the name of ``path`` tells, or None."""
+    return next((name for end, name in COMPRESSIONS.items() if path.endswith(end)), None)
+
+
+def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
+    """(plain copy of the compressed file ``path`` in the cache, what is wrong with the rest of it or "").
+
+    The copy's name depends on the file's path, size and time, so that a changed file is unpacked anew. Processes that start
+    together may each unpack the file; the copies are equal and the last one stays.
+
+    Raises:
+        ValueError: there is no cache folder, or no library for the compression.
+    """
+    compression = compression_of(path)
+    if compression not in compr:
+        raise ValueError(
+            f"{where}: {path} is compressed as {compression}, for which a library is missing; "
+            f"install the package zstandard, or write the file with gzip"
+        )
+    if not cache_folder:
+        raise ValueError(
+            f"{where}: {path} is compressed, so that samples cannot be read from anywhere in it; set data.cache_folder "
+            "to a local folder with room for the unpacked shards, or unpack them yourself"
+        )
+    filesystem, name = url_to_fs(path)
+    version = sha256(f"{path}/{filesystem.ukey(name)}".encode()).hexdigest()[:16]
+    target = Path(cache_folder) / f"{version}-{Path(path).stem}"
+    damage = target.with_name(target.name + ".damage")
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _unpack(path, compression, target, damage)
+    return str(target), damage.read_text() if damage.exists() else ""
+
+
+def _unpack(path: str, compression: Any, target: Path, damage: Path) -> None:
+    """Write ``target``, whole or, where ``path`` is damaged, up to there and ``damage`` beside it."""
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            error = _copy(path, compression, out)
+        if error:
+            damage.write_text(f"cannot be unpacked to its end ({error}); copy or write it again")
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _copy(path: str, compression: Any, out: Any) -> str:
+    """Copy the plain bytes of ``path`` to ``out``; what stopped this before the end, or ""."""
+    with fsspec.open(path, "rb", compression=compression) as file:
+        while True:
+            try:
+                chunk = file.read1(CHUNK)  # unlike read it gives what it has before it meets damage
+            except UNPACK_ERRORS as error:
+                return str(error) or type(error).__name__
+            if not chunk:
+                return ""
+            out.write(chunk)

@@ -1,0 +1,163 @@
+"""Writes a cache of latents. What is in it, and how it is read: see ``latent_cache``.
+
+Shards are shared out over processes by number. Each gets its name when it is whole, so that work that was interrupted goes on
+where it was, with any number of processes.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from symbiotic_titan.codecs.codec import Codec
+from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.data.fields import BadSample, Fields, Sample
+from symbiotic_titan.data.formats.shard import Shard
+from symbiotic_titan.data.latent_cache import MANIFEST, Encoding, Manifest, read_manifest
+from symbiotic_titan.data.latents import CACHED_EXTENSION, GeneratedImages, cached_bytes, to_cells
+from symbiotic_titan.data.readers import Reader
+from symbiotic_titan.data.samples import image_of
+
+# Samples whose images are in memory together; those of one size are encoded together.
+SAMPLES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class CacheWriter:
+    """Encodes samples of a source, whose bad ones are treated as ``config`` says.
+
+    dtype: what latents are stored in.   advance: called with the number of samples done and the number of bad ones among them.
+    """
+
+    config: Data
+    source: DataSource
+    images: GeneratedImages
+    codec: Codec
+    dtype: torch.dtype
+    advance: Callable[[int, int], None]
+
+    def write(
+        self, folder: Path, encoding: Encoding, shards: list[Shard], rank: int, num_ranks: int
+    ) -> None:
+        """Those shards of number ``rank``, ``rank + num_ranks`` ... that are not there yet.
+
+        Raises:
+            ValueError: the folder holds latents of another kind, or a sample is bad and the config says to raise.
+        """
+        manifest = Manifest.of(encoding, shards)
+        _put_manifest(folder, manifest, rank)
+        missing = set(manifest.missing(folder))
+        reader = Reader(shards)
+        for number in range(rank, len(shards), num_ranks):
+            cached = manifest.shards[number]
+            if cached.file in missing:
+                samples = self._samples(reader, number, cached.num_samples)
+                _write_tar(folder / cached.file, self._members(samples))
+            else:
+                self.advance(cached.num_samples, 0)
+
+    def _samples(self, reader: Reader, shard: int, count: int) -> Iterator[Sample | BadSample]:
+        for number in range(count):
+            try:
+                yield reader.read(shard, number)
+            except BadSample as error:
+                self._refuse_or_pass(error)
+                yield error
+
+    def _members(self, samples: Iterable[Sample | BadSample]) -> Iterator[tuple[str, bytes]]:
+        """(name, bytes) of all members of a shard."""
+        numbered = enumerate(samples)
+        while chunk := [item for _, item in zip(range(SAMPLES_AT_ONCE), numbered, strict=False)]:
+            cells = [self._image(sample) for _, sample in chunk]
+            good = [image_CHW for image_CHW in cells if image_CHW is not None]
+            latents = iter(self.codec.encode(good))
+            for (number, sample), image_CHW in zip(chunk, cells, strict=True):
+                key = _key(sample, number)
+                yield f"{key}.json", _fields(self.source, sample)
+                if image_CHW is not None:
+                    data = cached_bytes(next(latents), self.dtype)
+                    yield f"{key}.{CACHED_EXTENSION}", data
+            self.advance(len(chunk), len(chunk) - len(good))
+
+    def _image(self, sample: Sample | BadSample) -> torch.Tensor | None:
+        """(3, H, W) in [-1, 1], in its aspect bucket; None where it is bad."""
+        if isinstance(sample, BadSample):
+            return None
+        try:
+            image = image_of(self.source, sample, self.config.max_image_pixels)
+        except BadSample as error:
+            self._refuse_or_pass(error)
+            return None
+        return to_cells(self.images.fit(image))
+
+    def _refuse_or_pass(self, error: BadSample) -> None:
+        if self.source.bad_samples_of(self.config) == "raise":
+            raise ValueError(
+                f'{error} (source {self.source.name!r}); repair it, or set data.bad_samples = "skip"'
+            ) from error
+
+
+def _put_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
+    """Write it, or see that what is there is the same."""
+    found = read_manifest(folder)
+    if found is not None and found.encoding != manifest.encoding:
+        raise ValueError(
+            f"{folder}: holds latents made with {found.encoding}; now it is {manifest.encoding}. Name another --out"
+        )
+    if found is not None and found != manifest:
+        raise ValueError(
+            f"{folder}: holds latents of other files (names, sizes or numbers of samples); name another --out, or remove it"
+        )
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = manifest.text().encode()
+        _write_whole(folder / MANIFEST, lambda file: file.write(text), suffix=f".partial-{rank}")
+
+
+def _write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    def write(file: Any) -> None:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for name, data in members:
+                member = tarfile.TarInfo(name)  # no time and no owner: the same bytes every time
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+    _write_whole(path, write)
+
+
+def _write_whole(path: Path, write: Callable[[Any], Any], suffix: str = ".partial") -> None:
+    """``path`` with what ``write`` writes; it appears when that is on the disk. What a killed process leaves is written over."""
+    temporary = path.with_name(path.name + suffix)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _key(sample: Sample | BadSample, number: int) -> str:
+    """Name of a sample among the members: its own where that can be one, for messages."""
+    key = sample.key if isinstance(sample, Sample) else ""
+    return key if key and "." not in key else f"sample {number}"
+
+
+def _fields(source: DataSource, sample: Sample | BadSample) -> bytes:
+    """The JSON object of a sample. A caption that is missing or no text stays what it is: it is as bad in the cache as it was."""
+    if isinstance(sample, BadSample):
+        return b"{}"
+    try:
+        caption = Fields(sample, source.keys).get("caption")
+        if isinstance(caption, bytes):
+            caption = caption.decode("utf-8")
+    except (BadSample, UnicodeDecodeError):
+        caption = None
+    return json.dumps({"caption": caption}, default=lambda value: None).encode()

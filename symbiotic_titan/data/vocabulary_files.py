@@ -1,0 +1,185 @@
+"""Vocabularies that other tools trained, each behind the same few methods: Hugging Face's tokenizer.json, SentencePiece."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from symbiotic_titan.config.tokenizer import Tokenizer
+
+# Roles that a file may give tokens to by itself.
+DECLARED_ROLES = ("bos", "eos", "pad")
+
+
+class Vocabulary(Protocol):
+    """Ids 0 .. size-1.
+
+    ``special``: token -> id where a token stands for no text; ``unknown``: the id of text that it has no token for, None where
+    there is no such text; ``declared``: role -> token.
+    """
+
+    size: int
+    special: dict[str, int]
+    unknown: int | None
+    declared: dict[str, str]
+
+    def id_of(self, token: str) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class HuggingFaceVocabulary:
+    """A ``tokenizer.json``. ``declared`` comes from the tokenizer_config.json beside it.
+
+    Raises:
+        ValueError: ``data`` is none.
+    """
+
+    def __init__(self, data: bytes, declared: Mapping[str, str]) -> None:
+        content = json.loads(data)
+        model = content.get("model") if isinstance(content, dict) else None
+        if not isinstance(model, dict):
+            raise ValueError("it describes no model")
+        self._tokenizer = _parsed(data.decode("utf-8"))
+        # Files are saved with whatever their last user had set: rows are cut and padded elsewhere.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # A special token that a text spells out is text. Not saved by pickle, therefore set here.
+        self._tokenizer.encode_special_tokens = True
+        self._ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.size = max(self._ids.values(), default=-1) + 1
+        self.unknown: int | None = model.get("unk_id", self._ids.get(str(model.get("unk_token"))))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special = {
+            token.content: i for i, token in added.items() if token.special and i != self.unknown
+        }
+        self.declared = dict(declared)
+
+    def id_of(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _parsed(text: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"the tokenizers library cannot read it ({error})") from error
+
+
+class SentencePieceVocabulary:
+    """A SentencePiece ``.model``, which declares its own begin, end and padding.
+
+    Raises:
+        ValueError: ``data`` is none.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        try:
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError as error:
+            raise ValueError(f"the sentencepiece library cannot read it ({error})") from error
+        self.size = self._model.get_piece_size()
+        self.unknown: int | None = self._model.unk_id()
+        control = [i for i in range(self.size) if self._model.is_control(i)]
+        self.special = {self._model.id_to_piece(i): i for i in control}
+        ids = {
+            "bos": self._model.bos_id(),
+            "eos": self._model.eos_id(),
+            "pad": self._model.pad_id(),
+        }
+        self.declared = {role: self._model.id_to_piece(i) for role, i in ids.items() if i >= 0}
+
+    def id_of(self, token: str) -> int | None:
+        piece = self._model.piece_to_id(token)
+        return piece if self._model.id_to_piece(piece) == token else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+
+def find_file(kind: str, path: str) -> Path:
+    """The vocabulary file at ``path``, or the one in the folder ``path``.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    place = Path(path)
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        raise ValueError(f"tokenizer.path: there is no file or folder {path!r}")
+    name = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}[kind]
+    if (place / name).is_file():
+        return place / name
+    models = sorted(place.glob("*.model")) if kind == "sentencepiece" else []
+    if len(models) == 1:
+        return models[0]
+    if models:
+        names = ", ".join(m.name for m in models)
+        raise ValueError(f"tokenizer.path: {path!r} has several models ({names}); name one of them")
+    raise ValueError(f"tokenizer.path: {path!r} has no {name}; {_remedy(kind, place)}")
+
+
+def _remedy(kind: str, folder: Path) -> str:
+    if kind == "huggingface" and list(folder.glob("*.model")):
+        return "it has a SentencePiece model: set tokenizer.kind = 'sentencepiece'"
+    if kind == "sentencepiece" and (folder / "tokenizer.json").is_file():
+        return "it has a tokenizer.json: set tokenizer.kind = 'huggingface'"
+    if (folder / "vocab.json").is_file() or (folder / "vocab.txt").is_file():
+        return "save its vocabulary as tokenizer.json once, with AutoTokenizer and save_pretrained of transformers"
+    return "name the file, or the folder that holds it"
+
+
+def declared_tokens(folder: Path) -> dict[str, str]:
+    """Role -> token, as the tokenizer_config.json in ``folder`` says, if there is one.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"tokenizer.path: {str(file)!r} cannot be parsed ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"tokenizer.path: {str(file)!r} must hold a JSON object")
+    tokens = {role: config.get(f"{role}_token") for role in DECLARED_ROLES}
+    # Either a string or a table that describes one.
+    tokens = {r: t.get("content") if isinstance(t, dict) else t for r, t in tokens.items()}
+    return {role: token for role, token in tokens.items() if isinstance(token, str)}
+
+
+def open_vocabulary(section: Tokenizer, data: bytes, declared: Mapping[str, str]) -> Vocabulary:
+    """The vocabulary that ``data``, the content of a file, holds.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        if section.kind == "sentencepiece":
+            vocabulary: Vocabulary = SentencePieceVocabulary(data)
+        else:
+            vocabulary = HuggingFaceVocabulary(data, declared)
+        if not vocabulary.size:
+            raise ValueError("it is empty")
+    except ValueError as error:
+        raise ValueError(
+            f"tokenizer.path: {section.path!r} is no vocabulary of tokenizer.kind = {section.kind!r}: {error}"
+        ) from error
+    return vocabulary
