@@ -21,13 +21,13 @@ PER_OP = "--activation_checkpoint.mode selective --activation_checkpoint.selecti
 COMPILED = "--compile.enable --compile.backend aot_eager"
 CASES = {
     "kept": "",
-    "full": "--activation_checkpoint.mode full",
     "per_op": PER_OP,
     "compiled": COMPILED,
     "compiled_per_op": f"{COMPILED} {PER_OP}",
 }
-ON_ONE = ("full", "per_op", "compiled")
-ON_TWO = ("kept", "full", "per_op", "compiled_per_op")
+# Full checkpointing: tests/unit/moe/test_moe_gradient_shield.py.
+ON_ONE = ("per_op", "compiled")
+ON_TWO = ("kept", "per_op", "compiled_per_op")
 RANKS = 2
 RAMP = Shielding(steps=2, after_scale=0.1, ramp="linear")
 # Before, on the ramp, after; and no shield at all.

@@ -101,11 +101,20 @@ def test_resume_is_bitwise_and_measures_nothing_twice(
 @pytest.mark.parametrize(
     ("expert_parallel", "settings"),
     [
-        (2, {}),
-        (2, {"activation_checkpoint__mode": "full", "compile__enable": True}),
-        (1, {"parallelism__fsdp_reshard_after_forward": "never"}),
+        pytest.param(2, {}, id="ep"),
+        pytest.param(
+            2,
+            {"activation_checkpoint__mode": "full", "compile__enable": True},
+            id="ep_full_compile",
+            marks=pytest.mark.matrix,
+        ),
+        pytest.param(
+            1,
+            {"parallelism__fsdp_reshard_after_forward": "never"},
+            id="fsdp_never_reshards",
+            marks=pytest.mark.matrix,
+        ),
     ],
-    ids=["ep", "ep_full_compile", "fsdp_never_reshards"],
 )
 def test_two_processes_measure_what_one_does(
     tmp_path, demo, validated, uninterrupted, expert_parallel, settings
