@@ -32,6 +32,7 @@ from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.initialize import initialize
 from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
+from symbiotic_titan.parallel.parallelize import parallel_dims_of
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.train_spec import build_dataloader, build_tokenizer, parallelize
 from symbiotic_titan.validation import held_out_data
@@ -66,17 +67,7 @@ def join_ranks(config: JobConfig) -> DataRanks:
         return DataRanks(device, 0, 1, None)
     if not dist.is_initialized():
         dist_utils.init_distributed(config.comm, base_folder=config.job.dump_folder)
-    p = config.parallelism
-    dims = ParallelDims(
-        dp_replicate=p.data_parallel_replicate_degree,
-        dp_shard=p.data_parallel_shard_degree,
-        cp=1,
-        tp=1,
-        pp=1,
-        ep=p.expert_parallel_degree,
-        etp=1,
-        world_size=size,
-    )
+    dims = parallel_dims_of(config, size)
     mesh = dims.get_mesh("batch")
     return DataRanks(device, mesh.get_local_rank(), mesh.size(), dims)
 

@@ -25,16 +25,17 @@ device.prepare()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
-from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.tools.utils import set_default_dtype  # noqa: E402
 
 from symbiotic_titan.checks import check_parallelism, global_batch_size  # noqa: E402
 from symbiotic_titan.config.job import JobConfig  # noqa: E402
 from symbiotic_titan.config.load import load_job_config  # noqa: E402
+from symbiotic_titan.extend import import_extension  # noqa: E402
+from symbiotic_titan.inference import model_args  # noqa: E402
 from symbiotic_titan.model.args import ModelArgs  # noqa: E402
-from symbiotic_titan.model.flavors import FLAVORS  # noqa: E402
 from symbiotic_titan.model.symbiotic import SymbioticModel  # noqa: E402
 from symbiotic_titan.parallel import activation_plan, plan  # noqa: E402
+from symbiotic_titan.parallel.parallelize import parallel_dims_of  # noqa: E402
 from symbiotic_titan.train_spec import parallelize  # noqa: E402
 
 GIB = 2**30
@@ -54,18 +55,8 @@ def parameters_of_rank(
     config: JobConfig, args: ModelArgs, rank: int, num_ranks: int
 ) -> tuple[list[plan.ShardedParameter], dict[str, int]]:
     """(parameters as they lie on ``rank``, degree of every mesh axis)."""
-    p = config.parallelism
     with fake_rank(rank, num_ranks):
-        dims = ParallelDims(
-            dp_replicate=p.data_parallel_replicate_degree,
-            dp_shard=p.data_parallel_shard_degree,
-            cp=1,
-            tp=1,
-            pp=1,
-            ep=p.expert_parallel_degree,
-            etp=1,
-            world_size=num_ranks,
-        )
+        dims = parallel_dims_of(config, num_ranks)
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model = SymbioticModel(args)
         parallelize(model, dims, config)
@@ -103,8 +94,7 @@ def step_traffic(
 
 def report(config: JobConfig, num_ranks: int) -> dict[str, Any]:
     """Everything about one number of ranks, as plain values."""
-    args = FLAVORS[config.model.flavor]
-    args.update_from_config(config)
+    args = model_args(config)
     check_parallelism(config, args, num_ranks)
     parameters, degrees = parameters_of_rank(config, args, 0, num_ranks)
     last, _ = parameters_of_rank(config, args, num_ranks - 1, num_ranks)
@@ -195,6 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     try:
         config = load_job_config(["--job.config_file", options.config, *overrides])
+        import_extension(config)
         reports = [report(config, num_ranks) for num_ranks in options.ranks]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

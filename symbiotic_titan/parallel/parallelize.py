@@ -12,6 +12,21 @@ from symbiotic_titan.parallel.expert_parallel import apply_expert_parallel
 from symbiotic_titan.parallel.fsdp import apply_fsdp
 
 
+def parallel_dims_of(config: JobConfig, world_size: int) -> ParallelDims:
+    """The mesh that a config's degrees give; the kinds of parallelism that are not supported stay at 1."""
+    degrees = config.parallelism
+    return ParallelDims(
+        dp_replicate=degrees.data_parallel_replicate_degree,
+        dp_shard=degrees.data_parallel_shard_degree,
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=degrees.expert_parallel_degree,
+        etp=1,
+        world_size=world_size,
+    )
+
+
 def parallelize_symbiotic(
     model: SymbioticModel, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> SymbioticModel:

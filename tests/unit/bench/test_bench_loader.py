@@ -68,9 +68,18 @@ def test_the_bare_loop_and_our_readers_give_the_same_samples(recipe):
 
 
 def test_every_contender_goes_on_without_end(recipe):
-    for run in loader.contenders(recipe, 8).values():
+    """More is asked of each than the sources have, and every round reads as much as the one before."""
+    entries = loader.contenders(recipe, 8)
+    assert {"bare", "read", "documents", "rows"} <= entries.keys()
+    for run in entries.values():
         run()
         run()
+    samples = loader.loop_of(recipe, loader.bare_tar), loader.read_samples(recipe)
+    assert [sum(1 for _ in islice(endless, 100)) for endless in samples] == [100, 100]
+    lane = loader.one_lane(recipe)
+    for round_number in (1, 2):
+        loader.make_rows(lane, 100)
+        assert loader.samples_read(lane) >= 100 * round_number
 
 
 def test_rows_are_made_until_enough_samples_are_read(recipe):

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from symbiotic_titan.codecs import batch as codec_batch
 from symbiotic_titan.codecs.batch import BatchEncoder, build_batch_encoder, image_places
 from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.config.latents import Latents
@@ -76,5 +77,10 @@ def test_a_batch_that_carries_latents_passes_untouched(batch):
 
 
 @pytest.mark.parametrize("settings", [{}, {"cache": "x"}, {"codec": "flux", "cache": "x"}])
-def test_no_codec_is_loaded_where_nothing_is_to_be_encoded(settings):
+def test_no_codec_is_loaded_where_nothing_is_to_be_encoded(settings, monkeypatch):
+    opened = []
+    monkeypatch.setattr(codec_batch, "build_codec", lambda *arguments: opened.append(arguments))
     build_batch_encoder(Latents(**settings), GEOMETRY, "cpu")
+    assert not opened
+    build_batch_encoder(Latents(codec="flux"), GEOMETRY, "cpu")
+    assert len(opened) == 1

@@ -1,4 +1,4 @@
-"""A tiny demo world on disk, and a loader over it."""
+"""A tiny demo world on disk and a loader over it; tokenizer files of every kind."""
 
 from dataclasses import replace
 
@@ -6,10 +6,20 @@ import pytest
 
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.data.demo.world import WorldSize, write_world
 from symbiotic_titan.data.loader import build_loader
-from symbiotic_titan.data.tokenizer import ByteTokenizer
+from symbiotic_titan.data.tokenizer import ByteTokenizer, open_tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
+from tests.unit.data.tokenizer_files import (
+    QWEN_TOKENS,
+    byte_level_bpe,
+    sentence_piece,
+    unigram,
+    whole_words,
+    word_piece,
+    write,
+)
 
 TINY = WorldSize(18, 6, 21, 5, train_shards=3)
 WEIGHTS = {"t2i": 3.0, "t2i_long": 3.0, "lm": 2.0, "mmu": 2.0}
@@ -58,3 +68,37 @@ def make_loader(demo_config, geometry):
         return build_loader(config, **(defaults | settings))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Kind of vocabulary -> (tokenizer.kind, folder)."""
+    root = tmp_path_factory.mktemp("vocabularies")
+    words = ["a", "red", "circle", "<s>", "</s>", "<vit>"]
+    return {
+        "qwen": ("huggingface", write(root / "qwen", byte_level_bpe(QWEN_TOKENS))),
+        "bpe": ("huggingface", write(root / "bpe", byte_level_bpe())),
+        "wordpiece": ("huggingface", write(root / "wordpiece", word_piece())),
+        "unigram": ("huggingface", write(root / "unigram", unigram())),
+        "words": (
+            "huggingface",
+            write(
+                root / "words", whole_words(words), bos_token="<s>", eos_token={"content": "</s>"}
+            ),
+        ),
+        "sentencepiece": ("sentencepiece", write(root / "sp", sentence_piece())),
+        "sentencepiece_symbols": (
+            "sentencepiece",
+            write(
+                root / "symbols",
+                sentence_piece(user_defined_symbols=["<vit>", "<user>"], pad_id=3, bos_id=-1),
+            ),
+        ),
+    }
+
+
+@pytest.fixture(scope="session")
+def open_(folders):
+    return lambda name, **section: open_tokenizer(
+        Tokenizer(kind=folders[name][0], path=folders[name][1], **section)
+    )

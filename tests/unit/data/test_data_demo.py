@@ -1,9 +1,7 @@
 """The demo world: what its files hold, and that words and pictures agree."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -15,6 +13,7 @@ from symbiotic_titan.data.demo.text import prose
 from symbiotic_titan.data.demo.world import IMAGE_TASKS, SPLITS, WorldSize, write_world
 from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.readers import Reader, index_source
+from tools import make_demo_data
 
 SMALL = WorldSize(5, 2, 6, 3, train_shards=2)
 
@@ -165,14 +164,10 @@ def test_prose_keeps_sentences_and_leaves_code_and_tables_out():
     assert prose(docstring) == "Return the sum of two numbers.\nBoth must be numbers."
 
 
-@pytest.fixture(scope="module")
-def tool():
-    path = Path(__file__).parents[3] / "tools" / "make_demo_data.py"
-    spec = importlib.util.spec_from_file_location("make_demo_data", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.WORLD_SIZES = {"debug": SMALL, "full": SMALL}
-    return module
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.setattr(make_demo_data, "WORLD_SIZES", {"debug": SMALL, "full": SMALL})
+    return make_demo_data
 
 
 def test_tool_writes_a_world_and_replaces_it_only_by_force(tool, tmp_path, capsys):

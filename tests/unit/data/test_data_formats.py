@@ -6,7 +6,6 @@ import io
 import json
 import lzma
 import pickle
-import tarfile
 
 import fsspec
 import numpy as np
@@ -18,6 +17,7 @@ from PIL import Image
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.fields import BadSample, Fields
 from symbiotic_titan.data.readers import Reader, check_names, index_source
+from tests.unit.data.tar_files import tar_bytes
 
 WHERE = "[[data.sources]] #1 (s)"
 
@@ -25,16 +25,6 @@ WHERE = "[[data.sources]] #1 (s)"
 def png(value=200, size=(8, 8)):
     buffer = io.BytesIO()
     Image.fromarray(np.full((*size, 3), value, dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def tar_bytes(members):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
 
 

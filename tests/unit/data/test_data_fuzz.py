@@ -132,5 +132,7 @@ def test_corrupted_samples_are_skipped_and_counted(make_loader, tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_ten_thousand_corruptions_end_no_worker(make_loader, tmp_path, num_workers):
     sources = write_corrupted(tmp_path, 10_000, seed=1)
-    for result in read_every_sample(make_loader, sources, num_workers):
-        print(*result)
+    results = list(read_every_sample(make_loader, sources, num_workers))
+    assert [name for name, *_ in results] == ["mmu", "lm"]
+    for _, num_samples, read, reasons in results:
+        assert read >= num_samples and reasons

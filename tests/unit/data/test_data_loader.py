@@ -174,7 +174,11 @@ def test_shards_may_move_to_another_folder(make_loader, demo_config, demo_world,
     (tmp_path / "moved").symlink_to(demo_world / "train" / "lm")
     moved = [{**vars(s)} for s in demo_config.sources]
     moved[2]["path"] = f"{tmp_path}/moved/*.jsonl"
-    make_loader({"sources": moved}).load_state_dict(make_loader().state_dict())
+    at_home = make_loader()
+    next(iter(at_home))
+    elsewhere = make_loader({"sources": moved})
+    elsewhere.load_state_dict(at_home.state_dict())
+    assert elsewhere.state_dict() == at_home.state_dict()
 
 
 def test_lanes_that_do_not_divide_the_global_batch_are_pointed_out(make_loader, caplog):

@@ -1,28 +1,17 @@
-import io
 import json
-import tarfile
 
 import fsspec
 import pytest
 
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.readers import Reader, index_source
+from tests.unit.data.tar_files import tar_bytes
 
 WHERE = "[[data.sources]] #1 (s)"
 
 
 def source(path, form="webdataset"):
     return DataSource(name="s", task="t2i", format=form, path=str(path))
-
-
-def tar_bytes(members):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def test_members_are_grouped_by_the_path_up_to_the_first_dot(tmp_path):
@@ -70,52 +59,48 @@ def test_reader_keeps_few_shards_open(tmp_path):
             assert len(reader._files) <= shards[0].max_open
 
 
-def check_message(path, form, message):
+def message_of(path, form):
+    """What indexing it raises: one line that begins with the row of the config."""
     with pytest.raises(ValueError) as error:
         index_source(source(path, form), WHERE)
-    assert message in str(error.value)
-    assert str(error.value).startswith(WHERE)
-    assert "\n" not in str(error.value)
+    message = str(error.value)
+    assert message.startswith(WHERE) and "\n" not in message
+    return message
 
 
 def test_missing_shards_are_named_with_their_path(tmp_path):
-    check_message(
-        tmp_path / "*.tar", "webdataset", f"no file matches path '{tmp_path}/*.tar'; check path"
-    )
-    check_message(tmp_path / "one.tar", "webdataset", "no file matches path")
-    check_message(tmp_path, "webdataset", "no file matches path")
+    all_of_none = message_of(tmp_path / "*.tar", "webdataset")
+    assert f"no file matches path '{tmp_path}/*.tar'; check path" in all_of_none
+    assert "no file matches path" in message_of(tmp_path / "one.tar", "webdataset")
+    assert "no file matches path" in message_of(tmp_path, "webdataset")
 
 
 def test_url_of_an_unknown_kind_is_refused():
-    check_message(
-        "nowhere://a/*.tar", "webdataset", "cannot be opened (Protocol not known: nowhere"
-    )
+    message = message_of("nowhere://a/*.tar", "webdataset")
+    assert "cannot be opened (Protocol not known: nowhere" in message
 
 
 def test_missing_demo_shards_are_answered_with_the_command_that_makes_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_message(
-        "demo_data/train/t2i/*.tar",
-        "webdataset",
-        "make the demo data with: python tools/make_demo_data.py --out demo_data",
-    )
+    message = message_of("demo_data/train/t2i/*.tar", "webdataset")
+    assert "make the demo data with: python tools/make_demo_data.py --out demo_data" in message
 
 
 @pytest.mark.parametrize("content", [b"", tar_bytes([])])
 def test_empty_tar_is_refused(tmp_path, content):
     (tmp_path / "e.tar").write_bytes(content)
-    check_message(tmp_path / "e.tar", "webdataset", "e.tar is empty; remove the file")
+    assert "e.tar is empty; remove the file" in message_of(tmp_path / "e.tar", "webdataset")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_empty_jsonl_is_refused(tmp_path, content):
     (tmp_path / "e.jsonl").write_bytes(content)
-    check_message(tmp_path / "e.jsonl", "jsonl", "e.jsonl is empty; remove the file")
+    assert "e.jsonl is empty; remove the file" in message_of(tmp_path / "e.jsonl", "jsonl")
 
 
 def test_file_that_is_no_tar_is_refused(tmp_path):
     (tmp_path / "n.tar").write_bytes(b"no tar" * 500)
-    check_message(tmp_path / "n.tar", "webdataset", "n.tar cannot be read as a tar file")
+    assert "n.tar cannot be read as a tar file" in message_of(tmp_path / "n.tar", "webdataset")
 
 
 @pytest.mark.parametrize(
@@ -130,4 +115,4 @@ def test_file_that_is_no_tar_is_refused(tmp_path):
 def test_tar_that_breaks_off_is_refused(tmp_path, length, message):
     whole = tar_bytes([("0.txt", b"x" * 400), ("1.txt", b"y" * 400)])
     (tmp_path / "t.tar").write_bytes(whole[:length])
-    check_message(tmp_path / "t.tar", "webdataset", message)
+    assert message in message_of(tmp_path / "t.tar", "webdataset")

@@ -24,79 +24,111 @@ Document = list[Segment]
 LENGTH, NUM_VIT, NUM_VAE = 48, 8, 12
 
 
+class HandMadeRow:
+    """Documents laid one behind the other, value by value; ``batch`` pads them to the sizes above."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        self.args = args
+        self.row = {name: [] for name in ("tokens", "modality", "document", "span", "positions")}
+        self.vit = {name: [] for name in ("patches", "coords", "image", "index")}
+        self.vae = {name: [] for name in ("latents", "coords", "image", "index")}
+        self.num_spans = 0
+
+    def add_document(
+        self, segments: list[Segment], number: int, generator: torch.Generator
+    ) -> None:
+        start = 0
+        for kind, *size in segments:
+            if kind == "text":
+                (num_tokens,) = size
+                positions, start = text_positions(start, num_tokens)
+                tokens = torch.randint(256, (num_tokens,), generator=generator).tolist()
+                self.add_tokens(tokens, TEXT, number, -1, positions)
+                continue
+            positions, start = image_positions(start, *size, self.args.rotary_layout)
+            if kind == "vit":
+                self.add_vit_image(*size, generator)
+            else:
+                self.add_vae_image(*size, generator)
+            modality = {"vit": VIT, "vae": VAE}[kind]
+            self.add_tokens(
+                [256] * (size[0] * size[1]), modality, number, self.num_spans, positions
+            )
+            self.num_spans += 1
+
+    def add_tokens(
+        self, tokens: list[int], modality: int, document: int, span: int, positions: torch.Tensor
+    ) -> None:
+        self.row["tokens"] += tokens
+        self.row["modality"] += [modality] * len(tokens)
+        self.row["document"] += [document] * len(tokens)
+        self.row["span"] += [span] * len(tokens)
+        self.row["positions"] += positions.tolist()
+
+    def add_vit_image(self, height: int, width: int, generator: torch.Generator) -> None:
+        """Patches lie merge block by merge block: the patches of a token are neighbours."""
+        merge, at, num_tokens = self.args.vit.merge, len(self.row["tokens"]), height * width
+        self.vit["coords"] += [
+            [row * merge + i, column * merge + j]
+            for row in range(height)
+            for column in range(width)
+            for i in range(merge)
+            for j in range(merge)
+        ]
+        num_values = self.args.geometry.vit_patch_values
+        self.vit["patches"] += torch.randn(num_tokens * merge**2, num_values, generator=generator)
+        self.vit["image"] += [self.num_spans] * (num_tokens * merge**2)
+        self.vit["index"] += range(at, at + num_tokens)
+
+    def add_vae_image(self, height: int, width: int, generator: torch.Generator) -> None:
+        at, num_tokens = len(self.row["tokens"]), height * width
+        num_values = self.args.geometry.vae_token_values
+        self.vae["coords"] += [[i, j] for i in range(height) for j in range(width)]
+        self.vae["latents"] += torch.randn(num_tokens, num_values, generator=generator)
+        self.vae["image"] += [self.num_spans] * num_tokens
+        self.vae["index"] += range(at, at + num_tokens)
+
+    def batch(self, length: int) -> PackedBatch:
+        row, vit, vae, geometry = self.row, self.vit, self.vae, self.args.geometry
+        assert len(row["tokens"]) <= length
+        num_patches = NUM_VIT * self.args.vit.merge**2
+        return PackedBatch(
+            tokens=padded(row["tokens"], length, 0),
+            modality=padded(row["modality"], length, PADDING),
+            document=padded(row["document"], length, -1),
+            span=padded(row["span"], length, -1),
+            positions=padded(row["positions"], length, 0, 3),
+            labels=torch.full((1, length), IGNORE_INDEX),
+            task=torch.full((1, length), -1),
+            vit_patches=padded(vit["patches"], num_patches, 0.0, geometry.vit_patch_values),
+            vit_coords=padded(vit["coords"], num_patches, 0, 2),
+            vit_image=padded(vit["image"], num_patches, -1),
+            vit_index=padded(vit["index"], NUM_VIT, length),
+            latents=padded(vae["latents"], NUM_VAE, 0.0, geometry.vae_token_values),
+            vae_coords=padded(vae["coords"], NUM_VAE, 0, 2),
+            vae_image=padded(vae["image"], NUM_VAE, -1),
+            vae_index=padded(vae["index"], NUM_VAE, length),
+        )
+
+
+def padded(values: list, size: int, fill: float, *shape: int) -> torch.Tensor:
+    """(1, size, *shape): ``values``, then ``fill``."""
+    out = torch.full(
+        (size, *shape), fill, dtype=torch.float32 if isinstance(fill, float) else torch.int64
+    )
+    for i, value in enumerate(values):
+        out[i] = torch.as_tensor(value)
+    return out.unsqueeze(0)
+
+
 def pack_row(
     documents: list[Document], args: ModelArgs, seed: int = 0, length: int = LENGTH
 ) -> PackedBatch:
     """One row with random contents. The contents of document i depend on its segments and ``seed + i`` alone."""
-    geometry, merge = args.geometry, args.vit.merge
-    row = {name: [] for name in ("tokens", "modality", "document", "span", "positions")}
-    vit = {name: [] for name in ("patches", "coords", "image", "index")}
-    vae = {name: [] for name in ("latents", "coords", "image", "index")}
-    num_spans = 0
+    row = HandMadeRow(args)
     for number, segments in enumerate(documents):
-        generator = torch.Generator().manual_seed(seed + number)
-        start = 0
-        for kind, *size in segments:
-            n = size[0] if kind == "text" else size[0] * size[1]
-            at = len(row["tokens"])
-            if kind == "text":
-                positions, start = text_positions(start, n)
-                tokens = torch.randint(256, (n,), generator=generator).tolist()
-            else:
-                positions, start = image_positions(start, *size, args.rotary_layout)
-                tokens = [256] * n
-            row["tokens"] += tokens
-            row["modality"] += [{"text": TEXT, "vit": VIT, "vae": VAE}[kind]] * n
-            row["document"] += [number] * n
-            row["span"] += [-1 if kind == "text" else num_spans] * n
-            row["positions"] += positions.tolist()
-            if kind == "vit":
-                for token_row in range(size[0]):
-                    for token_column in range(size[1]):
-                        vit["coords"] += [
-                            [token_row * merge + i, token_column * merge + j]
-                            for i in range(merge)
-                            for j in range(merge)
-                        ]
-                patches = torch.randn(n * merge**2, geometry.vit_patch_values, generator=generator)
-                vit["patches"] += list(patches)
-                vit["image"] += [num_spans] * (n * merge**2)
-                vit["index"] += range(at, at + n)
-            elif kind == "vae":
-                vae["coords"] += [[i, j] for i in range(size[0]) for j in range(size[1])]
-                vae["latents"] += list(
-                    torch.randn(n, geometry.vae_token_values, generator=generator)
-                )
-                vae["image"] += [num_spans] * n
-                vae["index"] += range(at, at + n)
-            num_spans += kind != "text"
-    assert len(row["tokens"]) <= length
-
-    def padded(values: list, size: int, fill: float, *shape: int) -> torch.Tensor:
-        dtype = torch.float32 if isinstance(fill, float) else torch.int64
-        out = torch.full((size, *shape), fill, dtype=dtype)
-        for i, value in enumerate(values):
-            out[i] = torch.as_tensor(value)
-        return out.unsqueeze(0)
-
-    num_patches = NUM_VIT * merge**2
-    return PackedBatch(
-        tokens=padded(row["tokens"], length, 0),
-        modality=padded(row["modality"], length, PADDING),
-        document=padded(row["document"], length, -1),
-        span=padded(row["span"], length, -1),
-        positions=padded(row["positions"], length, 0, 3),
-        labels=torch.full((1, length), IGNORE_INDEX),
-        task=torch.full((1, length), -1),
-        vit_patches=padded(vit["patches"], num_patches, 0.0, geometry.vit_patch_values),
-        vit_coords=padded(vit["coords"], num_patches, 0, 2),
-        vit_image=padded(vit["image"], num_patches, -1),
-        vit_index=padded(vit["index"], NUM_VIT, length),
-        latents=padded(vae["latents"], NUM_VAE, 0.0, geometry.vae_token_values),
-        vae_coords=padded(vae["coords"], NUM_VAE, 0, 2),
-        vae_image=padded(vae["image"], NUM_VAE, -1),
-        vae_index=padded(vae["index"], NUM_VAE, length),
-    )
+        row.add_document(segments, number, torch.Generator().manual_seed(seed + number))
+    return row.batch(length)
 
 
 MIXED = [

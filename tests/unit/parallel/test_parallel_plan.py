@@ -1,6 +1,5 @@
 """Shapes, memory and traffic of a rank: against numbers worked out by hand, and against what autograd saves."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from math import prod
@@ -19,20 +18,11 @@ from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.rope import frequencies, frequency_axes, rotary_tables
 from symbiotic_titan.parallel import activation_checkpoint, activation_plan, fsdp, plan
+from tools import show_parallel
 
 ROOT = Path(__file__).parents[3]
 BF16 = plan.Precision(kept=4, computed=2, reduced=4)
 TOKENS = 64
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("show_parallel", ROOT / "tools/show_parallel.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
 
 
 def parameter(name, unit, shape, local, gathered, **changes):
@@ -148,7 +138,10 @@ def on_fake_ranks(num_ranks, *overrides):
     config = config_of(*overrides)
     args = FLAVORS[config.model.flavor]
     args.update_from_config(config)
-    return [tool.parameters_of_rank(config, args, rank, num_ranks)[0] for rank in range(num_ranks)]
+    return [
+        show_parallel.parameters_of_rank(config, args, rank, num_ranks)[0]
+        for rank in range(num_ranks)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +209,7 @@ def test_one_rank_needs_no_traffic_and_gathers_nothing_apart():
 def test_tool_prints_a_table_and_one_line_of_json(capsys):
     path = str(ROOT / "train_configs/debug.toml")
     overrides = ["--training.global_batch_size", "-1", "--parallelism.expert_parallel_degree", "2"]
-    assert tool.main([path, "--ranks", "2", "4", "--json", *overrides]) == 0
+    assert show_parallel.main([path, "--ranks", "2", "4", "--json", *overrides]) == 0
     *text, line = capsys.readouterr().out.splitlines()
     assert any("experts understanding" in row and "6 x 64 x 128" in row for row in text)
     two, four = json.loads(line)["reports"]
@@ -226,7 +219,9 @@ def test_tool_prints_a_table_and_one_line_of_json(capsys):
 
 def test_tool_refuses_a_layout_that_does_not_fit(capsys):
     path = str(ROOT / "train_configs/debug.toml")
-    assert tool.main([path, "--ranks", "2", "--parallelism.expert_parallel_degree", "4"]) == 2
+    assert (
+        show_parallel.main([path, "--ranks", "2", "--parallelism.expert_parallel_degree", "4"]) == 2
+    )
     assert "does not divide the 2 ranks" in capsys.readouterr().err
 
 

@@ -17,21 +17,14 @@ from symbiotic_titan.plots.logs import read_run
 from symbiotic_titan.plots.page import final_values
 from symbiotic_titan.plots.style import COLORS, MissingData
 from tests.unit.plots.written_runs import GROUPS, Log, write_full_run
+from tools import plot
 
 ROOT = Path(__file__).parents[3]
 ON_PAGE, OTHERS = ("5b", "6b", "7", "10"), ("5a", "6c", "8", "9")
 
 
 @pytest.fixture(scope="module")
-def plot():
-    spec = importlib.util.spec_from_file_location("plot", ROOT / "tools" / "plot.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def drawn(plot, tmp_path_factory):
+def drawn(tmp_path_factory):
     """(folder of the output, run): half of the figures of two runs, drawn once."""
     folder = tmp_path_factory.mktemp("plot")
     run = write_full_run(folder / "full")
@@ -54,7 +47,7 @@ def test_figures_are_pictures_of_a_sensible_size(drawn):
     assert all(has_sensible_size(path) for path in out.glob("*.png"))
 
 
-def test_so_are_all_the_others(plot, drawn, tmp_path):
+def test_so_are_all_the_others(drawn, tmp_path):
     _, run = drawn
     assert plot.main([str(run), "--out", str(tmp_path), "--figures", *OTHERS]) == 0
     assert all(has_sensible_size(tmp_path / f"figure_{name}.png") for name in OTHERS)
@@ -87,7 +80,7 @@ def test_final_values_of_a_short_run(tmp_path):
     assert final_values(run, "a") == (6.0, 6.0) and final_values(run, "b") is None
 
 
-def test_a_missing_tag_is_told_in_one_line(plot, tmp_path, capsys):
+def test_a_missing_tag_is_told_in_one_line(tmp_path, capsys):
     Log(tmp_path / "run").scalars("loss/by_task/lm_text", {1: 2.0, 2: 1.0}).close()
     assert plot.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -126,7 +119,7 @@ def test_held_out_and_training_loss_never_share_an_axis(tmp_path):
         curves.language([neither])
 
 
-def test_a_profile_alone_gives_figures_7_and_8(plot, tmp_path, capsys):
+def test_a_profile_alone_gives_figures_7_and_8(tmp_path, capsys):
     counts = [[[5, 4, 3, 2], [1, 2, 3, 4], [0, 0, 0, 0]]] * 3
     (tmp_path / "p.json").write_text(json.dumps({"counts": counts}))
     assert plot.main(["--profile", str(tmp_path / "p.json"), "--out", str(tmp_path)]) == 0
@@ -160,7 +153,7 @@ def test_figure_8_takes_the_layer_and_says_what_is_shared(tmp_path):
         (["EMPTY"], "EMPTY: no TensorBoard logs below"),
     ],
 )
-def test_mistakes_are_told_in_one_line(plot, drawn, tmp_path, capsys, arguments, message):
+def test_mistakes_are_told_in_one_line(drawn, tmp_path, capsys, arguments, message):
     (tmp_path / "EMPTY").mkdir()
     places = {"RUN": str(drawn[1]), "EMPTY": str(tmp_path / "EMPTY")}
     words = [places.get(word, word) for word in arguments]
@@ -169,7 +162,7 @@ def test_mistakes_are_told_in_one_line(plot, drawn, tmp_path, capsys, arguments,
     assert line.startswith("error: ") and message in line
 
 
-def test_without_data_nothing_is_written(plot, tmp_path, capsys):
+def test_without_data_nothing_is_written(tmp_path, capsys):
     Log(tmp_path).scalars("a", {1: 1.0}).close()
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "error: there is nothing to draw\n"

@@ -1,6 +1,5 @@
 """The tool writes a cache of the config's sources, keeps what is finished and says what is wrong in one line."""
 
-import importlib.util
 import io
 import json
 import tarfile
@@ -9,19 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tools import cache_latents
+
 ROOT = Path(__file__).parents[3]
-
-
-def load_tool():
-    path = ROOT / "tools" / "cache_latents.py"
-    spec = importlib.util.spec_from_file_location("cache_latents", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cache_latents = load_tool()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The study calls the commands of a user, each as often as needed, with arguments that these commands take."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -8,18 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tools import convert, run_study
+
 ROOT = Path(__file__).parents[3]
 VLM = "outputs/mini/vlm/checkpoint/step-400"
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass of a module asks for the module by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 class Commands(list):
@@ -52,13 +43,13 @@ def study(tmp_path, monkeypatch):
     """(the tool in an empty repository, the commands that it calls)."""
     shutil.copytree(ROOT / "train_configs/mini", tmp_path / "train_configs/mini")
     monkeypatch.chdir(tmp_path)
-    module, commands = load_tool("run_study"), Commands()
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "call", commands)
+    commands = Commands()
+    monkeypatch.setattr(run_study, "ROOT", tmp_path)
+    monkeypatch.setattr(run_study, "call", commands)
 
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["run_study.py", *arguments])
-        return module.main()
+        return run_study.main()
 
     return main, commands
 
@@ -94,9 +85,9 @@ def test_runs_without_shared_experts_begin_with_a_checkpoint_that_others_can_use
 def test_the_commands_take_their_arguments(study):
     main, commands = study
     assert main("mot", "standard_moe") == 0
-    convert = load_tool("convert").parser()
+    parser = convert.parser()
     for words in [*commands.of("plan"), *commands.of("partition"), *commands.of("check")]:
-        options, overrides = convert.parse_known_args(words[2:])
+        options, overrides = parser.parse_known_args(words[2:])
         assert options.config.startswith("train_configs/mini/")
         assert overrides in ([], ["--experts.shared"])
     assert all(VLM in words for words in commands.of("check"))
@@ -115,6 +106,6 @@ def test_a_stage_that_fails_ends_the_study(study, monkeypatch, capsys):
     def fail(command, **environment):
         raise RuntimeError("it failed")
 
-    monkeypatch.setattr(sys.modules["run_study"], "call", fail)
+    monkeypatch.setattr(run_study, "call", fail)
     assert main("symbiotic") == 2
     assert "error: it failed" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """The page of show_batch shows what is in the row: its text, labels, pictures and mask, and lets no text act as HTML."""
 
 import base64
-import importlib.util
 import io
 import re
 from dataclasses import replace
@@ -21,6 +20,7 @@ from symbiotic_titan.model.masks import build_dense_mask
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX
 from symbiotic_titan.sequence.patches import patchify
+from tools import show_batch
 
 ROOT = Path(__file__).parents[3]
 GEOMETRY = ImageGeometry(
@@ -28,17 +28,6 @@ GEOMETRY = ImageGeometry(
 )
 TOKENIZER = ByteTokenizer()
 HOSTILE = '</td><script>alert("1")</script><img src=http://a.b/c onerror=x> & \x07 \u202e abc'
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("show_batch", ROOT / "tools" / "show_batch.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-show_batch = load_tool()
 
 
 def random_image(height, width):

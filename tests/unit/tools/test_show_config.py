@@ -1,26 +1,15 @@
 """What show_config prints is the config: it can be loaded again, and names what differs and where it was said."""
 
-import importlib.util
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from symbiotic_titan.config.load import load_job_config
+from tools import show_config
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "train_configs"
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("show_config", ROOT / "tools" / "show_config.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-show_config = load_tool()
 
 
 def shown(capsys, *arguments):
