@@ -34,6 +34,7 @@ from symbiotic_titan.checkpoint.resume import (
 from symbiotic_titan.codecs.batch import build_batch_encoder
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.parameter_names import clean_name
+from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.timesteps import draw_noise_and_timesteps
@@ -77,7 +78,8 @@ class SymbioticTrainer(Trainer):
         if job_config.training.mixed_precision_param == "float32":
             self.maybe_enable_amp = contextlib.nullcontext()
         geometry = cast(ModelArgs, self.model_args).geometry
-        self.encode = build_batch_encoder(job_config.latents, geometry, self.device)
+        images = generates([*job_config.data.sources, *job_config.validation.sources])
+        self.encode = build_batch_encoder(job_config.latents, geometry, self.device, needed=images)
         if job_config.validation.enable:
             self.validator.connect(
                 self.to_device, self.maybe_enable_amp, self.sum_over_ranks, self.stop_requested

@@ -80,12 +80,13 @@ def carries_pixels(latents: Latents) -> bool:
 
 
 def build_batch_encoder(
-    latents: Latents, geometry: ImageGeometry, device: torch.device | str
+    latents: Latents, geometry: ImageGeometry, device: torch.device | str, *, needed: bool = True
 ) -> BatchEncoder:
-    """The step between the loader and the model; the codec is loaded only where batches carry pixels.
+    """The step between the loader and the model; the codec is loaded only where batches carry pixels. ``needed``: whether there
+    are images to be generated at all.
 
     Raises:
         ValueError: see ``build_codec``.
     """
-    codec = build_codec(latents, device) if carries_pixels(latents) else None
+    codec = build_codec(latents, device) if needed and carries_pixels(latents) else None
     return BatchEncoder(codec, geometry)

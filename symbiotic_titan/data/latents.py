@@ -49,8 +49,9 @@ class ImageTokens:
 
 
 def generates(sources: list[DataSource]) -> bool:
-    """Whether any of ``sources`` may have images to be generated."""
-    return any(source.task in (*GENERATION_TASKS, "interleaved") for source in sources)
+    """Whether any of ``sources`` that are read may have images to be generated."""
+    tasks = {source.task for source in sources if source.weight > 0}
+    return bool(tasks & {*GENERATION_TASKS, "interleaved"})
 
 
 class GeneratedImages:

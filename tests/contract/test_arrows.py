@@ -20,8 +20,9 @@ ARROWS = {
     "data": {"sequence", "codecs", "config"},
     "model": {"sequence", "moe", "codecs", "config"},
     "losses": {"sequence", "moe", "config"},
+    "backbones": {"model", "moe", "sequence", "config"},
     "parallel": {"model", "moe", "config", "device"},
-    "checkpoint": {"model", "moe", "sequence", "config"},
+    "checkpoint": {"backbones", "model", "moe", "sequence", "config"},
     "plots": {"moe", "sequence", "routing_report"},
     "extensions": {"extend", "optim", "config"},
 }

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from symbiotic_titan import device
+from symbiotic_titan.codecs.flux import autoencoder_module
 
 PACKAGE = Path(device.__file__).parent
 
@@ -272,6 +273,14 @@ def test_name_exists(dotted):
 def test_config_class_has_the_fields(name):
     fields = {field.name for field in dataclasses.fields(upstream(f"config.job_config.{name}"))}
     assert not CONFIG_FIELDS[name] - fields
+
+
+def test_the_autoencoder_that_is_loaded_from_its_file_has_what_the_codec_sets():
+    module = autoencoder_module()
+    fields = inspect.signature(module.AutoEncoderParams).parameters
+    assert {"ch", "ch_mult", "num_res_blocks", "z_channels"} <= set(fields)
+    assert fields["scale_factor"].default == 0.3611 and fields["shift_factor"].default == 0.1159
+    assert list(inspect.signature(module.AutoEncoder).parameters) == ["params"]
 
 
 def test_everything_imported_from_torchtitan_is_in_a_table():

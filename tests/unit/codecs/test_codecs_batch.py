@@ -81,6 +81,7 @@ def test_no_codec_is_loaded_where_nothing_is_to_be_encoded(settings, monkeypatch
     opened = []
     monkeypatch.setattr(codec_batch, "build_codec", lambda *arguments: opened.append(arguments))
     build_batch_encoder(Latents(**settings), GEOMETRY, "cpu")
+    build_batch_encoder(Latents(codec="flux"), GEOMETRY, "cpu", needed=False)
     assert not opened
     build_batch_encoder(Latents(codec="flux"), GEOMETRY, "cpu")
     assert len(opened) == 1
