@@ -36,18 +36,21 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.parameter_names import clean_name
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
+from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.timesteps import draw_noise_and_timesteps
+from symbiotic_titan.inference import data_ranks
 from symbiotic_titan.losses.terms import LossTerms
 from symbiotic_titan.metrics import StepReport, SymbioticMetrics
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import model_cost
-from symbiotic_titan.model.symbiotic import ModelOutput
+from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
 from symbiotic_titan.moe.balance import balance_loss
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.optim.shield_schedule import shield_scale
+from symbiotic_titan.sampling import SampleGrids
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
 from symbiotic_titan.step import (
@@ -77,6 +80,7 @@ class SymbioticTrainer(Trainer):
             super().__init__(job_config)
         if job_config.training.mixed_precision_param == "float32":
             self.maybe_enable_amp = contextlib.nullcontext()
+        self.ranks = data_ranks(self.device, self.parallel_dims)
         geometry = cast(ModelArgs, self.model_args).geometry
         images = generates([*job_config.data.sources, *job_config.validation.sources])
         self.encode = build_batch_encoder(job_config.latents, geometry, self.device, needed=images)
@@ -84,6 +88,16 @@ class SymbioticTrainer(Trainer):
             self.validator.connect(
                 self.to_device, self.maybe_enable_amp, self.sum_over_ranks, self.stop_requested
             )
+        self.samples = SampleGrids(
+            cast(SymbioticModel, self.model_parts[0]),
+            job_config,
+            cast(Tokenizer, self.tokenizer),
+            self.ranks,
+            self.metrics_processor,
+            autocast=lambda: self.maybe_enable_amp,
+            stop_requested=self.stop_requested,
+            codec=self.encode.codec,
+        )
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.shield_scale = torch.ones((), device=self.device)
         self.metrics_processor.cost = model_cost(
@@ -110,31 +124,13 @@ class SymbioticTrainer(Trainer):
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """``values`` summed over the data ranks; the same on all of them."""
-        if self.parallel_dims.dp_enabled:
-            mesh = self.parallel_dims.get_mesh("batch")
-            dist.all_reduce(values, group=mesh.get_group())
-        return values
-
-    def count_targets(self, batches: list[PackedBatch]) -> StepTotals:
-        """Totals of the step, by one all-reduce."""
-        return StepTotals.of_sum(self.sum_over_ranks(StepTotals.count(batches)))
+        return self.ranks.sum(values)
 
     # ---- one step -----------------------------------------------------------------------------------------------------
 
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches of one step over all ranks."""
-        ranks = self.parallel_dims.get_mesh("batch").size() if self.parallel_dims.dp_enabled else 1
-        return self.gradient_accumulation_steps * ranks
-
     def first_row(self, micro_batch: int) -> int:
         """Index, in the step's global batch, of the first row of this rank's ``micro_batch``."""
-        rank = (
-            self.parallel_dims.get_mesh("batch").get_local_rank()
-            if self.parallel_dims.dp_enabled
-            else 0
-        )
-        index = rank * self.gradient_accumulation_steps + micro_batch
+        index = self.ranks.rank * self.gradient_accumulation_steps + micro_batch
         return index * self.job_config.training.local_batch_size
 
     def forward(self, batch: PackedBatch, micro_batch: int) -> tuple[ModelOutput, torch.Tensor]:
@@ -171,7 +167,8 @@ class SymbioticTrainer(Trainer):
         if not output.records:
             return torch.zeros((), device=self.device)
         if self.job_config.losses.balance_scope == "local":
-            return balance_loss(output.records) / self.num_micro_batches
+            num_micro_batches = self.gradient_accumulation_steps * self.ranks.size
+            return balance_loss(output.records) / num_micro_batches
         if step_routing is None:
             step_routing = self.reduce_routing([routing_totals(output.records)])
         return balance_loss(output.records, step_routing)
@@ -198,16 +195,16 @@ class SymbioticTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[PackedBatch]) -> None:  # type: ignore[override]
         """One optimizer step over ``gradient_accumulation_steps`` micro-batches."""
-        if (
-            self.step == 1 and self.job_config.validation.enable
-        ):  # of a new run, or from initial weights
-            self.validator.validate(self.model_parts, step=0)
+        if self.step == 1:  # of a new run, or from initial weights
+            if self.job_config.validation.enable:
+                self.validator.validate(self.model_parts, step=0)
+            self.samples.draw_if_due(step=0)
         self.optimizers.zero_grad()
         self.shield_scale.fill_(shield_scale(self.job_config.shielding, self.step))
         batches = [
             self.to_device(next(data_iterator)) for _ in range(self.gradient_accumulation_steps)
         ]
-        totals = self.count_targets(batches)
+        totals = StepTotals.of_sum(self.sum_over_ranks(StepTotals.count(batches)))
         needs_routing = self.job_config.losses.balance_scope == "global" and len(batches) > 1
         step_routing = self.routing_of_step(batches) if needs_routing else None
         results = [
@@ -246,6 +243,7 @@ class SymbioticTrainer(Trainer):
                     tokens_seen=self.tokens_seen,
                 )
             )
+        self.samples.draw_if_due(self.step)
 
     def count_skipped(self) -> dict[str, int]:
         """Bad samples that all ranks have skipped since the run began: ``skipped``, and by reason those that there are.
@@ -342,17 +340,30 @@ class SymbioticTrainer(Trainer):
         dist.barrier()
 
     def should_continue_training(self) -> bool:
-        """Whether to take another step; on a stop signal anywhere, all ranks save and stop."""
-        if self.step and self.stop_requested():
-            signal_name = self.stop.signal_name or "a stop signal on another rank"
-            config = self.job_config.checkpoint
-            if config.enable and not config.load_only:
-                logger.info(f"{signal_name}: saving a checkpoint at step {self.step} and stopping")
-                self.save_this_step()
-            else:
-                logger.warning(f"{signal_name}: stopping at step {self.step} without a checkpoint")
+        """Whether to take another step; on a stop signal anywhere, or when the data has ended, all ranks save and stop."""
+        if not super().should_continue_training():
             return False
-        return super().should_continue_training()
+        reason = self.reason_to_stop() if self.step else None
+        if reason is None:
+            return True
+        config = self.job_config.checkpoint
+        if config.enable and not config.load_only:
+            logger.info(f"{reason}: saving a checkpoint at step {self.step} and stopping")
+            self.save_this_step()
+        else:
+            logger.warning(f"{reason}: stopping at step {self.step} without a checkpoint")
+        return False
+
+    def reason_to_stop(self) -> str | None:
+        """What ends the run before its last step, if anything; None on all ranks or on none of them."""
+        if self.stop_requested():
+            return self.stop.signal_name or "a stop signal on another rank"
+        loader = cast(PackedLoader, self.dataloader)
+        if not loader.can_end:
+            return None
+        ended = loader.ended_sources
+        rows_left = self.sum_over_ranks(torch.tensor(float(not ended), device=self.device))
+        return None if rows_left > 0 else f"data ended, all samples of {', '.join(ended)} were read"
 
     def stop_requested(self) -> bool:
         """Whether any rank received a stop signal."""

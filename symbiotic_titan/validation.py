@@ -111,13 +111,18 @@ def _sums_of_batch(
 
 
 def held_out_data(config: JobConfig) -> Data:
-    """[data] for the held-out sources: a fixed order, no caption dropped, and a lane for every row of a global batch."""
+    """[data] for the held-out sources: a fixed order, no caption dropped, and a lane for every row of a global batch.
+
+    What keeps training's batches mixed and what ends them is training's alone; a held-out source may still say ``at_end``.
+    """
     return replace(
         config.data,
         sources=config.validation.sources,
         seed=SEED,
         num_lanes=0,
         condition_dropout=0.0,
+        at_end="repeat",
+        max_row_share={},
     )
 
 
@@ -151,7 +156,25 @@ def read_held_out(
 
 
 class Interrupted(Exception):
-    """A stop signal came during a validation."""
+    """A stop signal came during a measurement."""
+
+
+@contextlib.contextmanager
+def aside(model: nn.Module, metrics: MetricsProcessor, what: str) -> Iterator[None]:
+    """A frame for ``what``, a measurement on the model in training. ``Interrupted`` ends it and is told; the time that passes is
+    not counted in the throughput, which is training's."""
+    utils.device_module.synchronize()  # device sync: the step's kernels are not this measurement's time
+    start = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    except Interrupted:
+        logger.info(f"{what} broken off: a stop signal came")
+    finally:
+        model.train(was_training)
+        _reshard(model)
+        metrics.time_last_log += time.perf_counter() - start
 
 
 class SymbioticValidator(BaseValidator):
@@ -188,10 +211,9 @@ class SymbioticValidator(BaseValidator):
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Measure and log. On a stop signal it ends behind the current batch, without a number."""
-        utils.device_module.synchronize()  # device sync: the step's kernels are not this validation's time
-        start = time.perf_counter()
         (model,) = model_parts
-        try:
+        with aside(model, self.metrics_processor, f"validation at step {step}"):
+            start = time.perf_counter()
             losses = held_out_losses(
                 model,
                 self._batches(),
@@ -201,14 +223,7 @@ class SymbioticValidator(BaseValidator):
                 autocast=self.autocast,
                 sum_over_ranks=self.sum_over_ranks,
             )
-        except Interrupted:
-            logger.info(f"validation at step {step} broken off: a stop signal came")
-        else:
             self._log(losses, step, time.perf_counter() - start)
-        finally:
-            _reshard(model)
-            # Throughput is that of training.
-            self.metrics_processor.time_last_log += time.perf_counter() - start
 
     def _batches(self) -> Iterator[PackedBatch]:
         for batch in self.rows.batches:

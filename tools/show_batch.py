@@ -4,10 +4,11 @@
 Examples: tools/show_batch.py train_configs/debug.toml --out batch.html
           tools/show_batch.py train_configs/debug.toml --batches 50 --row 7 --out batch.html --data.packing fullest
 
-Rows come in the order in which a single process reads them. The page shows the rows of the first batch, or --row N alone; the
-summary, there and on the terminal, counts all of --batches. Per row: its segments with task, modality, tokens and positions, text
-with the tokens that are trained in colour, images as the model gets them, and who sees whom. An image whose latents come from
-an autoencoder is shown as its first three latent channels. Options --section.key value are applied as in training.
+Rows come in the order in which a single process reads them. The page shows the rows of the first batch, or --row N alone. Summary
+and tables, there and on the terminal, count all of --batches: fill, tokens, sizes of images, what was cut off them. Per row: its
+segments with task, modality, tokens and positions, text with the tokens that are trained in colour, images as the model gets
+them, and who sees whom. An image whose latents come from an autoencoder is shown as its first three latent channels. Options
+--section.key value are applied as in training.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from PIL import Image  # noqa: E402
 from symbiotic_titan.config.job import JobConfig  # noqa: E402
 from symbiotic_titan.config.load import load_job_config  # noqa: E402
 from symbiotic_titan.data.loader import PackedLoader  # noqa: E402
+from symbiotic_titan.data.statistics import Table, tables_of  # noqa: E402
 from symbiotic_titan.data.tokenizer import Tokenizer  # noqa: E402
 from symbiotic_titan.model.flavors import FLAVORS  # noqa: E402
 from symbiotic_titan.model.masks import build_dense_mask  # noqa: E402
@@ -164,7 +166,11 @@ def vit_picture(row: PackedBatch, span: int, geometry: ImageGeometry) -> tuple[I
     patches_PQ = row.vit_patches[0, mine]
     in_order_PQ = torch.empty_like(patches_PQ)
     in_order_PQ[coords_P2[:, 0] * columns + coords_P2[:, 1]] = patches_PQ
-    picture = to_picture(unpatchify(in_order_PQ, rows, columns, geometry.vit_patch) * 0.5 + 0.5)
+    normalised_CHW = unpatchify(in_order_PQ, rows, columns, geometry.vit_patch)
+    mean_C11, std_C11 = (
+        torch.tensor(v)[:, None, None] for v in (geometry.vit_mean, geometry.vit_std)
+    )
+    picture = to_picture(normalised_CHW * std_C11 + mean_C11)
     return (
         picture,
         f"pixels, {columns // merge} x {rows // merge} tokens of {merge} x {merge} patches",
@@ -279,6 +285,7 @@ def row_html(number: int, row: PackedBatch, tokenizer: Tokenizer, geometry: Imag
 def page(
     heading: str,
     summary: list[str],
+    tables: list[Table],
     rows: list[tuple[int, PackedBatch]],
     tokenizer: Tokenizer,
     geometry: ImageGeometry,
@@ -294,6 +301,7 @@ def page(
             f"<title>{heading}</title><style>{STYLE}</style></head><body>",
             f"<h1>{heading}</h1>",
             f"<pre>{html.escape(chr(10).join(summary))}</pre>",
+            *(table.html() for table in tables),
             f'<p>{legend} <span class="trained">trained as the next token</span></p>',
             *(row_html(number, row, tokenizer, geometry) for number, row in rows),
             "</body></html>\n",
@@ -372,12 +380,14 @@ def main(arguments: list[str] | None = None) -> int:
         batches = list(islice(loader, options.batches))
         shown = rows_to_show(batches, options.row)
         summary = summary_of(batches)
-        text = page(options.config, summary, shown, tokenizer, geometry)
+        tables = tables_of(loader, geometry, [row for b in batches for row in rows_of(b)])
+        text = page(options.config, summary, tables, shown, tokenizer, geometry)
         options.out.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join([*summary, f"{options.out}: {len(shown)} rows"]))
+    lines = [line for table in tables for line in table.text()]
+    print("\n".join([*summary, *lines, f"{options.out}: {len(shown)} rows"]))
     return 0
 
 

@@ -1,6 +1,6 @@
 """[tokenizer]: how text becomes ids, and which tokens mark documents, images and the turns of a conversation."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -24,6 +24,15 @@ class Marks:
     turn_separator: str
     """What stands between two turns."""
 
+    opening: str = "{bos}"
+    """What every document begins with."""
+
+    signs: tuple[str, ...] = ()
+    """Tokens that a vocabulary has all of if it is of this family."""
+
+    yields: bool = False
+    """Whether begin, end and padding that a file declares go before these."""
+
     @property
     def tokens(self) -> list[str]:
         """Every special token once, in the order in which those that a file lacks get their ids."""
@@ -46,10 +55,18 @@ PLAIN = Marks(
     turn_tokens=("<user>", "<assistant>"),
     turns={"system": ["", ""], "user": ["<user>", ""], "assistant": ["<assistant>", "{eos}"]},
     turn_separator="",
+    yields=True,
 )
 
+# No released backbone generates images: these tokens are ours.
+_GENERATION = {
+    "vae_start": "<|generation_start|>",
+    "vae": "<|generation_pad|>",
+    "vae_end": "<|generation_end|>",
+}
+
 # Qwen2.5, Qwen3 and their VL models, whose turns are ChatML. They have no token that begins a document: their pre-training
-# text follows an <|endoftext|>. They generate no images: those three tokens are ours.
+# text follows an <|endoftext|>.
 QWEN = Marks(
     special={
         "pad": "<|endoftext|>",
@@ -58,18 +75,77 @@ QWEN = Marks(
         "vit_start": "<|vision_start|>",
         "vit": "<|image_pad|>",
         "vit_end": "<|vision_end|>",
-        "vae_start": "<|generation_start|>",
-        "vae": "<|generation_pad|>",
-        "vae_end": "<|generation_end|>",
+        **_GENERATION,
     },
     turn_tokens=("<|im_start|>", "<|im_end|>"),
     turns={
         role: [f"<|im_start|>{role}\n", "<|im_end|>"] for role in ("system", "user", "assistant")
     },
     turn_separator="\n",
+    signs=("<|im_start|>",),
 )
 
-FAMILIES = {"plain": PLAIN, "qwen": QWEN}
+# Aria, whose turns are ChatML too.
+ARIA = replace(
+    QWEN,
+    special={
+        "pad": "<pad>",
+        "bos": "<s>",
+        "eos": "</s>",
+        "vit_start": "<fim_prefix>",
+        "vit": "<|img|>",
+        "vit_end": "<fim_suffix>",
+        **_GENERATION,
+    },
+    signs=("<|im_start|>", "<|img|>", "<fim_prefix>"),
+    yields=True,
+)
+
+# GLM-4.5V. What ends an answer is the <|user|> of the next turn, which does not repeat it. No <think></think> is put before
+# an answer: write it into [tokenizer.turns] where it is wanted.
+GLM = Marks(
+    special={
+        "pad": "<|endoftext|>",
+        "bos": "<sop>",
+        "eos": "<|endoftext|>",
+        "vit_start": "<|begin_of_image|>",
+        "vit": "<|image|>",
+        "vit_end": "<|end_of_image|>",
+        **_GENERATION,
+    },
+    turn_tokens=("[gMASK]", "<|system|>", "<|user|>", "<|assistant|>"),
+    turns={
+        "system": ["<|system|>\n", ""],
+        "user": ["<|user|>\n", ""],
+        "assistant": ["<|assistant|>\n", "<|user|>"],
+    },
+    turn_separator="",
+    opening="[gMASK]{bos}",
+    signs=("[gMASK]", "<sop>", "<|user|>"),
+)
+
+# Hunyuan-A13B, a model of text: its marks of images are ours. Every turn of a user begins as a document does; the released
+# template makes an exception of the one behind a system's turn.
+HUNYUAN = Marks(
+    special={
+        **PLAIN.special,
+        "pad": "<|pad|>",
+        "bos": "<|startoftext|>",
+        "eos": "<|eos|>",
+        **_GENERATION,
+    },
+    turn_tokens=("<|extra_0|>", "<|extra_4|>"),
+    turns={
+        "system": ["<|startoftext|>", "<|extra_4|>"],
+        "user": ["<|startoftext|>", "<|extra_0|>"],
+        "assistant": ["", "{eos}"],
+    },
+    turn_separator="",
+    signs=("<|startoftext|>", "<|extra_4|>"),
+)
+
+# In the order in which a file is tried: the first whose signs it has.
+FAMILIES = {"aria": ARIA, "qwen": QWEN, "glm": GLM, "hunyuan": HUNYUAN, "plain": PLAIN}
 
 
 @dataclass
@@ -80,9 +156,10 @@ class Tokenizer:
     path: str = ""
     """The file, or the folder that holds it. Nothing is downloaded."""
 
-    family: Literal["auto", "plain", "qwen"] = "auto"
-    """Whose special tokens and turns are the defaults: ``qwen`` (ChatML and <|vision_start|>), or ``plain`` (<user>, <vit_start>
-    and so on; begin, end and padding as the file declares them). ``auto``: qwen where the file has <|im_start|>, else plain."""
+    family: Literal["auto", "plain", "qwen", "aria", "glm", "hunyuan"] = "auto"
+    """Whose special tokens and turns are the defaults: ``qwen`` (ChatML and <|vision_start|>), ``aria``, ``glm`` (GLM-4.5V),
+    ``hunyuan`` (Hunyuan-A13B), or ``plain`` (<user>, <vit_start> and so on; begin, end and padding as the file declares them).
+    ``auto``: the one whose tokens the file has, e.g. qwen with <|im_start|>, else plain."""
 
     special: Annotated[dict[str, str], tyro.conf.Fixed] = field(default_factory=dict)
     """[tokenizer.special]: role = "token", for roles whose token is not the family's: pad, bos, eos, vit_start, vit, vit_end,
@@ -91,7 +168,8 @@ class Tokenizer:
     turns: Annotated[dict[str, list[str]], tyro.conf.Fixed] = field(default_factory=dict)
     """[tokenizer.turns]: role = ["before", "behind"], what stands around a turn of system, user, assistant or a role of yours.
     Special tokens in it count as such, ``{eos}`` is the token of that role, the rest is text. What stands behind an assistant's
-    turn is trained with it. A chat template beside the file is not run: it does not say which of its tokens to train."""
+    turn is trained with it; a turn that begins with the same tokens does not repeat them. A chat template beside the file is not
+    run: it does not say which of its tokens to train."""
 
     turn_tokens: list[str] = field(default_factory=list)
     """Further special tokens that ``turns`` uses; those that the file lacks are added behind its vocabulary."""
@@ -139,10 +217,11 @@ class Tokenizer:
             for role, around in (family.turns | self.turns).items()
         }
         separator = family.turn_separator if self.turn_separator is None else self.turn_separator
-        strings = [separator, *(text for turn in turns.values() for text in turn)]
+        opening = family.opening.replace("{bos}", special["bos"])
+        strings = [opening, separator, *(text for turn in turns.values() for text in turn)]
         used = [token for token in family.turn_tokens if any(token in text for text in strings)]
         _check_roles(special, [*used, *self.turn_tokens])
-        return Marks(special, (*used, *self.turn_tokens), turns, separator)
+        return Marks(special, (*used, *self.turn_tokens), turns, separator, opening)
 
 
 def _check_roles(special: dict[str, str], turn_tokens: list[str]) -> None:

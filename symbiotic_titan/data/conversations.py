@@ -57,7 +57,7 @@ def speeches_of(fields: Fields, shape: str, *, has_images: bool) -> list[Speech]
     said_by, said = ("role", "content") if shape == "messages" else ("from", "value")
     images = _Images(fields, has_images)
     speeches = []
-    for number, turn in enumerate(_rows(fields.get(shape), shape), start=1):
+    for number, turn in enumerate(_rows(fields.need(shape), shape), start=1):
         where = f"turn {number} of its {shape}"
         side = turn.get(said_by) if isinstance(turn, dict) else None
         if not isinstance(side, str):
@@ -83,7 +83,7 @@ def speeches_of(fields: Fields, shape: str, *, has_images: bool) -> list[Speech]
 def segments_of(fields: Fields) -> list[Piece]:
     """Text and pictures of a sample in the shape "segments"; raises BadSample."""
     images = _Images(fields, has_images=True)
-    items = _rows(fields.get("segments"), "segments")
+    items = _rows(fields.need("segments"), "segments")
     pieces = list(_pieces(items, images, "its segments", generated=False))
     if not any(isinstance(piece, str) or piece.generated for piece in pieces):
         raise BadSample("empty", "its segments hold nothing to train")

@@ -99,12 +99,16 @@ class Fields:
                 return value
         return None
 
-    def text(self, field: str) -> str:
-        """Raises BadSample: there is none, or it is no text."""
+    def need(self, field: str) -> Any:
+        """Raises BadSample: there is none."""
         value = self.get(field)
         if value is None:
             raise self._missing(field)
-        return as_text(value, repr(self._keys.get(field, field)))
+        return value
+
+    def text(self, field: str) -> str:
+        """Raises BadSample: there is none, or it is no text."""
+        return as_text(self.need(field), repr(self._keys.get(field, field)))
 
     def images(self) -> list[bytes]:
         """Encoded images of the field ``image``, in order; raises BadSample where one cannot be read."""

@@ -1,5 +1,10 @@
 """Images in: decode, fit to a pixel budget, cut into the patches of the ViT. Images to be generated: see ``latents``.
 
+An image to be understood gets its size by one of three rules (``ImageGeometry.vit_resize``). ``fit`` is ours. ``qwen`` and ``glm``
+give the sizes that Qwen2-VL to Qwen3-VL and GLM-4V were trained with, as the image processors of transformers do with their
+``size`` = {shortest_edge: data.vit_min_pixels, longest_edge: data.vit_pixels}; GLM-4V's count an image as two frames, so its
+numbers are halved here.
+
 Letters: C channels, H and W pixels, P patches, Q numbers in one ViT patch.
 """
 
@@ -7,7 +12,7 @@ import io
 import struct
 import warnings
 import zlib
-from math import log, sqrt
+from math import ceil, floor, log, sqrt
 
 import numpy as np
 import torch
@@ -31,6 +36,9 @@ DECODE_ERRORS = (
 # Where Pillow itself refuses, to be safe from decompression bombs.
 MAX_PIXELS = 178_956_970
 
+# Longest over shortest side of an image that ``qwen`` and ``glm`` take.
+MAX_ASPECT = 200
+
 # The decoders that a shard's bytes may reach, whatever the extension says; Pillow has dozens more.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 
@@ -48,7 +56,7 @@ UPRIGHT = {
 
 
 class ImageSizeError(Exception):
-    """An image has no pixels, or more than may be decoded."""
+    """An image has no pixels, more than may be decoded, or a shape that the backbone does not take."""
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -76,6 +84,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()  # ``convert`` would copy it, a fifth of the time of a JPEG
+        return image
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip instead of scale
         grey = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) >> 8
         image = Image.fromarray(grey.astype(np.uint8))
@@ -98,14 +109,18 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255.0
 
 
-def fit_size(height: int, width: int, max_pixels: int, step: int) -> tuple[int, int]:
+def fit_size(
+    height: int, width: int, max_pixels: int, step: int, min_pixels: int = 0
+) -> tuple[int, int]:
     """(height, width) in multiples of ``step``, of about the same shape and with at most ``max_pixels`` pixels.
 
-    Smaller images are not enlarged beyond the rounding. An extreme shape is flattened where its short side would vanish.
+    Images are not enlarged beyond the rounding, but for those below ``min_pixels``. An extreme shape is flattened where its short
+    side would vanish.
     """
     budget = max_pixels // step**2
     assert budget >= 1, "checked when the loader is built"
-    scale = min(1.0, sqrt(max_pixels / (height * width)))
+    area = height * width
+    scale = min(max(1.0, sqrt(min_pixels / area)), sqrt(max_pixels / area))
     rows, columns = (max(1, round(side * scale / step)) for side in (height, width))
     if rows * columns > budget:
         rows, columns = (max(1, int(side * scale / step)) for side in (height, width))
@@ -116,19 +131,66 @@ def fit_size(height: int, width: int, max_pixels: int, step: int) -> tuple[int, 
     return rows * step, columns * step
 
 
+def backbone_size(
+    height: int, width: int, max_pixels: int, step: int, min_pixels: int, *, widen: bool
+) -> tuple[int, int]:
+    """(height, width) in multiples of ``step`` as the released backbones have it: each side rounded; rounded down after
+    shrinking where the result has more than ``max_pixels``, up after enlarging where it has less than ``min_pixels``.
+
+    ``widen``: an image with a side shorter than ``step`` is enlarged first, until it is as long. A thin image may end with more
+    pixels than ``max_pixels``, since every side keeps one step.
+
+    Raises:
+        ImageSizeError: the sides are too unlike.
+    """
+    if widen and min(height, width) < step:
+        scale = max(step / height, step / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ImageSizeError(
+            f"{width} x {height} pixels, the backbone takes sides up to 1 : {MAX_ASPECT}"
+        )
+    rows, columns = round(height / step), round(width / step)
+    if rows * columns * step**2 > max_pixels:
+        factor = sqrt(height * width / max_pixels)
+        rows, columns = floor(height / factor / step), floor(width / factor / step)
+    elif rows * columns * step**2 < min_pixels:
+        factor = sqrt(min_pixels / (height * width))
+        rows, columns = ceil(height * factor / step), ceil(width * factor / step)
+    return max(1, rows) * step, max(1, columns) * step
+
+
+def vit_size(
+    height: int, width: int, max_pixels: int, geometry: ImageGeometry, min_pixels: int
+) -> tuple[int, int]:
+    """(height, width) to which an image to be understood is resized, by the rule of ``geometry``."""
+    step = geometry.vit_token_pixels
+    if geometry.vit_resize == "fit":
+        return fit_size(height, width, max_pixels, step, min_pixels)
+    widen = geometry.vit_resize == "glm"
+    return backbone_size(height, width, max_pixels, step, min_pixels, widen=widen)
+
+
 def vit_patches(
-    image: Image.Image, max_pixels: int, geometry: ImageGeometry
+    image: Image.Image, max_pixels: int, geometry: ImageGeometry, min_pixels: int = 0
 ) -> tuple[torch.Tensor, int, int]:
     """((P, Q) float32 patches, image height and width in ViT *tokens*).
 
-    Values are normalised to mean 0.5 and standard deviation 0.5. Patches come in merge-window order: the patches of one token
-    are adjacent; tokens, and patches within a token, are in row-major order.
+    Values are normalised by the geometry's mean and standard deviation. Patches come in merge-window order: the patches of one
+    token are adjacent; tokens, and patches within a token, are in row-major order.
+
+    Raises:
+        ImageSizeError: the backbone does not take such a shape.
     """
-    height, width = fit_size(image.height, image.width, max_pixels, geometry.vit_token_pixels)
+    height, width = vit_size(image.height, image.width, max_pixels, geometry, min_pixels)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     patch, merge = geometry.vit_patch, geometry.vit_merge
     rows, columns = height // geometry.vit_token_pixels, width // geometry.vit_token_pixels
-    windows = ((to_array(resized) - 0.5) / 0.5).reshape(
+    mean_C11, std_C11 = (
+        np.array(values, dtype=np.float32)[:, None, None]
+        for values in (geometry.vit_mean, geometry.vit_std)
+    )
+    windows = ((to_array(resized) - mean_C11) / std_C11).reshape(
         geometry.vit_channels, rows, merge, patch, columns, merge, patch
     )
     # C, row, window row, y, column, window column, x -> row, column, window row, window column, C, y, x

@@ -8,12 +8,15 @@ A lane is a pure function of (config, seed, lane number). Its steps, one sample 
     4. the sample becomes documents, which join the waiting ones; a bad sample is skipped or stops the run
     5. the packing chooses documents among those waiting                                            -> one row
 
+A lane ends where step 2 leads beyond the first epoch of a source that stops the run (``data.at_end``). The documents that wait
+still become rows; from then on its rows are empty.
+
 The state after a row is a few counters and the names of the documents that wait; these are read again on resume.
 """
 
 import logging
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data.fields import REASONS, BadSample
@@ -46,9 +49,11 @@ class LaneState(TypedDict):
     rows:      rows made so far.
     scheduled: samples that the mixture has had of each source.
     read:      samples read of each source; those beyond ``scheduled`` were skipped.
-    skipped:   how many of each source, by reason. (States of older versions lack this and the next two.)
+    skipped:   how many of each source, by reason. (States of older versions lack this and the next four.)
     in_a_row:  how many of each source since its last good one.
     truncated: samples of each source whose text did not fit.
+    tokens:    of the samples that the mixture has had of each source.
+    ended:     the source whose end the lane has met, else -1. Once nothing waits, all further rows are empty.
     waiting:   (source, index in its endless sequence, part) of each document that waits for its row.
     """
 
@@ -58,6 +63,8 @@ class LaneState(TypedDict):
     skipped: list[dict[str, int]]
     in_a_row: list[int]
     truncated: list[int]
+    tokens: list[int]
+    ended: int
     waiting: list[tuple[int, int, int]]
 
 
@@ -70,6 +77,11 @@ class OpenSource:
         sizes = [shard.num_samples for shard in recipe.shards[number]]
         self._order = SourceOrder(recipe.config.seed, self.config.name, sizes)
         self._reader = Reader(recipe.shards[number])
+        self._stops = self.config.at_end_of(recipe.config) == "stop"
+
+    def has(self, index: int) -> bool:
+        """Whether the run goes on at number ``index`` of the endless sequence."""
+        return not self._stops or index < self._order.num_samples
 
     def documents(self, index: int) -> list[Document]:
         """Documents of number ``index`` of the source's endless sequence; raises BadSample."""
@@ -107,17 +119,20 @@ class Lane:
         self._skipped = [dict(reasons) for reasons in state["skipped"]]
         self._in_a_row = list(state["in_a_row"])
         self._truncated = list(state["truncated"])
+        self._tokens = list(state["tokens"])
+        self._ended = state["ended"]
         self._waiting = _read_again(sources, state["waiting"])
 
     def next_row(self) -> PackedBatch:
         """The next row; raises ValueError for a bad sample, as data.bad_samples says."""
-        while len(self._waiting) < self._recipe.config.lookahead:
-            self._draw()
+        self._fill(self._recipe.config.lookahead)
         documents = [waiting.document for waiting in self._waiting]
-        chosen = PACKINGS[self._recipe.config.packing](documents, self._recipe.size)
+        choose = PACKINGS[self._recipe.config.packing]
+        chosen = choose(documents, self._recipe.size) if documents else []
         taken = set(chosen)
         self._waiting = [w for i, w in enumerate(self._waiting) if i not in taken]
         self._num_rows += 1
+        self._fill(1)  # so that the state tells whether this was the last row
         return self._recipe.builder.build([documents[i] for i in chosen])
 
     def state(self) -> LaneState:
@@ -129,13 +144,24 @@ class Lane:
             "skipped": [dict(reasons) for reasons in self._skipped],
             "in_a_row": list(self._in_a_row),
             "truncated": list(self._truncated),
+            "tokens": list(self._tokens),
+            "ended": self._ended,
             "waiting": [(w.source, w.index, w.part) for w in self._waiting],
         }
 
+    def _fill(self, number: int) -> None:
+        """Draw until ``number`` documents wait or the lane has ended."""
+        while len(self._waiting) < number and self._ended < 0:
+            self._draw()
+
     def _draw(self) -> None:
         """Read one sample. After a bad one the mixture stays where it is, so the next comes from the same source."""
-        source = self._mixture.next(self._number, self._scheduled)
+        by_tokens = self._recipe.config.mixture_by == "tokens"
+        source = self._mixture.next(self._number, self._tokens if by_tokens else self._scheduled)
         index = self._read[source] * self._recipe.num_lanes + self._number
+        if not self._sources[source].has(index):
+            self._ended = source
+            return
         self._read[source] += 1
         try:
             documents = self._sources[source].documents(index)
@@ -143,6 +169,7 @@ class Lane:
             self._refuse_or_count(source, error)
             return
         self._scheduled[source] += 1
+        self._tokens[source] += sum(document.num_tokens for document in documents)
         self._in_a_row[source] = 0
         self._truncated[source] += any(document.truncated for document in documents)
         self._waiting += [
@@ -155,7 +182,7 @@ class Lane:
         if config.bad_samples_of(data) == "raise" and not passed_over:
             remedy = 'repair it, or set data.bad_samples = "skip"'
             if error.reason == "too_long":
-                remedy = 'raise training.seq_len, or set data.too_long = "skip" or "truncate"'
+                remedy = 'raise that limit, or set data.too_long = "skip" or "truncate"'
             raise ValueError(f"{error} (source {config.name!r}); {remedy}") from error
         count = self._skipped[source].get(error.reason, 0) + 1
         self._skipped[source][error.reason] = count
@@ -202,8 +229,31 @@ def new_state(recipe: LaneRecipe) -> LaneState:
         "skipped": [{} for _ in zeros],
         "in_a_row": zeros,
         "truncated": zeros,
+        "tokens": zeros,
+        "ended": -1,
         "waiting": [],
     }
+
+
+def resumed(recipe: LaneRecipe, saved: dict[str, Any]) -> LaneState:
+    """``saved``, with what was not counted when it was saved; a lane that met the end of a source which now repeats goes on."""
+    state: LaneState = new_state(recipe) | saved  # type: ignore[assignment, operator]
+    if state["ended"] >= 0 and recipe.sources[state["ended"]].at_end_of(recipe.config) == "repeat":
+        state["ended"] = -1
+    return state
+
+
+def ended_sources(recipe: LaneRecipe, states: list[LaneState]) -> list[str]:
+    """Names of the sources whose end the lanes of ``states`` have met; empty while any of them has a row left."""
+    if any(state["ended"] < 0 or state["waiting"] for state in states):
+        return []
+    return [recipe.sources[number].name for number in sorted({s["ended"] for s in states})]
+
+
+def open_mixture(recipe: LaneRecipe) -> Mixture:
+    """The schedule of the recipe's lanes."""
+    weights = [source.weight for source in recipe.sources]
+    return Mixture(weights, recipe.num_lanes, recipe.config.mixture_by)
 
 
 def num_skipped(recipe: LaneRecipe, states: list[LaneState]) -> list[int]:

@@ -30,10 +30,12 @@ from symbiotic_titan.data.lanes import (
     OpenSource,
     check_skipped,
     count_reasons,
+    ended_sources,
     new_state,
     num_skipped,
+    open_mixture,
+    resumed,
 )
-from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.recipe import build_recipe
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.data.transport import FlatRow
@@ -120,7 +122,10 @@ def _check_workers(num_workers: int, num_lanes: int) -> None:
 
 
 class PackedLoader(BaseDataLoader):
-    """Endless batches of this rank's rows. Each new iterator goes on behind the last batch that was handed out."""
+    """Endless batches of this rank's rows. Each new iterator goes on behind the last batch that was handed out.
+
+    Where a source stops the run, batches are empty once ``ended_sources`` names it: other ranks may still have rows.
+    """
 
     def __init__(
         self,
@@ -161,6 +166,17 @@ class PackedLoader(BaseDataLoader):
         """Samples of the lanes this rank owns that were skipped, by reason, and ``truncated`` ones; the same keys always."""
         return count_reasons(list(self._states.values()))
 
+    @property
+    def can_end(self) -> bool:
+        """Whether the end of a source stops the run; the same on every rank."""
+        config = self._recipe.config
+        return any(source.at_end_of(config) == "stop" for source in self._recipe.sources)
+
+    @property
+    def ended_sources(self) -> list[str]:
+        """Sources whose end this rank's lanes have met; empty while one of the lanes has a row left."""
+        return ended_sources(self._recipe, list(self._states.values()))
+
     def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
         rows = self._rows()
         while True:
@@ -186,9 +202,8 @@ class PackedLoader(BaseDataLoader):
         """
         saved = json.loads(state_dict["state"])
         check_identity(saved["identity"], identity_of(self._recipe))
-        # A state of an older version lacks what was not counted then.
         self._states = {
-            lane: new_state(self._recipe) | saved["lanes"][str(lane)] for lane in self._states
+            lane: resumed(self._recipe, saved["lanes"][str(lane)]) for lane in self._states
         }
 
     def _rows(self) -> Iterator[LaneRow]:
@@ -243,9 +258,7 @@ class LaneRows(IterableDataset):
         numbers = sorted(self._states)
         if worker is not None:
             numbers = numbers[worker.id :: worker.num_workers]
-        recipe = self._recipe
-        weights = [source.weight for source in recipe.sources]
-        mixture = Mixture(weights, recipe.num_lanes)
+        recipe, mixture = self._recipe, open_mixture(self._recipe)
         sources = [OpenSource(recipe, i) for i in range(len(recipe.sources))]
         try:
             lanes = {n: Lane(recipe, sources, mixture, n, self._states[n]) for n in numbers}

@@ -4,7 +4,8 @@ Letters: T positions of a row, N patches or latent tokens of one kind of image, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,17 +23,24 @@ from symbiotic_titan.sequence.vocabulary import SpecialTokens
 
 @dataclass(frozen=True)
 class RowSize:
-    """What a row holds: T positions, among them at most so many tokens of each kind of image."""
+    """What a row holds: T positions, among them at most so many tokens of each kind of image, and of a task that
+    ``task_tokens`` names."""
 
     num_tokens: int
     num_vit_tokens: int
     num_vae_tokens: int
+    task_tokens: dict[int, int] = field(default_factory=dict)
+
+    def of_task(self, task: int) -> int:
+        """Tokens of ``task`` that the row holds."""
+        return min(self.num_tokens, self.task_tokens.get(task, self.num_tokens))
 
     def fits(self, document: Document) -> bool:
         return (
             document.num_tokens <= self.num_tokens
             and document.num_vit_tokens <= self.num_vit_tokens
             and document.num_vae_tokens <= self.num_vae_tokens
+            and document.num_tokens <= self.task_tokens.get(document.task, self.num_tokens)
         )
 
     def minus(self, document: Document) -> "RowSize":
@@ -40,6 +48,10 @@ class RowSize:
             self.num_tokens - document.num_tokens,
             self.num_vit_tokens - document.num_vit_tokens,
             self.num_vae_tokens - document.num_vae_tokens,
+            {
+                task: left - document.num_tokens * (task == document.task)
+                for task, left in self.task_tokens.items()
+            },
         )
 
 
@@ -63,28 +75,41 @@ def fullest(waiting: list[Document], size: RowSize) -> list[int]:
     """Like ``longest_first``, but behind the oldest come those documents, by age, that leave the fewest positions empty.
 
     Subset sums: one way is kept to every length that can be reached, the first found, which favours older documents. So the
-    row is the fullest there is unless a limit on image tokens shuts off that way. Up to num_tokens x len(waiting) steps; it
-    ends early when the row is full to the last position.
+    row is the fullest there is unless a limit on the tokens of images or of a task shuts off that way. Up to num_tokens x
+    len(waiting) steps; it ends early when the row is full to the last position.
     """
     left = size.minus(waiting[0])
-    # Length behind the oldest document -> ViT and VAE tokens that still fit, and the document that was added last.
-    ways = {0: (left.num_vit_tokens, left.num_vae_tokens, 0)}
+    tasks = list(left.task_tokens)
+    limits = [left.num_vit_tokens, left.num_vae_tokens, *left.task_tokens.values()]
+    # All limits stand in one number, each below a bit that a difference clears where it falls below zero.
+    width = size.num_tokens.bit_length() + 1
+    spare = _side_by_side([1 << width - 1] * len(limits), width)
+    rest = _side_by_side([min(limit, size.num_tokens) for limit in limits], width) + spare
+    # Length behind the oldest document -> what is left of the limits, and the document that was added last.
+    ways = {0: (rest, 0)}
     for i, document in enumerate(waiting[1:], start=1):
-        count, vit, vae = document.num_tokens, document.num_vit_tokens, document.num_vae_tokens
-        longest = left.num_tokens - count
+        count = document.num_tokens
+        of_task = [count * (task == document.task) for task in tasks]
+        needs = [document.num_vit_tokens, document.num_vae_tokens, *of_task]
+        longest, needed = left.num_tokens - count, _side_by_side(needs, width)
         ways |= {
-            length + count: (vit_left - vit, vae_left - vae, i)
-            for length, (vit_left, vae_left, _) in ways.items()
-            if length <= longest and vit <= vit_left and vae <= vae_left
+            length + count: (rest - needed, i)
+            for length, (rest, _) in ways.items()
+            if length <= longest and (rest - needed) & spare == spare
             if length + count not in ways
         }
         if left.num_tokens in ways:
             break
     chosen, length = [], max(ways)
     while length:
-        chosen.append(ways[length][2])
+        chosen.append(ways[length][1])
         length -= waiting[chosen[-1]].num_tokens
     return [0, *reversed(chosen)]
+
+
+def _side_by_side(values: list[int], width: int) -> int:
+    """``values``, none negative and each of at most ``width`` bits, in one number."""
+    return sum(value << width * number for number, value in enumerate(values))
 
 
 # data.packing -> which of the waiting documents share the next row.
@@ -112,7 +137,7 @@ class RowBuilder:
         self._latents = latents or TokenForm(geometry.vae_token_values, torch.float32)
 
     def build(self, documents: list[Document]) -> PackedBatch:
-        """One row (B = 1): the documents behind each other, then padding."""
+        """One row (B = 1): the documents behind each other, then padding; of padding alone where there is none."""
         row = _Row(self._geometry, self._layout, self._special, self._latents)
         for number, document in enumerate(documents):
             row.add(number, document)
@@ -137,7 +162,7 @@ class _Row:
         self._document: list[int] = []
         self._task: list[int] = []
         self._span: list[int] = []
-        self._positions: list[torch.Tensor] = []
+        self._positions = [torch.empty(0, 3, dtype=torch.int64)]
         self._vit = _Images(TokenForm(geometry.vit_patch_values, torch.float32))
         self._vae = _Images(latents)
 
@@ -168,11 +193,11 @@ class _Row:
         self._num_spans += 1
         if isinstance(segment, VitSegment):
             self._append([self._special.vit] * count, False, VIT, span)
-            at = vit_patch_coords(segment.rows, segment.columns, self._geometry.vit_merge)
+            at = _vit_coords(segment.rows, segment.columns, self._geometry.vit_merge)
             self._vit.add(segment.patches, at, span, range(start, start + count))
         else:
             self._append([self._special.vae] * count, False, VAE, span)
-            at = coords(segment.rows, segment.columns)
+            at = _vae_coords(segment.rows, segment.columns)
             self._vae.add(segment.latents, at, span, range(start, start + count))
 
     def padded(self, size: RowSize) -> PackedBatch:
@@ -235,6 +260,11 @@ class _Images:
 
     def index(self) -> torch.Tensor:
         return _int64(self._index)
+
+
+# Images come in few sizes; making their coordinates anew was a tenth of writing a row. Rows copy them.
+_vit_coords = lru_cache(256)(vit_patch_coords)
+_vae_coords = lru_cache(256)(coords)
 
 
 def _int64(values: list[int]) -> torch.Tensor:

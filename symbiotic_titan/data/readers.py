@@ -5,8 +5,11 @@ What a shard is in each format: see ``formats``.
 """
 
 import functools
+import logging
+import random
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -14,6 +17,7 @@ from fsspec.core import url_to_fs
 from symbiotic_titan.config.data import TASK_FIELDS, DataSource
 from symbiotic_titan.data.fields import BadSample, Fields, Sample, check_fields, dotted, names_of
 from symbiotic_titan.data.formats.extents import index_lines, index_tar
+from symbiotic_titan.data.formats.index_cache import cached_index
 from symbiotic_titan.data.formats.parquet import index_parquet
 from symbiotic_titan.data.formats.shard import DamagedRest, File, Indexed, OpenShard, Shard
 from symbiotic_titan.data.formats.unpack import compression_of, unpacked
@@ -26,6 +30,11 @@ FORMATS: dict[str, Callable[[File, Callable[[list[str]], list[str]]], Indexed]] 
     "jsonl": index_lines,
     "parquet": index_parquet,
 }
+# Formats whose indexes are worth keeping. A Parquet file ends with its own.
+KEPT_FORMATS = ("webdataset", "jsonl")
+
+# Seconds between two lines of the log, where indexing takes long.
+LOG_SECONDS = 15
 
 
 def index_source(
@@ -33,24 +42,52 @@ def index_source(
 ) -> list[Shard]:
     """All shards of ``source``, sorted by path. Reads the tar headers, the lines, or the tables' footers of every file once.
 
+    With a ``cache_folder`` what was found stays there. Every process goes through the files in an order of its own then, so
+    that those that start together share the work.
+
     With ``tolerant`` the part of a file that cannot be read stands as one bad sample behind the others.
 
     Raises:
         ValueError: no file matches, or a file is empty or is not of its format; ``where`` (the config row) leads the message.
     """
-    columns = functools.partial(_columns, source)
-    shards: list[Shard] = []
-    for path in expand(source.path, where):
-        file, damage = _plain(path, cache_folder, where)
-        indexed = FORMATS[source.format](file, columns) if file.num_bytes else Indexed([])
-        damage = damage or indexed.damage
-        if damage and not tolerant:
-            raise ValueError(f"{where}: {path} {damage}")
-        rest = [DamagedRest(path, file.num_bytes, f"the file {damage}")] if damage else []
-        if not indexed.shards and not rest:
+    paths = expand(source.path, where)
+    order = random.Random().sample(paths, len(paths)) if cache_folder else paths
+    found: dict[str, list[Shard]] = {}
+    for path in _logged(order, where):
+        file, indexed = _index_file(source, path, cache_folder, where)
+        if indexed.damage and not tolerant:
+            raise ValueError(f"{where}: {path} {indexed.damage}")
+        shards = list(indexed.shards)
+        if indexed.damage:
+            shards.append(DamagedRest(path, file.num_bytes, f"the file {indexed.damage}"))
+        if not shards:
             raise ValueError(f"{where}: {path} is empty; remove the file, or write samples into it")
-        shards += [*indexed.shards, *rest]
-    return shards
+        found[path] = shards
+    return [shard for path in paths for shard in found[path]]
+
+
+def _logged(paths: list[str], where: str) -> Iterator[str]:
+    last = time.monotonic()
+    for number, path in enumerate(paths):
+        if time.monotonic() - last > LOG_SECONDS:
+            last = time.monotonic()
+            logging.getLogger(__name__).info(f"{where}: indexed {number} of {len(paths)} files")
+        yield path
+
+
+def _index_file(
+    source: DataSource, path: str, cache_folder: str, where: str
+) -> tuple[File, Indexed]:
+    """The file ``path`` and what it holds."""
+    file, damage = _plain(path, cache_folder, where)
+    index = functools.partial(FORMATS[source.format], file, functools.partial(_columns, source))
+    if not file.num_bytes:
+        indexed = Indexed([])
+    elif cache_folder and source.format in KEPT_FORMATS:
+        indexed = cached_index(index, file, source.format, cache_folder)
+    else:
+        indexed = index()
+    return file, Indexed(indexed.shards, damage or indexed.damage)
 
 
 def check_names(source: DataSource, shards: list[Shard], where: str) -> None:

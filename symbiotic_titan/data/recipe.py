@@ -1,5 +1,7 @@
 """From config to LaneRecipe: index the shards, work out the sizes, refuse what cannot work. Runs once, before training."""
 
+from math import ceil
+
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.latents import Latents
 from symbiotic_titan.data.formats.shard import Shard
@@ -12,6 +14,7 @@ from symbiotic_titan.data.readers import check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.modality import TASK_NAMES
 from symbiotic_titan.sequence.positions import RotaryLayout
 
 
@@ -40,9 +43,10 @@ def build_recipe(
                 f"data.{key}: {getattr(config, key)} is more than a row holds, training.seq_len = "
                 f"{seq_len}; lower it, or set 0 for as many as fit"
             )
-    size = RowSize(seq_len, config.max_vit_tokens or seq_len, config.max_vae_tokens or seq_len)
+    size = row_size(config, seq_len)
     overhead = image_document_overhead(tokenizer)
     _check_images_fit(config, sources, geometry, size, overhead)
+    _check_texts_fit(sources, size, len(tokenizer.opening))
     if latents.cache and any(source.task == "interleaved" for source in sources):
         raise ValueError(
             "latents.cache: holds one image of a sample, and samples of the task interleaved may have several; encode while "
@@ -70,28 +74,41 @@ def indexed(config: Data, source: DataSource, where: str) -> list[Shard]:
     return shards
 
 
+def row_size(config: Data, seq_len: int) -> RowSize:
+    """What a row of ``seq_len`` positions holds."""
+    return RowSize(
+        seq_len,
+        config.max_vit_tokens or seq_len,
+        config.max_vae_tokens or seq_len,
+        {
+            TASK_NAMES.index(task): config.row_tokens_of(task, seq_len)
+            for task in config.max_row_share
+        },
+    )
+
+
 def _check_images_fit(
     config: Data, sources: list[DataSource], geometry: ImageGeometry, size: RowSize, overhead: int
 ) -> None:
     tasks = {source.task for source in sources}
-    if tasks & {"mmu", "interleaved"}:
+    for task in sorted(tasks & {"mmu", "interleaved"}):
         num_tokens = config.vit_pixels // geometry.vit_token_pixels**2
         num_text = overhead + 2  # a question and an answer of one token each
         _check_image(
-            "vit", config.vit_pixels, geometry.vit_token_pixels, num_tokens, num_text, size
+            "vit", config.vit_pixels, geometry.vit_token_pixels, num_tokens, num_text, size, task
         )
-    if tasks & {"t2i", "t2i_long", "interleaved"}:
+    for task in sorted(tasks & {"t2i", "t2i_long", "interleaved"}):
         step = geometry.vae_token_pixels
         buckets = aspect_buckets(config.vae_pixels, step, config.max_aspect)
         num_tokens = max((h * w // step**2 for h, w in buckets), default=0)
         num_text = overhead + 1  # a caption of one token
-        _check_image("vae", config.vae_pixels, step, num_tokens, num_text, size)
+        _check_image("vae", config.vae_pixels, step, num_tokens, num_text, size, task)
 
 
 def _check_image(
-    kind: str, pixels: int, step: int, num_tokens: int, num_text: int, size: RowSize
+    kind: str, pixels: int, step: int, num_tokens: int, num_text: int, size: RowSize, task: str
 ) -> None:
-    """Refuse a row that is too short for the largest image with the least text."""
+    """Refuse a row, or a part of it for ``task``, that is too short for the largest image with the least text."""
     if not num_tokens:
         raise ValueError(
             f"data.{kind}_pixels: {pixels} pixels hold no token of {step} x {step}; set at least {step**2}"
@@ -102,9 +119,24 @@ def _check_image(
             f"training.seq_len: {size.num_tokens} is too short for one image of {num_tokens} tokens + "
             f"{needed - num_tokens} of text; raise it to at least {needed} or lower data.{kind}_pixels"
         )
+    if size.of_task(TASK_NAMES.index(task)) < needed:
+        raise ValueError(
+            f"data.max_row_share.{task}: {size.of_task(TASK_NAMES.index(task))} of {size.num_tokens} positions are too few for one "
+            f"image of {num_tokens} tokens + {needed - num_tokens} of text; raise it to at least "
+            f"{ceil(1000 * needed / size.num_tokens) / 1000}, or lower data.{kind}_pixels"
+        )
     held = {"vit": size.num_vit_tokens, "vae": size.num_vae_tokens}[kind]
     if held < num_tokens:
         raise ValueError(
             f"data.max_{kind}_tokens: {held} is too few for one image of {num_tokens} tokens; "
             f"raise it to at least {num_tokens} or lower data.{kind}_pixels"
+        )
+
+
+def _check_texts_fit(sources: list[DataSource], size: RowSize, opening: int) -> None:
+    """Refuse a part of a row for ``lm`` that holds nothing behind the ``opening`` tokens of a document."""
+    room = size.of_task(TASK_NAMES.index("lm"))
+    if room <= opening and any(source.task == "lm" for source in sources):
+        raise ValueError(
+            f"data.max_row_share.lm: {room} of {size.num_tokens} positions are too few for any text; raise it"
         )

@@ -6,9 +6,10 @@
     interleaved  <bos> TEXT <vit_start> [vit] <vit_end> TEXT <vae_start> [vae] <vae_end> <eos>, or turns of a conversation
 
 All but t2i may also be conversations of several turns: what the assistant says, and what ends its turns, is trained as next
-tokens, nothing else. <user>, <assistant> and the <eos> of a turn stand for what the tokenizer puts around turns (``turn``,
-``separator``). Otherwise trained are: all of lm behind <bos>; ANSWER and its <eos>; CAPTION, <vae_start> and <eos>; TEXT,
-<vae_start> and <eos>. The tokens of an image are never anyone's next token: the label there is ignored.
+tokens, nothing else. <bos> stands for what begins a document (``opening``); <user>, <assistant> and the <eos> of a turn for what
+the tokenizer puts around turns (``turn``, ``separator``). Otherwise trained are: all of lm behind <bos>; ANSWER and its <eos>;
+CAPTION, <vae_start> and <eos>; TEXT, <vae_start> and <eos>. The tokens of an image are never anyone's next token: the label there
+is ignored.
 """
 
 from collections.abc import Iterator
@@ -30,10 +31,15 @@ from symbiotic_titan.sequence.modality import TASK_NAMES
 
 
 def image_document_overhead(tokenizer: Tokenizer) -> int:
-    """Tokens of a document with one image, besides the image and the text: <bos>, two turns, begin and end of the image."""
+    """Tokens of a document with one image, besides the image and the text: opening, two turns, begin and end of the image."""
     user, assistant = tokenizer.turn("user"), tokenizer.turn("assistant")
-    around_text = sum(len(ids) for ids in (*user, tokenizer.separator, *assistant))
-    return 1 + around_text + 2
+    around_text = (tokenizer.opening, *user, tokenizer.separator, *assistant)
+    return sum(len(ids) for ids in around_text) + 2
+
+
+def ids_behind(last: list[int], ids: list[int]) -> list[int]:
+    """What of ``ids`` is still to come behind ``last``: a mark that ends a turn and begins the next one stands once."""
+    return ids[len(last) :] if ids[: len(last)] == last else ids
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Document:
 
 
 class DocumentMaker:
-    """Turns samples into documents that fit a row of ``seq_len`` tokens."""
+    """Turns samples into documents that fit a row of ``seq_len`` tokens, or the part of it that their task may take."""
 
     def __init__(
         self,
@@ -103,6 +109,7 @@ class DocumentMaker:
         self._images = images
         self._tokenizer = tokenizer
         self._seq_len = seq_len
+        self._room = [config.row_tokens_of(task, seq_len) for task in TASK_NAMES]
         self._max_vit_tokens = config.max_vit_tokens or seq_len
         self._max_vae_tokens = config.max_vae_tokens or seq_len
 
@@ -135,24 +142,26 @@ class DocumentMaker:
         return [self._conversation(source, speeches)]
 
     def _lm(self, fields: Fields) -> list[list[Segment]]:
-        """Chunks of a row's length; every chunk starts with <bos>, the last one ends with <eos>."""
-        special, size = self._tokenizer.special, self._seq_len - 1
-        ids = [*self._tokenizer.encode(fields.text("text")), special.eos]
+        """Chunks as long as a row, or as its part for texts; every chunk starts with <bos>, the last one ends with <eos>."""
+        opening = self._tokenizer.opening
+        size = self._room[TASK_NAMES.index("lm")] - len(opening)
+        ids = [*self._tokenizer.encode(fields.text("text")), self._tokenizer.special.eos]
         return [
-            [TextSegment([special.bos]), TextSegment(ids[start : start + size], trained=True)]
+            [TextSegment(opening), TextSegment(ids[start : start + size], trained=True)]
             for start in range(0, len(ids), size)
         ]
 
     def _t2i(self, source: DataSource, fields: Fields, index: int) -> list[Segment]:
         special, tokenizer = self._tokenizer.special, self._tokenizer
         user, assistant = tokenizer.turn("user"), tokenizer.turn("assistant")
+        before = [*tokenizer.separator, *assistant.prefix]
         caption = tokenizer.encode(fields.text("caption"))
         if self._drops_condition(source, index):
             caption = []
         return [
-            TextSegment([special.bos, *user.prefix]),
+            TextSegment([*tokenizer.opening, *ids_behind(tokenizer.opening, user.prefix)]),
             TextSegment(caption, trained=True),
-            TextSegment([*user.suffix, *tokenizer.separator, *assistant.prefix]),
+            TextSegment([*user.suffix, *ids_behind(user.suffix, before)]),
             TextSegment([special.vae_start], trained=True),
             self._cached(fields) if self._images.is_cached else self._generated(fields.image()),
             TextSegment([special.vae_end]),
@@ -160,14 +169,15 @@ class DocumentMaker:
         ]
 
     def _conversation(self, source: DataSource, speeches: list[Speech]) -> list[Segment]:
-        segments: list[Segment] = [TextSegment([self._tokenizer.special.bos])]
+        last = self._tokenizer.opening
+        segments: list[Segment] = [TextSegment(last)]
         for number, speech in enumerate(speeches):
             try:
                 turn = self._tokenizer.turn(speech.role)
             except ValueError as error:
                 raise BadSample("conversation", str(error)) from error
             before = [*(self._tokenizer.separator if number else []), *turn.prefix]
-            segments.append(TextSegment(before))
+            segments.append(TextSegment(ids_behind(last, before)))
             for piece in speech.pieces:
                 if source.task == "mmu" and isinstance(piece, Picture) and piece.generated:
                     raise BadSample(
@@ -176,12 +186,17 @@ class DocumentMaker:
                     )
                 segments += self._piece(piece, speech.trained)
             segments.append(TextSegment(turn.suffix, speech.trained))
+            last = turn.suffix
         return segments
 
     def _interleaved(self, fields: Fields) -> list[Segment]:
         special = self._tokenizer.special
         pieces = [s for piece in segments_of(fields) for s in self._piece(piece, trained=True)]
-        return [TextSegment([special.bos]), *pieces, TextSegment([special.eos], trained=True)]
+        return [
+            TextSegment(self._tokenizer.opening),
+            *pieces,
+            TextSegment([special.eos], trained=True),
+        ]
 
     def _piece(self, piece: Piece, trained: bool) -> Iterator[Segment]:
         """Text, or an image between its two marks; only the start of an image to be generated is ever trained."""
@@ -193,15 +208,23 @@ class DocumentMaker:
             yield self._generated(piece.data)
             yield TextSegment([special.vae_end])
         else:
-            image = _decoded(piece.data, self._config.max_image_pixels)
             yield TextSegment([special.vit_start])
-            yield VitSegment(*vit_patches(image, self._config.vit_pixels, self._geometry))
+            yield self._seen(piece.data)
             yield TextSegment([special.vit_end])
 
     def _drops_condition(self, source: DataSource, index: int) -> bool:
         """Another decision in every epoch, and the same one whenever this sample is read again."""
         fraction = hash_fraction(self._config.seed, source.name, "condition", index)
         return fraction < self._config.condition_dropout
+
+    def _seen(self, data: bytes) -> VitSegment:
+        config = self._config
+        image = _decoded(data, config.max_image_pixels)
+        try:
+            patches = vit_patches(image, config.vit_pixels, self._geometry, config.vit_min_pixels)
+        except ImageSizeError as error:
+            raise BadSample("image_size", f"its image has the wrong size ({error})") from error
+        return VitSegment(*patches)
 
     def _generated(self, data: bytes) -> VaeSegment:
         tokens = self._images.from_image(_decoded(data, self._config.max_image_pixels))
@@ -223,21 +246,27 @@ class DocumentMaker:
         """``document``, or with ``cuts`` as much of it as a row holds; raises BadSample when nothing to train is left."""
         if self._fits(document):
             return document
+        room = self._room[document.task]
         if cuts:
-            cut = _truncated(document, self._seq_len)
+            cut = _truncated(document, room)
             if self._fits(cut) and _has_lesson(cut):
                 return cut
         raise BadSample(
             "too_long",
-            f"it needs {document.num_tokens} tokens, a row holds {self._seq_len} (training.seq_len)"
-            if document.num_tokens > self._seq_len
+            f"it needs {document.num_tokens} tokens, a row holds {self._holds(document.task)}"
+            if document.num_tokens > room
             else f"its images need {document.num_vit_tokens} ViT and {document.num_vae_tokens} latent tokens, a row holds "
             f"{self._max_vit_tokens} and {self._max_vae_tokens} (data.max_vit_tokens, data.max_vae_tokens)",
         )
 
+    def _holds(self, task: int) -> str:
+        room, name = self._room[task], TASK_NAMES[task]
+        whole = room == self._seq_len
+        return f"{room} " + ("(training.seq_len)" if whole else f"of {name} (data.max_row_share)")
+
     def _fits(self, document: Document) -> bool:
         return (
-            document.num_tokens <= self._seq_len
+            document.num_tokens <= self._room[document.task]
             and document.num_vit_tokens <= self._max_vit_tokens
             and document.num_vae_tokens <= self._max_vae_tokens
         )

@@ -37,12 +37,14 @@ class Turn(NamedTuple):
 class Tokenizer(Protocol):
     """What the data chain needs of a tokenizer. Special tokens never come out of ``encode``, whatever the text says.
 
-    A conversation is ``special.bos``, then the turns one behind another with ``separator`` between them. ``special_ids`` names
-    every special token, also those of turns; ``fingerprint`` changes where an id of some text or turn may.
+    Every document begins with ``opening``. A conversation goes on with the turns, one behind another with ``separator`` between
+    them. ``special_ids`` names every special token, also those of turns; ``fingerprint`` changes where an id of some text or
+    turn may.
     """
 
     special: SpecialTokens
     special_ids: dict[str, int]
+    opening: list[int]
     separator: list[int]
     fingerprint: str
     vocab_size: int
@@ -72,6 +74,7 @@ class ByteTokenizer(BaseTokenizer):
         self.special_ids = {token: NUM_BYTES + i for i, token in enumerate(BYTE_SPECIALS)}
         pad, bos, eos, user, assistant, *image = self.special_ids.values()
         self.special = SpecialTokens(pad, bos, eos, *image)
+        self.opening = [bos]
         self.separator: list[int] = []
         self.eos_id = eos
         self.vocab_size = NUM_BYTES + len(BYTE_SPECIALS)
@@ -117,6 +120,7 @@ class FileTokenizer(BaseTokenizer):
         self._spelled = {i: self._spell(token) for token, i in self.special_ids.items()}
         self.special = SpecialTokens(**{r: self.special_ids[t] for r, t in marks.special.items()})
         self.eos_id = self.special.eos
+        self.opening = self._encode_marked(marks.opening)
         self.separator = self._encode_marked(marks.turn_separator)
         self._turns = {
             role: Turn(self._encode_marked(before), self._encode_marked(behind))
@@ -124,6 +128,8 @@ class FileTokenizer(BaseTokenizer):
         }
         self._check(marks)
         layout = repr((self.special, sorted(self._turns.items()), self.separator))
+        # The usual opening is left out, as in states that were saved before there were others.
+        layout += "" if self.opening == [self.special.bos] else repr(self.opening)
         content = sha256(data + layout.encode()).hexdigest()[:16]
         self.fingerprint = f"{section.kind} {content}"
 
@@ -191,12 +197,13 @@ class FileTokenizer(BaseTokenizer):
 
 
 def _family(section: TokenizerSection, file: Vocabulary) -> Marks:
-    """Defaults of the section's family. Where ours are as good as any, the file's own begin, end and padding go first."""
-    name = section.family
-    if name == "auto":
-        name = "plain" if file.id_of("<|im_start|>") is None else "qwen"
-    family = FAMILIES[name]
-    if name != "plain":
+    """Defaults of the section's family, with the file's own begin, end and padding where the family yields to them."""
+    if section.family == "auto":
+        has = (f for f in FAMILIES.values() if all(file.id_of(t) is not None for t in f.signs))
+        family = next(has)  # plain has no signs
+    else:
+        family = FAMILIES[section.family]
+    if not family.yields:
         return family
     declared = {r: token for r, token in file.declared.items() if file.id_of(token) != file.unknown}
     return replace(family, special=family.special | declared)

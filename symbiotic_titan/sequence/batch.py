@@ -27,8 +27,8 @@ class PackedBatch:
     labels     (B, T) int64     id of the next token where it is trained on, else IGNORE_INDEX. Already shifted.
     task       (B, T) int64     index into TASK_NAMES; NO_TASK on padding.
 
-    vit_patches (B, V*M, Q) float32  flattened patches (channel, row, column), normalised to mean 0.5 and std 0.5; the M
-                                     patches of one token are adjacent (merge-window order).
+    vit_patches (B, V*M, Q) float32  flattened patches (channel, row, column), normalised as the ViT expects; the M
+                                     patches of one token are adjacent (merge-window order), and so are an image's tokens.
     vit_coords  (B, V*M, 2) int64    (row, column) of each patch in its image's patch grid.
     vit_image   (B, V*M) int64       span number of each patch's image; -1 where unused.
     vit_index   (B, V) int64         position in the row of each ViT token; T where unused.

@@ -5,6 +5,10 @@ two cannot disagree.
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+# How an image to be understood gets a size in whole tokens, see ``data.images``.
+ResizeRule = Literal["fit", "qwen", "glm"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,8 @@ class ImageGeometry:
     latent_channels: channels of the latents codec (3 for the ``pixel`` codec).
     latent_stride:   pixels along one side of one latent cell (1 for the ``pixel`` codec, 8 for a Flux autoencoder).
     latent_patch:    latent cells along one side of one sequence token.
+    vit_mean, vit_std: what the ViT's input is normalised by, per channel, for pixels in [0, 1].
+    vit_resize:      how an image to be understood gets its size.
     """
 
     vit_patch: int
@@ -25,6 +31,9 @@ class ImageGeometry:
     latent_channels: int
     latent_stride: int
     latent_patch: int
+    vit_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    vit_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    vit_resize: ResizeRule = "fit"
 
     @property
     def vit_token_pixels(self) -> int:

@@ -3,32 +3,42 @@
 
 Example: tools/bench/loader.py --config train_configs/debug.toml --samples 2000 --memory-samples 50000
 
-Contenders, all with as many samples of each source, on one core, in one process (a worker process does the same):
-  bare        the files of the sources from beginning to end: tarfile and json, images decoded by Pillow, nothing else
-  webdataset  the same through the webdataset package where it is installed (extra ``bench``); JSONL as in ``bare``
-  read        this project's readers in shuffled order, images decoded by Pillow: what ``bare`` does
-  documents   read, decode, resize, cut into patches, tokenise
-  rows        the whole loader: documents, packing, row tensors
+Cases:
+  config     the sources of --config
+  photos     tar shards of JPEGs of 512 pixels with captions and questions, written to a temporary folder; 256 x 256 pixels of each
+             go into rows of 2048
 
-What resizing and tokenising cost is the difference between read and documents, what packing costs that between documents and
-rows; ``choose_ms`` and ``build_ms`` time the two halves of packing a row by themselves. The memory of the process is taken at
-ten points while --memory-samples are read.
+Contenders, all in one process on one core, all with the same number of samples of each source, JSON parsed:
+  bare, webdataset, datasets   the files from beginning to end: tarfile and json; the two packages, where they are installed and
+                               can read the shards (extra ``bench``)
+  read                         this project's readers, in shuffled order; the index that they need was made before (index_seconds)
+  ..._decoded                  the same four with images decoded to RGB by Pillow
+  documents                    read_decoded, and images resized and cut into patches, texts tokenised
+  rows                         the whole loader: documents, packing, the tensors of rows
 
-The last line is JSON. Quotients of samples per second: read_over_bare and rows_over_bare (the bar: 0.9 for reading).
+Stages are the time of one thread within ``rows``, in microseconds per sample, taken by timers around the functions: reading, decoding,
+resizing (patches and normalising included), tokenising, the rest of the documents, choosing those of a row, writing its tensors;
+and what a row costs on its way from a worker. Workers: the loader as the trainer has it, with 0, 1 and 2 worker processes. The
+memory of the process is taken at ten points while --memory-samples are read.
+
+The last line is JSON. ``over``: quotients of samples per second, medians over interleaved rounds with their quartiles; the bar is
+0.9 for read_decoded over each of the others' decoded loops.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import sys
-import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from io import BytesIO
+from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs without an installation
 
@@ -36,102 +46,52 @@ from symbiotic_titan import device  # noqa: E402
 
 device.prepare()
 
-import fsspec  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
 
+from symbiotic_titan.config.data import Data  # noqa: E402
+from symbiotic_titan.config.latents import Latents  # noqa: E402
+from symbiotic_titan.config.load import load_job_config  # noqa: E402
+from symbiotic_titan.data import lanes, samples  # noqa: E402
 from symbiotic_titan.data.fields import IMAGE_EXTENSIONS  # noqa: E402
 from symbiotic_titan.data.images import decode_image  # noqa: E402
 from symbiotic_titan.data.lanes import Lane, LaneRecipe, OpenSource, new_state  # noqa: E402
-from symbiotic_titan.data.mixture import Mixture  # noqa: E402
+from symbiotic_titan.data.latents import GeneratedImages  # noqa: E402
+from symbiotic_titan.data.loader import PackedLoader, build_loader  # noqa: E402
 from symbiotic_titan.data.order import SourceOrder  # noqa: E402
-from symbiotic_titan.data.packing import PACKINGS  # noqa: E402
+from symbiotic_titan.data.packing import RowBuilder  # noqa: E402
 from symbiotic_titan.data.readers import Reader  # noqa: E402
-from symbiotic_titan.data.samples import Document  # noqa: E402
-from tools.bench.packing import mixed_indices, recipe_of  # noqa: E402
-from tools.bench.timing import interleave, machine, ratio, summary  # noqa: E402
+from symbiotic_titan.data.samples import Document, DocumentMaker  # noqa: E402
+from symbiotic_titan.data.tokenizer import ByteTokenizer  # noqa: E402
+from symbiotic_titan.data.transport import FlatRow  # noqa: E402
+from symbiotic_titan.sequence.geometry import ImageGeometry  # noqa: E402
+from symbiotic_titan.train_spec import build_dataloader, build_tokenizer  # noqa: E402
+from tools.bench.loader_loops import LOOPS, Sample, loop_of, parsed, write_photos  # noqa: E402
+from tools.bench.packing import mixed_indices  # noqa: E402
+from tools.bench.timing import interleave, machine, summary  # noqa: E402
 
 BAR = 0.9
 POINTS = 10
-
-
-# ---- other people's loops ---------------------------------------------------------------------------------------------
-
-
-def bare_tar(paths: list[str]) -> Iterator[dict[str, Any]]:
-    """Samples of tar files in the order in which they lie: members with one key that follow each other."""
-    for path in paths:
-        with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as archive:
-            members = (member for member in archive if member.isfile())
-            for _, group in itertools.groupby(members, key=lambda m: m.name.partition(".")[0]):
-                sample = {}
-                for member in group:
-                    data = archive.extractfile(member)
-                    assert data is not None
-                    sample[member.name.partition(".")[2]] = data.read()
-                yield decoded(sample)
-
-
-def bare_lines(paths: list[str]) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        with fsspec.open(path, "rb") as file:
-            yield from (decoded({"json": line}) for line in file)
-
-
-def decoded(sample: dict[str, Any]) -> dict[str, Any]:
-    """JSON parsed, images as RGB."""
-    result = {}
-    for name, value in sample.items():
-        if name == "json" and isinstance(value, bytes):
-            value = json.loads(value)
-        elif name in IMAGE_EXTENSIONS:
-            value = Image.open(BytesIO(value)).convert("RGB")
-        result[name] = value
-    return result
-
-
-def webdataset_tar(paths: list[str]) -> Iterator[dict[str, Any]]:
-    import webdataset
-
-    yield from webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode("pilrgb")
-
-
-Loop = Callable[[list[str]], Iterator[dict[str, Any]]]
-
-
-def loop_of(recipe: LaneRecipe, tar_loop: Loop) -> Iterator[dict[str, Any]]:
-    """Endless samples, mixed as the recipe says; ``tar_loop`` reads the tar files."""
-    loops: dict[str, Loop] = {"webdataset": tar_loop, "jsonl": bare_lines}
-    streams = []
-    for source, shards in zip(recipe.sources, recipe.shards, strict=True):
-        if source.format not in loops:
-            raise ValueError(
-                f"source {source.name!r}: the bare loop reads webdataset and jsonl, not {source.format}; "
-                "name a config with such sources"
-            )
-        paths = list(dict.fromkeys(shard.path for shard in shards))
-        streams.append(
-            itertools.chain.from_iterable(map(loops[source.format], itertools.repeat(paths)))
-        )
-    return (next(streams[source]) for source, _ in mixed_indices(recipe))
+WORKERS = (0, 1, 2)
+PHOTO_SHARDS, PHOTOS = 4, 250  # of each of two sources
 
 
 # ---- this project's stages --------------------------------------------------------------------------------------------
 
 
-def read_samples(recipe: LaneRecipe) -> Iterator[dict[str, Any]]:
+def read_samples(recipe: LaneRecipe, decode: bool) -> Iterator[Sample]:
     """Samples in the loader's order, as the bare loop gives them."""
-    seed = recipe.config.seed
     readers = [Reader(shards) for shards in recipe.shards]
     orders = [
-        SourceOrder(seed, source.name, [shard.num_samples for shard in shards])
+        SourceOrder(recipe.config.seed, source.name, [shard.num_samples for shard in shards])
         for source, shards in zip(recipe.sources, recipe.shards, strict=True)
     ]
     for source, index in mixed_indices(recipe):
         members = readers[source].read(*orders[source].locate(index)).members
-        images = {n: decode_image(v) for n, v in members.items() if n in IMAGE_EXTENSIONS}
-        rest = {n: v for n, v in members.items() if n not in IMAGE_EXTENSIONS}
-        yield {**images, **decoded(rest)}
+        sample = parsed(members, decode=False)
+        if decode:
+            images = {n: decode_image(v) for n, v in members.items() if n in IMAGE_EXTENSIONS}
+            sample |= images
+        yield sample
 
 
 def make_documents(recipe: LaneRecipe) -> Iterator[list[Document]]:
@@ -142,19 +102,20 @@ def make_documents(recipe: LaneRecipe) -> Iterator[list[Document]]:
 def one_lane(recipe: LaneRecipe) -> Lane:
     """Lane 0 of the recipe, at its beginning."""
     sources = [OpenSource(recipe, number) for number in range(len(recipe.sources))]
-    mixture = Mixture([source.weight for source in recipe.sources], recipe.num_lanes)
-    return Lane(recipe, sources, mixture, 0, new_state(recipe))
+    return Lane(recipe, sources, lanes.open_mixture(recipe), 0, new_state(recipe))
 
 
 def samples_read(lane: Lane) -> int:
     return sum(lane.state()["read"])
 
 
-def make_rows(lane: Lane, num_samples: int) -> None:
-    """Rows until ``num_samples`` more samples have been read."""
-    end = samples_read(lane) + num_samples
+def make_rows(lane: Lane, num_samples: int) -> int:
+    """Rows until ``num_samples`` more samples have been read; how many."""
+    end, rows = samples_read(lane) + num_samples, 0
     while samples_read(lane) < end:
         lane.next_row()
+        rows += 1
+    return rows
 
 
 def consumer(stream: Iterator[Any], num_samples: int) -> Callable[[], None]:
@@ -167,50 +128,125 @@ def consumer(stream: Iterator[Any], num_samples: int) -> Callable[[], None]:
     return run
 
 
-def contenders(recipe: LaneRecipe, num_samples: int) -> dict[str, Callable[[], None]]:
+def contenders(recipe: LaneRecipe, num_samples: int) -> dict[str, Callable[[], Any]]:
     """Name -> reading ``num_samples``. Streams go on, so that each call reads others, and all the same number."""
+    entries: dict[str, Callable[[], Any]] = {}
+    for name in LOOPS:
+        try:
+            next(loop_of(recipe, name, decode=True))
+        except (ImportError, ValueError) as error:
+            print(f"  {name} is left out: {str(error).splitlines()[0]}")
+            continue
+        for decode in (False, True):
+            key = f"{name}_decoded" if decode else name
+            entries[key] = consumer(loop_of(recipe, name, decode), num_samples)
+    for decode in (False, True):
+        key = "read_decoded" if decode else "read"
+        entries[key] = consumer(read_samples(recipe, decode), num_samples)
     lane = one_lane(recipe)
     make_rows(lane, 1)  # fills the look-ahead buffer
-    entries: dict[str, Callable[[], None]] = {
-        "bare": consumer(loop_of(recipe, bare_tar), num_samples),
-        "read": consumer(read_samples(recipe), num_samples),
-        "documents": consumer(make_documents(recipe), num_samples),
-        "rows": lambda: make_rows(lane, num_samples),
-    }
-    try:
-        import webdataset  # noqa: F401
-    except ImportError as error:
-        print(f"webdataset is left out ({error}); pip install 'webdataset>=1,<2' adds it")
-    else:
-        entries["webdataset"] = consumer(loop_of(recipe, webdataset_tar), num_samples)
+    entries["documents"] = consumer(make_documents(recipe), num_samples)
+    entries["rows"] = lambda: make_rows(lane, num_samples)
     return entries
 
 
-def packing_milliseconds(recipe: LaneRecipe, num_samples: int) -> dict[str, float]:
-    """Medians over the rows of ``num_samples``: choosing the documents of a row, and writing its tensors."""
-    choose = PACKINGS[recipe.config.packing]
-    waiting: list[Document] = []
-    times: dict[str, list[float]] = {"choose_ms": [], "build_ms": []}
-    for documents in itertools.islice(make_documents(recipe), num_samples):
-        waiting += documents
-        while len(waiting) >= recipe.config.lookahead:
+def quotients(times: dict[str, list[float]], over: list[str], of: str) -> dict[str, list[float]]:
+    """Samples per second of ``of`` / of each in ``over``: [median, quartile 1, quartile 3] over the rounds."""
+    result = {}
+    for name in over:
+        rounds = [a / b for a, b in zip(times[name], times[of], strict=True)]
+        low, middle, high = quantiles(rounds, n=4, method="inclusive")
+        result[name] = [round(value, 3) for value in (middle, low, high)]
+    return result
+
+
+class Timers:
+    """Seconds spent in functions, each without those that it calls and that have timers too."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = [0.0]
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        self.seconds.setdefault(name, 0.0)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
             start = time.perf_counter()
-            chosen = choose(waiting, recipe.size)
-            middle = time.perf_counter()
-            recipe.builder.build([waiting[i] for i in chosen])
-            times["choose_ms"].append(middle - start)
-            times["build_ms"].append(time.perf_counter() - middle)
-            taken = set(chosen)
-            waiting = [document for i, document in enumerate(waiting) if i not in taken]
-    if not times["choose_ms"]:
-        raise ValueError(
-            f"--samples {num_samples}: too few for a row; the look-ahead buffer alone holds "
-            f"{recipe.config.lookahead} (data.lookahead)"
-        )
-    return {name: round(1e3 * median(seconds), 3) for name, seconds in times.items()}
+            try:
+                return function(*args, **kwargs)
+            finally:
+                elapsed = time.perf_counter() - start
+                self.seconds[name] += elapsed - self._inner.pop()
+                self._inner[-1] += elapsed
+
+        return timed
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------
+def stage_times(recipe: LaneRecipe, num_samples: int) -> dict[str, float]:
+    """Microseconds per sample of each stage in a lane, and of a row on its way from a worker.
+
+    Raises:
+        ValueError: that many samples make no row.
+    """
+    timers, lane = Timers(), one_lane(recipe)
+    make_rows(lane, 1)
+    packing = lanes.PACKINGS
+    chosen = {recipe.config.packing: timers.around("choose", packing[recipe.config.packing])}
+    tokenizer = type(recipe.maker._tokenizer)
+    places: list[tuple[Any, str, str]] = [
+        (Reader, "read", "read"),
+        (samples, "decode_image", "decode"),
+        (samples, "vit_patches", "resize"),
+        (GeneratedImages, "from_image", "resize"),
+        (tokenizer, "encode", "tokenise"),
+        (DocumentMaker, "make", "documents"),
+        (RowBuilder, "build", "build"),
+    ]
+    with ExitStack() as patches:
+        for owner, attribute, name in places:
+            timed = timers.around(name, getattr(owner, attribute))
+            patches.enter_context(patch.object(owner, attribute, timed))
+        patches.enter_context(patch.dict(packing, chosen))
+        before = samples_read(lane)
+        rows = make_rows(lane, num_samples)
+        count = samples_read(lane) - before
+    row = lane.next_row()
+    start = time.perf_counter()
+    for _ in range(rows):
+        FlatRow.of(row).row()
+    timers.seconds["flatten"] = time.perf_counter() - start
+    return {name: round(1e6 * total / count, 1) for name, total in timers.seconds.items()}
+
+
+# ---- worker processes and memory --------------------------------------------------------------------------------------
+
+
+def worker_speeds(
+    make_loader: Callable[[int], PackedLoader], num_rows: int, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Rows per second of the loader with so many workers; interleaved rounds, each with processes of its own."""
+    times: dict[str, list[float]] = {str(workers): [] for workers in WORKERS}
+    for _, workers in itertools.product(range(repeats), WORKERS):
+        loader = make_loader(workers)
+        batches = iter(loader)
+        rows_ahead = 2 * 2 * max(1, workers)  # what is made while nobody measures
+        rows = len(next(batches).tokens)
+        for _ in range(rows_ahead):
+            next(batches)
+        start = time.perf_counter()
+        for _ in range(-(-num_rows // rows)):
+            next(batches)
+        times[str(workers)].append((time.perf_counter() - start) / (-(-num_rows // rows) * rows))
+        batches.close()  # type: ignore[attr-defined]  # ends the worker processes
+    base = times["0"]
+    return {
+        name: {
+            "rows_per_second": round(1 / median(seconds), 1),
+            "over_0_workers": round(median(a / b for a, b in zip(base, seconds, strict=True)), 3),
+        }
+        for name, seconds in times.items()
+    }
 
 
 def resident_mib() -> float | None:
@@ -233,51 +269,118 @@ def memory_points(recipe: LaneRecipe, num_samples: int) -> list[tuple[int, float
     return points
 
 
+# ---- cases ------------------------------------------------------------------------------------------------------------
+
+
+def loader_of_config(config_file: str, overrides: list[str], num_workers: int) -> PackedLoader:
+    config = load_job_config(["--job.config_file", config_file, *overrides])
+    config.training.dataloader.num_workers = num_workers
+    tokenizer = build_tokenizer(config)
+    return build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
+
+
+def loader_of_photos(folder: Path, num_workers: int) -> PackedLoader:
+    rows = [
+        {"name": task, "task": task, "format": "webdataset", "path": f"{folder}/{task}-*.tar"}
+        for task in ("t2i", "mmu")
+    ]
+    return build_loader(
+        Data(
+            sources=rows,
+            vit_pixels=2**16,
+            vae_pixels=2**16,
+            max_vit_tokens=512,
+            max_vae_tokens=1536,
+        ),
+        latents=Latents(patch=16),
+        geometry=ImageGeometry(16, 2, 3, 3, 1, 16),
+        rotary_layout="shared",
+        tokenizer=ByteTokenizer(),
+        seq_len=2048,
+        local_batch_size=2,
+        global_batch_size=4,
+        num_workers=num_workers,
+    )
+
+
+def measure(
+    make_loader: Callable[[int], PackedLoader], options: argparse.Namespace
+) -> dict[str, Any]:
+    """All figures of a case; prints them too."""
+    start = time.perf_counter()
+    recipe = make_loader(0).recipe
+    index_seconds = round(time.perf_counter() - start, 3)
+    entries = contenders(recipe, options.samples)
+    times = interleave(entries, repeats=options.repeats, warmup=1)
+    speeds = {name: round(options.samples / median(seconds)) for name, seconds in times.items()}
+    for name, speed in speeds.items():
+        print(f"  {name:18s} {speed:8,d} samples/s")
+    others = [name for name in times if name.partition("_")[0] in LOOPS]
+    decoded = [name for name in others if name.endswith("_decoded")]
+    plain = [name for name in others if name not in decoded]
+    over = {
+        "read": quotients(times, plain, "read"),
+        "read_decoded": quotients(times, decoded, "read_decoded"),
+        "rows": quotients(times, decoded, "rows"),
+    }
+    for name, values in over.items():
+        print(
+            f"  {name} over "
+            + ", ".join(f"{n} {v[0]} ({v[1]} to {v[2]})" for n, v in values.items())
+        )
+    stages = stage_times(recipe, options.samples)
+    print("  microseconds per sample: " + ", ".join(f"{n} {t}" for n, t in stages.items()))
+    workers = worker_speeds(make_loader, options.rows, options.repeats)
+    for name, speed_of in workers.items():
+        rate, gain = speed_of["rows_per_second"], speed_of["over_0_workers"]
+        print(f"  {name} workers: {rate} rows/s, {gain} x")
+    points = memory_points(recipe, options.memory_samples)
+    print("  MiB after samples: " + ", ".join(f"{size} after {n:,d}" for n, size in points))
+    return {
+        "over": over,
+        "met": min(middle for middle, *_ in over["read_decoded"].values()) >= BAR,
+        "index_seconds": index_seconds,
+        "samples_per_second": speeds,
+        "times": {name: summary(seconds) for name, seconds in times.items()},
+        "stages_us": stages,
+        "workers": workers,
+        "memory_mib": points,
+        "memory_growth_mib": round(points[-1][1] - points[0][1], 1) if points else None,
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="train_configs/debug.toml", help="whose mixture")
-    parser.add_argument("--samples", type=int, default=2000, help="samples of each round")
+    parser.add_argument("--case", choices=("config", "photos"), help="only this one")
+    parser.add_argument("--samples", type=int, default=1000, help="samples of each round")
+    parser.add_argument("--rows", type=int, default=200, help="rows of each round of the workers")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5)")
-    parser.add_argument("--memory-samples", type=int, default=20000, help="while memory is watched")
+    parser.add_argument("--memory-samples", type=int, default=10000, help="while memory is watched")
     options, overrides = parser.parse_known_args(arguments)
     if options.repeats < 2:
         parser.error(f"--repeats must be at least 2 to have a spread, got {options.repeats}")
-    if min(options.samples, options.memory_samples // POINTS) < 1:
-        parser.error(f"--samples must be at least 1 and --memory-samples at least {POINTS}")
+    if min(options.samples, options.rows, options.memory_samples // POINTS) < 1:
+        parser.error(f"--samples and --rows must be at least 1, --memory-samples at least {POINTS}")
     torch.set_num_threads(1)  # as in a worker process
-    try:
-        recipe = recipe_of(options.config, overrides)
-        packing = packing_milliseconds(recipe, options.samples)
-        entries = contenders(recipe, options.samples)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    times = interleave(entries, repeats=options.repeats, warmup=1)
-    speeds = {name: round(options.samples / median(seconds)) for name, seconds in times.items()}
-    for name, speed in speeds.items():
-        print(f"  {name:10s} {speed:8,d} samples/s")
-    print("  a row: " + ", ".join(f"{name} {value}" for name, value in packing.items()))
-    points = memory_points(recipe, options.memory_samples)
-    print("  MiB after samples: " + ", ".join(f"{size} after {n:,d}" for n, size in points))
-    over_bare = {f"{n}_over_bare": round(ratio(times, "bare", n), 3) for n in speeds if n != "bare"}
-    growth = round(points[-1][1] - points[0][1], 1) if points else None
-    print(
-        json.dumps(
-            {
-                **machine(),
-                **over_bare,
-                "read_bar": BAR,
-                "read_met": over_bare["read_over_bare"] >= BAR,
-                "samples_per_second": speeds,
-                "times": {name: summary(seconds) for name, seconds in times.items()},
-                **packing,
-                "memory_mib": points,
-                "memory_growth_mib": growth,
-            }
-        )
-    )
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {
+            "config": functools.partial(loader_of_config, options.config, overrides),
+            "photos": functools.partial(loader_of_photos, Path(folder)),
+        }
+        try:
+            for name in [options.case] if options.case else list(cases):
+                print(name)
+                if name == "photos":
+                    write_photos(Path(folder), PHOTO_SHARDS, PHOTOS)
+                results[name] = measure(cases[name], options)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    print(json.dumps({**machine(), "bar": BAR, "cases": results}))
     return 0
 
 

@@ -41,7 +41,7 @@ device.prepare()
 import torch  # noqa: E402
 
 from symbiotic_titan.config.load import load_job_config  # noqa: E402
-from symbiotic_titan.data.lanes import LaneRecipe, OpenSource  # noqa: E402
+from symbiotic_titan.data.lanes import LaneRecipe, OpenSource, open_mixture  # noqa: E402
 from symbiotic_titan.data.mixture import Mixture  # noqa: E402
 from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize  # noqa: E402
 from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment  # noqa: E402
@@ -119,7 +119,7 @@ def recipe_of(config_file: str, overrides: list[str]) -> LaneRecipe:
 
 
 def mixed_indices(recipe: LaneRecipe) -> Iterator[tuple[int, int]]:
-    """(source, index in its endless sequence) of the samples of a mixture with a single lane."""
+    """(source, index in its endless sequence) of the samples of a mixture, by samples, with a single lane."""
     mixture = Mixture([source.weight for source in recipe.sources], 1)
     counts = [0] * len(recipe.sources)
     while True:
@@ -129,9 +129,16 @@ def mixed_indices(recipe: LaneRecipe) -> Iterator[tuple[int, int]]:
 
 
 def demo_case(recipe: LaneRecipe, num_samples: int) -> Case:
+    """The first samples of lane 0, if there were no other lanes."""
     sources = [OpenSource(recipe, number) for number in range(len(recipe.sources))]
-    places = zip(range(num_samples), mixed_indices(recipe), strict=False)
-    samples = [sources[source].documents(index) for _, (source, index) in places]
+    mixture, samples = open_mixture(recipe), []
+    counts, tokens = [0] * len(sources), [0] * len(sources)
+    given = tokens if recipe.config.mixture_by == "tokens" else counts
+    for _ in range(num_samples):
+        source = mixture.next(0, given)
+        samples.append(sources[source].documents(counts[source]))
+        counts[source] += 1
+        tokens[source] += sum(document.num_tokens for document in samples[-1])
     return Case(samples, recipe.size, recipe.config.lookahead, recipe.builder)
 
 

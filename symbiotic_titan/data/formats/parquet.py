@@ -59,7 +59,13 @@ class OpenRowGroup:
                     opened, pre_buffer=False, page_checksum_verification=True
                 ).read_row_group(shard.number, columns=list(shard.columns), use_threads=False)
         except PARQUET_ERRORS as error:
-            raise OSError(f"row group {shard.number} cannot be decoded ({error})") from error
+            raise OSError(
+                f"row group {shard.number} cannot be decoded ({_one_line(error)})"
+            ) from error
+        if table.num_rows != shard.num_samples:
+            raise OSError(
+                f"row group {shard.number} has {table.num_rows} rows, {shard.num_samples} are told"
+            )
         self._columns = [table.column(name) for name in shard.columns]
 
     def read(self, sample: int) -> dict[str, Any]:
@@ -80,8 +86,10 @@ def index_parquet(file: File, columns: Callable[[list[str]], list[str]]) -> Inde
             parquet = pq.ParquetFile(opened, pre_buffer=False)
             schema, metadata = parquet.schema_arrow, parquet.metadata
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
+                raise ValueError(f"{metadata.num_rows} rows, {sizes} in its row groups")
     except PARQUET_ERRORS as error:
-        damage = f"cannot be read as a Parquet file ({error}); write it again, or correct format"
+        damage = f"cannot be read as a Parquet file ({_one_line(error)}); write it again, or correct format"
         return Indexed([], damage)
     chosen, names = tuple(columns(schema.names)), tuple(_names(schema))
     starts = accumulate(sizes, initial=0)
@@ -91,6 +99,10 @@ def index_parquet(file: File, columns: Callable[[list[str]], list[str]]) -> Inde
         if size
     ]
     return Indexed(list(groups))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _names(schema: pa.Schema) -> Iterator[str]:

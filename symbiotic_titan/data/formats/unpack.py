@@ -1,16 +1,14 @@
 """Compressed files -> plain ones in a cache folder. A compressed stream has no random access, and samples come in any order."""
 
 import lzma
-import os
-import tempfile
 import zlib
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.compression import compr
-from fsspec.core import url_to_fs
+
+from symbiotic_titan.data.formats.cache_files import version_of, written_whole
 
 # Ending of a file -> what fsspec calls its compression.
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
@@ -29,8 +27,7 @@ def compression_of(path: str) -> str | None:
 def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
     """(plain copy of the compressed file ``path`` in the cache, what is wrong with the rest of it or "").
 
-    The copy's name depends on the file's path, size and time, so that a changed file is unpacked anew. Processes that start
-    together may each unpack the file; the copies are equal and the last one stays.
+    Processes that start together may each unpack the file; the copies are equal and the last one stays.
 
     Raises:
         ValueError: there is no cache folder, or no library for the compression.
@@ -46,27 +43,19 @@ def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
             f"{where}: {path} is compressed, so that samples cannot be read from anywhere in it; set data.cache_folder "
             "to a local folder with room for the unpacked shards, or unpack them yourself"
         )
-    filesystem, name = url_to_fs(path)
-    version = sha256(f"{path}/{filesystem.ukey(name)}".encode()).hexdigest()[:16]
-    target = Path(cache_folder) / f"{version}-{Path(path).stem}"
+    target = Path(cache_folder) / f"{version_of(path)}-{Path(path).stem}"
     damage = target.with_name(target.name + ".damage")
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         _unpack(path, compression, target, damage)
     return str(target), damage.read_text() if damage.exists() else ""
 
 
 def _unpack(path: str, compression: Any, target: Path, damage: Path) -> None:
     """Write ``target``, whole or, where ``path`` is damaged, up to there and ``damage`` beside it."""
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            error = _copy(path, compression, out)
+    with written_whole(target) as out:
+        error = _copy(path, compression, out)
         if error:
             damage.write_text(f"cannot be unpacked to its end ({error}); copy or write it again")
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _copy(path: str, compression: Any, out: Any) -> str:

@@ -1,13 +1,14 @@
 """However a run is interrupted and on whatever ranks and workers it goes on: no sample is lost, none is repeated.
 
-Hypothesis draws the legs of a run: where each stops, its ranks and workers, how far workers run ahead, the look-ahead and the
-packing. What all legs delivered, together with what still waits, must be what the order of the samples names, each once.
+Hypothesis draws the legs of a run: where each stops, its ranks and workers, how far workers run ahead, the look-ahead, the
+packing, and whether the end of a source stops it. What all legs delivered, together with what still waits, must be what the order
+of the samples names, each once.
 """
 
 import json
 import pickle
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -42,18 +43,21 @@ class Leg:
     lookahead: int = 4
     packing: str = "longest_first"
     local_batch_size: int = 1
+    at_end: str = "repeat"
+    mixture_by: str = "samples"
 
 
 LEGS = st.lists(
     st.builds(
         Leg,
-        num_batches=st.integers(0, 7),
+        num_batches=st.integers(0, 12),
         ranks=st.sampled_from([1, 2, 4]),
         workers=st.sampled_from([0, 2, 4]),
         ahead=st.integers(1, 5),
         lookahead=st.integers(1, 9),
         packing=st.sampled_from(["longest_first", "fullest"]),
         local_batch_size=st.integers(1, 3),
+        at_end=st.sampled_from(["repeat", "stop"]),
     ),
     min_size=1,
     max_size=4,
@@ -119,6 +123,8 @@ def loaders_of(make_loader, sources, leg):
         "lookahead": leg.lookahead,
         "packing": leg.packing,
         "bad_samples": "skip",
+        "at_end": leg.at_end,
+        "mixture_by": leg.mixture_by,
     }
     for rank in range(leg.ranks):
         loader = make_loader(
@@ -197,10 +203,11 @@ def has_finished_an_epoch(state):
     )
 
 
-def check_rest_of_the_epoch(make_loader, sources, delivered, state):
+def check_rest_of_the_epoch(make_loader, sources, delivered, state, mixture_by="samples"):
     """Read on until the first epoch has ended; then every sample was there, and none more often than the order says."""
     while not has_finished_an_epoch(state):
-        part, state = run(make_loader, sources, Leg(1, local_batch_size=NUM_LANES), state)
+        leg = Leg(1, local_batch_size=NUM_LANES, mixture_by=mixture_by)
+        part, state = run(make_loader, sources, leg, state)
         delivered += part
     assert delivered == expected_texts(state)
     good = [
@@ -215,21 +222,23 @@ def check_rest_of_the_epoch(make_loader, sources, delivered, state):
 
 
 @settings(FIXED, max_examples=8)
-@given(legs=LEGS)
-def test_no_interruption_loses_or_repeats_a_sample(make_loader, sources, legs):
+@given(legs=LEGS, mixture_by=st.sampled_from(["samples", "tokens"]))
+def test_no_interruption_loses_or_repeats_a_sample(make_loader, sources, legs, mixture_by):
     delivered, state = Counter(), None
     for leg in legs:
+        leg = replace(leg, mixture_by=mixture_by)
         part, state = run_in_process(make_loader, sources, leg, state)
         delivered += part
         assert delivered == expected_texts(state)
-    check_rest_of_the_epoch(make_loader, sources, delivered, state)
+    check_rest_of_the_epoch(make_loader, sources, delivered, state, mixture_by)
 
 
 @pytest.mark.slow
 @settings(FIXED, max_examples=300)
-@given(legs=LEGS)
-def test_no_interruption_of_many_loses_or_repeats_a_sample(make_loader, sources, legs):
-    test_no_interruption_loses_or_repeats_a_sample.hypothesis.inner_test(make_loader, sources, legs)
+@given(legs=LEGS, mixture_by=st.sampled_from(["samples", "tokens"]))
+def test_no_interruption_of_many_loses_or_repeats_a_sample(make_loader, sources, legs, mixture_by):
+    test = test_no_interruption_loses_or_repeats_a_sample.hypothesis.inner_test
+    test(make_loader, sources, legs, mixture_by)
 
 
 @pytest.mark.parametrize("local_batch_size", [1, 3])

@@ -24,8 +24,9 @@ from tools import show_batch
 
 ROOT = Path(__file__).parents[3]
 GEOMETRY = ImageGeometry(
-    vit_patch=2, vit_merge=2, vit_channels=3, latent_channels=3, latent_stride=1, latent_patch=2
-)
+    vit_patch=2, vit_merge=2, vit_channels=3, latent_channels=3, latent_stride=1, latent_patch=2,
+    vit_mean=(0.48, 0.46, 0.41), vit_std=(0.27, 0.26, 0.28),
+)  # fmt: skip
 TOKENIZER = ByteTokenizer()
 HOSTILE = '</td><script>alert("1")</script><img src=http://a.b/c onerror=x> & \x07 \u202e abc'
 
@@ -88,7 +89,7 @@ class Structure(HTMLParser):
 
 
 def page_of(row):
-    return show_batch.page("a <b> config", ["a summary"], [(3, row)], TOKENIZER, GEOMETRY)
+    return show_batch.page("a <b> config", ["a summary"], [], [(3, row)], TOKENIZER, GEOMETRY)
 
 
 def pictures_of(page):

@@ -1,0 +1,400 @@
+"""What the data chain makes of images and conversations beside what the image processors and processors of transformers make of
+them, for the released backbones.
+
+Letters: P patches, C channels, T frames of a patch (an image is repeated), Q numbers in a patch.
+"""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as glm_resize
+from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
+from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeModel
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as qwen_resize
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel
+
+from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.tokenizer import Tokenizer as TokenizerSection
+from symbiotic_titan.data.fields import BadSample, Sample
+from symbiotic_titan.data.images import ImageSizeError, backbone_size, fit_size, vit_patches
+from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.packing import RowBuilder, RowSize
+from symbiotic_titan.data.samples import DocumentMaker, TextSegment
+from symbiotic_titan.data.tokenizer import open_tokenizer
+from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.modality import VIT
+from tests.unit.data.tokenizer_files import QWEN_TOKENS, SENTENCES, write
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+GENERATED = {"latent_channels": 3, "latent_stride": 1, "latent_patch": 4}
+QWEN3_VL = ImageGeometry(16, 2, 3, **GENERATED, vit_resize="qwen")
+QWEN2_VL = ImageGeometry(
+    14, 2, 3, **GENERATED, vit_mean=CLIP_MEAN, vit_std=CLIP_STD, vit_resize="qwen"
+)
+GLM_4V = ImageGeometry(
+    14, 2, 3, **GENERATED, vit_mean=CLIP_MEAN, vit_std=CLIP_STD, vit_resize="glm"
+)
+
+# Budgets small enough for a test, which each of the sizes below meets on another side.
+LOW, HIGH = 12544, 65536
+
+# (height, width): as they are, odd, small, tiny, large, wide, tall, both thin and short, and near the rounding of a half.
+SIZES = [
+    *[(128, 160), (131, 197), (40, 50), (5, 7), (700, 900), (60, 1500), (1490, 61)],
+    *[(9, 300), (33, 30), (112, 112), (48, 80), (256, 256), (239, 273), (272, 240), (1, 1)],
+]  # fmt: skip
+
+
+def noise_image(height, width, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def processor_of(geometry):
+    """The image processor of transformers with our budgets; GLM's count two frames."""
+    kind, frames = (Qwen2VLImageProcessorPil, 1)
+    if geometry.vit_resize == "glm":
+        kind, frames = (Glm4vImageProcessorPil, 2)
+    return kind(
+        patch_size=geometry.vit_patch,
+        merge_size=geometry.vit_merge,
+        temporal_patch_size=2,
+        size={"shortest_edge": frames * LOW, "longest_edge": frames * HIGH},
+        image_mean=list(geometry.vit_mean),
+        image_std=list(geometry.vit_std),
+    )
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("geometry", [QWEN3_VL, QWEN2_VL, GLM_4V], ids=["qwen3", "qwen2", "glm"])
+def test_patches_are_those_of_the_backbones_image_processor(geometry):
+    images = [noise_image(*size) for size in SIZES]
+    theirs = processor_of(geometry)(images, return_tensors="pt")
+    merge = geometry.vit_merge
+    counts = theirs["image_grid_thw"].prod(-1).tolist()
+    each = zip(images, theirs["image_grid_thw"], theirs["pixel_values"].split(counts), strict=True)
+    for image, grid, values in each:
+        patches_PQ, rows, columns = vit_patches(image, HIGH, geometry, LOW)
+        assert grid.tolist() == [1, rows * merge, columns * merge], image.size
+        frames_PCTX = values.reshape(len(patches_PQ), 3, 2, -1)
+        for frame in range(2):
+            torch.testing.assert_close(
+                patches_PQ, frames_PCTX[:, :, frame].flatten(1), rtol=0, atol=1e-6
+            )
+
+
+def size_or_none(size, *arguments, **keywords):
+    try:
+        return size(*arguments, **keywords)
+    except (ImageSizeError, ValueError):
+        return None
+
+
+@pytest.mark.parametrize("geometry", [QWEN2_VL, GLM_4V], ids=["qwen2", "glm"])
+def test_any_shape_gets_the_size_of_the_image_processor_or_is_refused_by_both(geometry):
+    processor, frames = (qwen_resize, 1) if geometry is QWEN2_VL else (glm_resize, 2)
+    sides = np.exp(np.random.default_rng(0).uniform(0, np.log(5000), (5000, 2))).astype(int)
+    refused = 0
+    for height, width in sides.tolist():
+        budget = {"factor": 28, "min_pixels": frames * LOW, "max_pixels": frames * HIGH}
+        frame = {} if frames == 1 else {"num_frames": frames}
+        theirs = size_or_none(processor, **frame, height=height, width=width, **budget)
+        ours = size_or_none(backbone_size, height, width, HIGH, 28, LOW, widen=geometry is GLM_4V)
+        assert ours == theirs, (height, width)
+        refused += ours is None
+    assert 100 < refused < 2000
+
+
+def test_a_shape_that_the_backbone_does_not_take_is_a_bad_sample(tokenizer):
+    with pytest.raises(
+        ImageSizeError, match="6030 x 30 pixels, the backbone takes sides up to 1 : 200"
+    ):
+        backbone_size(30, 6030, HIGH, 28, LOW, widen=False)
+    with pytest.raises(ValueError, match="aspect ratio"):
+        processor_of(QWEN2_VL)(noise_image(30, 6030))
+    with pytest.raises(BadSample, match="its image has the wrong size") as error:
+        document(tokenizer, [("user", [(30, 6030), "?"]), ("assistant", ["no"])])
+    assert error.value.reason == "image_size"
+
+
+def test_without_a_minimum_no_image_is_enlarged_or_lost():
+    assert backbone_size(40, 50, HIGH, 28, 0, widen=False) == (28, 56)
+    assert backbone_size(5, 7, HIGH, 28, 0, widen=False) == (28, 28)
+    assert fit_size(40, 48, 10_000, 8) == (40, 48)
+
+
+def test_our_own_rule_enlarges_small_images_to_the_minimum_only():
+    assert fit_size(16, 24, 10_000, 8, min_pixels=4 * 16 * 24) == (32, 48)
+    assert fit_size(64, 64, 10_000, 8, min_pixels=2000) == (64, 64)
+    assert fit_size(8, 8, 1024, 8, min_pixels=1024) == (32, 32)
+
+
+def test_a_minimum_above_the_budget_is_refused():
+    with pytest.raises(
+        ValueError, match="data.vit_min_pixels: must be at most data.vit_pixels = 64, got 65"
+    ):
+        Data(vit_pixels=64, vit_min_pixels=65)
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------------
+
+GLM_TOKENS = [
+    *["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>"],
+    *["<|assistant|>", "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|image|>"],
+]  # fmt: skip
+HUNYUAN_TOKENS = ["<|startoftext|>", "<|eos|>", "<|pad|>", "<|extra_0|>", "<|extra_4|>"]
+ARIA_TOKENS = [
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<fim_prefix>",
+    "<|img|>",
+    "<fim_suffix>",
+]
+
+# What the released templates write, for the roles and contents used here.
+CONTENT = (
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% if c.type == 'image' %}IMAGE{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}"
+)
+QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    + CONTENT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    + "<|im_end|>\n{% endfor %}"
+)
+ARIA_TEMPLATE = QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<fim_prefix><|img|><fim_suffix>")  # fmt: skip
+GLM_TEMPLATE = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n"
+    + CONTENT.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>")
+    + "{% endfor %}"
+)
+HUNYUAN_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|eos|>{% else %}"
+    "<|startoftext|>{{ m.content }}<|extra_0|>{% endif %}{% endfor %}"
+)
+
+TALK = [
+    ("system", ["you count, circles!"]),
+    ("user", [(131, 197), "how many circles?\n\nsay it", (60, 300)]),
+    ("assistant", ["there are three of them\n"]),
+    ("user", ["and größer 圆?  4 of 12", (9, 40)]),
+    ("assistant", ["none"]),
+]
+
+
+def qwen_bpe(special):
+    """A byte-level BPE that splits text as Qwen2's does."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*SENTENCES, "user\n assistant\n system\n"], trainer)
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """Special tokens of a file -> (our tokenizer, that of transformers), both of that file."""
+
+    def open_file(special, **section):
+        folder = write(tmp_path_factory.mktemp("vocabulary"), qwen_bpe(special))
+        ours = open_tokenizer(TokenizerSection(kind="huggingface", path=folder, **section))
+        return ours, PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json")
+
+    return open_file
+
+
+@pytest.fixture(scope="module")
+def tokenizer(opened):
+    return opened(QWEN_TOKENS)[0]
+
+
+def encoded(height, width):
+    data = io.BytesIO()
+    noise_image(height, width).save(data, "PNG")
+    return data.getvalue()
+
+
+def document(tokenizer, talk, geometry=QWEN3_VL):
+    """``talk`` as our data chain lays it out: (role, texts and sizes of images) of each turn."""
+    row = {"name": "mmu", "task": "mmu", "format": "parquet", "path": "-"}
+    config = Data(sources=[row], vit_pixels=HIGH, vit_min_pixels=LOW)
+    images = GeneratedImages(config, Latents(), geometry, config.sources)
+    maker = DocumentMaker(config, geometry, images, tokenizer, seq_len=2048)
+    parts = [p for _, content in talk for p in content]
+    messages = [
+        {
+            "role": role,
+            "content": [
+                {"type": "text", "text": p} if isinstance(p, str) else {"type": "image"}
+                for p in content
+            ],
+        }
+        for role, content in talk
+    ]
+    values = {"messages": messages, "image": [encoded(*p) for p in parts if not isinstance(p, str)]}
+    (made,) = maker.make(DataSource(**row), Sample("shard", "key", values), 0)
+    return made
+
+
+def row_of(tokenizer, documents, geometry=QWEN3_VL):
+    size = RowSize(2048, 1024, 0)
+    return RowBuilder(size, geometry, "grid", tokenizer.special).build(documents)
+
+
+def their_inputs(processor, tokenizer, template, talk, geometry):
+    """(ids, positions (T, 3) or None) as chat template and processor of transformers make them."""
+    messages = [
+        {
+            "role": role,
+            "content": content[0]
+            if len(content) == 1 and isinstance(content[0], str)
+            else [
+                {"type": "text", "text": p} if isinstance(p, str) else {"type": "image"}
+                for p in content
+            ],
+        }
+        for role, content in talk
+    ]
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    images = [noise_image(*p) for _, content in talk for p in content if not isinstance(p, str)]
+    grids = processor_of(geometry)(images, return_tensors="pt")
+    token = {Qwen3VLProcessor: "<|image_pad|>", Glm4vProcessor: "<|image|>"}[processor]
+    # A processor cannot be made without torchvision; this is the part of it that concerns images.
+    parts = SimpleNamespace(image_processor=processor_of(geometry), image_token=token)
+    first, *others = text.split(token)
+    assert len(others) == len(images)
+    for i, other in enumerate(others):
+        first += processor.replace_image_token(parts, grids, i) + other
+    ids = torch.tensor([tokenizer(first, add_special_tokens=False)["input_ids"]])
+    return ids[0].tolist(), ids == tokenizer.convert_tokens_to_ids(token), grids["image_grid_thw"]
+
+
+def their_positions(model, lead, is_image_1T, grids):
+    """(lead + T, 3) by get_rope_index of ``model``, with ``lead`` more tokens of text in front."""
+    is_image_1T = torch.nn.functional.pad(is_image_1T.long(), (lead, 0))
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+    parts = SimpleNamespace(config=config)
+    parts.get_vision_position_ids = model.get_vision_position_ids.__get__(parts)
+    positions_31T, _ = model.get_rope_index(parts, is_image_1T, is_image_1T, grids)
+    return positions_31T[:, 0].T
+
+
+CASES = {
+    "qwen": (QWEN_TOKENS, QWEN_TEMPLATE, Qwen3VLProcessor, Qwen3VLMoeModel, QWEN3_VL),
+    "glm": (GLM_TOKENS, GLM_TEMPLATE, Glm4vProcessor, Glm4vMoeModel, GLM_4V),
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_conversation_becomes_the_tokens_and_positions_of_the_backbone(opened, family):
+    """But for what a document of ours begins and ends with: Qwen's begins with <|endoftext|>, as its pre-training text does, and
+    has no line break behind the last turn; GLM's ends with the <|user|> that would begin the next turn."""
+    special, template, processor, model, geometry = CASES[family]
+    ours, theirs = opened(special)
+    made = document(ours, TALK, geometry)
+    row = row_of(ours, [made, made], geometry)
+    tokens = row.tokens[0, : made.num_tokens].tolist()
+    ids, is_image, grids = their_inputs(processor, theirs, template, TALK, geometry)
+    if family == "qwen":
+        end = theirs("\n", add_special_tokens=False)["input_ids"]
+        assert [*tokens, *end] == [theirs.convert_tokens_to_ids("<|endoftext|>"), *ids]
+    else:
+        assert tokens == [*ids, theirs.convert_tokens_to_ids("<|user|>")]
+    lead = int(family == "qwen")
+    expected_T3 = their_positions(model, lead, is_image, grids)
+    length = min(len(expected_T3), len(tokens))
+    for start in (0, made.num_tokens):  # positions begin anew with every document of a row
+        got_T3 = row.positions[0, start : start + length]
+        assert torch.equal(got_T3, expected_T3[:length])
+    assert torch.equal(
+        row.modality[0, :length] == VIT,
+        torch.tensor([*[False] * lead, *is_image[0].tolist()])[:length],
+    )
+
+
+def spelled(tokenizer, made):
+    """The text segments of ``made``, as the strings of their special tokens and ``.`` for others; trained ones in brackets."""
+    names = {i: token for token, i in tokenizer.special_ids.items()}
+    parts = []
+    for segment in made.segments:
+        if isinstance(segment, TextSegment) and segment.ids:
+            text = "".join(names.get(i, ".") for i in segment.ids)
+            parts.append(f"[{text}]" if segment.trained else text)
+    return "".join(parts).replace("][", "")
+
+
+def test_what_ends_an_answer_is_trained_and_not_repeated_by_the_next_turn(opened):
+    ours, _ = opened(GLM_TOKENS)
+    talk = [("user", ["a"]), ("assistant", ["b"]), ("user", ["c"]), ("assistant", ["d"])]
+    assert spelled(ours, document(ours, talk)) == (
+        "[gMASK]<sop><|user|>..<|assistant|>.[.<|user|>]..<|assistant|>.[.<|user|>]"
+    )
+
+
+TEXT_TALK = [(role, [p for p in content if isinstance(p, str)]) for role, content in TALK]
+
+
+@pytest.mark.parametrize(
+    ("special", "template", "family"),
+    [(HUNYUAN_TOKENS, HUNYUAN_TEMPLATE, "hunyuan"), (ARIA_TOKENS, ARIA_TEMPLATE, "aria")],
+    ids=["hunyuan", "aria"],
+)
+def test_text_turns_are_those_of_the_template(opened, special, template, family):
+    ours, theirs = opened(special)
+    assert open_family(ours) == family
+    messages = [{"role": role, "content": text} for role, (text,) in TEXT_TALK[1:]]
+    text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    tokens = row_of(ours, [document(ours, TEXT_TALK[1:])]).tokens[0].tolist()
+    begin = [] if family == "hunyuan" else [ours.special.bos]
+    assert tokens[: len(ids)] == [*begin, *ids][: len(ids)]
+
+
+def open_family(tokenizer):
+    """Whose begin, image and turn tokens ``tokenizer`` has."""
+    names = {i: token for token, i in tokenizer.special_ids.items()}
+    return {
+        ("<|endoftext|>", "<|image_pad|>"): "qwen",
+        ("<s>", "<|img|>"): "aria",
+        ("<sop>", "<|image|>"): "glm",
+        ("<|startoftext|>", "<vit>"): "hunyuan",
+        ("<bos>", "<vit>"): "plain",
+    }[names[tokenizer.special.bos], names[tokenizer.special.vit]]
+
+
+@pytest.mark.parametrize(
+    ("special", "family"),
+    [
+        (QWEN_TOKENS, "qwen"),
+        (ARIA_TOKENS, "aria"),
+        (GLM_TOKENS, "glm"),
+        (HUNYUAN_TOKENS, "hunyuan"),
+        (["<|user|>", "<|startoftext|>"], "plain"),
+    ],
+    ids=["qwen", "aria", "glm", "hunyuan", "plain"],
+)
+def test_a_family_is_known_by_its_tokens(opened, special, family):
+    ours, _ = opened(special)
+    assert open_family(ours) == family
+    if family != "plain":
+        other, _ = opened(special, family=family)
+        assert other.special_ids == ours.special_ids

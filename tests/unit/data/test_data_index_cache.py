@@ -1,0 +1,172 @@
+"""Kept indexes give the samples that the files hold now, whatever the cache folder holds."""
+
+import json
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import fsspec
+import numpy as np
+import pytest
+
+from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.data import readers
+from symbiotic_titan.data.formats.extents import Extents, Lines
+from symbiotic_titan.data.formats.shard import DamagedRest
+from symbiotic_titan.data.readers import Reader, index_source
+from tests.unit.data.tar_files import tar_bytes
+
+WHERE = "[[data.sources]] #1 (s)"
+LINES = b'{"text": "a"}\n\n \n{"text": "b"}\n{"text": "c"}'
+
+
+def source(path, form="webdataset"):
+    return DataSource("s", "lm", form, str(path))
+
+
+def content(shards):
+    """All that a reader gets from shards that went to another process: keys and bytes."""
+    shards = pickle.loads(pickle.dumps(shards))
+    reader = Reader(shards)
+    samples = [reader.read(n, i) for n, s in enumerate(shards) for i in range(s.num_samples)]
+    return [(sample.shard, sample.key, sample.members) for sample in samples]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Five tar files, the last with a name that is not UTF-8, and one of lines with blank ones."""
+    for i in range(5):
+        key = f"a/{i}" if i < 4 else os.fsdecode(b"\xe4")
+        members = [(f"{key}.txt", b"text %d" % i), (f"{key}.json", b"{}"), ("ü.txt", b"")]
+        (tmp_path / f"{i}.tar").write_bytes(tar_bytes([*members, (f"{key}.txt", b"again")]))
+    (tmp_path / "l.jsonl").write_bytes(LINES)
+    return tmp_path
+
+
+def refuse(*arguments):
+    raise AssertionError("the file is indexed anew")
+
+
+@pytest.mark.parametrize(("name", "form"), [("*.tar", "webdataset"), ("l.jsonl", "jsonl")])
+def test_a_kept_index_gives_the_same_samples_and_is_not_made_again(files, monkeypatch, name, form):
+    row, cache = source(files / name, form), str(files / "deep" / "cache")
+    plain = content(index_source(row, WHERE))
+    assert content(index_source(row, WHERE, cache_folder=cache)) == plain
+    monkeypatch.setitem(readers.FORMATS, form, refuse)
+    assert content(index_source(row, WHERE, cache_folder=cache)) == plain
+    with pytest.raises(AssertionError, match="indexed anew"):
+        index_source(row, WHERE)
+
+
+def test_members_given_twice_and_blank_lines_keep_their_meaning(files):
+    tar = content(index_source(source(files / "0.tar"), WHERE))
+    assert tar[0][1:] == ("a/0", {"txt": b"again", "json": b"{}"})
+    lines = content(index_source(source(files / "l.jsonl", "jsonl"), WHERE))
+    assert [(key, json.loads(m["json"])["text"]) for _, key, m in lines] == [
+        ("line 1", "a"), ("line 4", "b"), ("line 5", "c"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign"])
+def test_a_damaged_index_is_made_again(files, damage):
+    row, cache = source(files / "0.tar"), files / "cache"
+    plain = content(index_source(row, WHERE, cache_folder=str(cache)))
+    [kept] = cache.iterdir()
+    whole = kept.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    kept.write_bytes(
+        {"flip": bytes(flipped), "cut": whole[:-1], "empty": b"", "foreign": b"x" * 99}[damage]
+    )
+    assert content(index_source(row, WHERE, cache_folder=str(cache))) == plain
+    assert [path.read_bytes() for path in cache.iterdir()] == [whole]
+
+
+def test_a_changed_file_is_indexed_anew(files):
+    row, cache = source(files / "0.tar"), str(files / "cache")
+    before = files / "0.tar"
+    index_source(row, WHERE, cache_folder=cache)
+    size = before.stat().st_size
+    before.write_bytes(tar_bytes([("b.txt", b"x"), ("c.txt", b"y"), ("d.txt", b"z"), ("e", b"")]))
+    assert before.stat().st_size == size
+    os.utime(before, (1, 1))
+    keys = [key for _, key, _ in content(index_source(row, WHERE, cache_folder=cache))]
+    assert keys == ["b", "c", "d", "e"]
+
+
+def test_another_file_of_that_name_and_another_format_have_their_own_index(files):
+    (files / "other").mkdir()
+    (files / "other" / "l.jsonl").write_bytes(b'{"text": "other"}\n')
+    cache = str(files / "cache")
+    for path in (files / "l.jsonl", files / "other" / "l.jsonl"):
+        row = source(path, "jsonl")
+        assert content(index_source(row, WHERE, cache_folder=cache)) == content(
+            index_source(row, WHERE)
+        )
+    as_tar = source(files / "l.jsonl")
+    with pytest.raises(ValueError, match="l.jsonl cannot be read as a tar file"):
+        index_source(as_tar, WHERE, cache_folder=cache)
+
+
+def test_damage_of_the_shard_itself_is_kept_with_its_index(files):
+    whole = (files / "0.tar").read_bytes()
+    (files / "0.tar").write_bytes(whole[: 1024 + 512 + 100])
+    row, cache = source(files / "0.tar"), str(files / "cache")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="0.tar cannot be read as a tar file "):
+            index_source(row, WHERE, cache_folder=cache)
+        shards = index_source(row, WHERE, cache_folder=cache, tolerant=True)
+        assert isinstance(shards[-1], DamagedRest)
+        assert [s.num_samples for s in shards] == [
+            s.num_samples for s in index_source(row, WHERE, tolerant=True)
+        ]
+
+
+def test_shards_behind_a_url_are_kept_too(files, monkeypatch):
+    path = "memory://test_index_cache/a.tar"
+    for text in (b"one", b"two"):
+        with fsspec.open(path, "wb") as file:
+            file.write(tar_bytes([("0.txt", text)]))
+        for _ in range(2):
+            [(_, _, members)] = content(
+                index_source(source(path), WHERE, cache_folder=str(files / "cache"))
+            )
+            assert members == {"txt": text}
+    assert len(list((files / "cache").iterdir())) == 2
+
+
+def test_processes_that_start_together_write_whole_indexes_and_share_the_files(files):
+    """Each goes through the files in another order; all find the same shards, in the order of their paths."""
+    row, cache = source(files / "*.tar"), files / "cache"
+    index = partial(index_source, row, WHERE, cache_folder=str(cache))
+    with ThreadPoolExecutor(8) as pool:
+        found = [future.result() for future in [pool.submit(index) for _ in range(16)]]
+    plain = content(index_source(row, WHERE))
+    assert all(content(shards) == plain for shards in found)
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_a_cache_folder_that_cannot_be_written_is_pointed_out(files):
+    (files / "taken").write_text("a file")
+    with pytest.raises(
+        ValueError, match="data.cache_folder: .*taken cannot be written .*name another"
+    ):
+        index_source(source(files / "0.tar"), WHERE, cache_folder=str(files / "taken"))
+
+
+def test_a_long_index_reports_its_progress(files, monkeypatch, caplog):
+    monkeypatch.setattr(readers, "LOG_SECONDS", -1)
+    with caplog.at_level("INFO", logger=readers.__name__):
+        index_source(source(files / "*.tar"), WHERE)
+    assert [r.message for r in caplog.records][-1] == f"{WHERE}: indexed 4 of 5 files"
+
+
+def test_an_index_is_arrays_of_a_few_bytes_per_sample(tmp_path):
+    (tmp_path / "l.jsonl").write_bytes(b'{"text": "a"}\n' * 1000)
+    [lines] = index_source(source(tmp_path / "l.jsonl", "jsonl"), WHERE)
+    (tmp_path / "t.tar").write_bytes(tar_bytes([(f"{i:06d}.txt", b"") for i in range(1000)]))
+    [tar] = index_source(source(tmp_path / "t.tar"), WHERE)
+    for shard, kind, limit in ((lines, Lines, 16), (tar, Extents, 24 + 16 + 6)):
+        arrays = [value for value in vars(shard).values() if isinstance(value, np.ndarray)]
+        assert isinstance(shard, kind) and sum(a.nbytes for a in arrays) == limit * 1000
