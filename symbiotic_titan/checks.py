@@ -12,13 +12,13 @@ from symbiotic_titan.checkpoint.plan import PARTITION_RULES
 from symbiotic_titan.config.float8 import Float8
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.device import cuda_capability, device_type, supports_flex_attention
+from symbiotic_titan.generation.check import check_sampling
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
 from symbiotic_titan.optim.build import OPTIMIZER_BUILDERS
 from symbiotic_titan.optim.shield_schedule import check_schedule
 from symbiotic_titan.parallel import float8
-from symbiotic_titan.sequence.modality import modality_ids
 
 
 @dataclass(frozen=True)
@@ -280,14 +280,16 @@ def check_batch(config: JobConfig, num_data_ranks: int) -> None:
         )
 
 
-def check_shielding(config: JobConfig) -> None:
+def check_shielding(config: JobConfig, args: ModelArgs) -> None:
     """Shielding acts on shared experts: asking for it without them is an error."""
-    modality_ids(config.shielding.modalities, key="shielding.modalities")
     check_schedule(config.shielding, config.training.steps)
-    if config.shielding.enabled and not config.experts.shared:
+    if config.shielding.enabled and not args.shared_hidden_dim:
+        why, remedy = "experts.shared = false", "keep the shared expert"
+        if config.experts.shared:
+            why = f"model.flavor = {config.model.flavor!r}, which has no shared expert"
+            remedy = "give it one with experts.new_shared_experts"
         raise ValueError(
-            "[shielding] has no effect with experts.shared = false; "
-            "set shielding.steps = 0 and shielding.after_scale = 1, or keep the shared expert"
+            f"[shielding] has no effect with {why}; set shielding.steps = 0 and shielding.after_scale = 1, or {remedy}"
         )
 
 
@@ -335,10 +337,11 @@ def check_job(config: JobConfig) -> None:
     _ = OPTIMIZER_BUILDERS[config.optimizer.builder]
     check_validation(config)
     check_start(config)
-    check_shielding(config)
     check_converters(config)
     args = FLAVORS[config.model.flavor]
     args.update_from_config(config)
+    check_shielding(config, args)
+    check_sampling(config, args.geometry)
     check_device(config, args)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_parallelism(config, args, world_size)

@@ -23,8 +23,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import set_default_dtype
 
-from symbiotic_titan.checkpoint.partition import check_is_model, tensors_of_model
-from symbiotic_titan.checkpoint.tensor_store import StoredModel
+from symbiotic_titan.checkpoint.fit import check_is_model, tensors_of_model
+from symbiotic_titan.checkpoint.open_model import open_model
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.device import device_type
@@ -57,6 +57,14 @@ class DataRanks:
         return values
 
 
+def data_ranks(device: torch.device, dims: ParallelDims) -> DataRanks:
+    """This process in ``dims``."""
+    if not dims.dp_enabled:
+        return DataRanks(device, 0, 1, None)
+    mesh = dims.get_mesh("batch")
+    return DataRanks(device, mesh.get_local_rank(), mesh.size(), dims)
+
+
 def join_ranks(config: JobConfig) -> DataRanks:
     """The processes that torchrun started, joined; or this one alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -67,9 +75,7 @@ def join_ranks(config: JobConfig) -> DataRanks:
         return DataRanks(device, 0, 1, None)
     if not dist.is_initialized():
         dist_utils.init_distributed(config.comm, base_folder=config.job.dump_folder)
-    dims = parallel_dims_of(config, size)
-    mesh = dims.get_mesh("batch")
-    return DataRanks(device, mesh.get_local_rank(), mesh.size(), dims)
+    return data_ranks(device, parallel_dims_of(config, size))
 
 
 def model_args(config: JobConfig) -> ModelArgs:
@@ -93,7 +99,7 @@ class LoadedModel:
 
     def __init__(self, config: JobConfig, folder: Path, ranks: DataRanks) -> None:
         self.args = model_args(config)
-        self.stored = StoredModel(folder)
+        self.stored = open_model(folder)
         self._ranks = ranks
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model = SymbioticModel(self.args)

@@ -18,14 +18,15 @@ from symbiotic_titan.checkpoint.partition import plan_of_checkpoint
 from symbiotic_titan.checkpoint.plan import Plan
 from symbiotic_titan.checkpoint.profile import ModelIdentity, Profile, router_hash
 from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.experts import Shielding
 from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.evaluation.probe import SHARED_ONLY, probed
 from symbiotic_titan.inference import (
     DataRanks,
     LoadedModel,
     packed_batches,
     understanding_data,
 )
-from symbiotic_titan.moe.dispatch import Dispatcher
 from symbiotic_titan.moe.layer import PartitionedMoE
 from symbiotic_titan.moe.record import routing_totals
 from symbiotic_titan.moe.router import Routing, group_of_token
@@ -98,32 +99,6 @@ def text_losses(
     return held_out_losses(
         loaded.model, batches, config.flow, autocast=loaded.autocast, sum_over_ranks=ranks.sum
     )
-
-
-class _WithoutRoutedExperts:
-    """A dispatcher that brings back zeros. The way there and back is still taken: other ranks may need their rows."""
-
-    def __init__(self, inner: Dispatcher) -> None:
-        self.dispatch = inner.dispatch
-        self.send_back = inner.send_back
-        self._combine = inner.combine
-
-    def combine(self, sent: tuple[Tensor, ...], weights_TK: Tensor, plan: Any) -> Tensor:
-        return torch.zeros_like(self._combine(sent, weights_TK, plan))
-
-
-@contextmanager
-def shared_experts_only(model: nn.Module) -> Iterator[None]:
-    """Within it the routed experts of ``model`` add nothing: the probe ``shared_only``."""
-    layers = list(moe_layers(model).values())
-    dispatchers = [layer.dispatcher for layer in layers]
-    for layer in layers:
-        layer.dispatcher = _WithoutRoutedExperts(layer.dispatcher)
-    try:
-        yield
-    finally:
-        for layer, dispatcher in zip(layers, dispatchers, strict=True):
-            layer.dispatcher = dispatcher
 
 
 class InsideShares:
@@ -205,6 +180,8 @@ def unpartitioned(config: JobConfig) -> JobConfig:
     config = copy.deepcopy(config)
     config.experts.partition = {}
     config.experts.shared = True
+    config.experts.new_shared_experts = 0
+    config.shielding = Shielding()  # there may be nothing to shield
     return config
 
 
@@ -241,7 +218,7 @@ def step_zero_report(
     after = LoadedModel(config, checkpoint, ranks)
     columns["partitioned"] = losses_of(after)
     if after.args.shared_hidden_dim:
-        with shared_experts_only(after.model):
+        with probed(after.model, SHARED_ONLY):
             columns["shared_only"] = losses_of(after)
     num_rows = num_batches * config.training.local_batch_size * ranks.size
     return StepZeroReport(

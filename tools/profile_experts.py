@@ -23,9 +23,11 @@ device.prepare()
 
 import torch.distributed as dist  # noqa: E402
 
+from symbiotic_titan.checkpoint.open_model import open_model  # noqa: E402
 from symbiotic_titan.checkpoint.profile import (  # noqa: E402
     Profile,
     layer_statistics,
+    router_groups,
     too_few_tokens,
 )
 from symbiotic_titan.checks import check_job  # noqa: E402
@@ -37,7 +39,11 @@ from symbiotic_titan.inference import (  # noqa: E402
     packed_batches,
     understanding_data,
 )
-from symbiotic_titan.retention import describe_data, profile_model  # noqa: E402
+from symbiotic_titan.retention import (  # noqa: E402
+    describe_data,
+    profile_model,
+    unpartitioned,
+)
 
 T = TypeVar("T")
 
@@ -61,6 +67,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
         raise ValueError(f"--batches: must be at least 1, got {options.batches}")
     config = load_job_config(["--job.config_file", options.config, *overrides])
     import_extension(config)
+    if router_groups(open_model(options.checkpoint).tensors) == {"all"}:
+        config = unpartitioned(config)  # that of the model it is to become serves as well
     check_job(config)
     ranks = join_ranks(config)
     data = understanding_data(config, options.split)
@@ -100,8 +108,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="TOML file of the checkpoint's config")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="its folder, .../step-N")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="TOML file of the checkpoint's config, or of the partitioned model that is to be made of it",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="its folder, .../step-N, or that of a released model",
+    )
     parser.add_argument("--out", required=True, type=Path, help="file to write")
     parser.add_argument("--batches", type=int, default=50, help="batches each process reads")
     parser.add_argument(

@@ -3,6 +3,7 @@
 
 Examples: tools/run_study.py --steps 50                            all runs for 50 steps
           tools/run_study.py symbiotic standard_moe --steps 400    two of them, longer
+          tools/run_study.py --controls 3 --check-only             no run: every split beside three drawn by lot
 
 Each stage calls the command that a user would call, and prints it. What is already there is not done again, and training goes on
 from its last checkpoint, so an interrupted study is started again with the same command. Losses before the first step of every
@@ -12,6 +13,7 @@ run go to outputs/mini/check/RUN.json and to the table printed at the end; tools
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -89,40 +91,73 @@ def profile(start: StudyRun, checkpoint: Path) -> Path:
     return out
 
 
-def split(run: StudyRun, checkpoint: Path, profile_file: Path) -> None:
-    """Plan and write the checkpoint that ``run`` begins with, unless it begins with the unsplit one."""
-    assert run.start is not None
-    if run.start == checkpoint or run.start.is_dir():
-        return
-    plan = run.start.parent / f"{run.start.name}_plan.json"
+def split(config: Path, checkpoint: Path, profile_file: Path, out: Path, *rule: str) -> None:
+    """Plan and write the checkpoint ``out`` with the groups of ``config``."""
+    plan = out.parent / f"{out.name}_plan.json"
     plan.parent.mkdir(parents=True, exist_ok=True)
-    tool("convert", "plan", "--profile", profile_file, "--config", run.config, "--out", plan)
-    where: list[str | Path] = ["--checkpoint", checkpoint, "--plan", plan, "--out", run.start]
+    tool("convert", "plan", "--profile", profile_file, "--config", config, "--out", plan, *rule)
+    where: list[str | Path] = ["--checkpoint", checkpoint, "--plan", plan, "--out", out]
     # Shared experts are kept: a run without them leaves them aside, and others begin with the same checkpoint.
-    tool("convert", "partition", "--config", run.config, *where, "--experts.shared")
+    tool("convert", "partition", "--config", config, *where, "--experts.shared")
 
 
-def check(run: StudyRun, start: StudyRun, checkpoint: Path, batches: int) -> Path:
-    """Held-out losses of ``run`` before its first step beside those of the model that all runs come from."""
-    assert run.start is not None
-    out = Path("outputs/mini/check") / f"{run.name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not out.is_file():
-        original: list[str | Path] = ["--original", checkpoint, "--original-config", start.config]
-        read = ["--batches", str(batches), "--json", str(out)]
-        tool(
-            "convert", "check", "--config", run.config, "--checkpoint", run.start, *original, *read
-        )
-    return out
+@dataclass(frozen=True)
+class Check:
+    """Held-out losses of a checkpoint beside those of the model that all runs come from."""
+
+    start: StudyRun
+    original: Path
+    batches: int
+
+    def out(self, name: str) -> Path:
+        return Path("outputs/mini/check") / f"{name}.json"
+
+    def __call__(self, name: str, config: Path, checkpoint: Path, *overrides: str) -> Path:
+        """The report, made unless it is there."""
+        out = self.out(name)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not out.is_file():
+            what: list[str | Path] = ["--config", config, "--checkpoint", checkpoint]
+            what += ["--original", self.original, "--original-config", self.start.config]
+            what += ["--batches", str(self.batches), "--json", out, *overrides]
+            tool("convert", "check", *what)
+        return out
+
+
+def check_controls(
+    runs: list[StudyRun], check: Check, profile_file: Path, number: int
+) -> dict[str, Path]:
+    """Reports of every split that ``runs`` begin with, and of ``number`` with the same groups whose experts are drawn by lot: what
+    a split costs because of which experts it has, and what because it has so few. All with the shared expert."""
+    reports = {}
+    splits = {run.start: run for run in runs if run.start not in (None, check.original)}
+    for start, run in splits.items():
+        assert start is not None
+        name = f"{start.name}_activation"
+        reports[name] = check(name, run.config, start, "--experts.shared")
+        for seed in range(number):
+            name = f"{start.name}_random_{seed}"
+            reports[name] = check.out(name)
+            if reports[name].is_file():
+                continue
+            drawn = start.parent / name
+            if not drawn.is_dir():
+                rule = ("--rule", "random", "--seed", str(seed))
+                split(run.config, check.original, profile_file, drawn, *rule)
+            check(name, run.config, drawn, "--experts.shared")
+            shutil.rmtree(drawn)  # nothing trains from it
+    return reports
 
 
 def print_table(reports: dict[str, Path]) -> None:
-    """Text loss before the first step, and by how much it differs from the original model's."""
-    print("\nheld-out text loss before the first step, and its difference from the original's")
+    """Losses before the first step, and by how much the text loss differs from the original model's."""
+    print("\nheld-out losses before the first step; for text, the difference from the original's")
     for name, path in reports.items():
         report = json.loads(path.read_text(encoding="utf-8"))
-        difference = report["differences"].get("text")
-        print(f"  {name:24s}{report['columns']['partitioned']['text']:9.4f}{difference:+9.2%}")
+        losses, difference = report["columns"]["partitioned"], report["differences"]["text"]
+        answers = losses.get("by_task/mmu_text")
+        shown = "" if answers is None else f"   mmu{answers:9.4f}"
+        print(f"  {name:24s}text{losses['text']:9.4f}{difference:+9.2%}{shown}")
 
 
 def run_study(options: argparse.Namespace) -> None:
@@ -139,11 +174,17 @@ def run_study(options: argparse.Namespace) -> None:
     checkpoint = start.dump_folder / f"checkpoint/step-{start.steps}"
     train(start, start.steps)
     profile_file = profile(start, checkpoint)
+    check, reports = Check(start, checkpoint, options.batches), {}
     for run in chosen:
-        split(run, checkpoint, profile_file)
-    reports = {run.name: check(run, start, checkpoint, options.batches) for run in chosen}
-    for run in chosen:
-        train(run, options.steps or run.steps)
+        assert run.start is not None
+        if run.start != checkpoint and not run.start.is_dir():
+            split(run.config, checkpoint, profile_file, run.start)
+        reports[run.name] = check(run.name, run.config, run.start)
+    if options.controls:
+        reports |= check_controls(chosen, check, profile_file, options.controls)
+    if not options.check_only:
+        for run in chosen:
+            train(run, options.steps or run.steps)
     print_table(reports)
 
 
@@ -154,6 +195,10 @@ def main() -> int:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names of configs; default: all")
     parser.add_argument("--steps", type=int, help="steps of each run; default: as its config says")
     parser.add_argument("--batches", type=int, default=25, help="held-out batches of a check")
+    parser.add_argument(
+        "--controls", type=int, default=0, help="splits drawn by lot to check beside each one"
+    )
+    parser.add_argument("--check-only", action="store_true", help="train no run but the start")
     options = parser.parse_args()
     os.chdir(ROOT)
     try:

@@ -35,14 +35,16 @@ class Link:
 class Backbone:
     """What there is to know about one ``model_type``.
 
-    model_args  config.json -> the shape of the network, one pool of experts, latent parts of the given geometry. Raises ValueError
+    model_args  config.json -> the shape of the network, one pool of experts, latent parts as a flavor has them. Raises ValueError
                 that names a setting which the network cannot express.
     links       (args, shapes of the tensors on disk by name) -> every tensor of the model but the latent parts, once. The
                 shapes tell layouts apart that share a name.
     config      (config.json it came from, args) -> config.json of the model that ``args`` shape, e.g. with fewer experts.
+    unused      patterns that names on disk begin with which have no part here and stay behind.
     """
 
     model_type: str
     model_args: Callable[[Config], ModelArgs]
     links: Callable[[ModelArgs, Mapping[str, Shape]], list[Link]]
     config: Callable[[Config, ModelArgs], dict[str, Any]]
+    unused: tuple[str, ...] = ()

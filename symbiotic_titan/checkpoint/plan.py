@@ -4,19 +4,19 @@ A rule gets counts (L, M, E) and the groups, and returns an order (L, E): for ea
 each slot, the first group's slots first. A third party registers its own in ``PARTITION_RULES``. A rule may draw random numbers
 from torch's global generator, which is seeded before it runs.
 
-Letters: L MoE layers, M modalities, E experts, G groups.
+Letters: L MoE layers, M modalities, E experts, G groups, S experts of which a shared one is made.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from symbiotic_titan.checkpoint.json_file import read_json, write_json
 from symbiotic_titan.checkpoint.profile import ModelIdentity, Profile
+from symbiotic_titan.config.json_file import read_json, write_json
 from symbiotic_titan.config.registry import Registry
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, TEXT, VIT, modality_ids
@@ -138,6 +138,7 @@ class Plan:
     """A partition of one model's experts.
 
     order (L, E) int64   original number of the expert in each slot, groups one after the other.
+    shared (L, S) int64  experts of which each layer's new shared expert is made, none if there is no such; they keep their slots.
     """
 
     model: ModelIdentity
@@ -146,6 +147,7 @@ class Plan:
     groups: tuple[ExpertGroup, ...]
     layers: tuple[str, ...]
     order: Tensor
+    shared: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     def values(self) -> dict[str, Any]:
         """JSON-able."""
@@ -162,6 +164,7 @@ class Plan:
             },
             "layers": list(self.layers),
             "order": self.order.tolist(),
+            "shared": self.shared.tolist(),
         }
 
     @classmethod
@@ -173,13 +176,19 @@ class Plan:
                 for name, g in values["groups"].items()
             )
             model, order = ModelIdentity(**values["model"]), torch.tensor(values["order"])
-            plan = cls(
-                model, values["rule"], values["seed"], groups, tuple(values["layers"]), order
-            )
+            layers = tuple(values["layers"])
+            # Nothing, also in plans older than the key: no shared expert is made.
+            shared = torch.tensor(values.get("shared") or [[]] * len(layers), dtype=torch.int64)
+            plan = cls(model, values["rule"], values["seed"], groups, layers, order, shared)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{KIND}: {where} is damaged ({error}); make the plan anew") from None
         num_experts = sum(group.num_experts for group in groups)
         check_order(order, (len(plan.layers), num_experts), f"{KIND} {where}")
+        known = shared.ndim == 2 and len(shared) == len(layers)
+        if not known or (shared.lt(0) | shared.ge(num_experts)).any():
+            raise ValueError(
+                f"{KIND} {where}: shared must list experts from 0 to {num_experts - 1} for each of {len(layers)} layers"
+            )
         return plan
 
     def save(self, path: Path, extra: dict[str, Any]) -> None:
@@ -215,8 +224,11 @@ def check_order(order_LE: Any, shape: tuple[int, int], where: str) -> None:
         )
 
 
-def make_plan(profile: Profile, groups: Groups, rule: str, seed: int = 0) -> Plan:
-    """The plan that ``rule`` makes of ``profile``.
+def make_plan(
+    profile: Profile, groups: Groups, rule: str, seed: int = 0, num_shared: int = 0
+) -> Plan:
+    """The plan that ``rule`` makes of ``profile``, with the ``num_shared`` experts of each layer that text and ViT use most for a
+    new shared expert.
 
     Raises:
         ValueError: an unknown rule, a rule whose result is no order, or a profile of other experts than ``groups`` divide.
@@ -228,7 +240,27 @@ def make_plan(profile: Profile, groups: Groups, rule: str, seed: int = 0) -> Pla
         order_LE = PARTITION_RULES[rule](counts_LME, tuple(groups))
     num_layers, _, num_experts = profile.counts.shape
     check_order(order_LE, (num_layers, num_experts), f"experts.partition_rule = {rule!r}")
-    return Plan(profile.model, rule, seed, tuple(groups), profile.layers, order_LE.long())
+    shared_LS = most_used(profile.counts, num_shared)
+    return Plan(
+        profile.model, rule, seed, tuple(groups), profile.layers, order_LE.long(), shared_LS
+    )
+
+
+def most_used(counts_LME: Tensor, number: int) -> Tensor:
+    """(L, number) experts with the largest share of text's and ViT's choices together, in ascending order.
+
+    Raises:
+        ValueError: there are not so many experts.
+    """
+    num_experts = counts_LME.shape[-1]
+    if number > num_experts:
+        raise ValueError(
+            f"experts.new_shared_experts: must be at most the {num_experts} experts of a layer, got {number}"
+        )
+    shares_LME = _shares(counts_LME)
+    use_LE = shares_LME[:, TEXT] + shares_LME[:, VIT]
+    ranked_LE = use_LE.argsort(dim=-1, descending=True, stable=True)
+    return ranked_LE[:, :number].sort(dim=-1).values
 
 
 def check_profile_fits(profile: Profile, groups: Groups) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symbiotic_titan.checkpoint.json_file import read_json, write_json
-from symbiotic_titan.checkpoint.tensor_store import StoredModel
+from symbiotic_titan.checkpoint.stored_model import StoredModel
+from symbiotic_titan.config.json_file import read_json, write_json
 from symbiotic_titan.moe.statistics import (
     imbalance_ratio,
     overlap_size,

@@ -4,11 +4,9 @@ A checkpoint is a folder that torch.distributed.checkpoint wrote on any number o
 their bare names, whether the folder holds a whole training state or the model alone.
 """
 
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
+from symbiotic_titan.checkpoint.new_folder import new_folder
 from symbiotic_titan.checkpoint.resume import damage_of
+from symbiotic_titan.checkpoint.stored_model import TensorKind, total_bytes
 
 # What a training checkpoint holds besides the model.
 _TRAINING_STATE = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
-
-
-@dataclass(frozen=True)
-class TensorKind:
-    """Shape and dtype of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_values(self) -> int:
-        return torch.Size(self.shape).numel()
 
 
 @contextmanager
@@ -56,8 +44,8 @@ class _CachedReader(FileSystemReader):
         return self._metadata
 
 
-class StoredModel:
-    """The model part of a checkpoint.
+class DistributedCheckpoint:
+    """The model part of a distributed checkpoint: a ``StoredModel``.
 
     Raises:
         ValueError: the folder is no distributed checkpoint, or not a complete one.
@@ -75,23 +63,21 @@ class StoredModel:
             raise ValueError(f"checkpoint {folder}: {damage}")
         self.folder = folder
         self._reader = _CachedReader(folder)
-        self.tensors = {
+        self.tensors: Mapping[str, TensorKind] = {
             name: TensorKind(tuple(entry.size), entry.properties.dtype)
             for name, entry in self._reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not name.startswith(_TRAINING_STATE)
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, on the CPU."""
         kind = self.tensors[name]
         tensors = {name: torch.empty(kind.shape, dtype=kind.dtype)}
         self.read_into(tensors)
         return tensors[name]
 
-    def read_into(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Fill ``tensors`` in place; a sharded one reads its own part. Not collective."""
+    def read_into(self, tensors: Mapping[str, torch.Tensor]) -> None:
         with _single_process():
-            dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+            dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
 
     @property
     def step(self) -> int | None:
@@ -119,6 +105,13 @@ class _StreamingPlanner(DefaultSavePlanner):
         return tensor
 
 
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The disk's error that led to ``error``, if one did: torch.save ends in another while it handles that of the file."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
 def write_model(
     folder: Path,
     tensors: Mapping[str, TensorKind],
@@ -129,56 +122,22 @@ def write_model(
 ) -> None:
     """Write a checkpoint of ``tensors``; ``value(name)`` is called for each in order, just before it is written.
 
-    It grows in ``<folder>.incomplete`` and is renamed when it is whole and ``finish`` has added its own files, so ``folder`` never
-    looks complete before it is. One file per tensor: torch keeps a file's tensors in memory until the file is closed.
+    ``finish`` adds its own files to the folder, which is renamed when all is written, so ``folder`` never looks complete before it
+    is. One file per tensor: torch keeps a file's tensors in memory until the file is closed.
 
     Raises:
-        ValueError: ``folder`` exists.
+        ValueError: ``folder`` exists, or the disk has no room for it.
         OSError: the disk is full, or the like.
     """
-    check_target(folder, overwrite=overwrite)
-    unfinished = folder.with_name(folder.name + ".incomplete")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    state = {
-        name: torch.empty(kind.shape, dtype=kind.dtype, device="meta")
-        for name, kind in tensors.items()
-    }
-    writer = FileSystemWriter(unfinished, single_file_per_rank=False, thread_count=1)
-    unfinished.mkdir(parents=True)
-    try:
-        with _single_process():
-            dcp.save(state, storage_writer=writer, planner=_StreamingPlanner(value), no_dist=True)
+    state = {name: kind.placeholder() for name, kind in tensors.items()}
+    size = total_bytes(tensors.values())
+    with new_folder(folder, overwrite=overwrite, num_bytes=size) as unfinished:
+        writer = FileSystemWriter(unfinished, single_file_per_rank=False, thread_count=1)
+        planner = _StreamingPlanner(value)
+        try:
+            with _single_process():
+                dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise _disk_error(cause) or cause from None
         finish(unfinished)
-        _put_in_place(unfinished, folder)
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        if isinstance(cause, OSError):
-            raise OSError(f"writing {folder} failed: {cause}; nothing of it was kept") from None
-        raise cause from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def check_target(folder: Path, *, overwrite: bool) -> None:
-    """Pass if a checkpoint may be written to ``folder``.
-
-    Raises:
-        ValueError: it exists and must not be overwritten, or is not a checkpoint.
-    """
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise ValueError(f"{folder} exists; choose another --out, or replace it with --overwrite")
-    if not (folder / ".metadata").is_file():
-        raise ValueError(f"{folder} is no checkpoint and is not overwritten; choose another --out")
-
-
-def _put_in_place(finished: Path, folder: Path) -> None:
-    if not folder.exists():
-        finished.rename(folder)
-        return
-    old = folder.with_name(folder.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    finished.rename(folder)
-    shutil.rmtree(old)

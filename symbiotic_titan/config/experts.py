@@ -35,6 +35,11 @@ class Experts:
     shared: bool = True
     """Whether the flavor's shared expert is kept."""
 
+    new_shared_experts: int = 0
+    """For a flavor without a shared expert: one is made, as wide as so many routed experts. ``tools/convert.py plan`` chooses the
+    most used experts of each layer and ``partition`` copies them into it, with an output of zero: what the model says at step 0
+    does not change. (Ours; the paper's backbone has a shared expert.)"""
+
     capacity_factor: float = 1.0
     """Factor on the fair share of assignments per expert in the capacity-rate metric. No token is ever dropped."""
 
@@ -43,6 +48,15 @@ class Experts:
             name: row_from_dict(ExpertGroupRow, row, f"experts.partition.{name}")
             for name, row in self.partition.items()
         }
+        if self.new_shared_experts < 0:
+            raise ValueError(
+                f"experts.new_shared_experts: must be zero or positive, got {self.new_shared_experts}"
+            )
+        if self.new_shared_experts and not self.shared:
+            raise ValueError(
+                f"experts.new_shared_experts = {self.new_shared_experts}: has no effect with experts.shared = false; remove "
+                "one of them"
+            )
         if self.capacity_factor <= 0:
             raise ValueError(
                 f"experts.capacity_factor: must be positive, got {self.capacity_factor}"

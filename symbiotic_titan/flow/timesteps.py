@@ -29,10 +29,16 @@ def draw_timesteps(
     return shift_timesteps(timesteps, config.shift)
 
 
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """CPU generator whose seed is a hash of ``key``."""
+    text = "/".join(str(part) for part in key)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 def row_generator(seed: int, step: int, row: int) -> torch.Generator:
     """CPU generator of one row of one step's global batch."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{row}".encode(), digest_size=8).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+    return keyed_generator(seed, step, row)
 
 
 def first_token_of_image(image_BL: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,14 @@ from symbiotic_titan.codecs.files import codec_info
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.model.flops import model_cost
+from symbiotic_titan.model.masks import VitAttention
 from symbiotic_titan.model.rope import Mrope
 from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
-from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.geometry import ImageGeometry, ResizeRule
 from symbiotic_titan.sequence.modality import NUM_MODALITIES, modality_ids
 from symbiotic_titan.sequence.positions import RotaryLayout
+
+PositionReading = Literal["bilinear", "bicubic"]
 
 
 class PartitionRow(Protocol):
@@ -78,7 +81,7 @@ def _check_fields(args: object, where: str, *, may_be_zero: tuple[str, ...] = ()
 
 @dataclass(frozen=True, kw_only=True)
 class VitArgs:
-    """The image encoder: LayerNorm, biases, GELU, two-dimensional rotary."""
+    """The image encoder: pre-norm blocks, two-dimensional rotary. Fields with a default are switches, at their usual setting."""
 
     dim: int
     num_layers: int
@@ -91,14 +94,48 @@ class VitArgs:
     channels: int = 3
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    norm: Literal["layer", "rms"] = "layer"
+    """Of the blocks."""
+    outer_norms: bool = False
+    """An RMSNorm behind the patch embedding and another behind the last block."""
+    bias: bool = True
+    """Of the blocks' linear layers."""
+    activation: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
+    """Of the blocks' feed-forward; ``swiglu`` has a third layer, which gates."""
+    temporal_patch: int = 1
+    """Frames that the patch embedding reads. An image is one frame, read that many times."""
+    position_grid: int = 0
+    """Side of the learned table of positions, resampled to each image's grid of patches; 0: no table."""
+    position_reading: PositionReading = "bilinear"
+    """How it is resampled, see ``model.vit``."""
+    projector_hidden_dim: int = 0
+    """Width of the gated feed-forward that the projector ends with; 0: a projector of two layers."""
+    deepstack: tuple[int, ...] = ()
+    """Layers whose output is projected too and added to the image's tokens behind the decoder's first layers, one each
+    (arXiv 2406.04334)."""
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Per channel, for pixels in [0, 1]; what an image is normalised by."""
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_resize: ResizeRule = "fit"
+    """How an image gets a size in whole tokens, see ``data.images``."""
 
     def __post_init__(self) -> None:
-        _check_fields(self, "vit")
+        _check_fields(self, "vit", may_be_zero=("position_grid", "projector_hidden_dim"))
         _require(self.channels == 3, f"vit.channels: images are read as RGB, got {self.channels}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            _require(
+                len(values) == self.channels and min(values) > 0,
+                f"vit.{name}: must be {self.channels} positive numbers, got {values}",
+            )
         _require(
             self.dim % (4 * self.num_heads) == 0,
             f"vit.dim: must be a multiple of 4 * vit.num_heads = {4 * self.num_heads} "
             f"(rotary turns pairs of channels by row and by column), got {self.dim}",
+        )
+        _require(
+            list(self.deepstack) == sorted({i for i in self.deepstack if 0 <= i < self.num_layers}),
+            f"vit.deepstack: must be rising numbers of the {self.num_layers} layers, from 0, got {self.deepstack}",
         )
 
     @property
@@ -149,6 +186,8 @@ class ModelArgs(BaseModelArgs):
     """RMSNorm per head on queries and keys: none, before rotary, or after rotary."""
     norm_eps: float = 1e-6
     attention_backend: Literal["sdpa", "flex"] = "sdpa"
+    vit_attention: VitAttention = "bidirectional"
+    """Whether a token of an image to be understood sees the later ones of its image, see ``model.masks``."""
 
     # Rotary positions.
     rope_theta: float
@@ -197,6 +236,11 @@ class ModelArgs(BaseModelArgs):
                 value % divisor == 0,
                 f"model.{name}: must be a multiple of {divisor} (sinusoids come in pairs), got {value}",
             )
+        _require(
+            len(self.vit.deepstack) <= self.num_layers,
+            f"vit.deepstack: each feature joins behind a layer of its own, but model.num_layers is {self.num_layers}, "
+            f"got {self.vit.deepstack}",
+        )
         held = sum(group.num_experts for group in self.groups)
         _require(
             held == self.num_experts,
@@ -258,6 +302,9 @@ class ModelArgs(BaseModelArgs):
             latent_channels=self.latent_channels,
             latent_stride=self.latent_stride,
             latent_patch=self.latent_patch,
+            vit_mean=self.vit.image_mean,
+            vit_std=self.vit.image_std,
+            vit_resize=self.vit.image_resize,
         )
 
     @property
@@ -286,6 +333,12 @@ class ModelArgs(BaseModelArgs):
             self.score_function = job_config.experts.score_function
         if not job_config.experts.shared:
             self.shared_hidden_dim, self.shared_gate = 0, False
+        if job_config.experts.new_shared_experts:
+            _require(
+                self.shared_hidden_dim == 0,
+                f"experts.new_shared_experts: flavor {job_config.model.flavor!r} has a shared expert already; remove the key",
+            )
+            self.shared_hidden_dim = job_config.experts.new_shared_experts * self.expert_hidden_dim
         self.shield_modalities = modality_ids(
             job_config.shielding.modalities, key="shielding.modalities"
         )

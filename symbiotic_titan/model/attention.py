@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.kv_cache import LayerCache
 from symbiotic_titan.model.masks import AttentionMask
 from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.rope import RotaryTables, rotate
@@ -63,7 +64,11 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
 
     def forward(
-        self, x_BTD: torch.Tensor, rotary: RotaryTables, mask: AttentionMask
+        self,
+        x_BTD: torch.Tensor,
+        rotary: RotaryTables,
+        mask: AttentionMask,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         q_BHTC, k_BJTC, v_BJTC = (
             projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -75,4 +80,6 @@ class Attention(nn.Module):
         k_BJTC = rotate(k_BJTC, rotary, self.interleaved)
         if self.qk_norm == "after":
             q_BHTC, k_BJTC = self.q_norm(q_BHTC), self.k_norm(k_BJTC)
+        if cache is not None:
+            k_BJTC, v_BJTC = cache.joined(k_BJTC, v_BJTC)
         return self.wo(attend(q_BHTC, k_BJTC, v_BJTC, mask))

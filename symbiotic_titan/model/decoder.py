@@ -9,6 +9,7 @@ from torch import nn
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.attention import Attention
 from symbiotic_titan.model.feed_forward import FeedForward
+from symbiotic_titan.model.kv_cache import LayerCache
 from symbiotic_titan.model.masks import AttentionMask
 from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.rope import RotaryTables
@@ -37,9 +38,10 @@ class TransformerBlock(nn.Module):
         mask: AttentionMask,
         modality_BT: torch.Tensor,
         shield_scale: torch.Tensor,
+        cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, RoutingRecord | None]:
         """(the block's output, the record of its routing or None for a dense block)."""
-        h_BTD = self.attend(h_BTD, rotary, mask)
+        h_BTD = self.attend(h_BTD, rotary, mask, cache)
         if not self.moe_enabled:
             return self.feed(h_BTD), None
         x_TD = self.ffn_norm(h_BTD).flatten(0, 1)
@@ -49,10 +51,14 @@ class TransformerBlock(nn.Module):
     # The two dense halves are methods, so that each can be compiled whole.
 
     def attend(
-        self, h_BTD: torch.Tensor, rotary: RotaryTables, mask: AttentionMask
+        self,
+        h_BTD: torch.Tensor,
+        rotary: RotaryTables,
+        mask: AttentionMask,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """``h`` plus the attention of its norm."""
-        return h_BTD + self.attention(self.attention_norm(h_BTD), rotary, mask)
+        return h_BTD + self.attention(self.attention_norm(h_BTD), rotary, mask, cache)
 
     def feed(self, h_BTD: torch.Tensor) -> torch.Tensor:
         """``h`` plus the dense feed-forward of its norm."""

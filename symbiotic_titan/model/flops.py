@@ -25,6 +25,8 @@ _ENDS = {
     "flow_head": VAE,
 }
 
+_TABLES = ("tok_embeddings.weight", "vit.position_embedding.weight")
+
 
 @dataclass(frozen=True)
 class ModelCost:
@@ -57,9 +59,9 @@ def model_cost(
     for name, parameter in model.named_parameters():
         for modality, share in enumerate(_shares(name, args)):
             active[modality] += share * parameter.numel()
-            if name == "tok_embeddings.weight":
+            if name in _TABLES:
                 continue  # a look-up, no product
-            per_patch = name.startswith("vit.") and not name.startswith("vit.merger.w")
+            per_patch = re.match(r"vit\.(?!merger\.(?!norm)|deepstack_mergers\.)", name) is not None
             repeats = patches_per_token if per_patch else 1
             matmul[modality] += share * parameter.numel() * repeats
     if args.tie_embeddings:

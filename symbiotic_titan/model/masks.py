@@ -22,22 +22,37 @@ Letters: B rows, T tokens, P ViT patches of a row.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.modality import VAE
+from symbiotic_titan.sequence.modality import VAE, VIT
 
 # (row, head, query, key) -> whether the query sees the key; index tensors that broadcast.
 MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 AttentionMask = torch.Tensor | BlockMask
 
+VitAttention = Literal["bidirectional", "causal"]
 
-def sequence_rule(batch: PackedBatch) -> MaskRule:
+
+class Columns(NamedTuple):
+    """What the sequence rule asks of the columns of a row, (B, T) each; see PackedBatch, which has the same."""
+
+    document: torch.Tensor
+    span: torch.Tensor
+    modality: torch.Tensor
+
+
+def sequence_rule(
+    batch: PackedBatch | Columns, vit_attention: VitAttention = "bidirectional"
+) -> MaskRule:
     """The rule of the picture above. Same document, and not in the future unless in the same image, and not in someone
-    else's generated image."""
+    else's generated image. With ``causal`` a ViT image is read as text is, as the released decoders do."""
     document_BT, span_BT = batch.document, batch.span
+    if vit_attention == "causal":
+        span_BT = span_BT.masked_fill(batch.modality == VIT, -1)
     generated_BT = batch.modality == VAE
 
     def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -58,13 +73,17 @@ def patch_rule(image_BP: torch.Tensor) -> MaskRule:
     return sees
 
 
-def dense_mask(rule: MaskRule, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """(B, 1, T, T) bool for ``F.scaled_dot_product_attention``; True where the query sees the key; shape (B, T)."""
+def dense_mask(
+    rule: MaskRule, shape: torch.Size, device: torch.device, first_query: int = 0
+) -> torch.Tensor:
+    """(B, 1, T, T) bool for ``F.scaled_dot_product_attention``; True where the query sees the key; shape (B, T). Without the
+    queries before ``first_query``."""
     rows, length = shape
     index_T = torch.arange(length, device=device)
     index_B = torch.arange(rows, device=device)
     head = torch.zeros((), dtype=torch.long, device=device)
-    return rule(index_B[:, None, None], head, index_T[:, None], index_T[None, :]).unsqueeze(1)
+    query_Q1 = index_T[first_query:, None]
+    return rule(index_B[:, None, None], head, query_Q1, index_T[None, :]).unsqueeze(1)
 
 
 @cache
@@ -80,11 +99,17 @@ def block_mask(rule: MaskRule, shape: torch.Size, device: torch.device) -> Block
     return create(rule, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=device)
 
 
-def build_dense_mask(batch: PackedBatch) -> torch.Tensor:
+def build_dense_mask(
+    batch: PackedBatch, vit_attention: VitAttention = "bidirectional"
+) -> torch.Tensor:
     """(B, 1, T, T) bool: the sequence rule for SDPA, the reference and the CPU path."""
-    return dense_mask(sequence_rule(batch), batch.tokens.shape, batch.tokens.device)
+    rule = sequence_rule(batch, vit_attention)
+    return dense_mask(rule, batch.tokens.shape, batch.tokens.device)
 
 
-def build_block_mask(batch: PackedBatch) -> BlockMask:
+def build_block_mask(
+    batch: PackedBatch, vit_attention: VitAttention = "bidirectional"
+) -> BlockMask:
     """The sequence rule for FlexAttention, the CUDA path."""
-    return block_mask(sequence_rule(batch), batch.tokens.shape, batch.tokens.device)
+    rule = sequence_rule(batch, vit_attention)
+    return block_mask(rule, batch.tokens.shape, batch.tokens.device)

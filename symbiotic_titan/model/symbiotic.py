@@ -4,6 +4,7 @@ Letters: B rows, T tokens, D width, V ViT tokens a row may hold, L latent tokens
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.decoder import TransformerBlock
 from symbiotic_titan.model.flow_head import FlowHead
 from symbiotic_titan.model.initialize import initialize
+from symbiotic_titan.model.kv_cache import KeyValueCache
 from symbiotic_titan.model.latent_embedding import LatentEmbedding
 from symbiotic_titan.model.masks import (
     AttentionMask,
@@ -26,7 +28,7 @@ from symbiotic_titan.model.masks import (
 )
 from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.rope import RotaryTables, frequencies, frequency_axes, rotary_tables
-from symbiotic_titan.model.vit import VisionTransformer
+from symbiotic_titan.model.vit import VisionTransformer, VitOutput, grid_sizes
 from symbiotic_titan.moe.record import RoutingRecord
 from symbiotic_titan.sequence.batch import PackedBatch
 
@@ -35,7 +37,7 @@ from symbiotic_titan.sequence.batch import PackedBatch
 class ModelOutput:
     """What one forward returns.
 
-    logits   (B, T, vocabulary) in the dtype of the computation; padding rows mean nothing.
+    logits   (B, T, vocabulary) in the dtype of the computation; padding rows mean nothing. Or (B, N, vocabulary), as asked for.
     velocity (B, L, Z) float32; exactly 0 for unused latent tokens.
     records  one per MoE layer, in the order of the layers.
     """
@@ -61,6 +63,13 @@ def write_tokens(
     index_BND = index_BN.unsqueeze(-1).expand_as(tokens_BND)
     longer = F.pad(h_BTD, (0, 0, 0, 1))
     return longer.scatter(1, index_BND, tokens_BND.to(h_BTD.dtype))[:, :length]
+
+
+def add_tokens(
+    h_BTD: torch.Tensor, index_BN: torch.Tensor, tokens_BND: torch.Tensor
+) -> torch.Tensor:
+    """``h`` with ``tokens[b, n]`` added to row ``index[b, n]`` of each b; an index of T is added nowhere."""
+    return h_BTD + write_tokens(torch.zeros_like(h_BTD), index_BN, tokens_BND)
 
 
 def read_tokens(h_BTD: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
@@ -100,32 +109,54 @@ class SymbioticModel(ModelProtocol):
         noised_BLZ: torch.Tensor,
         timesteps_BL: torch.Tensor,
         shield_scale: torch.Tensor,
+        *,
+        cache: KeyValueCache | None = None,
+        logit_index_BN: torch.Tensor | None = None,
     ) -> ModelOutput:
         """``noised`` are the latents at ``timesteps`` (in [0, 1], float32, one per latent token); see ``flow.path``.
 
+        cache: what was read of the same rows before; ``batch`` holds their next columns, T counts those alone.
+        logit_index: the columns whose logits are wanted; all without it.
+
         Every part runs on every batch, also without an image: under FSDP a skipped part would leave peers waiting.
         """
-        h_BTD, condition_BLD = self._embed(batch, noised_BLZ, timesteps_BL)
-        rotary, mask = self._rotary(batch.positions), self._mask(sequence_rule(batch), batch.tokens)
+        vit = self._encode(batch)
+        h_BTD, condition_BLD = self._embed(batch, vit.tokens, noised_BLZ, timesteps_BL)
+        rotary, mask = self._rotary(batch.positions), self._row_mask(batch, cache)
+        layer_caches = () if cache is None else cache.layers
         records = []
-        for block in self.layers.values():
-            h_BTD, record = block(h_BTD, rotary, mask, batch.modality, shield_scale)
+        for block, features_BVD, layer_cache in zip_longest(
+            self.layers.values(), vit.deepstack, layer_caches
+        ):
+            h_BTD, record = block(h_BTD, rotary, mask, batch.modality, shield_scale, layer_cache)
+            if features_BVD is not None:
+                h_BTD = add_tokens(h_BTD, batch.vit_index, features_BVD)
             if record is not None:
                 records.append(record)
         velocity_BLZ = self.flow_head(read_tokens(h_BTD, batch.vae_index), condition_BLD)
         used_BL1 = (batch.vae_image >= 0).unsqueeze(-1)
+        if logit_index_BN is not None:
+            h_BTD = read_tokens(h_BTD, logit_index_BN)
         return ModelOutput(
             logits=self.output(self.norm(h_BTD)),
             velocity=torch.where(used_BL1, velocity_BLZ, 0.0),
             records=tuple(records),
         )
 
+    def _encode(self, batch: PackedBatch) -> VitOutput:
+        """The images to be understood, as the decoder takes them in."""
+        sizes_BPA = grid_sizes(batch.vit_coords, batch.vit_image)
+        mask = self._mask(patch_rule(batch.vit_image), batch.vit_image)
+        return self.vit(batch.vit_patches, batch.vit_coords, sizes_BPA, mask)
+
     def _embed(
-        self, batch: PackedBatch, noised_BLZ: torch.Tensor, timesteps_BL: torch.Tensor
+        self,
+        batch: PackedBatch,
+        vit_BVD: torch.Tensor,
+        noised_BLZ: torch.Tensor,
+        timesteps_BL: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """((B, T, D) embedded rows, (B, L, D) timestep condition): token embeddings, images written over placeholders."""
-        patch_mask = self._mask(patch_rule(batch.vit_image), batch.vit_image)
-        vit_BVD = self.vit(batch.vit_patches, batch.vit_coords, patch_mask)
         latents_BLD, condition_BLD = self.latent_embedding(
             noised_BLZ, batch.vae_coords, timesteps_BL
         )
@@ -135,10 +166,18 @@ class SymbioticModel(ModelProtocol):
         # As the other blocks' inputs: another stride would compile the first block's attention a second time.
         return h_BTD.contiguous(), condition_BLD
 
+    def _row_mask(self, batch: PackedBatch, cache: KeyValueCache | None) -> AttentionMask:
+        """Who sees whom in the rows. A chunk's own part of the mask is small: it is dense for every backend."""
+        if cache is None:
+            return self._mask(sequence_rule(batch, self.args.vit_attention), batch.tokens)
+        columns = cache.columns_with(batch)
+        rule = sequence_rule(columns, self.args.vit_attention)
+        return dense_mask(rule, columns.document.shape, columns.document.device, cache.length)
+
     def _mask(self, rule: MaskRule, like: torch.Tensor) -> AttentionMask:
         """The mask of ``rule`` over the rows and columns of ``like``, in the form that the backend takes."""
-        make = block_mask if self.args.attention_backend == "flex" else dense_mask
-        return make(rule, like.shape, like.device)
+        blocks = self.args.attention_backend == "flex" and like.shape[1] > 0
+        return (block_mask if blocks else dense_mask)(rule, like.shape, like.device)
 
     def _rotary(self, positions_BTA: torch.Tensor) -> RotaryTables:
         args, device = self.args, positions_BTA.device

@@ -1,19 +1,24 @@
 """The image encoder: patches of images to be understood -> tokens of the decoder.
 
-Numbered steps with their shapes: (1) patches (B, P, Q) -> (B, P, W); (2) pre-norm blocks, full attention inside each image,
-two-dimensional rotary; (3) the M adjacent patches of a token are joined and projected, (B, V, D).
+Numbered steps with their shapes: (1) patches (B, P, Q) -> (B, P, W), plus a learned position where there is a table of them;
+(2) pre-norm blocks, full attention inside each image, two-dimensional rotary; (3) the M adjacent patches of a token are joined
+and projected, (B, V, D), and so is what some of the blocks put out (``deepstack``).
 
 Letters: B rows, P patches of a row, Q numbers in a patch, W width of the encoder, H heads, C head width, R frequencies,
-M patches of one token, V tokens of a row, D width of the decoder.
+M patches of one token, V tokens of a row, D width of the decoder, A axes (row, column), X cells of a table.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from symbiotic_titan.model.args import ModelArgs, VitArgs
+from symbiotic_titan.model.args import ModelArgs, PositionReading, VitArgs
 from symbiotic_titan.model.attention import attend
+from symbiotic_titan.model.feed_forward import FeedForward
 from symbiotic_titan.model.masks import AttentionMask
+from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.rope import RotaryTables, frequencies, rotary_tables, rotate
 
 
@@ -25,16 +30,62 @@ def patch_rotary(coords_BPA: torch.Tensor, head_dim: int, theta: float) -> Rotar
     return rotary_tables(coords_BPA, axes_R, frequencies_R)
 
 
+def grid_sizes(coords_BPA: torch.Tensor, image_BP: torch.Tensor) -> torch.Tensor:
+    """(B, P, A) int64: rows and columns of each patch's image, from the largest coordinates of its patches, which lie together.
+    A maximum of integers: the same in any order, so deterministic on any device."""
+    # Images are numbered from 0 or 1 anew: the numbers of their spans have no bound that is known here.
+    number_BP = (image_BP != image_BP.roll(1, dims=1)).cumsum(1)
+    number_BPA = number_BP.unsqueeze(-1).expand_as(coords_BPA)
+    rows, num_patches, axes = coords_BPA.shape
+    none = coords_BPA.new_zeros(rows, num_patches + 1, axes)
+    return none.scatter_reduce(1, number_BPA, coords_BPA + 1, "amax").gather(1, number_BPA)
+
+
+def cubic_weights(distance: torch.Tensor) -> torch.Tensor:
+    """Cubic convolution with a = -0.75, which torch's bicubic resampling uses; 0 from a distance of 2 on."""
+    d = distance
+    inner, outer = (1.25 * d - 2.25) * d * d + 1, ((-0.75 * d + 3.75) * d - 6.0) * d + 3.0
+    return torch.where(d <= 1, inner, outer).masked_fill(d >= 2, 0.0)
+
+
+def table_cells(
+    coords_BPA: torch.Tensor,
+    sizes_BPA: torch.Tensor,
+    side: int,
+    reading: PositionReading = "bilinear",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """((B, P, X) int64 cells of a ``side`` x ``side`` table, row-major, their float32 weights): the table laid over each image's
+    grid, corner on corner, and read bilinearly; or edge on edge, and read bicubically, its border repeated outside. A weight of 0
+    may stand beside any cell of the table."""
+    coords_BPA = coords_BPA.float()
+    if reading == "bilinear":
+        at_BPA = coords_BPA * (side - 1) / (sizes_BPA - 1).clamp(min=1)
+        near_BPAX = torch.stack([at_BPA.floor() + i for i in (0, 1)], dim=-1)
+        weights_BPAX = 1 - (at_BPA.unsqueeze(-1) - near_BPAX).abs()
+    else:
+        at_BPA = (coords_BPA + 0.5) * side / sizes_BPA - 0.5
+        near_BPAX = torch.stack([at_BPA.floor() + i for i in (-1, 0, 1, 2)], dim=-1)
+        weights_BPAX = cubic_weights((at_BPA.unsqueeze(-1) - near_BPAX).abs())
+    row_BPX, column_BPX = near_BPAX.long().clamp(0, side - 1).unbind(2)
+    cells = row_BPX.unsqueeze(-1) * side + column_BPX.unsqueeze(-2)
+    row_weights_BPX, column_weights_BPX = weights_BPAX.unbind(2)
+    weights = row_weights_BPX.unsqueeze(-1) * column_weights_BPX.unsqueeze(-2)
+    return cells.flatten(2), weights.flatten(2)
+
+
 class VitBlock(nn.Module):
     def __init__(self, args: VitArgs) -> None:
         super().__init__()
-        self.head_dim = args.head_dim
-        self.attention_norm = nn.LayerNorm(args.dim, eps=args.norm_eps)
-        self.wqkv = nn.Linear(args.dim, 3 * args.dim)
-        self.wo = nn.Linear(args.dim, args.dim)
-        self.ffn_norm = nn.LayerNorm(args.dim, eps=args.norm_eps)
-        self.w1 = nn.Linear(args.dim, args.hidden_dim)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim)
+        self.head_dim, self.activation = args.head_dim, args.activation
+        norm = nn.LayerNorm if args.norm == "layer" else RMSNorm
+        self.attention_norm = norm(args.dim, eps=args.norm_eps)
+        self.wqkv = nn.Linear(args.dim, 3 * args.dim, bias=args.bias)
+        self.wo = nn.Linear(args.dim, args.dim, bias=args.bias)
+        self.ffn_norm = norm(args.dim, eps=args.norm_eps)
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=args.bias)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=args.bias)
+        if args.activation == "swiglu":
+            self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=args.bias)
 
     def forward(
         self, x_BPW: torch.Tensor, rotary: RotaryTables, mask: AttentionMask
@@ -43,41 +94,120 @@ class VitBlock(nn.Module):
         q_BHPC, k_BHPC, v_BHPC = qkv_BPHC.transpose(1, 2).chunk(3, dim=1)
         q_BHPC, k_BHPC = rotate(q_BHPC, rotary, False), rotate(k_BHPC, rotary, False)
         x_BPW = x_BPW + self.wo(attend(q_BHPC, k_BHPC, v_BHPC, mask))
-        hidden_BPF = F.gelu(self.w1(self.ffn_norm(x_BPW)), approximate="tanh")
-        return x_BPW + self.w2(hidden_BPF)
+        return x_BPW + self.w2(self._hidden(self.ffn_norm(x_BPW)))
+
+    def _hidden(self, x_BPW: torch.Tensor) -> torch.Tensor:
+        if self.activation == "swiglu":
+            return F.silu(self.w1(x_BPW)) * self.w3(x_BPW)
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        return F.gelu(self.w1(x_BPW), approximate=approximate)
 
 
 class PatchMerger(nn.Module):
-    """The projector: M adjacent patches, each normed -> one vector of the decoder's width."""
+    """The projector: M adjacent patches -> one vector of the decoder's width. The norm is of each patch or, with
+    ``norm_joined``, of all M as one vector."""
 
-    def __init__(self, vit: VitArgs, dim: int) -> None:
+    def __init__(self, vit: VitArgs, dim: int, *, norm_joined: bool = False) -> None:
         super().__init__()
         self.num_patches = vit.merge**2
+        self.norm_joined = norm_joined
         joined = vit.dim * self.num_patches
-        self.norm = nn.LayerNorm(vit.dim, eps=vit.norm_eps)
+        self.norm = nn.LayerNorm(joined if norm_joined else vit.dim, eps=vit.norm_eps)
         self.w1 = nn.Linear(joined, joined)
         self.w2 = nn.Linear(joined, dim)
 
     def forward(self, x_BPW: torch.Tensor) -> torch.Tensor:
-        joined_BVX = self.norm(x_BPW).unflatten(1, (-1, self.num_patches)).flatten(2)
-        return self.w2(F.gelu(self.w1(joined_BVX)))
+        if not self.norm_joined:
+            x_BPW = self.norm(x_BPW)
+        joined_BVJ = x_BPW.unflatten(1, (-1, self.num_patches)).flatten(2)
+        if self.norm_joined:
+            joined_BVJ = self.norm(joined_BVJ)
+        return self.w2(F.gelu(self.w1(joined_BVJ)))
+
+
+class GatedMerger(nn.Module):
+    """Another projector: M adjacent patches -> one vector of the decoder's width, then a layer with norm and GELU, then a
+    gated feed-forward of width ``projector_hidden_dim``."""
+
+    def __init__(self, vit: VitArgs, dim: int) -> None:
+        super().__init__()
+        self.num_patches = vit.merge**2
+        self.join = nn.Linear(vit.dim * self.num_patches, dim)
+        self.project = nn.Linear(dim, dim, bias=False)
+        self.norm = nn.LayerNorm(dim, eps=vit.norm_eps)
+        self.feed_forward = FeedForward(dim, vit.projector_hidden_dim)
+
+    def forward(self, x_BPW: torch.Tensor) -> torch.Tensor:
+        x_BVD = self.join(x_BPW.unflatten(1, (-1, self.num_patches)).flatten(2))
+        return self.feed_forward(F.gelu(self.norm(self.project(x_BVD))))
+
+
+class VitOutput(NamedTuple):
+    """Both in the dtype of the computation; unused tokens are finite and mean nothing.
+
+    tokens:   (B, V, D) what the decoder reads.
+    deepstack: (B, V, D) each, what is added behind its first layers.
+    """
+
+    tokens: torch.Tensor
+    deepstack: tuple[torch.Tensor, ...]
 
 
 class VisionTransformer(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         vit = args.vit
-        self.head_dim, self.rope_theta = vit.head_dim, vit.rope_theta
-        self.patch_embedding = nn.Linear(args.geometry.vit_patch_values, vit.dim)
+        self.args, self.channels = vit, args.geometry.vit_channels
+        values = args.geometry.vit_patch_values * vit.temporal_patch
+        self.patch_embedding = nn.Linear(values, vit.dim)
+        if vit.position_grid:
+            self.position_embedding = nn.Embedding(vit.position_grid**2, vit.dim)
         self.layers = nn.ModuleDict({str(i): VitBlock(vit) for i in range(vit.num_layers)})
-        self.merger = PatchMerger(vit, args.dim)
+        if vit.outer_norms:
+            self.patch_norm = RMSNorm(vit.dim, eps=vit.norm_eps)
+            self.last_norm = RMSNorm(vit.dim, eps=vit.norm_eps)
+        merger = GatedMerger if vit.projector_hidden_dim else PatchMerger
+        self.merger = merger(vit, args.dim)
+        self.deepstack_mergers = nn.ModuleDict(
+            {str(i): PatchMerger(vit, args.dim, norm_joined=True) for i in vit.deepstack}
+        )
 
     def forward(
-        self, patches_BPQ: torch.Tensor, coords_BPA: torch.Tensor, mask: AttentionMask
-    ) -> torch.Tensor:
-        """(B, V, D) in the dtype of the computation. Unused patches come out finite and mean nothing."""
-        x_BPW = self.patch_embedding(patches_BPQ.to(self.patch_embedding.weight.dtype))
-        rotary = patch_rotary(coords_BPA, self.head_dim, self.rope_theta)
-        for block in self.layers.values():
+        self,
+        patches_BPQ: torch.Tensor,
+        coords_BPA: torch.Tensor,
+        sizes_BPA: torch.Tensor,
+        mask: AttentionMask,
+    ) -> VitOutput:
+        """``sizes``: rows and columns of the image that each patch is of."""
+        x_BPW = self._embed(patches_BPQ, coords_BPA, sizes_BPA)
+        rotary = patch_rotary(coords_BPA, self.args.head_dim, self.args.rope_theta)
+        deepstack = []
+        for name, block in self.layers.items():
             x_BPW = block(x_BPW, rotary, mask)
-        return self.merger(x_BPW)
+            if name in self.deepstack_mergers:
+                deepstack.append(self.deepstack_mergers[name](x_BPW))
+        if self.args.outer_norms:
+            x_BPW = self.last_norm(x_BPW)
+        return VitOutput(self.merger(x_BPW), tuple(deepstack))
+
+    def _embed(
+        self, patches_BPQ: torch.Tensor, coords_BPA: torch.Tensor, sizes_BPA: torch.Tensor
+    ) -> torch.Tensor:
+        frames, side = self.args.temporal_patch, self.args.position_grid
+        patches_BPQ = patches_BPQ.to(self.patch_embedding.weight.dtype)
+        if frames > 1:
+            # Each colour's frames one behind the other, as the kernel of a 3-D convolution has them.
+            frame = patches_BPQ.unflatten(-1, (self.channels, 1, -1))
+            patches_BPQ = frame.expand(-1, -1, -1, frames, -1).flatten(2)
+        x_BPW = self.patch_embedding(patches_BPQ)
+        if self.args.outer_norms:
+            x_BPW = self.patch_norm(x_BPW)
+        if not side:
+            return x_BPW
+        reading = self.args.position_reading
+        cells_BPX, weights_BPX = table_cells(coords_BPA, sizes_BPA, side, reading)
+        read = zip(cells_BPX.unbind(-1), weights_BPX.unbind(-1), strict=True)
+        # One cell after the other: all at once would be as many times the size of x.
+        place_BPW = sum(self.position_embedding(cell) * weight[..., None] for cell, weight in read)
+        return x_BPW + place_BPW.to(x_BPW.dtype)

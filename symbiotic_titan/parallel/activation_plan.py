@@ -117,7 +117,8 @@ def activation_memory(
         if is_recomputed or per_op:
             recomputed = max(recomputed, everything)
     patches = (config.data.max_vit_tokens or length) * args.geometry.vit_patches_per_token
-    vit_numbers, masks = 11 * args.vit.dim + 2 * args.vit.hidden_dim, 0
+    hidden = 4 if args.vit.activation == "swiglu" else 2
+    vit_numbers, masks = 11 * args.vit.dim + hidden * args.vit.hidden_dim, 0
     if args.attention_backend == "sdpa":
         vit_numbers += patches
         masks = rows * (length**2 + patches**2)

@@ -84,7 +84,8 @@ def gather_ahead(model: SymbioticModel, *, end_is_freed: bool) -> None:
     more gathered block. Only a block's own unit starts gathers: its hook runs once per direction, while those of the units
     inside run again when activation checkpointing recomputes the block. They must never gather there: per-op checkpointing
     would look for the gather among the operations of the forward. So where the last block was freed, the root starts its
-    gathers; that hook runs for every tensor the model returns, which costs one gather of the last block too many.
+    gathers; that hook runs for every tensor the model returns, which costs one gather of the last block too many. The rest of the
+    ViT, which may return several tensors (``deepstack``), starts none for the same reason: its last block is gathered with it.
     """
     blocks = [[block, *units_inside(block)] for block in model.layers.values()]
     vit_blocks = [[block] for block in model.vit.layers.values()]
@@ -94,7 +95,8 @@ def gather_ahead(model: SymbioticModel, *, end_is_freed: bool) -> None:
     forward: list[list[Any]] = [[model], [model.vit], *vit_blocks, *embeddings, *blocks]
     backward: list[list[Any]] = [[model]] if end_is_freed else []
     backward += [[block, *reversed(inside)] for block, *inside in reversed(blocks)]
-    backward += [*reversed(embeddings), [model.vit], *reversed(vit_blocks)]
+    last, *others = reversed(vit_blocks)
+    backward += [*reversed(embeddings), [*last, model.vit], *others]
     for now, following in pairwise(forward):
         now[0].set_modules_to_forward_prefetch(following)
     for now, following in pairwise(backward):

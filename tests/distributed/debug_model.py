@@ -1,5 +1,6 @@
 """The debug model made parallel in the processes of a test, and a batch that differs from rank to rank."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,9 +28,10 @@ def config_of(overrides: str) -> JobConfig:
     return load_job_config(["--job.config_file", str(DEBUG), *overrides.split()])
 
 
-def build(config: JobConfig) -> tuple[SymbioticModel, ModelArgs]:
-    """The initialised model on this rank of the process group."""
+def build(config: JobConfig, **vit: object) -> tuple[SymbioticModel, ModelArgs]:
+    """The initialised model on this rank of the process group, with switches of its ViT."""
     args = FLAVORS["debug"]
+    args.vit = replace(args.vit, **vit)
     args.update_from_config(config)
     dims = ParallelDims(
         dp_replicate=config.parallelism.data_parallel_replicate_degree,

@@ -9,6 +9,7 @@ import torch.distributed as dist
 # First, because it prepares torchtitan in the processes of the ranks.
 from tests.distributed.debug_model import backward, build, config_of, forward  # isort: skip
 
+from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.parallel import fsdp, plan
 from tests.distributed.gloo import run_on_ranks
 
@@ -29,7 +30,11 @@ CASES = {
     # 13 and 3 experts on two ranks: cut inside every expert, and cut between them with padding.
     "odd_experts": "",
     "odd_experts_padded": "",
+    "deepstack": "",
+    "deepstack_per_op": "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op",
 }
+# Features leave the ViT behind both of its blocks.
+VIT = {"temporal_patch": 2, "position_grid": 5, "deepstack": (0, 1)}
 
 
 # torch 2.13 has new names for the two collectives that FSDP calls.
@@ -63,6 +68,15 @@ class Wire:
         self.scattered += (kwargs["input"] if "input" in kwargs else args[1]).nbytes
 
 
+def norm_in_one_process(args):
+    """Of the gradients of the same step: a plain model reads the rows of all ranks."""
+    model = SymbioticModel(args)
+    model.init_weights()
+    for rank in range(RANKS):
+        backward(forward(model, args, rank))
+    return float(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+
+
 def on_rank(rank, case, patch):
     """Shards, traffic, gathers done when each block computes, and the gradient norm of one step."""
     config = config_of(CASES[case])
@@ -71,7 +85,7 @@ def on_rank(rank, case, patch):
         config.experts.partition["generation"].num_experts = 3
     if case == "odd_experts_padded":
         patch.setattr(fsdp, "cut_of_bank", lambda num_ranks: lambda weight: None)
-    model, args = build(config)
+    model, args = build(config, **VIT if case.startswith("deepstack") else {})
     wire = Wire(patch)
     ahead = []
     for block in model.layers.values():
@@ -91,6 +105,7 @@ def on_rank(rank, case, patch):
         "ahead": ahead_forward,
         "exchanges": exchanges,
         "norm": float(norm),
+        "plain_norm": norm_in_one_process(args) if case in ("default", "deepstack") else None,
     }  # fmt: skip
 
 
@@ -164,9 +179,16 @@ def test_checkpointing_repeats_the_planned_exchanges(results, case):
     assert [rank[case]["exchanges"] for rank in results] == [expected] * RANKS
 
 
+@pytest.mark.parametrize("case", ["default", "deepstack"])
+def test_gradients_are_those_of_one_process(results, case):
+    for rank in results:
+        assert rank[case]["norm"] == pytest.approx(rank[case]["plain_norm"], rel=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_do_not_depend_on_how_the_model_is_spread(results, case):
     tolerance = 5e-2 if case == "bfloat16" else 1e-5
-    reference = "odd_experts_padded" if case.startswith("odd") else "default"
+    references = {"odd": "odd_experts_padded", "deepstack": "deepstack"}
+    reference = references.get(case.split("_")[0], "default")
     for result in results:
         assert result[case]["norm"] == pytest.approx(results[0][reference]["norm"], rel=tolerance)

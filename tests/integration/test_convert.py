@@ -1,5 +1,6 @@
 """Profile, plan, partition and check as a user runs them, on a model of initial weights and the demo data."""
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.inference import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from tests.integration.launch import ROOT
+from tests.unit.checkpoint.released_models import QWEN, write_release
 from tools import convert, profile_experts
 
 HELD_OUT = """
@@ -104,9 +106,53 @@ def test_a_model_without_its_shared_expert_is_checked_against_the_whole(study, p
     assert "original   partitioned    difference" in table and "shared_only" not in table
 
 
+@pytest.fixture(scope="module")
+def release(study):
+    """Folder of a tiny Qwen3-VL that fits the debug config: its vocabulary, its 16 experts."""
+    config = copy.deepcopy(QWEN)
+    config["text_config"] |= {"vocab_size": 320, "num_experts": 16}
+    write_release(study / "release", config)
+    return study / "release"
+
+
+def test_a_release_is_profiled_split_checked_and_given_back(study, release, capsys):
+    """Its tensors are read where they are: no import in between."""
+    shape, profile, plan, split, half = (
+        study / f"release.{end}" for end in ("shape", "profile.json", "plan.json", "split", "half")
+    )
+    run(convert.main, "from-hf", "--hf", release, "--out", shape, "--shape-only")
+    flavor = ("--model.flavor", shape / "model.json", "--shielding.steps", 0)
+    flavor = (*flavor, "--shielding.after_scale", 1.0)  # Qwen3-VL has no shared expert to shield
+    groups, read = ("--config", study / "split.toml", *flavor), ("--checkpoint", release)
+    run(profile_experts.main, *groups, *read, "--out", profile, "--batches", 2)
+    run(convert.main, "plan", *groups, "--profile", profile, "--out", plan)
+    run(convert.main, "partition", *groups, *read, "--plan", plan, "--out", split)
+    capsys.readouterr()
+    check = ("check", *groups, "--checkpoint", split, "--original", release, "--batches", 2)
+    run(convert.main, *check, "--split", "train")
+    assert "share of tokens whose top-k stays inside the group" in capsys.readouterr().out
+    out = ("--checkpoint", split, "--part", "understanding", "--out", half)
+    run(convert.main, "to-hf", *groups, *out, "--shard-size", "20kB")
+    assert "left out:" in capsys.readouterr().out
+    config = json.loads((half / "config.json").read_text())
+    assert config["text_config"]["num_experts"] == 12
+    assert len(list(half.glob("model-*.safetensors"))) > 1 and (half / "tokenizer.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("from-hf --hf VLM --out X", "vlm has no config.json"),
+        ("from-hf --hf RELEASE --out X --training.steps 3", "no use for --training.steps 3"),
+        ("to-hf --config SPLIT --checkpoint VLM --part whole --out X", "has the expert groups all"),
+        (
+            "to-hf --config POOL --checkpoint VLM --part understanding --out X",
+            "nothing says which released architecture the model has",
+        ),
+        (
+            "to-hf --config POOL --checkpoint VLM --part whole --out X --shard-size lots",
+            "--shard-size: must be a size such as 5GB or 500MB, got 'lots'",
+        ),
         ("plan --config POOL --profile PROFILE --out X", "has no [experts.partition]"),
         ("plan --config SPLIT --profile NONE --out X", "expert profile: no such file"),
         ("plan --config SPLIT --profile PROFILE --out X --rule best", "choose from balanced"),
@@ -123,8 +169,9 @@ def test_a_model_without_its_shared_expert_is_checked_against_the_whole(study, p
         ),
     ],
 )
-def test_mistakes_are_one_line(study, profile, capsys, words, message):
+def test_mistakes_are_one_line(study, profile, release, capsys, words, message):
     names = {"POOL": "pool.toml", "SPLIT": "split.toml", "PROFILE": "profile.json", "VLM": "vlm"}
+    names["RELEASE"] = release.name
     line = [str(study / names.get(w, w)) if w.isupper() else w for w in words.split()]
     assert convert.main(line) == 2
     error = capsys.readouterr().err
@@ -145,14 +192,11 @@ def test_profiling_without_text_sources_is_a_mistake(study, tmp_path, capsys):
     assert "--batches: must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_profile_of_held_out_data_reads_other_rows(study, profile):
+def test_the_config_of_the_split_model_profiles_the_unsplit_one_on_held_out_rows(study, profile):
     config, vlm, out = study / "split.toml", study / "vlm", study / "heldout.json"
-    pool = study / "pool_heldout.toml"
-    held_out = config.read_text().split("[[validation.sources]]")[1]
-    pool.write_text((study / "pool.toml").read_text() + "\n[[validation.sources]]" + held_out)
     run(
         profile_experts.main,
-        *("--config", pool, "--checkpoint", vlm, "--out", out, "--split", "validation"),
+        *("--config", config, "--checkpoint", vlm, "--out", out, "--split", "validation"),
         *("--batches", 1),
     )
     values = json.loads(out.read_text())

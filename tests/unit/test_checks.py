@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from symbiotic_titan import checks
-from symbiotic_titan.checks import check_job, check_parallelism
+from symbiotic_titan.checks import check_job, check_parallelism, check_shielding
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.flavors import FLAVORS
 
@@ -26,7 +26,12 @@ def one_rank(monkeypatch):
 
 
 # Ranks that a config is written for, where it is not one.
-RANKS = {"debug_gpu": [1, 4], "1b_a0.3b": [1, 8], "30b_a3b": [8, 64, 256]}
+RANKS = {
+    "debug_gpu": [1, 4],
+    "1b_a0.3b": [1, 8],
+    "30b_a3b": [8, 64, 256],
+    "qwen3_vl_30b_a3b": [8, 64, 256],
+}
 
 
 @pytest.mark.parametrize("path", sorted(DEBUG.parent.glob("*.toml")), ids=lambda path: path.stem)
@@ -159,3 +164,13 @@ def test_degrees_that_do_not_fit_are_refused(tmp_path, overrides, world_size, me
     with pytest.raises(ValueError) as error:
         check_parallelism(config, args, world_size)
     assert message in str(error.value)
+
+
+def test_a_shield_needs_a_flavor_with_a_shared_expert_or_a_new_one(tmp_path):
+    config = config_of(tmp_path)
+    args = FLAVORS["Qwen3-VL-30B-A3B"]
+    config.model.flavor = "Qwen3-VL-30B-A3B"
+    with pytest.raises(ValueError, match="has no effect with model.flavor = 'Qwen3-VL-30B-A3B'"):
+        check_shielding(config, args)
+    args.shared_hidden_dim = args.expert_hidden_dim
+    check_shielding(config, args)

@@ -31,6 +31,7 @@ from symbiotic_titan.optim.build import OPTIMIZER_BUILDERS
 from symbiotic_titan.optim.shield_schedule import SHIELD_SCHEDULES, shield_scale
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
 from tests.unit.moe.moe_reference import grads, make_args, make_layer, make_tokens
+from tools import show_parallel
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -274,3 +275,12 @@ def test_the_sgd_builder_steps_every_group_at_its_rate_and_checks_its_options():
     config.builder_options = {"momentun": 0.5}
     with pytest.raises(ValueError, match="builder_options: unknown key 'momentun'; did you mean"):
         OPTIMIZER_BUILDERS["sgd"](net, config, None)
+
+
+def test_the_dry_run_knows_the_parts_that_a_config_brings_along(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = ["train_configs/debug.toml", "--ranks", "2", "--experts.score_function", "softplus"]
+    assert show_parallel.main(command) == 2
+    assert "experts.score_function = 'softplus': nothing is registered" in capsys.readouterr().err
+    command += ["--experimental.custom_import", "docs.examples.softplus_score"]
+    assert show_parallel.main(command) == 0

@@ -11,7 +11,6 @@ from symbiotic_titan.retention import (
     InsideShares,
     StepZeroReport,
     moe_layers,
-    shared_experts_only,
 )
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
 from tests.unit.moe.moe_reference import POOL, make_args, make_layer, make_tokens
@@ -66,19 +65,6 @@ def test_shares_of_a_modality_without_tokens_are_left_out():
     with inside.watching(model_of(layer)):
         layer(torch.randn(8, 16), torch.tensor([TEXT] * 6 + [PADDING] * 2), torch.ones(()))
     assert inside.shares(ALONE).keys() == {"text"}
-
-
-def test_shared_experts_only_adds_nothing_of_the_routed_ones_and_ends():
-    layer = make_layer(make_args(shared_hidden_dim=8))
-    x_TD, modality_T = make_tokens()
-    one = torch.ones(())
-    before, _ = layer(x_TD, modality_T, one)
-    with shared_experts_only(model_of(layer)):
-        masked, record = layer(x_TD, modality_T, one)
-    after, _ = layer(x_TD, modality_T, one)
-    assert torch.equal(masked, layer.shared_experts(x_TD, modality_T, one))
-    assert record.counts.sum() > 0
-    assert torch.equal(before, after) and not torch.equal(before, masked)
 
 
 def test_differences_are_relative_to_the_original():

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from symbiotic_titan.checkpoint.open_model import open_model
 from symbiotic_titan.checkpoint.plan import Plan
 from symbiotic_titan.checkpoint.profile import ModelIdentity, router_hash
-from symbiotic_titan.checkpoint.tensor_store import StoredModel
 from symbiotic_titan.model.args import ModelArgs, VitArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup
@@ -62,7 +62,7 @@ def save(state: dict, folder: Path) -> Path:
 
 def plan_for(folder: Path, groups=BIMODAL, seed: int = 0) -> Plan:
     """A plan drawn by lot for the checkpoint in ``folder``."""
-    stored = StoredModel(folder)
+    stored = open_model(folder)
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(8, generator=generator) for _ in range(2)])
     identity = ModelIdentity("tiny", None, router_hash(stored), {"all": 8}, 2)

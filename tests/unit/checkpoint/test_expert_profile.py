@@ -12,7 +12,7 @@ from symbiotic_titan.checkpoint.profile import (
     router_hash,
     too_few_tokens,
 )
-from symbiotic_titan.checkpoint.tensor_store import StoredModel
+from symbiotic_titan.checkpoint.tensor_store import DistributedCheckpoint
 from tests.unit.checkpoint.stored_models import make_model, save, tiny_args
 
 MODEL = ModelIdentity("tiny", 3, "abc", {"all": 4}, 2)
@@ -56,11 +56,11 @@ def test_too_few_tokens_are_counted():
 
 def test_router_hash_sees_routers_and_nothing_else(tmp_path):
     state = make_model(tiny_args()).state_dict()
-    first = router_hash(StoredModel(save(state, tmp_path / "a")))
+    first = router_hash(DistributedCheckpoint(save(state, tmp_path / "a")))
     state["norm.weight"] = state["norm.weight"] + 1
-    assert router_hash(StoredModel(save(state, tmp_path / "b"))) == first
+    assert router_hash(DistributedCheckpoint(save(state, tmp_path / "b"))) == first
     state["layers.2.moe.router.all.weight"][0, 0] += 1e-3
-    assert router_hash(StoredModel(save(state, tmp_path / "c"))) != first
+    assert router_hash(DistributedCheckpoint(save(state, tmp_path / "c"))) != first
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from symbiotic_titan.checkpoint.fit import check_is_model, tensors_of_model
 from symbiotic_titan.checkpoint.partition import (
     RECORD,
-    check_is_model,
     partition_checkpoint,
     plan_of_checkpoint,
-    tensors_of_model,
 )
 from symbiotic_titan.checkpoint.resume import damage_of
-from symbiotic_titan.checkpoint.tensor_store import StoredModel
+from symbiotic_titan.checkpoint.tensor_store import DistributedCheckpoint
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from tests.unit.checkpoint.stored_models import BIMODAL, make_model, plan_for, save, tiny_args
@@ -32,7 +31,7 @@ def vlm(tmp_path):
 
 def read_model(args, folder) -> SymbioticModel:
     model = SymbioticModel(args)
-    StoredModel(folder).read_into(model.state_dict())
+    DistributedCheckpoint(folder).read_into(model.state_dict())
     return model
 
 
@@ -115,10 +114,10 @@ def test_training_checkpoint_gives_the_model_alone(tmp_path, vlm):
         "train_state": {"step": 12, "tokens_seen": torch.zeros(3)},
     }
     source = save(state, tmp_path / "step-12")
-    assert StoredModel(source).step == 12
+    assert DistributedCheckpoint(source).step == 12
     partition_checkpoint(source, tiny_args(), None, tmp_path / "out")
-    assert StoredModel(tmp_path / "out").tensors.keys() == model.state_dict().keys()
-    assert StoredModel(tmp_path / "out").step is None
+    assert DistributedCheckpoint(tmp_path / "out").tensors.keys() == model.state_dict().keys()
+    assert DistributedCheckpoint(tmp_path / "out").step is None
     assert json.loads((tmp_path / "out" / RECORD).read_text())["step"] == 12
 
 
@@ -128,7 +127,7 @@ def test_shared_expert_is_dropped_where_the_config_has_none(tmp_path, vlm):
     conversion = partition_checkpoint(source, args, None, tmp_path / "out")
     assert conversion.totals()["dropped"] == 2 * 3 * 16 * 32
     assert all(".shared_experts." in name for name in conversion.dropped)
-    check_is_model(StoredModel(tmp_path / "out"), tensors_of_model(SymbioticModel(args)))
+    check_is_model(DistributedCheckpoint(tmp_path / "out"), tensors_of_model(SymbioticModel(args)))
 
 
 def test_missing_latent_modules_get_their_initial_values(tmp_path, vlm):
@@ -141,7 +140,7 @@ def test_missing_latent_modules_get_their_initial_values(tmp_path, vlm):
     source = save(state, tmp_path / "bare")
     args = tiny_args(groups=BIMODAL, init_seed=3)
     conversion = partition_checkpoint(source, args, plan_for(source), tmp_path / "out")
-    fresh, written = make_model(args, seed=3).state_dict(), StoredModel(tmp_path / "out")
+    fresh, written = make_model(args, seed=3).state_dict(), DistributedCheckpoint(tmp_path / "out")
     new = [name for name, origin in conversion.origins.items() if origin.kind == "new"]
     assert new and all(name.startswith(("latent_embedding.", "flow_head.")) for name in new)
     for name in new:
@@ -154,8 +153,10 @@ def test_missing_latent_modules_get_their_initial_values(tmp_path, vlm):
 def test_every_old_tensor_is_read_once_and_never_two_at_a_time(tmp_path, vlm, monkeypatch):
     _, source = vlm
     plan, reads = plan_for(source), []
-    read = StoredModel.read
-    monkeypatch.setattr(StoredModel, "read", lambda self, n: (reads.append(n), read(self, n))[1])
+    read = DistributedCheckpoint.read
+    monkeypatch.setattr(
+        DistributedCheckpoint, "read", lambda self, n: (reads.append(n), read(self, n))[1]
+    )
     conversion = partition_checkpoint(source, tiny_args(groups=BIMODAL), plan, tmp_path / "out")
     of_tensors = [name for name in reads if ".router." not in name]  # routers are hashed besides
     assert len(of_tensors) == len(set(of_tensors))
@@ -175,7 +176,7 @@ def test_plan_lies_in_the_checkpoint(tmp_path, vlm):
 
 def fail_at(number: int, error: BaseException, monkeypatch) -> None:
     """The ``number``-th tensor read raises."""
-    read, calls = StoredModel.read, []
+    read, calls = DistributedCheckpoint.read, []
 
     def failing(self, name):
         calls.append(name)
@@ -183,7 +184,7 @@ def fail_at(number: int, error: BaseException, monkeypatch) -> None:
             raise error
         return read(self, name)
 
-    monkeypatch.setattr(StoredModel, "read", failing)
+    monkeypatch.setattr(DistributedCheckpoint, "read", failing)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk gone"), ValueError("no")])
@@ -222,7 +223,9 @@ def test_failed_replacement_leaves_the_old_checkpoint(tmp_path, vlm, monkeypatch
     partition_checkpoint(
         source, tiny_args(shared_hidden_dim=0), None, tmp_path / "out", overwrite=True
     )
-    assert not [n for n in StoredModel(tmp_path / "out").tensors if ".shared_experts." in n]
+    assert not [
+        n for n in DistributedCheckpoint(tmp_path / "out").tensors if ".shared_experts." in n
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "vlm"]
 
 
@@ -264,8 +267,9 @@ def test_sources_that_are_no_checkpoint_are_named(tmp_path, vlm):
     data.write_bytes(data.read_bytes()[:-10])
     assert "bytes instead of" in message_of(tmp_path / "step-5")
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "model.safetensors.index.json").touch()
-    assert "it is not a distributed checkpoint" in message_of(tmp_path / "hf")
+    assert "it has no .metadata: the save did not finish" in message_of(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").touch()
+    assert "hf has no config.json" in message_of(tmp_path / "hf")
 
 
 def test_plans_that_do_not_fit_are_refused(tmp_path, vlm):
@@ -310,7 +314,7 @@ def test_sources_of_other_models_are_refused(tmp_path, vlm):
 
 def test_loading_names_what_differs(tmp_path, vlm):
     model, source = vlm
-    stored = StoredModel(source)
+    stored = DistributedCheckpoint(source)
 
     def refused(args, message):
         with pytest.raises(ValueError, match=message):

@@ -164,6 +164,12 @@ def tiny_args(**changes: object) -> ModelArgs:
     return replace(args, **changes)
 
 
+def deep_args() -> ModelArgs:
+    """With every switch of the image encoder on: a table of positions, two frames, features for both layers of the decoder."""
+    switches = {"temporal_patch": 2, "position_grid": 5, "deepstack": (0, 1), "activation": "gelu"}
+    return tiny_args(vit=replace(tiny_args().vit, num_layers=3, **switches))
+
+
 def tiny_model(args: ModelArgs) -> SymbioticModel:
     """On the CPU, initialised; the zero-initialised flow head gets values, so that its inputs matter."""
     with torch.device("meta"):
@@ -196,6 +202,11 @@ def pack() -> Callable[..., PackedBatch]:
 @pytest.fixture
 def args() -> ModelArgs:
     return tiny_args()
+
+
+@pytest.fixture
+def deep() -> ModelArgs:
+    return deep_args()
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ def config(partition=None, shared=True, modalities=("vae",), patch=8, seed=3, fl
     """The sections that ModelArgs reads, as JobConfig has them."""
     return SimpleNamespace(
         model=SimpleNamespace(flavor=flavor, attention_backend="flex"),
-        experts=SimpleNamespace(partition=partition or {}, shared=shared, score_function=None),
+        experts=SimpleNamespace(
+            partition=partition or {}, shared=shared, score_function=None, new_shared_experts=0
+        ),
         shielding=SimpleNamespace(modalities=list(modalities), mode="weights"),
         latents=Latents(patch=patch),
         debug=SimpleNamespace(seed=seed),
@@ -36,6 +38,11 @@ def test_every_flavor_is_complete_and_prints_as_json(flavor):
     args = FLAVORS[flavor]
     assert json.loads(json.dumps(dataclasses.asdict(args)))["groups"][0]["name"] == "all"
     assert args.groups == one_pool(args.num_experts)
+
+
+@pytest.mark.parametrize("flavor", ["debug", "mini", "1B-A0.3B", "30B-A3B"])
+def test_our_own_flavors_have_a_shared_expert_and_one_dense_layer(flavor):
+    args = FLAVORS[flavor]
     assert args.shared_hidden_dim > 0 and args.num_dense_layers == 1
 
 
@@ -51,7 +58,7 @@ def test_an_unknown_flavor_lists_the_known_ones():
         match=r"model.flavor: unknown flavor 'tiny'; choose from debug, mini, 1B-A0.3B, 30B-A3B",
     ):
         FLAVORS["tiny"]
-    assert "tiny" not in FLAVORS and "mini" in FLAVORS and len(FLAVORS) == 4
+    assert "tiny" not in FLAVORS and "mini" in FLAVORS and len(FLAVORS) == len(set(FLAVORS))
 
 
 def test_the_config_partitions_shields_and_sizes_the_model():
@@ -138,6 +145,7 @@ def test_the_rules_of_the_moe_are_checked_with_the_config(partition, message):
         ({"mrope": "none"}, r"model.mrope_sections: has no effect with mrope 'none'"),
         ({"mrope": "none", "mrope_sections": ()}, r"model.rotary_layout: 'grid' gives image tokens rows and columns"),
         ({"attention_backend": "flash"}, r"model.attention_backend: must be one of 'sdpa', 'flex', got 'flash'"),
+        ({"vit_attention": "none"}, r"model.vit_attention: must be one of 'bidirectional', 'causal', got 'none'"),
     ],
 )  # fmt: skip
 def test_args_that_break_a_rule_name_key_value_and_rule(args, changes, message):
@@ -149,6 +157,20 @@ def test_args_that_break_a_rule_name_key_value_and_rule(args, changes, message):
 def test_sections_must_fit_the_kind_of_mrope(args, kind):
     with pytest.raises(ValueError, match=rf"model.mrope_sections: '{kind}' .* got \(1, 4, 3\)"):
         replace(args, mrope=kind, mrope_sections=(1, 4, 3))
+
+
+@pytest.mark.parametrize("layers", [(1, 0), (0, 0), (2,), (-1, 0)])
+def test_deepstack_names_rising_layers_of_the_encoder(deep, layers):
+    vit = replace(deep.vit, num_layers=2)
+    with pytest.raises(ValueError, match=r"vit.deepstack: must be rising numbers of the 2 layers"):
+        replace(vit, deepstack=layers)
+
+
+def test_every_deepstack_feature_needs_a_layer_of_the_decoder(deep):
+    with pytest.raises(
+        ValueError, match=r"vit.deepstack: .* but model.num_layers is 1, got \(0, 1"
+    ):
+        replace(deep, num_layers=1)
 
 
 def test_vit_heads_must_hold_pairs_for_rows_and_columns(args):

@@ -41,6 +41,18 @@ def test_a_vit_token_pays_for_all_its_patches(make_args):
     assert difference == 2 * block * 4
 
 
+def test_deepstack_mergers_run_once_per_token_and_a_table_of_positions_is_no_product(
+    make_args, deep
+):
+    vit = replace(deep.vit, position_grid=0, deepstack=())
+    plain, full = cost(make_args(vit=vit)), cost(deep)
+    joined, table = 16 * 4, 25 * 16
+    merger = 2 * joined + joined * joined + joined + joined * 32 + 32
+    assert full.active[VIT] - plain.active[VIT] == 2 * merger + table
+    assert full.forward_flops[VIT] - plain.forward_flops[VIT] == 2 * 2 * merger
+    assert full.forward_flops[TEXT] == plain.forward_flops[TEXT]
+
+
 def test_attention_grows_with_the_row_and_encoder_with_the_image(make_args):
     args = make_args()
     short, long = cost(args, 64), cost(args, 128)
@@ -89,6 +101,10 @@ def test_tied_embeddings_pay_for_the_output_once_more(make_args):
         ("mini", (20e6, 40e6), (4e6, 10e6)),
         ("1B-A0.3B", (0.9e9, 1.2e9), (0.25e9, 0.4e9)),
         ("30B-A3B", (29e9, 33e9), (3e9, 4e9)),
+        ("Qwen3-VL-30B-A3B", (31e9, 31.2e9), (3e9, 4e9)),
+        ("GLM-4.5V", (107e9, 108e9), (12e9, 13.5e9)),
+        ("Hunyuan-A13B", (80e9, 81e9), (12.5e9, 13.5e9)),
+        ("Aria", (25e9, 25.6e9), (3.5e9, 4.2e9)),
     ],
 )
 def test_flavors_have_the_size_their_name_says(flavor, total, active):

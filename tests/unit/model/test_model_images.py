@@ -13,7 +13,7 @@ from torch import nn
 from symbiotic_titan.model.flow_head import FlowHead
 from symbiotic_titan.model.latent_embedding import LatentEmbedding, grid_positions, sinusoids
 from symbiotic_titan.model.masks import dense_mask, patch_rule
-from symbiotic_titan.model.vit import VisionTransformer, patch_rotary
+from symbiotic_titan.model.vit import VisionTransformer, grid_sizes, patch_rotary, table_cells
 
 
 def random_module(module, seed=0):
@@ -75,7 +75,8 @@ def test_encoder_equals_each_image_by_itself_written_out(args, pack):
     vit = random_module(VisionTransformer(args))
     batch = pack([[("vit", 2, 2), ("text", 3), ("vit", 1, 3)]], args)
     mask = dense_mask(patch_rule(batch.vit_image), batch.vit_image.shape, torch.device("cpu"))
-    got = vit(batch.vit_patches, batch.vit_coords, mask)
+    sizes = grid_sizes(batch.vit_coords, batch.vit_image)
+    got = vit(batch.vit_patches, batch.vit_coords, sizes, mask).tokens
     window = args.vit.merge**2
     for image, tokens in ((0, slice(0, 4)), (1, slice(4, 7))):
         patches = slice(tokens.start * window, tokens.stop * window)
@@ -92,6 +93,49 @@ def test_rows_and_columns_turn_different_channels():
     assert (cos[0] == 1).all()
     assert (cos[1, :4] != 1).all() and (cos[1, 4:] == 1).all()
     assert (cos[2, :4] == 1).all() and (cos[2, 4:] != 1).all()
+
+
+def test_grid_sizes_are_those_of_each_patch_s_image():
+    """Of equal images side by side as well, whatever their numbers, and with or without unused patches behind."""
+    grids = [(4, 6), (6, 2), (6, 2), (2, 2)]
+    places = [torch.cartesian_prod(*map(torch.arange, size)) for size in grids]
+    order = torch.Generator().manual_seed(0)
+    coords_1PA = torch.cat([p[torch.randperm(len(p), generator=order)] for p in places])[None]
+    counts = torch.tensor([len(p) for p in places])
+    image_1P = torch.tensor([2, 90, 4, 2]).repeat_interleave(counts)[None]
+    expected = torch.tensor(grids).repeat_interleave(counts, dim=0)[None]
+    assert torch.equal(grid_sizes(coords_1PA, image_1P), expected)
+    padded_1PA, padded_1P = F.pad(coords_1PA, (0, 0, 0, 3)), F.pad(image_1P, (0, 3), value=-1)
+    assert torch.equal(grid_sizes(padded_1PA, padded_1P)[:, :-3], expected)
+    assert grid_sizes(coords_1PA[:, :0], image_1P[:, :0]).shape == (1, 0, 2)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 5), (2, 12), (1, 3)])
+def test_table_is_resampled_corner_on_corner(size):
+    side = 5
+    table_1WSS = torch.randn(1, 7, side, side, generator=torch.Generator().manual_seed(0))
+    coords_1PA = torch.cartesian_prod(*map(torch.arange, size)).unsqueeze(0)
+    cells, weights = table_cells(coords_1PA, torch.tensor(size).expand_as(coords_1PA), side)
+    rows_XW = table_1WSS[0].flatten(1).T
+    got = (rows_XW[cells[0]] * weights[0].unsqueeze(-1)).sum(1)
+    expected = F.interpolate(table_1WSS, size, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(got, expected[0].flatten(1).T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, len(got)))
+
+
+@torch.no_grad()
+def test_a_patch_kernel_of_two_frames_reads_the_image_twice(deep, pack):
+    """As a 3-D convolution does over a film of two equal frames."""
+    vit = random_module(VisionTransformer(deep))
+    batch = pack([[("vit", 2, 2)]], deep)
+    patches_PQ, geometry = batch.vit_patches[0, :16], deep.geometry
+    film = patches_PQ.view(16, 3, 1, geometry.vit_patch, geometry.vit_patch).repeat(1, 1, 2, 1, 1)
+    kernel = vit.patch_embedding.weight.view(-1, *film.shape[1:])
+    expected = F.conv3d(film, kernel, vit.patch_embedding.bias).flatten(1)
+    vit.position_embedding.weight.zero_()
+    sizes = grid_sizes(batch.vit_coords, batch.vit_image)
+    got = vit._embed(batch.vit_patches, batch.vit_coords, sizes)
+    torch.testing.assert_close(got[0, :16], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_sinusoids_written_out():

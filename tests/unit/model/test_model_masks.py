@@ -11,10 +11,10 @@ from symbiotic_titan.model.masks import (
     patch_rule,
     sequence_rule,
 )
-from symbiotic_titan.sequence.modality import PADDING, VAE
+from symbiotic_titan.sequence.modality import PADDING, VAE, VIT
 
 
-def plain_mask(batch):
+def plain_mask(batch, vit_attention="bidirectional"):
     """The rule of design section 2, word by word, one pair at a time."""
     rows, length = batch.tokens.shape
     mask_BTT = torch.zeros(rows, length, length, dtype=torch.bool)
@@ -27,31 +27,44 @@ def plain_mask(batch):
                     mask_BTT[b, q, k] = q == k
                     continue
                 same_span = span[q] != -1 and span[q] == span[k]
-                in_order = k <= q or same_span
+                both_ways = same_span and not (modality[q] == VIT and vit_attention == "causal")
+                in_order = k <= q or both_ways
                 others_noise = modality[k] == VAE and not same_span
                 mask_BTT[b, q, k] = document[q] == document[k] and in_order and not others_noise
     return mask_BTT
 
 
-def test_dense_mask_is_the_rule_pair_by_pair(mixed_batch):
-    assert torch.equal(build_dense_mask(mixed_batch).squeeze(1), plain_mask(mixed_batch))
+@pytest.mark.parametrize("vit_attention", ["bidirectional", "causal"])
+def test_dense_mask_is_the_rule_pair_by_pair(mixed_batch, vit_attention):
+    expected = plain_mask(mixed_batch, vit_attention)
+    assert torch.equal(build_dense_mask(mixed_batch, vit_attention).squeeze(1), expected)
 
 
-def test_flex_mask_materialised_is_the_dense_mask(mixed_batch):
+def test_causal_changes_how_images_to_be_understood_are_read_and_nothing_else(mixed_batch):
+    changed = build_dense_mask(mixed_batch) & ~build_dense_mask(mixed_batch, "causal")
+    rows, _, queries, keys = changed.nonzero().unbind(-1)
+    assert len(rows) == 1 + 1 + 6 and (keys > queries).all()  # images of 2, 2 and 4 tokens
+    assert (mixed_batch.modality[rows, queries] == VIT).all()
+
+
+@pytest.mark.parametrize("vit_attention", ["bidirectional", "causal"])
+def test_flex_mask_materialised_is_the_dense_mask(mixed_batch, vit_attention):
     rows, length = mixed_batch.tokens.shape
-    flex = create_mask(sequence_rule(mixed_batch), rows, None, length, length, device="cpu")
-    dense = build_dense_mask(mixed_batch)
+    rule = sequence_rule(mixed_batch, vit_attention)
+    flex = create_mask(rule, rows, None, length, length, device="cpu")
+    dense = build_dense_mask(mixed_batch, vit_attention)
     for b in range(rows):
         for q in range(length):
             assert torch.equal(flex[b, 0, q], dense[b, 0, q]), f"row {b}, query {q}"
 
 
-def test_block_mask_keeps_every_block_that_holds_a_visible_pair(pack, args):
+@pytest.mark.parametrize("vit_attention", ["bidirectional", "causal"])
+def test_block_mask_keeps_every_block_that_holds_a_visible_pair(pack, args, vit_attention):
     documents = [[("text", 100), ("vit", 2, 2), ("text", 90)], [("text", 60), ("vae", 3, 4)]]
     documents += [[("text", 300)]]
     batch = pack(documents, args, length=640)
-    dense = build_dense_mask(batch)[0, 0]
-    blocks = build_block_mask(batch)
+    dense = build_dense_mask(batch, vit_attention)[0, 0]
+    blocks = build_block_mask(batch, vit_attention)
     size = blocks.BLOCK_SIZE[0]
     visible = dense.unflatten(0, (-1, size)).unflatten(2, (-1, size)).any(3).any(1)
     assert torch.equal(blocks.to_dense()[0, 0].bool(), visible)
@@ -71,8 +84,11 @@ def test_patch_mask_joins_the_patches_of_one_image_only():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_and_sdpa_give_the_same_model_output(mixed_batch, make_args, make_model, forward):
-    model = make_model(make_args())
+@pytest.mark.parametrize("vit_attention", ["bidirectional", "causal"])
+def test_flex_and_sdpa_give_the_same_model_output(
+    mixed_batch, vit_attention, make_args, make_model, forward
+):
+    model = make_model(make_args(vit_attention=vit_attention))
     with torch.no_grad():
         expected = forward(model, mixed_batch)
         model.args.attention_backend = "flex"

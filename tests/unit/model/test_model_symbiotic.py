@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from symbiotic_titan.model.symbiotic import read_tokens, write_tokens
+from symbiotic_titan.model.symbiotic import add_tokens, read_tokens, write_tokens
 from symbiotic_titan.sequence.batch import stack_rows
 from symbiotic_titan.sequence.modality import PADDING
 
@@ -158,8 +158,12 @@ def test_a_model_of_dense_layers_only_has_no_records(make_args, make_model, forw
     assert forward(model, mixed_batch).records == ()
 
 
+@pytest.mark.parametrize("args_name", ["args", "deep"])
 @pytest.mark.parametrize("batch_name", ["mixed_batch", "text_batch"])
-def test_every_parameter_gets_a_gradient_also_without_images(batch_name, model, forward, request):
+def test_every_parameter_gets_a_gradient_also_without_images(
+    batch_name, args_name, make_model, forward, request
+):
+    model = make_model(request.getfixturevalue(args_name))
     output = forward(model, request.getfixturevalue(batch_name))
     loss = output.logits.square().mean() + output.velocity.square().sum()
     loss = loss + sum(p.sum() for record in output.records for p in record.prob_sum)
@@ -201,6 +205,35 @@ def test_tied_embeddings_are_one_parameter_after_initialisation(make_args, make_
     model = make_model(make_args(tie_embeddings=True))
     assert model.output.weight is model.tok_embeddings.weight
     assert "output.weight" not in dict(model.named_parameters())
+
+
+@torch.no_grad()
+def test_deepstack_features_reach_the_tokens_of_their_image_behind_their_layer(
+    deep, make_model, forward, pack
+):
+    """Their mergers moved: the first layer's input and other tokens' output of it do not change."""
+    model, batch = make_model(deep), pack([[("text", 3), ("vit", 1, 2), ("text", 4)]], deep)
+    seen = []
+    for block in model.layers.values():
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    expected = forward(model, batch)
+    model.vit.deepstack_mergers["0"].w2.bias += 1.0
+    assert changed(expected, forward(model, batch)) == [list(range(3, 9))]
+    model.vit.deepstack_mergers["1"].w2.bias += 1.0
+    forward(model, batch)
+    first, behind_first, *moved = seen
+    assert torch.equal(moved[0], first)
+    difference = moved[1] - behind_first
+    torch.testing.assert_close(difference[0, 3:5], torch.ones(2, deep.dim), atol=1e-5, rtol=0)
+    assert not difference[0, :3].any() and not difference[0, 5:].any()
+    assert torch.equal(moved[3], moved[1])  # the second feature is added behind the second layer
+
+
+def test_added_tokens_land_at_their_positions_and_nowhere_else():
+    h, tokens = torch.randn(1, 4, 3), torch.randn(1, 2, 3)
+    added = add_tokens(h, torch.tensor([[2, 4]]), tokens)
+    assert torch.equal(added[0, 2], h[0, 2] + tokens[0, 0])
+    assert torch.equal(added[0, [0, 1, 3]], h[0, [0, 1, 3]])
 
 
 def test_written_tokens_land_at_their_positions_and_nowhere_else():

@@ -75,6 +75,8 @@ def test_autocast_computes_experts_in_bfloat16_and_keeps_the_input_dtype():
 def pool_and_its_partition(**changes):
     """A layer with one pool, and a partition of its very weights."""
     pool = make_layer(make_args(POOL, **changes))
+    if pool.args.selection_bias:
+        pool.router["all"].bias.uniform_(-0.3, 0.3)
     parts = PartitionedMoE(make_args(GROUPS, **changes))
     state = pool.state_dict()
     for name in parts.state_dict():
@@ -85,9 +87,17 @@ def pool_and_its_partition(**changes):
     return pool, parts
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
-def test_token_routed_inside_its_group_gets_exactly_the_unpartitioned_output(score_function):
-    pool, parts = pool_and_its_partition(score_function=score_function, shared_hidden_dim=8)
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"score_function": "softmax"},
+        {"score_function": "sigmoid"},
+        {"score_function": "sigmoid", "selection_bias": True, "route_scale": 2.5},
+    ],
+    ids=["softmax", "sigmoid", "biased"],
+)
+def test_token_routed_inside_its_group_gets_exactly_the_unpartitioned_output(router):
+    pool, parts = pool_and_its_partition(**router, shared_hidden_dim=8)
     x_TD, modality_T = make_tokens(600)
     choice_TK = pool.router(x_TD, modality_T).experts_TK
     und, gen = (choice_TK < 7).all(-1), (choice_TK >= 7).all(-1)

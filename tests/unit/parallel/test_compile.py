@@ -1,5 +1,7 @@
 """What is compiled has no graph break, equals eager, and is compiled once: no later batch, step or shield compiles again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -9,7 +11,14 @@ from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.parallel.compile import apply_compile, compile_units
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
-from tests.unit.model.conftest import MIXED, OTHER, pack_row, tiny_args, tiny_model
+from tests.unit.model.conftest import (
+    MIXED,
+    OTHER,
+    deep_args,
+    pack_row,
+    tiny_args,
+    tiny_model,
+)
 
 # Dynamo's own: it looks at .grad of what it traces and makes instances of autograd functions.
 pytestmark = pytest.mark.filterwarnings(
@@ -69,6 +78,23 @@ def test_compiled_model_equals_eager_and_never_compiles_twice():
         torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == num_graphs
     assert not counters["graph_break"]
+
+
+def test_deepstack_adds_no_graph():
+    """What is added between two blocks must leave the next one's input in the form that the first one's has."""
+    counts = []
+    for args in (deep_args(), tiny_args()):
+        torch._dynamo.reset()
+        counters.clear()
+        args = replace(args, num_dense_layers=0)
+        eager, compiled = tiny_model(args), tiny_model(args)
+        apply_compile(compiled, "eager")
+        loss, gradients = loss_and_gradients(compiled, batch_of(MIXED), 1.0)
+        expected_loss, expected = loss_and_gradients(eager, batch_of(MIXED), 1.0)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1]
 
 
 def test_equal_blocks_share_their_graphs():

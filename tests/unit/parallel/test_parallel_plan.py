@@ -1,7 +1,6 @@
 """Shapes, memory and traffic of a rank: against numbers worked out by hand, and against what autograd saves."""
 
 import json
-import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -18,7 +17,6 @@ from symbiotic_titan.model.decoder import TransformerBlock
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.rope import frequencies, frequency_axes, rotary_tables
-from symbiotic_titan.moe.scores import ROUTER_SCORES
 from symbiotic_titan.parallel import activation_checkpoint, activation_plan, fsdp, plan
 from tools import show_parallel
 
@@ -217,19 +215,6 @@ def test_tool_prints_a_table_and_one_line_of_json(capsys):
     two, four = json.loads(line)["reports"]
     assert two["state"]["parameters"] > four["state"]["parameters"]
     assert two["traffic_of_a_step"]["exchange_forward"] > 0
-
-
-def test_tool_knows_the_parts_that_a_config_brings_along(capsys, monkeypatch):
-    monkeypatch.setattr(ROUTER_SCORES, "_parts", dict(ROUTER_SCORES._parts))
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    path = str(ROOT / "train_configs/debug.toml")
-    overrides = ["--experts.score_function", "softplus"]
-    assert show_parallel.main([path, "--ranks", "2", *overrides]) == 2
-    assert "softplus" in capsys.readouterr().err
-    module = "docs.examples.softplus_score"
-    overrides += ["--experimental.custom_import", module]
-    assert show_parallel.main([path, "--ranks", "2", *overrides]) == 0
-    del sys.modules[module]
 
 
 def test_tool_refuses_a_layout_that_does_not_fit(capsys):

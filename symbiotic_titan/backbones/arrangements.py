@@ -1,0 +1,225 @@
+"""What the tables of several architectures share: reading settings, naming tensors, arranging them.
+
+Letters: E experts, F hidden width, D width.
+"""
+
+import copy
+from collections.abc import Container, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symbiotic_titan.backbones.backbone import Arrange, Config, Link, Shape
+from symbiotic_titan.config.rows import check_value
+from symbiotic_titan.model.args import ModelArgs, one_pool
+
+# Images to be generated, where nobody says otherwise: a 16-channel autoencoder of stride 8, as [latents] codec = "flux" has it.
+LATENTS: dict[str, Any] = {"latent_channels": 16, "latent_stride": 8, "latent_patch": 2}
+
+# What a job's config decides, not a released model.
+_OF_THE_JOB = {
+    *("num_experts", "groups", "shield_modalities", "shield_mode", "attention_backend"),
+    *("latent_channels", "latent_stride", "latent_patch", "timestep_width", "init_seed"),
+}
+
+
+# Settings of a config.json that do not change what the network computes.
+_INERT = {
+    *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id"),
+    *("vision_start_token_id", "vision_end_token_id", "max_position_embeddings"),
+    *("initializer_range", "use_cache", "router_aux_loss_coef", "output_router_logits"),
+    *("output_attentions", "output_hidden_states", "return_dict", "problem_type", "id2label"),
+    *("label2id", "is_encoder_decoder", "chunk_size_feed_forward"),
+}
+
+
+# Settings
+
+
+def settings(config: Config, table: str, defaults: Config) -> dict[str, Any]:
+    """The settings of ``config`` or of one ``table`` in it, over what transformers takes where config.json is silent."""
+    values = config.get(table, {}) if table else config
+    return {**defaults, **{key: value for key, value in values.items() if value is not None}}
+
+
+def check_settings(values: Config, table: str, expressed: Mapping[str, Any]) -> None:
+    """Pass if every setting named by ``expressed`` is silent or has the value that the network expresses.
+
+    Raises:
+        ValueError: the first that has another.
+    """
+    for key, expected in expressed.items():
+        value = values.get(key)
+        if value is not None and value != expected:
+            name = f"{table}.{key}" if table else key
+            raise ValueError(
+                f"config.json: {name} = {value!r} is not expressed by this network, only {expected!r} is"
+            )
+
+
+def check_types(values: Config, table: str, defaults: Config) -> None:
+    """Pass if every setting has the type of its default; a list is of integers.
+
+    Raises:
+        ValueError: names the first that has not.
+    """
+    for key, default in defaults.items():
+        kind = list[int] if isinstance(default, list) else type(default)
+        check_value(f"config.json: {table}.{key}", values[key], kind)
+
+
+def check_known(values: Config, table: str, known: Container[str]) -> None:
+    """Pass if every setting is ``known``, changes nothing in what the network computes, or is off.
+
+    Raises:
+        ValueError: a setting that nobody here has heard of: it may change the network.
+    """
+    for key, value in values.items():
+        if value and key not in known and key not in _INERT and not key.startswith("_"):
+            name = f"{table}.{key}" if table else key
+            raise ValueError(
+                f"config.json: {name} = {value!r} is not a setting that this network is known to express; take it out of the file "
+                "if it does not change what is computed"
+            )
+
+
+def one_value(values: Config, key: str) -> Any:
+    """A setting that may be given once or as a list with one entry per layer.
+
+    Raises:
+        ValueError: layers differ.
+    """
+    value = values[key]
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise ValueError(
+            f"config.json: {key} = {value} differs from layer to layer, which this network does not express"
+        )
+    return value[0]
+
+
+def rotary_settings(values: Config) -> dict[str, Any]:
+    """``rope_parameters``; in files from before transformers 5 it is ``rope_scaling`` and what stands beside it."""
+    rotary = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key not in rotary and values.get(key) is not None:
+            rotary[key] = values[key]
+    rotary.setdefault("rope_theta", 10_000.0)
+    rotary["rope_type"] = rotary.get("rope_type") or rotary.pop("type", None) or "default"
+    return rotary
+
+
+def with_experts(
+    config: Config, expected: ModelArgs, args: ModelArgs, *keys: str
+) -> dict[str, Any]:
+    """``config`` with the number of experts that ``args`` have, written at the path ``keys``.
+
+    Raises:
+        ValueError: ``args`` differ from the ``expected`` of ``config`` in something else that such a file states.
+    """
+    same = replace(expected, groups=one_pool(args.num_experts), num_experts=args.num_experts)
+    for field in fields(ModelArgs):
+        has, needs = getattr(args, field.name), getattr(same, field.name)
+        if field.name not in _OF_THE_JOB and has != needs:
+            raise ValueError(
+                f"the model has {field.name} = {has!r}, but config.json of its backbone states {needs!r}; "
+                "a model of that architecture cannot be written"
+            )
+    out: dict[str, Any] = copy.deepcopy(dict(config))
+    table = out
+    for key in keys[:-1]:
+        table = table[key]
+    table[keys[-1]] = args.num_experts
+    return out
+
+
+# Tensors
+
+
+def stack(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.stack(tensors)]
+
+
+def unstack(tensors: list[Tensor]) -> list[Tensor]:
+    return list(tensors[0].unbind())
+
+
+def split_halves(dim: int) -> Arrange:
+    """Gate and up from one tensor that holds both."""
+    return lambda tensors: list(tensors[0].chunk(2, dim))
+
+
+def join_halves(dim: int) -> Arrange:
+    return lambda tensors: [torch.cat(tensors, dim)]
+
+
+def transpose(tensors: list[Tensor]) -> list[Tensor]:
+    """(E, in, out) <-> (E, out, in)."""
+    return [tensor.transpose(-1, -2).contiguous() for tensor in tensors]
+
+
+def same(theirs: str, ours: str, *names: tuple[str, str]) -> list[Link]:
+    """Tensors that are alike: (their name, our name) behind the two prefixes."""
+    return [Link((theirs + their,), (ours + our,)) for their, our in names]
+
+
+def swiglu(theirs: str, ours: str) -> list[Link]:
+    """A gated feed-forward."""
+    return same(
+        theirs,
+        ours,
+        (".gate_proj.weight", ".w1.weight"),
+        (".down_proj.weight", ".w2.weight"),
+        (".up_proj.weight", ".w3.weight"),
+    )
+
+
+def attention(theirs: str, ours: str, args: ModelArgs) -> list[Link]:
+    """The four projections with the biases that ``args`` have; norms of queries and keys have no name in common."""
+    links = []
+    for their, our in (("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv"), ("o_proj", "wo")):
+        links += same(f"{theirs}.{their}", f"{ours}.{our}", (".weight", ".weight"))
+        if args.o_bias if our == "wo" else args.qkv_bias:
+            links += same(f"{theirs}.{their}", f"{ours}.{our}", (".bias", ".bias"))
+    return links
+
+
+def experts(theirs: str, ours: str, num_experts: int, shapes: Mapping[str, Shape]) -> list[Link]:
+    """The routed experts of a layer, in the layout that ``shapes`` show: a tensor per expert and projection, as on the Hub, or
+    ``gate_up_proj`` (E, 2F, D) and ``down_proj`` (E, D, F), as transformers 5 holds them and saves them where it is asked to."""
+    if f"{theirs}.gate_up_proj" in shapes:
+        gate_up = Link(
+            (f"{theirs}.gate_up_proj",),
+            (f"{ours}.w1", f"{ours}.w3"),
+            split_halves(1),
+            join_halves(1),
+        )
+        return [gate_up, *same(theirs, ours, (".down_proj", ".w2"))]
+    return [
+        Link(
+            tuple(f"{theirs}.{i}.{their}.weight" for i in range(num_experts)),
+            (f"{ours}.{our}",),
+            stack,
+            unstack,
+        )
+        for their, our in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
+    ]
+
+
+def ends(embeddings: str, norm: str, output: str, args: ModelArgs) -> list[Link]:
+    """Embedding table, last norm and output. A tied output is not on disk and is the table in memory."""
+    table = "tok_embeddings.weight"
+    links = same("", "", (norm, "norm.weight"))
+    if not args.tie_embeddings:
+        return links + same("", "", (embeddings, table), (output, "output.weight"))
+    tied = Link(
+        (embeddings,),
+        (table, "output.weight"),
+        load=lambda tensors: [tensors[0], tensors[0]],
+        save=lambda tensors: [tensors[0]],
+    )
+    return [*links, tied]

@@ -1,0 +1,150 @@
+"""A released model: a folder with config.json and safetensors files, read as one of ours."""
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symbiotic_titan.backbones.backbone import Backbone, Link
+from symbiotic_titan.backbones.registry import backbone_of
+from symbiotic_titan.checkpoint.arranged import Arranged, Recipe
+from symbiotic_titan.checkpoint.fit import absent_parts, part_of, tensors_of_model
+from symbiotic_titan.checkpoint.safetensors_folder import fill, places_in, read_table
+from symbiotic_titan.checkpoint.stored_model import StoredModel, TensorKind, some_of
+from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.symbiotic import SymbioticModel
+
+CONFIG = "config.json"
+
+# Below a checkpoint: what its released model has besides tensors. It goes where the checkpoint goes, and back with an export.
+SOURCE = "hugging_face"
+LAYOUT = "layout.json"
+_LAYOUT_KIND = "layout of a released model"
+
+# Tokenizers, processors, chat templates, terms of use; their code and other formats' weights stay behind.
+_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
+_NAMES = ("LICENSE", "NOTICE")
+_LARGEST = 64 * 2**20
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class HuggingFaceModel:
+    """The tensors of a released model under our names: a ``StoredModel``. ``args`` shape it; its latent parts are not in it, and
+    what is ``left_behind`` on disk has no part here.
+
+    Raises:
+        ValueError: an unknown architecture or a setting that we do not express, weights that are missing, damaged, quantised or of
+            other shapes than config.json says, or tensors that no part of our model stands for and the backbone does not know.
+    """
+
+    step = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_table(folder / CONFIG)
+        try:
+            self.backbone: Backbone = backbone_of(self.config)
+            self.args: ModelArgs = self.backbone.model_args(self.config)
+            places = places_in(folder)
+            self.layout = {name: place.kind.shape for name, place in places.items()}
+            links = self.backbone.links(self.args, self.layout)
+        except ValueError as error:
+            where = str(folder)
+            raise ValueError(str(error) if where in str(error) else f"{where}: {error}") from None
+        kinds = {name: place.kind for name, place in places.items()}
+        self.left_behind = {n: kinds.pop(n) for n in unused_names(self.backbone, places)}
+        _check_theirs(folder, kinds, links)
+        recipes = [Recipe(link.theirs, link.ours, link.load) for link in links]
+        self._values = Arranged(recipes, kinds, lambda name: places[name].read())
+        self.tensors: Mapping[str, TensorKind] = self._values.kinds
+        _check_ours(folder, self.tensors, self.args)
+
+    def read(self, name: str) -> Tensor:
+        return self._values(name)
+
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        in_order = {name: tensors[name] for name in self.tensors if name in tensors}
+        fill(in_order, self.read)
+
+
+def unused_names(backbone: Backbone, names: Iterable[str]) -> list[str]:
+    """Those of the names on disk that have no part in our model, as the backbone knows."""
+    return [name for name in names if any(re.match(p, name) for p in backbone.unused)]
+
+
+def _check_theirs(folder: Path, kinds: Mapping[str, TensorKind], links: list[Link]) -> None:
+    used = dict.fromkeys(name for link in links for name in link.theirs)
+    missing = [name for name in used if name not in kinds]
+    if missing:
+        raise ValueError(f"{folder} lacks {some_of(missing)}, which {CONFIG} asks for")
+    more = [name for name in kinds if name not in used]
+    if more:
+        raise ValueError(
+            f"{folder} holds {some_of(more)}, which no part of our model stands for; read without them it would be another model"
+        )
+    for name, kind in kinds.items():
+        if kind.dtype not in _FLOATS:
+            raise ValueError(
+                f"{folder}: {name} is {str(kind.dtype).removeprefix('torch.')}, as in quantised models; use a release in "
+                "bfloat16, float16 or float32"
+            )
+
+
+def _check_ours(folder: Path, kinds: Mapping[str, TensorKind], args: ModelArgs) -> None:
+    with torch.device("meta"):
+        expected = tensors_of_model(SymbioticModel(args))
+    absent = absent_parts(kinds)
+    for name, kind in expected.items():
+        if part_of(name) in absent:
+            continue
+        assert name in kinds, f"no link of the backbone gives {name}"
+        if kinds[name].shape != kind.shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {kinds[name].shape} in its files, {kind.shape} by {CONFIG}"
+            )
+    assert kinds.keys() <= expected.keys(), "a link of the backbone gives what the model has not"
+
+
+# ---- what belongs to a released model besides its tensors ---------------------------------------------------------------------
+
+
+def keep_source(stored: StoredModel, out: Path) -> None:
+    """Give the checkpoint in ``out`` what ``stored`` has besides tensors, if it is, or came from, a released model."""
+    if not isinstance(stored, HuggingFaceModel):
+        if (stored.folder / SOURCE).is_dir():
+            shutil.copytree(stored.folder / SOURCE, out / SOURCE)
+        return
+    (out / SOURCE).mkdir()
+    for path in small_files(stored.folder):
+        shutil.copyfile(path, out / SOURCE / path.name)
+    shapes = {name: list(shape) for name, shape in stored.layout.items()}
+    write_json(out / SOURCE / LAYOUT, _LAYOUT_KIND, {"shapes": shapes})
+
+
+def small_files(folder: Path) -> list[Path]:
+    """The files of a released model that are no weights."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and (path.suffix in _SUFFIXES or path.stem in _NAMES)
+        and not path.name.endswith(".index.json")
+        and path.name != LAYOUT
+        and path.stat().st_size <= _LARGEST
+    ]
+
+
+def read_layout(source: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the released model's tensors by name; ``source`` is the folder ``SOURCE`` of a checkpoint.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    shapes: dict[str, Any] = read_json(source / LAYOUT, _LAYOUT_KIND, ("shapes",))["shapes"]
+    return {name: tuple(shape) for name, shape in shapes.items()}

@@ -1,0 +1,41 @@
+"""A released model -> a distributed checkpoint, with its shape and what else belongs to it beside."""
+
+from pathlib import Path
+
+import torch
+
+from symbiotic_titan.checkpoint.hugging_face import HuggingFaceModel, keep_source
+from symbiotic_titan.checkpoint.new_folder import new_folder
+from symbiotic_titan.checkpoint.stored_model import InDtype, Watch, nobody, watched
+from symbiotic_titan.checkpoint.tensor_store import write_model
+from symbiotic_titan.model import shape_file
+
+
+def import_model(
+    stored: HuggingFaceModel,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shape_only: bool = False,
+    overwrite: bool = False,
+    watch: Watch = nobody,
+) -> None:
+    """Write ``out``: the tensors in ``dtype`` (None: as they are), a file with the model's shape, and the small files of the
+    released model. ``shape_only``: without tensors, which are then read where they are.
+
+    Raises:
+        ValueError: ``out`` exists, or the disk has no room.
+        OSError: the disk is full, or the like.
+    """
+
+    def finish(folder: Path) -> None:
+        shape_file.write_shape(folder / shape_file.NAME, stored.args)
+        keep_source(stored, folder)
+
+    if shape_only:
+        with new_folder(out, overwrite=overwrite, num_bytes=0) as folder:
+            finish(folder)
+        return
+    values = InDtype(stored, dtype)
+    value = watched(values.read, values.tensors, watch)
+    write_model(out, values.tensors, value, finish, overwrite=overwrite)

@@ -1,0 +1,54 @@
+"""The shape of a model as a file, so that models of any size train without a change of code."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.config.rows import row_from_dict
+from symbiotic_titan.model.args import ModelArgs, VitArgs
+from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, modality_ids
+
+NAME = "model.json"
+KIND = "model shape"
+
+
+def write_shape(path: Path, args: ModelArgs) -> None:
+    """Write every field of ``args``, modalities by name."""
+    groups = [
+        {**asdict(group), "modalities": [MODALITY_NAMES[m] for m in group.modalities]}
+        for group in args.groups
+    ]
+    shield = [MODALITY_NAMES[m] for m in args.shield_modalities]
+    values = {key: value for key, value in asdict(args).items() if not key.startswith("_")}
+    write_json(path, KIND, {**values, "groups": groups, "shield_modalities": shield})
+
+
+def read_shape(path: Path) -> ModelArgs:
+    """What ``write_shape`` wrote.
+
+    Raises:
+        ValueError: the file is missing or of another kind, or its values break a rule of ``ModelArgs``.
+    """
+    values = read_json(path, KIND, ("vit", "groups", "shield_modalities"))
+    del values["kind"]
+    try:
+        values["shield_modalities"] = modality_ids(values["shield_modalities"], key="shield")
+        values["groups"] = [_group(row) for row in values["groups"]]
+        values["vit"] = row_from_dict(VitArgs, _tuples(values["vit"]), "vit")
+        return row_from_dict(ModelArgs, _tuples(values), "model")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{KIND}: {path} cannot be used: {error}") from None
+
+
+def _group(row: dict[str, Any]) -> ExpertGroup:
+    modalities = modality_ids(row["modalities"], key=row["name"])
+    return row_from_dict(ExpertGroup, {**row, "modalities": modalities}, "groups")
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the fields are tuples."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }

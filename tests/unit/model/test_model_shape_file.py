@@ -1,0 +1,50 @@
+"""A shape file gives back the shape it was written from, and is a flavor by its path."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.shape_file import read_shape, write_shape
+from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
+
+SPLIT = (ExpertGroup("understanding", (TEXT, VIT), 12), ExpertGroup("generation", (VAE,), 4))
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_every_flavor_comes_back_equal(tmp_path, flavor):
+    write_shape(tmp_path / "model.json", FLAVORS[flavor])
+    assert FLAVORS[str(tmp_path / "model.json")] == FLAVORS[flavor]
+
+
+def test_groups_and_shield_are_written_by_name(tmp_path):
+    args = replace(FLAVORS["debug"], groups=SPLIT, shield_modalities=(VAE,), shield_mode="weights")
+    write_shape(tmp_path / "model.json", args)
+    assert read_shape(tmp_path / "model.json") == args
+    values = json.loads((tmp_path / "model.json").read_text())
+    assert values["groups"][0]["modalities"] == ["text", "vit"]
+    assert values["shield_modalities"] == ["vae"] and "_enforced" not in values
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path):
+    path = tmp_path / "model.json"
+
+    def message(**changes) -> str:
+        write_shape(path, FLAVORS["debug"])
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        with pytest.raises(ValueError) as caught:
+            _ = FLAVORS[str(path)]
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    assert "model.top_k: must be an integer, got 'two'" in message(top_k="two")
+    assert "unknown key 'width'; " in message(width=3)
+    assert "vit: unknown key 'colour'" in message(vit={"colour": 1})
+    assert "model.dim: must be positive" in message(dim=-4)
+    assert "unknown modality 'sound'" in message(shield_modalities=["sound"])
+    assert "cannot be used" in message(groups=[{"name": "all"}])
+    assert "is no model shape but a partition plan" in message(kind="partition plan")
+    with pytest.raises(ValueError, match="model shape: no such file: .*nothing.json"):
+        _ = FLAVORS[str(tmp_path / "nothing.json")]

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Time and memory of importing a released model: tools/convert.py from-hf on a synthetic checkpoint of some gigabytes.
+
+Example: tools/bench/convert.py --gigabytes 4 --scratch /tmp/bench_convert
+
+The checkpoint is a Qwen3-VL with experts in bfloat16, made on the spot: layers of the released model's shape, as many as are asked
+for, in files of --shard-gigabytes. Import and the making run in processes of their own, so that the import's peak of memory is its
+own; what importing torch alone takes is measured beside it. --scratch must have room for twice the gigabytes and is removed.
+
+The last line is JSON. ``peak_over_shard``: peak memory of the import, less that of torch alone, over the largest file (the bar: 2).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # also runs without an installation
+
+BAR = 2.0
+
+# Qwen3-VL-30B-A3B, with a smaller vocabulary and image encoder: what is large are the experts.
+_TEXT = {
+    "vocab_size": 32_000,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    },
+}
+_VISION = {
+    "depth": 2,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "out_hidden_size": 2048,
+    "deepstack_visual_indexes": [0],
+}
+
+
+def config_of(num_layers: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_vl_moe",
+        "text_config": {**_TEXT, "num_hidden_layers": num_layers},
+        "vision_config": _VISION,
+    }
+
+
+def make(folder: Path, gigabytes: float, shard_gigabytes: float) -> None:
+    """Write the checkpoint, in the layout of the released files; its numbers are patterns of bytes."""
+    import torch
+
+    from symbiotic_titan import device
+
+    device.prepare()
+    from symbiotic_titan.backbones.registry import backbone_of
+    from symbiotic_titan.checkpoint.arranged import Arranged, Recipe
+    from symbiotic_titan.checkpoint.fit import tensors_of_model
+    from symbiotic_titan.checkpoint.safetensors_folder import write_folder
+    from symbiotic_titan.checkpoint.stored_model import TensorKind, total_bytes
+    from symbiotic_titan.model.symbiotic import SymbioticModel
+
+    def kinds_of(num_layers: int) -> dict[str, TensorKind]:
+        backbone = backbone_of(config_of(num_layers))
+        args = backbone.model_args(config_of(num_layers))
+        with torch.device("meta"):
+            ours = {
+                name: TensorKind(kind.shape, torch.bfloat16)
+                for name, kind in tensors_of_model(SymbioticModel(args)).items()
+            }
+        recipes = [Recipe(link.ours, link.theirs, link.save) for link in backbone.links(args, {})]
+        return Arranged(recipes, ours, lambda name: ours[name].placeholder()).kinds
+
+    one, two = (total_bytes(kinds_of(n).values()) for n in (1, 2))
+    num_layers = max(1, 1 + round((gigabytes * 1e9 - one) / (two - one)))
+    kinds = kinds_of(num_layers)
+
+    def value(name: str) -> torch.Tensor:
+        kind = kinds[name]
+        pattern = torch.arange(251).to(torch.bfloat16)
+        return pattern.repeat(-(-kind.num_values // 251))[: kind.num_values].view(kind.shape)
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config_of(num_layers)))
+    write_folder(folder, kinds, value, int(shard_gigabytes * 1e9))
+
+
+def run(*words: str) -> tuple[float, int]:
+    """(seconds, peak bytes) of a Python process.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = time.perf_counter()
+    silent = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
+    process = os.posix_spawn(
+        sys.executable, [sys.executable, *words], environment, file_actions=[silent]
+    )
+    _, status, usage = os.wait4(process, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(words)} failed")
+    # Kilobytes, but bytes on macOS. This process imports no torch: a child's peak begins at that of its parent.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - start, usage.ru_maxrss * unit
+
+
+def bench(scratch: Path, gigabytes: float, shard_gigabytes: float) -> dict[str, Any]:
+    """What the import took. ``scratch`` is made, and removed at the end."""
+    scratch.mkdir(parents=True)
+    try:
+        free = shutil.disk_usage(scratch).free
+        if free < 2.2e9 * gigabytes:
+            raise ValueError(
+                f"--scratch: {free / 1e9:.1f} GB are free, twice --gigabytes is needed"
+            )
+        source, out = scratch / "release", scratch / "checkpoint"
+        run(__file__, "--make", str(source), *_sizes(gigabytes, shard_gigabytes))
+        convert = str(ROOT / "tools" / "convert.py")
+        _, idle = run(convert, "--help")
+        seconds, peak = run(convert, "from-hf", "--hf", str(source), "--out", str(out))
+        sizes = [path.stat().st_size for path in source.glob("*.safetensors")]
+        tensors = [path.stat().st_size for path in out.glob("*.distcp")]
+    finally:
+        shutil.rmtree(scratch)
+    return {
+        "gigabytes": round(sum(sizes) / 1e9, 2),
+        "largest_file_gb": round(max(sizes) / 1e9, 2),
+        "largest_tensor_gb": round(max(tensors) / 1e9, 2),
+        "seconds": round(seconds, 1),
+        "gb_per_second": round(sum(sizes) / 1e9 / seconds, 2),
+        "peak_gb": round(peak / 1e9, 2),
+        "idle_gb": round(idle / 1e9, 2),
+        "peak_over_shard": round((peak - idle) / max(sizes), 2),
+        "bar": BAR,
+    }
+
+
+def _sizes(gigabytes: float, shard_gigabytes: float) -> tuple[str, ...]:
+    return ("--gigabytes", str(gigabytes), "--shard-gigabytes", str(shard_gigabytes))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint")
+    parser.add_argument("--shard-gigabytes", type=float, default=2.0, help="of a file, at most")
+    parser.add_argument("--scratch", type=Path, help="folder to make and to remove")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.make is not None:
+        make(options.make, options.gigabytes, options.shard_gigabytes)
+        return 0
+    if options.scratch is None or options.scratch.exists():
+        print("error: --scratch must name a folder that does not exist yet", file=sys.stderr)
+        return 2
+    try:
+        result = bench(options.scratch, options.gigabytes, options.shard_gigabytes)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from tools.bench.timing import machine  # imports torch, which the children must not inherit
+
+    print(json.dumps({**result, **machine()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
