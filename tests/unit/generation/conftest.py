@@ -1,0 +1,103 @@
+"""The debug model with random weights, in its config, and a generator of it."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.data.fields import Sample
+from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.samples import DocumentMaker
+from symbiotic_titan.generation.generator import Generator
+from symbiotic_titan.generation.prompts import PromptMaker
+from symbiotic_titan.generation.rows import ChunkMaker
+from symbiotic_titan.inference import model_args
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.train_spec import build_tokenizer
+
+ROOT = Path(__file__).parents[3]
+
+
+def picture(seed, height=24, width=40):
+    """A picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def encoded(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def config():
+    return load_job_config(["--job.config_file", str(ROOT / "train_configs" / "debug.toml")])
+
+
+@pytest.fixture(scope="session")
+def model(config):
+    """Its zeros and its small values are replaced, so that all inputs matter and greedy text is no repetition."""
+    with torch.device("meta"):
+        model = SymbioticModel(model_args(config))
+    model.to_empty(device="cpu")
+    model.init_weights()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("flow_head."):
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            elif name.startswith("output."):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(config):
+    return build_tokenizer(config)
+
+
+@pytest.fixture
+def training_document(config, model, tokenizer):
+    """The document that the data chain makes of a sample of ``task``; with ``dropout`` without its caption."""
+
+    def make(task, *, tokenizer=tokenizer, dropout=False, **members):
+        source = DataSource("s", task, "webdataset", "p")
+        geometry = model.args.geometry
+        data = replace(config.data, condition_dropout=float(dropout))
+        images = GeneratedImages(data, config.latents, geometry, [source])
+        maker = DocumentMaker(data, geometry, images, tokenizer, config.training.seq_len)
+        [document] = maker.make(source, Sample("shard", "key", members), 0)
+        return document
+
+    return make
+
+
+@pytest.fixture
+def prompts(config, model, tokenizer):
+    return PromptMaker(tokenizer, model.args.geometry, config.data, config.training.seq_len)
+
+
+@pytest.fixture
+def chunks(model, tokenizer):
+    args = model.args
+    return ChunkMaker(args.geometry, args.rotary_layout, tokenizer.special, torch.device("cpu"))
+
+
+@pytest.fixture
+def make_generator(model, config, tokenizer):
+    def make(**changes):
+        return Generator(model, config, tokenizer, torch.device("cpu"), **changes)
+
+    return make
+
+
+@pytest.fixture
+def generator(make_generator):
+    return make_generator()
