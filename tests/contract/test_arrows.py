@@ -23,6 +23,9 @@ ARROWS = {
     "backbones": {"model", "moe", "sequence", "config"},
     "parallel": {"model", "moe", "config", "device"},
     "checkpoint": {"backbones", "model", "moe", "sequence", "config"},
+    "generation": {"checkpoint", "codecs", "config", "data", "flow", "model", "sequence"}
+    | {"extend", "inference", "train_spec"},
+    "evaluation": {"data", "sequence", "config"},
     "plots": {"moe", "sequence", "routing_report"},
     "extensions": {"extend", "optim", "config"},
 }
