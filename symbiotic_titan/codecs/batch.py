@@ -36,20 +36,20 @@ class BatchEncoder:
     """
 
     def __init__(self, codec: Codec | None, geometry: ImageGeometry) -> None:
-        self._codec = codec
+        self.codec = codec
         self._geometry = geometry
 
     def __call__(self, batch: PackedBatch) -> PackedBatch:
         """``batch`` with (B, L, Z) float32 latents, on the device where it lies."""
         if batch.latents.dtype != torch.uint8:
             return batch
-        assert self._codec is not None, "the loader and this step were given the same [latents]"
+        assert self.codec is not None, "the loader and this step were given the same [latents]"
         places = image_places(batch.vae_image, batch.vae_coords)
         images = [self._pixels(batch.latents[place.tokens], place) for place in places]
         latents_BLZ = torch.zeros(
             (*batch.vae_image.shape, self._geometry.vae_token_values), device=batch.latents.device
         )
-        for place, cells_CHW in zip(places, self._codec.encode(images), strict=True):
+        for place, cells_CHW in zip(places, self.codec.encode(images), strict=True):
             latents_BLZ[place.tokens] = patchify(cells_CHW, self._geometry.latent_patch)
         return replace(batch, latents=latents_BLZ)
 

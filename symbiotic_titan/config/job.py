@@ -14,6 +14,7 @@ from symbiotic_titan.config.float8 import Float8
 from symbiotic_titan.config.latents import Latents
 from symbiotic_titan.config.losses import Flow, Losses
 from symbiotic_titan.config.optimizer import Optimizer
+from symbiotic_titan.config.sampling import Sampling
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.config.validation import Validation
 
@@ -77,3 +78,4 @@ class JobConfig(UpstreamJobConfig):
     latents: Latents = field(default_factory=Latents)
     float8: Float8 = field(default_factory=Float8)
     validation: Validation = field(default_factory=Validation)
+    sampling: Sampling = field(default_factory=Sampling)

@@ -1,9 +1,11 @@
 """Run the trainer as a user would, in processes of its own, and read back what it logged."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,3 +94,41 @@ def launch(
         timeout=timeout,
     )
     return Run(done.returncode, done.stdout + done.stderr, folder)
+
+
+def wait_for(words: str, path: Path, seconds: int = 120) -> None:
+    for _ in range(10 * seconds):
+        if words in path.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(path.read_text()[-3000:])
+
+
+def stop_one_of_two(folder: Path, arguments: list[str]) -> tuple[list[int], list[str]]:
+    """(exit statuses, texts) of two ranks, the second of which gets a SIGTERM a second after training began."""
+    port = str(free_port())
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    ranks = []
+    for rank, path in enumerate(logs):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        with open(path, "w") as log:
+            ranks.append(
+                subprocess.Popen(
+                    command_of(1, arguments),
+                    cwd=ROOT,
+                    env=environment(1) | place,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+    try:
+        wait_for("Training starts at step 1", logs[1])
+        time.sleep(1)
+        ranks[1].send_signal(signal.SIGTERM)
+        statuses = [process.wait(timeout=120) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    return statuses, [path.read_text() for path in logs]

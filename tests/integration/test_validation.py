@@ -1,14 +1,10 @@
 """Validation inside real runs: it changes nothing, gives the same numbers however the run is spread out, and can be stopped."""
 
-import signal
-import subprocess
-import time
-
 import pytest
 
 from symbiotic_titan.checkpoint.resume import newest_complete_step
 from tests.integration import launch as runs
-from tests.integration.launch import NUM_STEPS, ROOT, command_of, environment, free_port
+from tests.integration.launch import NUM_STEPS
 
 TRAINING = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
 VALIDATION = (
@@ -139,37 +135,12 @@ def test_a_signal_to_one_rank_during_a_validation_stops_all(tmp_path, demo, vali
     arguments = runs.arguments_of(tmp_path, demo, settings)
     config = tmp_path / "job.toml"
     config.write_text(config.read_text().replace("steps = 2\n", "steps = 60\n"))
-    ranks, port = [], str(free_port())
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        log = open(tmp_path / f"{rank}.log", "w+")  # noqa: SIM115
-        ranks.append((subprocess.Popen(
-            command_of(1, arguments), cwd=ROOT, env=environment(1) | place, stdout=log, stderr=log
-        ), log))  # fmt: skip
-    try:
-        wait_for("Training starts at step 1", tmp_path / "1.log")
-        time.sleep(1)
-        ranks[1][0].send_signal(signal.SIGTERM)
-        statuses = [process.wait(timeout=60) for process, _ in ranks]
-    finally:
-        for process, log in ranks:
-            process.kill()
-            log.close()
-    texts = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
+    statuses, texts = runs.stop_one_of_two(tmp_path, arguments)
     assert statuses == [0, 0], texts[1][-3000:]
     for text in texts:
         assert "validation at step 0 broken off: a stop signal came" in text
         assert "saving a checkpoint at step 1 and stopping" in text
     assert newest_complete_step(tmp_path / "checkpoint") == (1, {})
-
-
-def wait_for(words, path, seconds=120):
-    for _ in range(10 * seconds):
-        if words in path.read_text():
-            return
-        time.sleep(0.1)
-    raise AssertionError(path.read_text()[-3000:])
 
 
 def test_a_missing_held_out_file_is_told_in_one_line(tmp_path, demo, validated, monkeypatch):
