@@ -25,7 +25,8 @@ ARROWS = {
     "checkpoint": {"backbones", "model", "moe", "sequence", "config"},
     "generation": {"checkpoint", "codecs", "config", "data", "flow", "model", "sequence"}
     | {"extend", "inference", "train_spec"},
-    "evaluation": {"data", "sequence", "config"},
+    "evaluation": {"checkpoint", "codecs", "config", "data", "flow", "generation", "model", "moe", "sequence"}
+    | {"inference", "validation"},
     "plots": {"moe", "sequence", "routing_report"},
     "extensions": {"extend", "optim", "config"},
 }

@@ -1,0 +1,53 @@
+"""Files that options of suites name: prompts and images. What is wrong with one is a ValueError that says which and where."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from symbiotic_titan.data.images import DECODE_ERRORS, ImageSizeError, decode_image
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def check_file(option: str, path: str, what: str) -> None:
+    """Pass if ``path`` is a file; ``what`` says of which kind it has to be."""
+    if not Path(path).is_file():
+        raise ValueError(f"{option}: must be {what}, got {path!r}, which is no file")
+
+
+def check_folder(option: str, path: str, what: str) -> None:
+    """Pass if ``path`` is a folder; ``what`` says of which kind it has to be."""
+    if not path or not Path(path).is_dir():
+        raise ValueError(f"{option}: must be {what}, got {path!r}, which is no folder")
+
+
+def check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: must be at least 1, got {limit}")
+
+
+def read_prompts(path: str, limit: int | None = None) -> list[str]:
+    """A prompt per line, up to a tab where there is one; empty lines are passed over. There is at least one."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    prompts = [prompt for line in lines if (prompt := line.partition("\t")[0].strip())]
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompts; a line is one")
+    return prompts[:limit]
+
+
+def image_files(folder: str) -> list[Path]:
+    """Images below ``folder``, in the order of their names; there are at least two."""
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if len(paths) < 2:
+        raise ValueError(
+            f"{folder}: holds {len(paths)} images ({', '.join(IMAGE_SUFFIXES)}); at least 2 are needed"
+        )
+    return paths
+
+
+def decoded(data: bytes, where: str) -> Image.Image:
+    """The RGB image that ``data`` encode; ``where`` says whose they are."""
+    try:
+        return decode_image(data)
+    except (*DECODE_ERRORS, ImageSizeError) as error:
+        raise ValueError(f"{where}: is no image that can be read ({error})") from error

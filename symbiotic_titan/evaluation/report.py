@@ -1,0 +1,60 @@
+"""Scores as tables: of one subject, or of several side by side."""
+
+from collections.abc import Mapping, Sequence
+
+from symbiotic_titan.evaluation.measure import Measure, Scores
+
+_MISSING = "-"
+
+
+def comparison_table(columns: Mapping[str, Scores]) -> str:
+    """A row per score, a column per label of ``columns``, then chance, upper bound and number.
+
+    Those are of the first column that has the score. Where another one differs in them by more than 1 % (as a Fréchet distance
+    does, or scores of other settings), the row is marked: what stands beside its scores is the first one's.
+    """
+    names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
+    header = ["", *columns, "chance", "upper bound", "number"]
+    rows = [_row(name, [scores.get(name) for scores in columns.values()]) for name in names]
+    return _aligned([header, *rows])
+
+
+def _row(name: str, measures: Sequence[Measure | None]) -> list[str]:
+    known = [measure for measure in measures if measure is not None]
+    first = known[0]
+    marked = any(_differ(first, other) for other in known[1:])
+    return [
+        name + " *" * marked,
+        *(_cell(measure and measure["score"]) for measure in measures),
+        _cell(first["chance"]),
+        _cell(first["upper_bound"]),
+        str(first["number"]),
+    ]
+
+
+def _differ(first: Measure, other: Measure) -> bool:
+    bounds = (
+        (first["chance"], other["chance"]),
+        (first["upper_bound"], other["upper_bound"]),
+    )
+    near = all(
+        a == b or (a is not None and b is not None and abs(a - b) <= 0.01 * max(abs(a), abs(b)))
+        for a, b in bounds
+    )
+    return not near or first["number"] != other["number"]
+
+
+def _cell(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:.3f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Names on the left, numbers on the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for row in rows
+    )

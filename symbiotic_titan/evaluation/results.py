@@ -1,0 +1,101 @@
+"""Run suites on a subject, once: a finished suite's scores are read from its file.
+
+OUT/<run>-step-N-<identity>/<suite>.json    settings and scores
+OUT/<run>-step-N-<identity>/<suite>/        what the suite writes: pictures, answers
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.evaluation.measure import Scores
+from symbiotic_titan.evaluation.probe import probed
+from symbiotic_titan.evaluation.processes import is_first_process
+from symbiotic_titan.evaluation.subject import Subject, files_hash
+from symbiotic_titan.evaluation.suite import Progress, Suite
+from symbiotic_titan.generation.generator import Generator
+
+KIND = "evaluation"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A suite with its options."""
+
+    suite: Suite[Any]
+    options: Any
+
+    def settings(self) -> dict[str, Any]:
+        """The options, and which content the files among them had."""
+        values = asdict(self.options)
+        paths = {k: Path(v) for k, v in values.items() if isinstance(v, str) and v}
+        files = {k: files_hash(path) for k, path in paths.items() if path.exists()}
+        # As JSON reads it back: tuples are lists.
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {
+            "files": files
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores of one suite, and the file that they lie in. ``is_old``: they were there already."""
+
+    suite: str
+    path: Path
+    scores: Scores
+    is_old: bool
+
+
+def evaluate(
+    subject: Subject, chosen: Sequence[Chosen], out: Path, progress: Progress
+) -> list[Result]:
+    """Scores of each suite. The model is loaded only if one has not been finished with these settings.
+
+    Raises:
+        ValueError: a user's mistake; what was finished before it stays.
+    """
+    folder = out / subject.folder_name
+    results = [_finished(item, folder) for item in chosen]
+    if all(results):
+        return [result for result in results if result]
+    generator = Generator.load(subject.config, subject.checkpoint)
+    with probed(generator.model, subject.probe):
+        return [
+            old or _run(generator, item, folder, subject, progress)
+            for old, item in zip(results, chosen, strict=True)
+        ]
+
+
+def _finished(chosen: Chosen, folder: Path) -> Result | None:
+    path = folder / f"{chosen.suite.name}.json"
+    if not path.exists():
+        return None
+    values = read_json(path, KIND, ("settings", "scores"))
+    if values["settings"] != chosen.settings():
+        return None
+    return Result(chosen.suite.name, path, values["scores"], is_old=True)
+
+
+def _run(
+    generator: Generator, chosen: Chosen, folder: Path, subject: Subject, progress: Progress
+) -> Result:
+    name = chosen.suite.name
+    path, own_folder = folder / f"{name}.json", folder / name
+    own_folder.mkdir(parents=True, exist_ok=True)
+    settings = chosen.settings()
+    start = time.perf_counter()
+    named = partial(_named_progress, progress, f"{subject.label} {name}")
+    scores = chosen.suite.run(generator, chosen.options, own_folder, named)
+    seconds = round(time.perf_counter() - start, 1)
+    if is_first_process():
+        values = {"suite": name, **subject.description(), "settings": settings}
+        write_json(path, KIND, values | {"seconds": seconds, "scores": scores})
+    return Result(name, path, scores, is_old=False)
+
+
+def _named_progress(progress: Progress, name: str, what: str, total: int) -> Any:
+    return progress(f"{name}: {what}", total)
