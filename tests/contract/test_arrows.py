@@ -25,7 +25,17 @@ ARROWS = {
     "checkpoint": {"backbones", "model", "moe", "sequence", "config"},
     "generation": {"checkpoint", "codecs", "config", "data", "flow", "model", "sequence"}
     | {"extend", "inference", "train_spec"},
-    "evaluation": {"checkpoint", "codecs", "config", "data", "flow", "generation", "model", "moe", "sequence"}
+    "evaluation": {
+        "checkpoint",
+        "codecs",
+        "config",
+        "data",
+        "flow",
+        "generation",
+        "model",
+        "moe",
+        "sequence",
+    }
     | {"inference", "validation"},
     "plots": {"moe", "sequence", "routing_report"},
     "extensions": {"extend", "optim", "config"},
