@@ -33,8 +33,10 @@ stage lint ruff check .
 stage format ruff format --check .
 stage spelling codespell_lib .
 stage types mypy
-stage unit pytest -q tests/unit tests/contract
-stage distributed pytest -q tests/distributed tests/integration
+# Whole files side by side: tests of one file share what they set up.
+workers=$("$python" -c 'import os; print(min(os.cpu_count() or 1, 8))')
+stage unit pytest -q -n "$workers" --dist loadfile tests/unit tests/contract
+stage distributed pytest -q -n "$workers" --dist loadfile tests/distributed tests/integration
 if nvidia-smi -L >/dev/null 2>&1; then
     stage gpu pytest -q -m "gpu and not slow" tests
 fi
