@@ -13,7 +13,7 @@ from symbiotic_titan.backbones.arrangements import (
     attention,
     check_known,
     check_settings,
-    ends,
+    decoder,
     join_halves,
     rotary_settings,
     same,
@@ -108,12 +108,11 @@ def _experts(theirs: str, ours: str, shapes: Mapping[str, Shape]) -> list[Link]:
 def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
     """See ``Backbone``. Files name the decoder ``language_model.model``, transformers 5 in memory ``model.language_model``."""
     in_memory = "model.language_model.norm.weight" in shapes
-    decoder = "model.language_model." if in_memory else "language_model.model."
+    prefix = "model.language_model." if in_memory else "language_model.model."
     output = "lm_head.weight" if in_memory else "language_model.lm_head.weight"
-    out = ends(f"{decoder}embed_tokens.weight", f"{decoder}norm.weight", output, args)
-    for layer in range(args.num_layers):
-        theirs, ours = f"{decoder}layers.{layer}.", f"layers.{layer}."
-        out += same(
+
+    def layer(number: int, theirs: str, ours: str) -> list[Link]:
+        out = same(
             theirs,
             ours,
             ("input_layernorm.weight", "attention_norm.weight"),
@@ -123,7 +122,9 @@ def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
         out += attention(f"{theirs}self_attn", f"{ours}attention", args)
         out += _experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", shapes)
         out += swiglu(f"{theirs}mlp.shared_experts", f"{ours}moe.shared_experts")
-    return out
+        return out
+
+    return decoder(prefix, args, layer, output)
 
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:

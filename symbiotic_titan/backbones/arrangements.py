@@ -1,10 +1,10 @@
 """What the tables of several architectures share: reading settings, naming tensors, arranging them.
 
-Letters: E experts, F hidden width, D width.
+Letters: E experts, F hidden width, D width; of an image encoder W width, C colours, T frames, P pixels along a side of a patch.
 """
 
 import copy
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from symbiotic_titan.backbones.backbone import Arrange, Config, Link, Shape
 from symbiotic_titan.config.rows import check_value
-from symbiotic_titan.model.args import ModelArgs, one_pool
+from symbiotic_titan.model.args import ModelArgs, VitArgs, one_pool
 
 # Images to be generated, where nobody says otherwise: a 16-channel autoencoder of stride 8, as [latents] codec = "flux" has it.
 LATENTS: dict[str, Any] = {"latent_channels": 16, "latent_stride": 8, "latent_patch": 2}
@@ -208,6 +208,32 @@ def experts(theirs: str, ours: str, num_experts: int, shapes: Mapping[str, Shape
         )
         for their, our in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
     ]
+
+
+def patch_embedding(theirs: str, ours: str, vit: VitArgs) -> list[Link]:
+    """A convolution over whole patches as the linear layer that it is."""
+    kernel = (vit.channels, vit.temporal_patch, vit.patch, vit.patch)
+    weight = Link(
+        (f"{theirs}.weight",),
+        (f"{ours}.weight",),
+        load=lambda tensors: [tensors[0].flatten(1)],  # (W, C, T, P, P)
+        save=lambda tensors: [tensors[0].unflatten(1, kernel)],
+    )
+    return [weight, *same(theirs, ours, (".bias", ".bias"))]
+
+
+def decoder(
+    prefix: str,
+    args: ModelArgs,
+    layer: Callable[[int, str, str], list[Link]],
+    output: str = "lm_head.weight",
+) -> list[Link]:
+    """A decoder whose tensors, but for the ``output``, are named behind ``prefix``. ``layer`` gets the number of each layer, and how
+    their names and ours of its tensors begin."""
+    out = ends(f"{prefix}embed_tokens.weight", f"{prefix}norm.weight", output, args)
+    for i in range(args.num_layers):
+        out += layer(i, f"{prefix}layers.{i}.", f"layers.{i}.")
+    return out
 
 
 def ends(embeddings: str, norm: str, output: str, args: ModelArgs) -> list[Link]:

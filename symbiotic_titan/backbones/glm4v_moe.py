@@ -4,7 +4,7 @@ positions.
 
 Its decoder is causal over the tokens of an image as well.
 
-Letters: W width of the encoder, C colours, T frames, P pixels along a side of a patch, D width, M patches along a side of a token.
+Letters: W width of the encoder, D width, M patches along a side of a token.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,9 @@ from symbiotic_titan.backbones.arrangements import (
     attention,
     check_known,
     check_settings,
-    ends,
+    decoder,
     experts,
+    patch_embedding,
     rotary_settings,
     same,
     settings,
@@ -157,30 +158,8 @@ def model_args(config: Config) -> ModelArgs:
     )
 
 
-def _layer(layer: int, args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
-    theirs, ours = f"model.language_model.layers.{layer}.", f"layers.{layer}."
-    out = same(
-        theirs,
-        ours,
-        ("input_layernorm.weight", "attention_norm.weight"),
-        ("post_attention_layernorm.weight", "ffn_norm.weight"),
-    )
-    out += attention(f"{theirs}self_attn", f"{ours}attention", args)
-    if layer < args.num_dense_layers:
-        return out + swiglu(f"{theirs}mlp", f"{ours}feed_forward")
-    out += same(
-        theirs,
-        ours,
-        ("mlp.gate.weight", "moe.router.all.weight"),
-        ("mlp.gate.e_score_correction_bias", "moe.router.all.bias"),
-    )
-    out += experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", args.num_experts, shapes)
-    return out + swiglu(f"{theirs}mlp.shared_experts", f"{ours}moe.shared_experts")
-
-
 def _vision(vit: VitArgs) -> list[Link]:
     theirs, ours = "model.visual.", "vit."
-    kernel = (vit.channels, vit.temporal_patch, vit.patch, vit.patch)
 
     def joined(tensors: list[Tensor]) -> list[Tensor]:
         return [tensors[0].permute(0, 2, 3, 1).flatten(1)]  # (D, W, M, M)
@@ -189,19 +168,13 @@ def _vision(vit: VitArgs) -> list[Link]:
         squares = tensors[0].unflatten(1, (vit.merge, vit.merge, vit.dim))
         return [squares.permute(0, 3, 1, 2).contiguous()]
 
-    out = [
-        Link(
-            (f"{theirs}patch_embed.proj.weight",),
-            (f"{ours}patch_embedding.weight",),
-            load=lambda tensors: [tensors[0].flatten(1)],  # (W, C, T, P, P)
-            save=lambda tensors: [tensors[0].unflatten(1, kernel)],
-        ),
-        Link((f"{theirs}downsample.weight",), (f"{ours}merger.join.weight",), joined, convolved),
-    ]
+    out = patch_embedding(f"{theirs}patch_embed.proj", f"{ours}patch_embedding", vit)
+    out.append(
+        Link((f"{theirs}downsample.weight",), (f"{ours}merger.join.weight",), joined, convolved)
+    )
     out += same(
         theirs,
         ours,
-        ("patch_embed.proj.bias", "patch_embedding.bias"),
         ("post_conv_layernorm.weight", "patch_norm.weight"),
         ("embeddings.position_embedding.weight", "position_embedding.weight"),
         ("post_layernorm.weight", "last_norm.weight"),
@@ -227,11 +200,27 @@ def _vision(vit: VitArgs) -> list[Link]:
 
 def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
     """See ``Backbone``."""
-    decoder = "model.language_model."
-    out = ends(f"{decoder}embed_tokens.weight", f"{decoder}norm.weight", "lm_head.weight", args)
-    for layer in range(args.num_layers):
-        out += _layer(layer, args, shapes)
-    return out + _vision(args.vit)
+
+    def layer(number: int, theirs: str, ours: str) -> list[Link]:
+        out = same(
+            theirs,
+            ours,
+            ("input_layernorm.weight", "attention_norm.weight"),
+            ("post_attention_layernorm.weight", "ffn_norm.weight"),
+        )
+        out += attention(f"{theirs}self_attn", f"{ours}attention", args)
+        if number < args.num_dense_layers:
+            return out + swiglu(f"{theirs}mlp", f"{ours}feed_forward")
+        out += same(
+            theirs,
+            ours,
+            ("mlp.gate.weight", "moe.router.all.weight"),
+            ("mlp.gate.e_score_correction_bias", "moe.router.all.bias"),
+        )
+        out += experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", args.num_experts, shapes)
+        return out + swiglu(f"{theirs}mlp.shared_experts", f"{ours}moe.shared_experts")
+
+    return decoder("model.language_model.", args, layer) + _vision(args.vit)
 
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:

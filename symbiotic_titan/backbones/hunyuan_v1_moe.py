@@ -11,7 +11,7 @@ from symbiotic_titan.backbones.arrangements import (
     LATENTS,
     attention,
     check_settings,
-    ends,
+    decoder,
     experts,
     one_value,
     rotary_settings,
@@ -112,11 +112,9 @@ def model_args(config: Config) -> ModelArgs:
 
 def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
     """See ``Backbone``."""
-    names = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    out = ends(*names, args)
-    for layer in range(args.num_layers):
-        theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
-        out += same(
+
+    def layer(number: int, theirs: str, ours: str) -> list[Link]:
+        out = same(
             theirs,
             ours,
             ("input_layernorm.weight", "attention_norm.weight"),
@@ -128,7 +126,9 @@ def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
         out += attention(f"{theirs}self_attn", f"{ours}attention", args)
         out += experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", args.num_experts, shapes)
         out += swiglu(f"{theirs}mlp.shared_mlp", f"{ours}moe.shared_experts")
-    return out
+        return out
+
+    return decoder("model.", args, layer)
 
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:

@@ -3,7 +3,7 @@ image encoder with a table of positions, whose middle layers reach the decoder t
 
 Its decoder is causal over the tokens of an image as well.
 
-Letters: E experts, F hidden width, D width, W width of the encoder, C colours, T frames, P pixels along a side of a patch.
+Letters: E experts, F hidden width, D width.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,9 @@ from symbiotic_titan.backbones.arrangements import (
     check_known,
     check_settings,
     check_types,
-    ends,
+    decoder,
     join_halves,
+    patch_embedding,
     rotary_settings,
     same,
     settings,
@@ -215,23 +216,6 @@ def _experts(theirs: str, ours: str, args: ModelArgs, shapes: Mapping[str, Shape
     ]
 
 
-def _layer(layer: int, args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
-    theirs, ours = f"model.language_model.layers.{layer}.", f"layers.{layer}."
-    out = same(
-        theirs,
-        ours,
-        ("input_layernorm.weight", "attention_norm.weight"),
-        ("self_attn.q_norm.weight", "attention.q_norm.weight"),
-        ("self_attn.k_norm.weight", "attention.k_norm.weight"),
-        ("post_attention_layernorm.weight", "ffn_norm.weight"),
-    )
-    out += attention(f"{theirs}self_attn", f"{ours}attention", args)
-    if layer < args.num_dense_layers:
-        return out + swiglu(f"{theirs}mlp", f"{ours}feed_forward")
-    out += same(theirs, ours, ("mlp.gate.weight", "moe.router.all.weight"))
-    return out + _experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", args, shapes)
-
-
 def _with_biases(theirs: str, ours: str, *names: tuple[str, str]) -> list[Link]:
     both = [(t + kind, o + kind) for t, o in names for kind in (".weight", ".bias")]
     return same(theirs, ours, *both)
@@ -239,21 +223,8 @@ def _with_biases(theirs: str, ours: str, *names: tuple[str, str]) -> list[Link]:
 
 def _vision(vit: VitArgs) -> list[Link]:
     theirs, ours = "model.visual.", "vit."
-    kernel = (vit.channels, vit.temporal_patch, vit.patch, vit.patch)
-    out = [
-        Link(
-            (f"{theirs}patch_embed.proj.weight",),
-            (f"{ours}patch_embedding.weight",),
-            load=lambda tensors: [tensors[0].flatten(1)],  # (W, C, T, P, P)
-            save=lambda tensors: [tensors[0].unflatten(1, kernel)],
-        )
-    ]
-    out += same(
-        theirs,
-        ours,
-        ("patch_embed.proj.bias", "patch_embedding.bias"),
-        ("pos_embed.weight", "position_embedding.weight"),
-    )
+    out = patch_embedding(f"{theirs}patch_embed.proj", f"{ours}patch_embedding", vit)
+    out += same(theirs, ours, ("pos_embed.weight", "position_embedding.weight"))
     for layer in range(vit.num_layers):
         out += _with_biases(
             f"{theirs}blocks.{layer}.",
@@ -276,11 +247,23 @@ def _vision(vit: VitArgs) -> list[Link]:
 
 def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
     """See ``Backbone``."""
-    decoder = "model.language_model."
-    out = ends(f"{decoder}embed_tokens.weight", f"{decoder}norm.weight", "lm_head.weight", args)
-    for layer in range(args.num_layers):
-        out += _layer(layer, args, shapes)
-    return out + _vision(args.vit)
+
+    def layer(number: int, theirs: str, ours: str) -> list[Link]:
+        out = same(
+            theirs,
+            ours,
+            ("input_layernorm.weight", "attention_norm.weight"),
+            ("self_attn.q_norm.weight", "attention.q_norm.weight"),
+            ("self_attn.k_norm.weight", "attention.k_norm.weight"),
+            ("post_attention_layernorm.weight", "ffn_norm.weight"),
+        )
+        out += attention(f"{theirs}self_attn", f"{ours}attention", args)
+        if number < args.num_dense_layers:
+            return out + swiglu(f"{theirs}mlp", f"{ours}feed_forward")
+        out += same(theirs, ours, ("mlp.gate.weight", "moe.router.all.weight"))
+        return out + _experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", args, shapes)
+
+    return decoder("model.language_model.", args, layer) + _vision(args.vit)
 
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:

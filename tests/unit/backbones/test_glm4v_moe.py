@@ -28,38 +28,13 @@ from tests.unit.backbones.decoder_parity import (
     text_row,
 )
 from tests.unit.backbones.image_rows import image_row, released_inputs
+from tests.unit.checkpoint.released_models import GLM
 
 PLACEHOLDER = 256
 # Images wider, higher and smaller than the table of positions, which is 3 x 3 patches.
 DOCUMENT = [3, (2, 3), 2, (1, 4), 1, (3, 1), 4, (1, 1), 2]
-TEXT = {
-    "vocab_size": 272,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "moe_intermediate_size": 20,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "routed_scaling_factor": 1.5,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.5,
-        "mrope_section": [2, 1, 1],
-    },
-}
-VISION = {
-    "depth": 2,
-    "hidden_size": 24,
-    "num_heads": 2,
-    "image_size": 12,
-    "patch_size": 4,
-    "out_hidden_size": 32,
-    "intermediate_size": 40,
-}
+TEXT = GLM["text_config"] | {"vocab_size": 272}
+VISION = GLM["vision_config"]
 # What the Hub's file states, with names from before transformers 5.
 RELEASED = {
     "architectures": ["Glm4vMoeForConditionalGeneration"],

@@ -26,37 +26,12 @@ from tests.unit.backbones.decoder_parity import (
     text_row,
 )
 from tests.unit.backbones.image_rows import image_row, released_inputs
+from tests.unit.checkpoint.released_models import QWEN
 
 PLACEHOLDER = 120
 DOCUMENT = [3, (2, 3), 2, (1, 4), 1, (3, 1), 4]
-TEXT = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "moe_intermediate_size": 24,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 5e6,
-        "mrope_section": [4, 2, 2],
-        "mrope_interleaved": True,
-    },
-}
-VISION = {
-    "depth": 3,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_heads": 2,
-    "patch_size": 4,
-    "num_position_embeddings": 25,
-    "out_hidden_size": 32,
-    "deepstack_visual_indexes": [0, 1],
-}
+TEXT = QWEN["text_config"] | {"num_hidden_layers": 3}
+VISION = QWEN["vision_config"] | {"depth": 3, "deepstack_visual_indexes": [0, 1]}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 # The config.json of Qwen3-VL-30B-A3B-Instruct.
