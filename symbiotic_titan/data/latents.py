@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from symbiotic_titan.codecs.batch import carries_pixels
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.latents import Latents
-from symbiotic_titan.data.images import aspect_buckets, nearest_bucket, resize_and_crop, to_array
+from symbiotic_titan.data.images import aspect_buckets, nearest_bucket, resize_and_crop
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.patches import patchify
 
@@ -95,7 +95,8 @@ class GeneratedImages:
 
 def to_cells(image: Image.Image) -> torch.Tensor:
     """(3, H, W) float32 in [-1, 1]: the ``pixel`` codec's latents, and what an autoencoder encodes."""
-    return torch.from_numpy(to_array(image)) * 2.0 - 1.0
+    pixels_CHW = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255.0
+    return torch.from_numpy(pixels_CHW) * 2.0 - 1.0
 
 
 def to_bytes(image: Image.Image) -> torch.Tensor:

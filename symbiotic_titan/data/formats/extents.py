@@ -27,22 +27,10 @@ TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, OverflowError, IndexError)
 
 
 @dataclass(frozen=True)
-class Extents:
-    """A shard whose samples have named members: 24 bytes per member and 16 per sample besides the keys.
-
-    kinds:    names of members that occur (extensions).
-    members:  (M, 3) int64: index into ``kinds``, offset, length; sample by sample.
-    ends:     (N,) int64: end of each sample's rows in ``members``.
-    keys:     uint8: all keys behind each other, in UTF-8.
-    key_ends: (N,) int64: end of each key in ``keys``.
-    """
+class _InOneFile:
+    """What shards of both kinds share: they lie in one file, which ``OpenExtents`` reads."""
 
     file: File
-    kinds: list[str]
-    members: np.ndarray
-    ends: np.ndarray
-    keys: np.ndarray
-    key_ends: np.ndarray
     max_open: ClassVar[int] = 8
     names: ClassVar[tuple[str, ...]] = ()
 
@@ -53,6 +41,31 @@ class Extents:
     @property
     def num_bytes(self) -> int:
         return self.file.num_bytes
+
+    def extents(self, sample: int) -> dict[str, tuple[int, int]]:
+        """Name -> (offset, length) of each member of a sample."""
+        raise NotImplementedError
+
+    def open(self) -> "OpenExtents":
+        return OpenExtents(self)
+
+
+@dataclass(frozen=True)
+class Extents(_InOneFile):
+    """A shard whose samples have named members: 24 bytes per member and 16 per sample besides the keys.
+
+    kinds:    names of members that occur (extensions).
+    members:  (M, 3) int64: index into ``kinds``, offset, length; sample by sample.
+    ends:     (N,) int64: end of each sample's rows in ``members``.
+    keys:     uint8: all keys behind each other, in UTF-8.
+    key_ends: (N,) int64: end of each key in ``keys``.
+    """
+
+    kinds: list[str]
+    members: np.ndarray
+    ends: np.ndarray
+    keys: np.ndarray
+    key_ends: np.ndarray
 
     @property
     def num_samples(self) -> int:
@@ -67,31 +80,17 @@ class Extents:
         rows = self.members[_start(self.ends, sample) : int(self.ends[sample])]
         return {self.kinds[kind]: (offset, length) for kind, offset, length in rows.tolist()}
 
-    def open(self) -> "OpenExtents":
-        return OpenExtents(self)
-
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(_InOneFile):
     """A shard whose samples are lines: 16 bytes per sample.
 
     lines:  (N, 2) int64: offset, length of each line that is not blank.
     blanks: int64: for each blank line, the samples before it.
     """
 
-    file: File
     lines: np.ndarray
     blanks: np.ndarray
-    max_open: ClassVar[int] = 8
-    names: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def path(self) -> str:
-        return self.file.path
-
-    @property
-    def num_bytes(self) -> int:
-        return self.file.num_bytes
 
     @property
     def num_samples(self) -> int:
@@ -105,9 +104,6 @@ class Lines:
         offset, length = self.lines[sample].tolist()
         return {"json": (offset, length)}
 
-    def open(self) -> "OpenExtents":
-        return OpenExtents(self)
-
 
 def _start(ends: np.ndarray, number: int) -> int:
     return int(ends[number - 1]) if number else 0
@@ -116,7 +112,7 @@ def _start(ends: np.ndarray, number: int) -> int:
 class OpenExtents:
     """Reads members from one open file."""
 
-    def __init__(self, shard: Extents | Lines) -> None:
+    def __init__(self, shard: _InOneFile) -> None:
         self._shard = shard
         self._file = fsspec.open(shard.file.data, "rb").open()
         self._num_bytes = self._file.seek(0, 2)

@@ -63,7 +63,10 @@ def test_what_only_arranges_rows_or_handles_bad_samples_may_change(make_loader):
         "packing": "fullest", "lookahead": 3, "bad_samples": "skip", "max_image_pixels": 10**6,
         "max_vit_tokens": 100, "at_end": "stop",
     }  # fmt: skip
-    make_loader(settings).load_state_dict(make_loader().state_dict())
+    loader, changed = make_loader(), make_loader(settings)
+    next(iter(loader))
+    changed.load_state_dict(loader.state_dict())
+    assert changed.state_dict() == loader.state_dict()
 
 
 def test_a_state_of_an_older_version_is_one_by_samples_and_fits_else(make_loader):

@@ -5,7 +5,6 @@ from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.latents import Latents
-from symbiotic_titan.data.images import to_array
 from symbiotic_titan.data.latents import (
     GeneratedImages,
     cached_bytes,
@@ -43,7 +42,7 @@ def test_pixel_latents_are_the_very_image():
     tokens = GeneratedImages(Data(), Latents(), GEOMETRY, []).from_image(image)
     assert (tokens.rows, tokens.columns) == (6, 10)
     assert tokens.values.shape == (60, 48) and tokens.values.dtype == torch.float32
-    cells = torch.from_numpy(to_array(image)) * 2.0 - 1.0
+    cells = torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1) / 255.0 * 2.0 - 1.0
     assert torch.equal(tokens.values, patchify(cells, 4))
     assert np.array_equal(to_image(unpatchify(tokens.values, 6, 10, 4)), np.asarray(image))
 
