@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -229,16 +229,15 @@ def worker_speeds(
     times: dict[str, list[float]] = {str(workers): [] for workers in WORKERS}
     for _, workers in itertools.product(range(repeats), WORKERS):
         loader = make_loader(workers)
-        batches = iter(loader)
         rows_ahead = 2 * 2 * max(1, workers)  # what is made while nobody measures
-        rows = len(next(batches).tokens)
-        for _ in range(rows_ahead):
-            next(batches)
-        start = time.perf_counter()
-        for _ in range(-(-num_rows // rows)):
-            next(batches)
-        times[str(workers)].append((time.perf_counter() - start) / (-(-num_rows // rows) * rows))
-        batches.close()  # type: ignore[attr-defined]  # ends the worker processes
+        with closing(iter(loader)) as batches:  # type: ignore[type-var]  # ends the worker processes
+            rows = len(next(batches).tokens)
+            for _ in range(rows_ahead):
+                next(batches)
+            start, num_batches = time.perf_counter(), -(-num_rows // rows)
+            for _ in range(num_batches):
+                next(batches)
+            times[str(workers)].append((time.perf_counter() - start) / (num_batches * rows))
     base = times["0"]
     return {
         name: {

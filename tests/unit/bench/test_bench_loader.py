@@ -18,6 +18,12 @@ from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from tools.bench import loader
 
+# The package webdataset, where it is installed, leaves a file open when its loop is left.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 
 def write_tar(path, numbers):
     with tarfile.open(path, "w") as archive:
