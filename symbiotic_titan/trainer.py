@@ -23,17 +23,11 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from symbiotic_titan.checkpoint.resume import (
-    check_fits,
-    check_start,
-    check_whole,
-    choose_step,
-    holds,
-    set_aside,
-)
+from symbiotic_titan.checkpoint.resume import holds
+from symbiotic_titan.checkpoint.start import choose_start
 from symbiotic_titan.codecs.batch import build_batch_encoder
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.parameter_names import clean_name
+from symbiotic_titan.config.saved import SavedConfig
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.tokenizer import Tokenizer
@@ -72,7 +66,7 @@ class SymbioticTrainer(Trainer):
     validator: SymbioticValidator
 
     def __init__(self, job_config: JobConfig) -> None:
-        self.stop = StopRequest()
+        self.stop, self.saved_config = StopRequest(), SavedConfig(job_config)
         self.tokens_seen = torch.zeros(len(MODALITY_NAMES), dtype=torch.int64)
         with warnings.catch_warnings():
             # In float32 on one process upstream makes an autocast that torch warns about and disables.
@@ -296,6 +290,8 @@ class SymbioticTrainer(Trainer):
         """Resume from the newest complete checkpoint, train, and save when a signal asks to stop."""
         self.stop.install()
         self.choose_checkpoint()
+        if dist.get_rank() == 0:
+            self.saved_config.write()
         super().train()
 
     def choose_checkpoint(self) -> None:
@@ -308,36 +304,11 @@ class SymbioticTrainer(Trainer):
         if not config.enable:
             return
         folder = Path(self.job_config.job.dump_folder) / config.folder
-        parameters = {clean_name(n): p for n, p in self.model_parts[0].named_parameters()}
-        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        if config.load_step == -1 and folder.is_dir():
-            config.load_step, damaged = choose_step(folder)
-            self.set_aside(damaged)
-        if config.load_step > 0:
-            chosen = folder / f"step-{config.load_step}"
-            check_whole(chosen, "checkpoint.load_step", "name another step, or leave the key out")
-            check_fits(chosen, shapes, [n for n, p in parameters.items() if p.requires_grad])
-            self.leave_out_what_is_not_in(chosen)
-        elif config.initial_load_path:
-            start, model_only = Path(config.initial_load_path), config.initial_load_model_only
-            check_start(start, folder, shapes, model_only=model_only)
-            self.leave_out_what_is_not_in(start)
-
-    def leave_out_what_is_not_in(self, folder: Path) -> None:
-        """Do not ask a checkpoint of before there was a record of the parameter groups for it."""
-        if not holds(folder, "param_groups.json"):
+        start = choose_start(config, folder, self.model_parts[0])
+        if start is not None and not holds(start, "param_groups.json"):
+            # It is from before there was a record of the parameter groups.
             excluded = self.checkpointer.exclude_from_loading
             self.checkpointer.exclude_from_loading = [*excluded, "param_groups"]
-
-    def set_aside(self, damaged: dict[Path, str]) -> None:
-        """Name the checkpoints that are passed over, and rename them once every rank has looked."""
-        dist.barrier()
-        if dist.get_rank() == 0:
-            for path, damage in damaged.items():
-                logger.warning(
-                    f"checkpoint {path} is skipped and renamed to {set_aside(path).name}: {damage}"
-                )
-        dist.barrier()
 
     def should_continue_training(self) -> bool:
         """Whether to take another step; on a stop signal anywhere, or when the data has ended, all ranks save and stop."""

@@ -9,8 +9,7 @@ Examples:
       --plan plan.json --out outputs/mini/start/24_8
   tools/convert.py check --config train_configs/mini/symbiotic.toml --checkpoint outputs/mini/start/24_8 \\
       --original outputs/mini/vlm/checkpoint/step-400
-  tools/convert.py to-hf --config train_configs/mini/symbiotic.toml --checkpoint outputs/mini/symbiotic/checkpoint/step-250 \\
-      --part whole --out outputs/mini/symbiotic/safetensors
+  tools/convert.py to-hf --checkpoint outputs/mini/symbiotic/checkpoint/step-250 --part whole --out outputs/mini/symbiotic/safetensors
 
 A checkpoint is a training or model-only checkpoint of any number of ranks, the folder of a released model, or what to-hf --part whole
 wrote. from-hf writes a checkpoint and beside it model.json, the model's shape: model.flavor = "outputs/qwen/model.json" trains it.
@@ -66,6 +65,7 @@ from symbiotic_titan.checkpoint.tables import (  # noqa: E402
 from symbiotic_titan.checks import check_job  # noqa: E402
 from symbiotic_titan.config.job import JobConfig  # noqa: E402
 from symbiotic_titan.config.load import load_job_config  # noqa: E402
+from symbiotic_titan.config.saved import saved_config  # noqa: E402
 from symbiotic_titan.extend import import_extension  # noqa: E402
 from symbiotic_titan.inference import join_ranks, model_args  # noqa: E402
 from symbiotic_titan.model import shape_file  # noqa: E402
@@ -130,7 +130,7 @@ def from_hf(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def to_hf(options: argparse.Namespace, overrides: list[str]) -> None:
-    config = read_config(options.config, overrides)
+    config = read_config(options.config or str(saved_config(options.checkpoint)), overrides)
     stored, args = open_model(options.checkpoint), model_args(config)
     settings: dict[str, Any] = {
         "shard_bytes": byte_count(options.shard_size),
@@ -268,95 +268,107 @@ def print_report(report: StepZeroReport) -> None:
 # ---- command line ---------------------------------------------------------------------------------------------------------
 
 
+_PARTITIONED = "TOML file with [experts.partition]"
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(required=True, metavar="{from-hf,plan,partition,check,to-hf}")
 
-    def command(function: Any, text: str, config: str | None) -> argparse.ArgumentParser:
+    def command(function: Any, text: str) -> argparse.ArgumentParser:
         name = function.__name__.replace("_", "-")
         made = commands.add_parser(name, help=text, description=text)
         made.set_defaults(function=function)
-        if config is not None:
-            made.add_argument("--config", required=True, help=config)
         return made
 
-    def writes_model(one: argparse.ArgumentParser, what: str) -> None:
-        one.add_argument("--out", required=True, type=Path, help=f"{what} to write")
-        one.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-
-    def casts(one: argparse.ArgumentParser) -> None:
-        one.add_argument(
-            "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored"
+    from_hf_options(command(from_hf, "write a released model as a checkpoint"))
+    plan_options(command(plan, "which expert of each layer goes to which group, from a profile"))
+    partition_options(
+        command(
+            partition,
+            "write the checkpoint with its experts in groups, or without the shared expert",
         )
+    )
+    check_options(
+        command(check, "losses and accuracies of a partitioned checkpoint beside the original's")
+    )
+    to_hf_options(command(to_hf, "write a checkpoint as safetensors"))
+    return top
 
-    partitioned = "TOML file with [experts.partition]"
 
-    one = command(from_hf, "write a released model as a checkpoint", None)
-    one.add_argument(
+def model_out_options(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--out", required=True, type=Path, help=f"{what} to write")
+    command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+
+
+def dtype_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored"
+    )
+
+
+def from_hf_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--hf", required=True, type=Path, help="folder with config.json and safetensors"
     )
-    writes_model(one, "checkpoint")
-    casts(one)
-    one.add_argument(
+    model_out_options(command, "checkpoint")
+    dtype_option(command)
+    command.add_argument(
         "--shape-only",
         action="store_true",
         help="write model.json without tensors: the other commands read them from the folder",
     )
 
-    one = command(
-        plan, "which expert of each layer goes to which group, from a profile", partitioned
-    )
-    one.add_argument("--profile", required=True, type=Path, help="file of tools/profile_experts.py")
-    one.add_argument("--out", required=True, type=Path, help="file to write")
-    one.add_argument(
-        "--rule",
-        help=f"instead of experts.partition_rule; ours: {', '.join(PARTITION_RULES)}",
-    )
-    one.add_argument("--seed", type=int, default=0, help="of rules that draw lots")
 
-    one = command(
-        partition,
-        "write the checkpoint with its experts in groups, or without the shared expert",
-        partitioned,
+def plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, help=_PARTITIONED)
+    command.add_argument(
+        "--profile", required=True, type=Path, help="file of tools/profile_experts.py"
     )
-    one.add_argument("--checkpoint", required=True, type=Path, help="checkpoint to start from")
-    one.add_argument("--plan", type=Path, help="file of the command plan")
-    writes_model(one, "checkpoint")
+    command.add_argument("--out", required=True, type=Path, help="file to write")
+    command.add_argument(
+        "--rule", help=f"instead of experts.partition_rule; ours: {', '.join(PARTITION_RULES)}"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of rules that draw lots")
 
-    one = command(
-        check,
-        "losses and accuracies of a partitioned checkpoint beside the original's",
-        partitioned,
-    )
-    one.add_argument("--checkpoint", required=True, type=Path, help="partitioned checkpoint")
-    one.add_argument("--original", type=Path, help="checkpoint before that")
-    one.add_argument(
+
+def partition_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, help=_PARTITIONED)
+    command.add_argument("--checkpoint", required=True, type=Path, help="checkpoint to start from")
+    command.add_argument("--plan", type=Path, help="file of the command plan")
+    model_out_options(command, "checkpoint")
+
+
+def check_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, help=_PARTITIONED)
+    command.add_argument("--checkpoint", required=True, type=Path, help="partitioned checkpoint")
+    command.add_argument("--original", type=Path, help="checkpoint before that")
+    command.add_argument(
         "--original-config", help="its config; default: --config without [experts.partition]"
     )
-    one.add_argument("--batches", type=int, default=25, help="batches each process reads")
-    one.add_argument(
+    command.add_argument("--batches", type=int, default=25, help="batches each process reads")
+    command.add_argument(
         "--split",
         choices=("train", "validation"),
         help="default: validation where the config has [[validation.sources]]",
     )
-    one.add_argument("--json", type=Path, help="also write the report to this file")
+    command.add_argument("--json", type=Path, help="also write the report to this file")
 
-    one = command(
-        to_hf, "write a checkpoint as safetensors", "TOML file of the checkpoint's config"
-    )
-    one.add_argument("--checkpoint", required=True, type=Path, help="checkpoint to write")
-    one.add_argument(
+
+def to_hf_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", help="TOML file; default: the config that its run kept")
+    command.add_argument("--checkpoint", required=True, type=Path, help="checkpoint to write")
+    command.add_argument(
         "--part",
         choices=("understanding", "whole"),
         required=True,
         help="what text and ViT tokens use, as a model of the backbone; or all, for our own loader",
     )
-    writes_model(one, "folder")
-    casts(one)
-    one.add_argument("--shard-size", default="5GB", help="largest file; default: 5GB")
-    return top
+    model_out_options(command, "folder")
+    dtype_option(command)
+    command.add_argument("--shard-size", default="5GB", help="largest file; default: 5GB")
 
 
 def main(arguments: list[str] | None = None) -> int:

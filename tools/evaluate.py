@@ -2,14 +2,14 @@
 """Measure checkpoints: suites of scores, each beside its chance level and its upper bound.
 
 Examples:
-    tools/evaluate.py outputs/mini --config train_configs/mini.toml --suite demo_world
-    tools/evaluate.py outputs/mini --config train_configs/mini.toml --suite demo_world --probe none --probe shared_only --compare
-    tools/evaluate.py outputs/mini/symbiotic outputs/mini/mot --compare --suite demo_world \\
-                      --config train_configs/mini/symbiotic.toml --config train_configs/mini/mot.toml
+    tools/evaluate.py outputs/mini --suite demo_world
+    tools/evaluate.py outputs/mini --suite demo_world --probe none --probe shared_only --compare
+    tools/evaluate.py outputs/mini/symbiotic outputs/mini/mot --compare --suite demo_world
     tools/evaluate.py --suites
 
-A checkpoint is its folder, .../step-N, or that of a run, whose newest complete one is taken. --config is given once for all of them, or
-once for each. Options of a suite follow as --suite_name.option value, those of the config as --section.key value.
+A checkpoint is its folder, .../step-N, or that of a run, whose newest complete one is taken. Its config is the one that the run kept;
+--config names another, once for all checkpoints or once for each. Options of a suite follow as --suite_name.option value, those of the
+config as --section.key value.
 
 The table is printed, and everything is written below --out, a folder per checkpoint: <suite>.json, and <suite>/ with pictures and
 answers. A suite that was finished with the same settings is not run again, and images that were drawn are not drawn again. With
@@ -37,6 +37,7 @@ import torch.distributed as dist  # noqa: E402
 from symbiotic_titan.config.job import JobConfig  # noqa: E402
 from symbiotic_titan.config.json_file import write_json  # noqa: E402
 from symbiotic_titan.config.load import load_job_config  # noqa: E402
+from symbiotic_titan.config.saved import saved_config  # noqa: E402
 from symbiotic_titan.data.fields import BadSample  # noqa: E402
 from symbiotic_titan.evaluation import suites  # noqa: E402, F401 (registers them)
 from symbiotic_titan.evaluation.measure import Scores  # noqa: E402
@@ -81,7 +82,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT_OR_RUN")
-    parser.add_argument("--config", action="append", default=[], help="TOML file, once or for each")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        help="TOML file, once or for each; default: the config that each run kept",
+    )
     parser.add_argument("--suite", action="append", default=[], metavar="NAME")
     parser.add_argument("--suites", action="store_true", help="list suites and their options")
     parser.add_argument(
@@ -96,14 +102,18 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_intermixed_args(others), sections
 
 
-def read_configs(paths: Sequence[str], overrides: list[str], count: int) -> list[JobConfig]:
-    """A config per checkpoint.
+def read_configs(
+    given: Sequence[str], overrides: list[str], checkpoints: Sequence[Path]
+) -> list[JobConfig]:
+    """A config per checkpoint: those ``given``, or what their runs kept.
 
     Raises:
-        ValueError: there are neither one nor ``count``, or one is wrong.
+        ValueError: there are neither none nor one nor one for each, a run kept none, or one is wrong.
     """
-    if count == 0:
+    if not checkpoints:
         raise ValueError("no checkpoint; name its folder, or that of a run")
+    paths = given or [str(saved_config(path)) for path in checkpoints]
+    count = len(checkpoints)
     if len(paths) not in (1, count):
         raise ValueError(
             f"--config: must be given once, or once for each of the {count} checkpoints, got {len(paths)}"
@@ -167,7 +177,7 @@ def report(label: str, results: Sequence[Result]) -> Scores:
 def run(options: argparse.Namespace, sections: list[str]) -> None:
     """Raises ValueError for a user's mistake: all that can be seen beforehand, before the first suite runs."""
     given, overrides = split_suites(sections, options.suite)
-    configs = read_configs(options.config, overrides, len(options.checkpoints))
+    configs = read_configs(options.config, overrides, options.checkpoints)
     chosen = choose_suites(options.suite, given)
     probes = list(dict.fromkeys(options.probe)) or [NONE]
     subjects = labelled(

@@ -2,12 +2,13 @@
 """Images and texts from a checkpoint.
 
 Examples:
-    tools/generate.py image --config train_configs/debug.toml --run outputs/debug --prompt "a red circle" --out outputs/images
-    tools/generate.py text  --config train_configs/debug.toml --checkpoint outputs/debug/checkpoint/step-400 \\
+    tools/generate.py image --run outputs/debug --prompt "a red circle" --out outputs/images
+    tools/generate.py text  --checkpoint outputs/debug/checkpoint/step-400 \\
                             --prompt "Which digit is this?" --image seven.png --out outputs/texts
 
---run takes the newest complete checkpoint of a run. Without --run and --checkpoint it is the run of the config's job.dump_folder.
-Options of the config may follow, as --section.key value. What is drawn for a prompt depends on --seed and on its number.
+--run takes the newest complete checkpoint of a run. The config is the one that the run kept, unless --config names another; with
+--config alone the run is that of its job.dump_folder. Options of the config may follow, as --section.key value. What is drawn for a
+prompt depends on --seed and on its number.
 
 torchrun spreads a model that is too large for one device over several processes, as the config says.
 
@@ -29,6 +30,7 @@ device.prepare()
 import torch.distributed as dist  # noqa: E402
 from PIL import Image, UnidentifiedImageError  # noqa: E402
 
+from symbiotic_titan.config.saved import saved_config  # noqa: E402
 from symbiotic_titan.flow.sampler import SAMPLERS  # noqa: E402
 from symbiotic_titan.generation.generator import Generator  # noqa: E402
 
@@ -129,7 +131,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     image = kinds.add_parser("image", help="draw images of captions")
     text = kinds.add_parser("text", help="answer, or go on with, texts")
     for part in (image, text):
-        part.add_argument("--config", required=True, help="TOML file of the checkpoint's config")
+        part.add_argument("--config", help="TOML file; default: the config that the run kept")
         where = part.add_mutually_exclusive_group()
         where.add_argument("--checkpoint", type=Path, help="its folder, .../step-N")
         where.add_argument("--run", type=Path, help="folder of a run; its newest checkpoint")
@@ -161,9 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parse(arguments)
     try:
         prompts = prompts_of(options)
+        trained = options.checkpoint or options.run
+        if trained is None and options.config is None:
+            raise ValueError("no model; give --run, --checkpoint or --config")
         generator = Generator.load(
-            options.config,
-            options.checkpoint or options.run,
+            options.config or saved_config(trained),
+            trained,
             overrides,
             cached=not options.uncached,
         )

@@ -1,6 +1,6 @@
 """Generator: images and texts from a trained model, in a few lines.
 
-    generator = Generator.load("train_configs/debug.toml", "outputs/debug")
+    generator = Generator.load("outputs/debug")
     generator.images(["a red circle"], seed=1)[0].save("circle.png")
     generator.text(["Which digit is this?"], images=[[Image.open("seven.png")]])[0].text
 
@@ -24,6 +24,7 @@ from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.codecs.codec import Codec
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latents import to_image
 from symbiotic_titan.data.samples import Document
@@ -121,13 +122,18 @@ class Generator:
         """The config's model with the weights of ``checkpoint``: its folder, or that of a run, whose newest complete one is taken.
         None stands for the config's own run.
 
-        config: a TOML file, with ``overrides`` as on the command line (``--section.key``, value, ...), or a config.
+        config: the folder of a run or of one of its checkpoints, which is then the checkpoint; or a TOML file; or a config.
+        ``overrides`` are as on the command line (``--section.key``, value, ...).
 
         Raises:
             ValueError: a bad config, or no complete checkpoint of its model.
         """
         if not isinstance(config, JobConfig):
-            config = load_job_config(["--job.config_file", str(config), *overrides])
+            path = Path(config)
+            if path.is_dir():
+                checkpoint = checkpoint or path
+                path = saved_config(path)
+            config = load_job_config(["--job.config_file", str(path), *overrides])
             import_extension(config)
         config = copy.deepcopy(config)
         config.model.attention_backend = "sdpa"  # FlexAttention would compile for every new length

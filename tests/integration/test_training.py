@@ -9,6 +9,8 @@ import time
 import pytest
 
 from symbiotic_titan.checkpoint.resume import newest_complete_step
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.saved import saved_config
 from tests.integration.launch import (
     NUM_STEPS,
     ROOT,
@@ -54,6 +56,13 @@ def test_metrics_have_their_names(reference):
         assert reference.scalars(tag), f"{tag} is not logged"
     assert reference.scalars("shield/scale")[1] == 0.0
     assert reference.scalars("tokens/vae")[20] > reference.scalars("tokens/vae")[1] > 0
+
+
+def test_a_run_keeps_the_config_it_was_started_with(reference):
+    saved = load_job_config(["--job.config_file", str(saved_config(reference.folder))])
+    given = load_job_config(["--job.config_file", str(reference.folder / "job.toml")])
+    assert saved.data == given.data and saved.experts == given.experts
+    assert saved.training.steps == NUM_STEPS and saved.checkpoint.interval == 7
 
 
 def test_two_runs_are_bitwise_equal(tmp_path, demo, reference):
@@ -169,6 +178,8 @@ def test_no_complete_checkpoint_and_another_model_are_told_in_one_line(tmp_path,
         command_of(1, arguments), cwd=ROOT, env=environment(1), capture_output=True, text=True
     )
     assert done.returncode == 2 and "is of another model" in done.stdout + done.stderr
+    kept = load_job_config(["--job.config_file", str(saved_config(tmp_path))])
+    assert kept.experts.partition["generation"].num_experts == 4  # that of the run, which goes on
     next((tmp_path / "checkpoint" / "step-2").glob("*.distcp")).unlink()
     third = launch(tmp_path, demo, training__steps=3)
     assert third.status == 2 and "no checkpoint in" in third.text and "is missing" in third.text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.saved import SavedConfig
 from symbiotic_titan.data.demo.world import WorldSize, write_world
 from symbiotic_titan.evaluation import demo_world, drawing, results
 from symbiotic_titan.evaluation.drawing import DrawingSettings, Wanted, draw
@@ -255,6 +257,21 @@ def test_configs_are_given_once_or_once_for_each_checkpoint(run_folder, tmp_path
     assert "no checkpoint; name its folder, or that of a run" in capsys.readouterr().err
     assert evaluate.main(["a", "--config", "none.toml", "--suite", "drawn"]) == 2
     assert "none.toml" in capsys.readouterr().err
+
+
+def test_the_configs_that_the_runs_kept_need_no_naming(run_folder, tmp_path, runs, capsys):
+    assert evaluate.main([str(run_folder), "--suite", "drawn"]) == 2
+    assert "tiny is not in the folder of a run that kept its config.toml" in capsys.readouterr().err
+    for name, shift in (("a", "2"), ("b", "3")):
+        shutil.copytree(run_folder, tmp_path / name)
+        settings = ["--job.dump_folder", str(tmp_path / name), "--flow.shift", shift]
+        SavedConfig(load_job_config(["--job.config_file", CONFIG, *settings])).write()
+    both = [str(tmp_path / "a"), str(tmp_path / "b" / "checkpoint" / "step-7")]
+    assert evaluate.main([*both, "--suite", "drawn", "--out", str(tmp_path / "out")]) == 0
+    results = [json.loads(f.read_text()) for f in sorted((tmp_path / "out").glob("*/drawn.json"))]
+    assert [r["label"] for r in results] == ["a/step-8", "b/step-7"]
+    assert [r["config"] for r in results] == [str(tmp_path / n / "config.toml") for n in "ab"]
+    assert len({r["scores"]["bright"]["score"] for r in results}) == 2
 
 
 def test_a_run_that_is_stopped_says_that_it_can_go_on(run_folder, tmp_path, monkeypatch, capsys):

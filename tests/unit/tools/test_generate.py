@@ -1,6 +1,7 @@
 """The tool draws and writes from a checkpoint, the same as the API, and says what is wrong in one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 
 from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.saved import SavedConfig
 from symbiotic_titan.generation.generator import Generator
 from symbiotic_titan.inference import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
@@ -61,6 +63,31 @@ def test_images_are_written_with_their_settings_and_as_the_api_draws_them(run_fo
         assert image.text["prompt"] == "three" and image.text["index"] == "2"
         assert image.text["checkpoint"] == str(run_folder / "checkpoint" / "step-7")
         assert image.text["seed"] == "5" and image.text["sampler"] == "euler"
+
+
+def test_the_config_that_the_run_kept_needs_no_naming(run_folder, tmp_path, capsys):
+    prompt = ["--prompt", "one", "--steps", "2", "--out", str(tmp_path)]
+    checkpoint = run_folder / "checkpoint" / "step-7"
+    assert generate.main(["image", "--checkpoint", str(checkpoint), *prompt]) == 2
+    assert (
+        "step-7 is not in the folder of a run that kept its config.toml" in capsys.readouterr().err
+    )
+    assert generate.main(["image", *prompt]) == 2
+    assert "no model; give --run, --checkpoint or --config" in capsys.readouterr().err
+
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    settings = ["--job.dump_folder", str(run), "--flow.shift", "2"]
+    SavedConfig(load_job_config(["--job.config_file", CONFIG, *settings])).write()
+    assert generate.main(["image", "--run", str(run), *prompt]) == 0
+    generator = Generator.load(run)
+    assert generator.config.flow.shift == 2
+    [expected] = generator.images(["one"], steps=2)
+    with Image.open(tmp_path / "0000.png") as image:
+        assert np.array_equal(np.asarray(image), np.asarray(expected.image))
+        assert image.text["shift"] == "2.0"
+    by_step = Generator.load(run / "checkpoint" / "step-7", overrides=["--flow.shift", "3"])
+    assert by_step.config.flow.shift == 3
 
 
 def test_texts_are_printed_and_written(run_folder, tmp_path, capsys):

@@ -1,0 +1,54 @@
+"""What a run keeps of its config is the config, wherever it came from."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.saved import SavedConfig, saved_config
+
+CONFIGS = Path(__file__).parents[3] / "train_configs"
+
+
+def config_of(name, folder, *overrides):
+    file = str(CONFIGS / name)
+    return load_job_config(
+        ["--job.config_file", file, "--job.dump_folder", str(folder), *overrides]
+    )
+
+
+def values(config):
+    table = asdict(config)
+    del table["job"]["config_file"]
+    return table
+
+
+@pytest.mark.parametrize(
+    "name", [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.rglob("*.toml"))]
+)
+def test_the_saved_file_is_the_whole_config(name, tmp_path):
+    config = config_of(name, tmp_path / "run", "--training.steps", "7")
+    saved = SavedConfig(config)
+    config.checkpoint.load_step = 3  # as a start fills it in
+    saved.write()
+    config.checkpoint.load_step = -1
+    back = load_job_config(["--job.config_file", str(tmp_path / "run" / "config.toml")])
+    assert values(back) == values(config) and back.training.steps == 7
+
+
+def test_a_later_start_replaces_it_and_leaves_nothing_else(tmp_path):
+    for steps in ("7", "8"):
+        SavedConfig(config_of("debug.toml", tmp_path, "--training.steps", steps)).write()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+    assert "\nsteps = 8\n" in (tmp_path / "config.toml").read_text()
+
+
+def test_it_is_found_from_the_run_and_from_its_checkpoints(tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint" / "step-8"
+    checkpoint.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"step-8 is not in the folder of a run that kept its"):
+        saved_config(checkpoint)
+    SavedConfig(config_of("debug.toml", tmp_path / "run")).write()
+    for path in (checkpoint, checkpoint.parent, tmp_path / "run"):
+        assert saved_config(path) == tmp_path / "run" / "config.toml"
