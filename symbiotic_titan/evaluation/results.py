@@ -31,13 +31,18 @@ class Chosen:
 
     def settings(self) -> dict[str, Any]:
         """The options, and which content the files among them had."""
-        values = asdict(self.options)
-        paths = {k: Path(v) for k, v in values.items() if isinstance(v, str) and v}
-        files = {k: files_hash(path) for k, path in paths.items() if path.exists()}
         # As JSON reads it back: tuples are lists.
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {
-            "files": files
+        values = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self.options).items()
         }
+        files = {}
+        for key, value in values.items():
+            words = [w for w in (value if isinstance(value, list) else [value]) if w]
+            paths = [Path(word) for word in words if isinstance(word, str)]
+            if hashes := [files_hash(path) for path in paths if path.exists()]:
+                files[key] = hashes if isinstance(value, list) else hashes[0]
+        return {**values, "files": files}
 
 
 @dataclass(frozen=True)

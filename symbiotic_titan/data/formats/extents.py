@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 
 from symbiotic_titan.data.fields import BadSample
-from symbiotic_titan.data.formats.shard import File, Indexed, Shard
+from symbiotic_titan.data.formats.shard import File, FilePart, Indexed, Shard
 
 # Bytes of a block of a tar file.
 BLOCK = 512
@@ -26,21 +26,11 @@ MAX_MEMBER = 2**62
 TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, OverflowError, IndexError)
 
 
-@dataclass(frozen=True)
-class _InOneFile:
-    """What shards of both kinds share: they lie in one file, which ``OpenExtents`` reads."""
+class _ReadByExtents(FilePart):
+    """What shards of both kinds share: ``OpenExtents`` reads them."""
 
-    file: File
     max_open: ClassVar[int] = 8
     names: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def path(self) -> str:
-        return self.file.path
-
-    @property
-    def num_bytes(self) -> int:
-        return self.file.num_bytes
 
     def extents(self, sample: int) -> dict[str, tuple[int, int]]:
         """Name -> (offset, length) of each member of a sample."""
@@ -51,7 +41,7 @@ class _InOneFile:
 
 
 @dataclass(frozen=True)
-class Extents(_InOneFile):
+class Extents(_ReadByExtents):
     """A shard whose samples have named members: 24 bytes per member and 16 per sample besides the keys.
 
     kinds:    names of members that occur (extensions).
@@ -82,7 +72,7 @@ class Extents(_InOneFile):
 
 
 @dataclass(frozen=True)
-class Lines(_InOneFile):
+class Lines(_ReadByExtents):
     """A shard whose samples are lines: 16 bytes per sample.
 
     lines:  (N, 2) int64: offset, length of each line that is not blank.
@@ -112,7 +102,7 @@ def _start(ends: np.ndarray, number: int) -> int:
 class OpenExtents:
     """Reads members from one open file."""
 
-    def __init__(self, shard: _InOneFile) -> None:
+    def __init__(self, shard: _ReadByExtents) -> None:
         self._shard = shard
         self._file = fsspec.open(shard.file.data, "rb").open()
         self._num_bytes = self._file.seek(0, 2)

@@ -13,17 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from symbiotic_titan.data.fields import BadSample
-from symbiotic_titan.data.formats.shard import File, Indexed
+from symbiotic_titan.data.formats.shard import File, FilePart, Indexed
 
 # Those of Arrow are OSError or ValueError too, except for features that it lacks.
 PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
-class RowGroup:
+class RowGroup(FilePart):
     """Row group ``number`` of a file, which begins at row ``first_row``; only ``columns`` are read."""
 
-    file: File
     number: int
     first_row: int
     num_samples: int
@@ -31,14 +30,6 @@ class RowGroup:
     names: tuple[str, ...]
     # Decoded row groups are large; lanes walk through one, at a shard's turn through two.
     max_open: ClassVar[int] = 2
-
-    @property
-    def path(self) -> str:
-        return self.file.path
-
-    @property
-    def num_bytes(self) -> int:
-        return self.file.num_bytes
 
     def key(self, sample: int) -> str:
         return f"row {self.first_row + sample}"

@@ -59,6 +59,21 @@ class File:
 
 
 @dataclass(frozen=True)
+class FilePart:
+    """What shards share that are a file or a part of one."""
+
+    file: File
+
+    @property
+    def path(self) -> str:
+        return self.file.path
+
+    @property
+    def num_bytes(self) -> int:
+        return self.file.num_bytes
+
+
+@dataclass(frozen=True)
 class Indexed:
     """The shards of a file, and what is wrong with the rest of it, if anything is."""
 

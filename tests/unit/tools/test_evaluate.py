@@ -58,6 +58,9 @@ class Drawn(DrawingSettings):
     list_file: str = ""
     """A file"""
 
+    list_files: tuple[str, ...] = ()
+    """Several"""
+
 
 @pytest.fixture
 def runs(monkeypatch):
@@ -124,10 +127,11 @@ def test_a_finished_suite_is_not_run_again_and_drawn_images_are_not_drawn_again(
     assert len(set(runs)) == 1
 
 
-def test_a_changed_file_config_or_checkpoint_is_evaluated_anew(run_folder, tmp_path, runs):
+@pytest.mark.parametrize("option", ["list_file", "list_files"])
+def test_a_changed_file_config_or_checkpoint_is_evaluated_anew(run_folder, tmp_path, runs, option):
     listed = tmp_path / "list.txt"
     listed.write_text("one")
-    arguments = ["--suite", "drawn", "--out", tmp_path / "out", "--drawn.list_file", listed]
+    arguments = ["--suite", "drawn", "--out", tmp_path / "out", f"--drawn.{option}", listed]
     arguments.append(run_folder)
     assert run(*arguments) == 0 and len(runs) == 1
     listed.write_text("one and two")
@@ -135,7 +139,7 @@ def test_a_changed_file_config_or_checkpoint_is_evaluated_anew(run_folder, tmp_p
     assert run(*arguments, "--training.steps", 900) == 0 and len(runs) == 2
     assert run(*arguments, "--data.vit_pixels", 900) == 0 and len(runs) == 3
     for path in (run_folder / "checkpoint" / "step-8").iterdir():
-        os.utime(path, ns=(1, 1))
+        os.utime(path, ns=(1, len(option)))
     assert run(*arguments) == 0 and len(runs) == 4
     assert len(set(runs)) == 3, "another config or checkpoint has a folder of its own"
 
