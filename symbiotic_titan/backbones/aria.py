@@ -44,12 +44,14 @@ DEFAULTS = {
 _EXPRESSED = {"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False}
 _READ_ELSEWHERE = {
     *("num_key_value_heads", "head_dim", "rope_theta", "rope_parameters", "rope_scaling"),
-    *("moe_intermediate_size", "moe_z_loss_coeff", "moe_aux_loss_coeff", "pretraining_tp"),
+    *("moe_intermediate_size", "num_experts_per_tok"),
+    *("moe_z_loss_coeff", "moe_aux_loss_coeff", "pretraining_tp"),
 }
 # Beside the decoder: the image encoder, which is not expressed.
 _BESIDE = {
     *("text_config", "vision_config", "vision_feature_layer", "projector_patch_to_query_dict"),
     *("max_value_projector_patch_to_query_dict", "image_token_index", "tie_word_embeddings"),
+    "ignore_index",
 }
 
 
@@ -57,7 +59,9 @@ def model_args(config: Config) -> ModelArgs:
     """See ``Backbone``."""
     values = settings(config, "text_config", DEFAULTS)
     heads, width = values["num_attention_heads"], values["intermediate_size"]
-    check_settings(values, "text_config", {**_EXPRESSED, "moe_intermediate_size": width})
+    # The released file says two things twice.
+    twice = {"moe_intermediate_size": width, "num_experts_per_tok": values["moe_topk"]}
+    check_settings(values, "text_config", {**_EXPRESSED, **twice})
     check_known(values, "text_config", {*DEFAULTS, *_EXPRESSED, *_READ_ELSEWHERE})
     check_known(config, "", _BESIDE)
     rotary = rotary_settings(values)
