@@ -114,9 +114,10 @@ def rotary_settings(values: Config) -> dict[str, Any]:
 
 
 def with_experts(
-    config: Config, expected: ModelArgs, args: ModelArgs, *keys: str
+    config: Config, expected: ModelArgs, args: ModelArgs, table: str, *names: str
 ) -> dict[str, Any]:
-    """``config`` with the number of experts that ``args`` have, written at the path ``keys``.
+    """``config`` with the number of experts that ``args`` have, under those of ``names`` that its ``table`` states (the first if it
+    states none).
 
     Raises:
         ValueError: ``args`` differ from the ``expected`` of ``config`` in something else that such a file states.
@@ -130,10 +131,9 @@ def with_experts(
                 "a model of that architecture cannot be written"
             )
     out: dict[str, Any] = copy.deepcopy(dict(config))
-    table = out
-    for key in keys[:-1]:
-        table = table[key]
-    table[keys[-1]] = args.num_experts
+    values = out[table] if table else out
+    for name in [name for name in names if name in values] or names[:1]:
+        values[name] = args.num_experts
     return out
 
 

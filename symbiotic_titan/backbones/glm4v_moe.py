@@ -75,6 +75,7 @@ _VISION_EXPRESSED: dict[str, Any] = {
 }
 _READ_ELSEWHERE = {
     *("head_dim", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
+    "num_local_experts",
     *("tie_word_embeddings", "num_nextn_predict_layers", "text_config", "vision_config"),
     *("image_start_token_id", "image_end_token_id", "video_start_token_id", "video_end_token_id"),
 }
@@ -120,7 +121,9 @@ def model_args(config: Config) -> ModelArgs:
     """See ``Backbone``."""
     check_known(config, "", _READ_ELSEWHERE)
     values = settings(config, "text_config", DEFAULTS)
-    check_settings(values, "text_config", _EXPRESSED)
+    # Some files state the number of experts twice.
+    twice = {"num_local_experts": values["n_routed_experts"]}
+    check_settings(values, "text_config", {**_EXPRESSED, **twice})
     check_known(values, "text_config", {*DEFAULTS, *_EXPRESSED, *_READ_ELSEWHERE})
     rotary = rotary_settings({"partial_rotary_factor": 0.5, **values})
     check_settings(rotary, "text_config.rope_parameters", {"rope_type": "default"})
@@ -225,7 +228,8 @@ def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
     """See ``Backbone.config``."""
-    return with_experts(config, model_args(config), args, "text_config", "n_routed_experts")
+    names = ("n_routed_experts", "num_local_experts")
+    return with_experts(config, model_args(config), args, "text_config", *names)
 
 
 # Behind its last layer the text model has one that predicts a further token; neither transformers nor this network runs it.

@@ -133,7 +133,7 @@ def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
     """See ``Backbone.config``."""
-    return with_experts(config, model_args(config), args, "num_experts")
+    return with_experts(config, model_args(config), args, "", "num_experts")
 
 
 HUNYUAN_V1_MOE = Backbone("hunyuan_v1_moe", model_args, links, config_of)

@@ -268,8 +268,8 @@ def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
     """See ``Backbone.config``."""
-    key = "num_local_experts" if "num_local_experts" in config["text_config"] else "num_experts"
-    return with_experts(config, model_args(config), args, "text_config", key)
+    names = ("num_experts", "num_local_experts")
+    return with_experts(config, model_args(config), args, "text_config", *names)
 
 
 QWEN3_VL_MOE = Backbone("qwen3_vl_moe", model_args, links, config_of)

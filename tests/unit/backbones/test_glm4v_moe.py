@@ -251,3 +251,14 @@ def test_config_of_a_slice_states_its_experts_and_nothing_else():
         "text_config": {**RELEASED["text_config"], "n_routed_experts": 96},
     }
     assert GLM4V_MOE.model_args(config) == sliced
+
+
+def test_the_number_of_experts_may_be_stated_twice():
+    text = {**RELEASED["text_config"], "num_local_experts": 128}
+    twice = {**RELEASED, "text_config": text}
+    assert GLM4V_MOE.model_args(twice) == FLAVORS["GLM-4.5V"]
+    config = GLM4V_MOE.config(twice, replace(FLAVORS["GLM-4.5V"], num_experts=96, groups=()))
+    assert config["text_config"] == text | {"n_routed_experts": 96, "num_local_experts": 96}
+    text["num_local_experts"] = 64
+    with pytest.raises(ValueError, match="num_local_experts = 64 .* only 128 is"):
+        GLM4V_MOE.model_args(twice)
