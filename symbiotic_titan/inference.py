@@ -39,6 +39,8 @@ from symbiotic_titan.validation import held_out_data
 
 # Tasks whose tokens are text and images to be understood.
 UNDERSTANDING_TASKS = ("lm", "mmu")
+# Where a config says what each split reads.
+TABLES = {"train": "[[data.sources]]", "validation": "[[validation.sources]]"}
 
 
 @dataclass(frozen=True)
@@ -146,18 +148,18 @@ def understanding_data(config: JobConfig, split: str) -> Data:
         row if row.task in UNDERSTANDING_TASKS else replace(row, weight=0.0) for row in data.sources
     ]
     if not any(row.weight > 0 for row in sources):
-        table = "validation" if split == "validation" else "data"
         raise ValueError(
-            f"[[{table}.sources]]: none has the task {' or '.join(UNDERSTANDING_TASKS)}, which is what is read here; "
+            f"{TABLES[split]}: none has the task {' or '.join(UNDERSTANDING_TASKS)}, which is what is read here; "
             "add one, or choose another --split"
         )
     return replace(data, sources=sources, max_vae_tokens=1)
 
 
 def packed_batches(
-    config: JobConfig, data: Data, num_batches: int, ranks: DataRanks
+    config: JobConfig, data: Data, num_batches: int, ranks: DataRanks, split: str = "train"
 ) -> Iterator[PackedBatch]:
-    """``num_batches`` batches of ``training.local_batch_size`` rows of ``data`` for this process, the same at every call."""
+    """``num_batches`` batches of ``training.local_batch_size`` rows of ``data`` for this process, the same at every call. ``split``:
+    that of its sources, for messages."""
     config = copy.deepcopy(config)
     config.data = data
     loader = build_dataloader(
@@ -165,6 +167,7 @@ def packed_batches(
         dp_rank=ranks.rank,
         tokenizer=build_tokenizer(config),
         job_config=config,
+        table=TABLES[split],
     )
     for batch in islice(loader, num_batches):
         yield batch.to(ranks.device)

@@ -206,7 +206,8 @@ def step_zero_report(
     columns: dict[str, dict[str, float]] = {}
 
     def losses_of(model: LoadedModel) -> dict[str, float]:
-        return text_losses(model, config, packed_batches(config, data, num_batches, ranks), ranks)
+        batches = packed_batches(config, data, num_batches, ranks, split)
+        return text_losses(model, config, batches, ranks)
 
     plan = plan_of_checkpoint(checkpoint)
     inside = InsideShares(plan, ranks.device) if plan and original else None

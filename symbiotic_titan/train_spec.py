@@ -33,9 +33,14 @@ def _share_over_ranks(part: dict[int, Any]) -> list[dict[int, Any]]:
 
 
 def build_dataloader(
-    *, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+    *,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    job_config: JobConfig,
+    table: str = "[[data.sources]]",
 ) -> PackedLoader:
-    """Packed rows of the configured mixture, with the geometry of the configured flavor."""
+    """Packed rows of the configured mixture, with the geometry of the configured flavor. ``table``: where the user wrote it."""
     workers = job_config.training.dataloader
     return build_loader(
         job_config.data,
@@ -43,6 +48,7 @@ def build_dataloader(
         num_workers=workers.num_workers,
         pin_memory=workers.pin_memory,
         prefetch_factor=workers.prefetch_factor,
+        table=table,
     )
 
 

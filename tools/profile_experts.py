@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
     ranks = join_ranks(config)
     data = understanding_data(config, options.split)
     loaded = LoadedModel(config, options.checkpoint, ranks)
-    batches = packed_batches(config, data, options.batches, ranks)
+    batches = packed_batches(config, data, options.batches, ranks, options.split)
     rows = options.batches * config.training.local_batch_size * ranks.size
     profile = profile_model(
         loaded,

@@ -192,6 +192,15 @@ def test_profiling_without_text_sources_is_a_mistake(study, tmp_path, capsys):
     assert "--batches: must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_a_missing_held_out_file_is_told_with_its_table(study, tmp_path, capsys):
+    config = tmp_path / "moved.toml"
+    before, table, after = (study / "split.toml").read_text().partition("[[validation.sources]]")
+    config.write_text(before + table + after.replace("heldout", "moved", 1))
+    arguments = ["--config", str(config), "--checkpoint", str(study / "vlm"), "--out", "x.json"]
+    assert profile_experts.main([*arguments, "--split", "validation"]) == 2
+    assert "[[validation.sources]] #1 (lm): no file matches" in capsys.readouterr().err
+
+
 def test_the_config_of_the_split_model_profiles_the_unsplit_one_on_held_out_rows(study, profile):
     config, vlm, out = study / "split.toml", study / "vlm", study / "heldout.json"
     run(
