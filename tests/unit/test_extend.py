@@ -17,6 +17,7 @@ from symbiotic_titan.config.experts import Shielding
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import check_table, load_job_config
 from symbiotic_titan.config.optimizer import Optimizer
+from symbiotic_titan.evaluation.suite import SUITES
 from symbiotic_titan.extend import (
     import_extension,
     register_optimizer_builder,
@@ -36,7 +37,7 @@ from tools import show_parallel
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
-REGISTRIES = (PARTITION_RULES, SHIELD_SCHEDULES, ROUTER_SCORES, OPTIMIZER_BUILDERS)
+REGISTRIES = (PARTITION_RULES, SHIELD_SCHEDULES, ROUTER_SCORES, OPTIMIZER_BUILDERS, SUITES)
 
 
 @pytest.fixture(autouse=True)

@@ -278,6 +278,18 @@ def test_the_configs_that_the_runs_kept_need_no_naming(run_folder, tmp_path, run
     assert len({r["scores"]["bright"]["score"] for r in results}) == 2
 
 
+def test_a_suite_of_the_users_own_module_is_run(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(SUITES, "_parts", dict(SUITES._parts))
+    monkeypatch.chdir(Path(CONFIG).parents[1])
+    own = ["--experimental.custom_import", "docs.examples.lengths_suite", "--out", tmp_path]
+    assert run(run_folder, "--suite", "lengths", "--lengths.answers", 0, *own) == 2
+    assert "--lengths.answers: must be at least 1, got 0" in capsys.readouterr().err
+    assert run(run_folder, "--suite", "lengths", "--lengths.answers", 3, *own) == 0
+    [result] = tmp_path.glob("*/lengths.json")
+    score = json.loads(result.read_text())["scores"]["lengths/characters"]
+    assert score["number"] == 3 and score["score"] >= 0
+
+
 def test_a_run_that_is_stopped_says_that_it_can_go_on(run_folder, tmp_path, monkeypatch, capsys):
     def stopped(*arguments):
         raise KeyboardInterrupt
