@@ -71,7 +71,7 @@ def test_every_batch_holds_every_task_within_bounds_where_images_dominate(batche
     for shares in limited:
         for task, weight in WEIGHTS.items():
             assert weight / 10 / 3 < shares[task] <= BUDGETS[task]
-    assert min(shares["lm"] for shares in free) < 0.02
+    assert min(shares["lm"] for shares in free) < WEIGHTS["lm"] / 10 / 3
     assert max(shares["t2i"] for shares in free) > 0.6
     for runs in (limited, free):
         assert sum(shares["t2i"] for shares in runs) / len(runs) == pytest.approx(0.5, abs=0.02)
@@ -144,7 +144,7 @@ def test_parts_that_cannot_work_are_refused(settings, message):
 
 def test_parts_that_sum_to_one_but_for_rounding_are_fine():
     shares = {"lm": 0.7, "mmu": 0.1, "t2i": 0.1, "t2i_long": 0.1}
-    assert sum(shares.values()) < 1.0
+    assert 0.7 + 0.1 + 0.1 + 0.1 < 1.0
     assert Data(sources=ROWS, max_row_share=shares).max_row_share == shares
 
 
