@@ -171,6 +171,9 @@ def vit_picture(row: PackedBatch, span: int, geometry: ImageGeometry) -> tuple[I
         torch.tensor(v)[:, None, None] for v in (geometry.vit_mean, geometry.vit_std)
     )
     picture = to_picture(normalised_CHW * std_C11 + mean_C11)
+    if geometry.vit_queries:
+        num_tokens = int((row.span[0] == span).sum())
+        return picture, f"pixels, {columns} x {rows} patches, read by {num_tokens} queries"
     return (
         picture,
         f"pixels, {columns // merge} x {rows // merge} tokens of {merge} x {merge} patches",

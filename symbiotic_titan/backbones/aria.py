@@ -1,31 +1,37 @@
-"""Aria, its text decoder: 1-D rotary, a softmax over the chosen logits, shared experts as wide as two.
+"""Aria (arXiv 2410.05993): 1-D rotary, a softmax over the chosen logits, shared experts as wide as two; a SigLIP image encoder with a
+table of positions and without rotary, whose patches a fixed number of learned queries read.
 
-Its image encoder is not expressed: a projector turns every image into 128 or 256 learned queries, while here a token is a square
-of an image, with a place. Its tensors stay behind, and ``vit`` is the flavor's, new, with initial values: what Aria
-has learned about images is lost. All tokens of an image share one position.
+Its decoder is causal over the tokens of an image as well. The released files hold a last norm of the image encoder that the model
+does not compute with: it stays behind.
+
+Letters: W width of the encoder.
 """
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any
 
 from symbiotic_titan.backbones.arrangements import (
     LATENTS,
     attention,
+    chain,
     check_known,
     check_settings,
+    check_types,
     decoder,
-    join_halves,
+    join,
+    patch_embedding,
     rotary_settings,
     same,
     settings,
-    split_halves,
+    split,
     swiglu,
     transpose,
+    with_biases,
     with_experts,
 )
 from symbiotic_titan.backbones.backbone import Backbone, Config, Link, Shape
-from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.args import ModelArgs, VitArgs
 
 DEFAULTS = {
     "vocab_size": 32000,
@@ -41,18 +47,81 @@ DEFAULTS = {
     "moe_topk": 2,
     "moe_num_shared_experts": 2,
 }
+VISION_DEFAULTS = {
+    "hidden_size": 1152,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "layer_norm_eps": 1e-6,
+}
+# Patches of the square that an image is laid in -> queries that read it.
+QUERIES = {"1225": 128, "4900": 256}
 _EXPRESSED = {"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False}
 _READ_ELSEWHERE = {
     *("num_key_value_heads", "head_dim", "rope_theta", "rope_parameters", "rope_scaling"),
     *("moe_intermediate_size", "num_experts_per_tok"),
     *("moe_z_loss_coeff", "moe_aux_loss_coeff", "pretraining_tp"),
 }
-# Beside the decoder: the image encoder, which is not expressed.
+# Beside the decoder; the image encoder's are read by ``vit_args``.
 _BESIDE = {
     *("text_config", "vision_config", "vision_feature_layer", "projector_patch_to_query_dict"),
     *("max_value_projector_patch_to_query_dict", "image_token_index", "tie_word_embeddings"),
     "ignore_index",
 }
+
+
+def queries(config: Config) -> dict[int, int]:
+    """Patches along a side of the square that an image is laid in -> queries that read it, rising.
+
+    Raises:
+        ValueError: a number of patches is no square.
+    """
+    stated = config.get("projector_patch_to_query_dict") or QUERIES
+    by_patches = {int(patches): int(number) for patches, number in stated.items()}
+    for patches in by_patches:
+        if isqrt(patches) ** 2 != patches:
+            raise ValueError(
+                f"config.json: projector_patch_to_query_dict has queries for {patches} patches, which is no square; images are laid in "
+                "squares"
+            )
+    most = {"max_value_projector_patch_to_query_dict": max(by_patches.values())}
+    check_settings(config, "", most)
+    return {isqrt(patches): by_patches[patches] for patches in sorted(by_patches)}
+
+
+def vit_args(config: Config) -> VitArgs:
+    """The image encoder of ``vision_config`` and its projector."""
+    values = settings(config, "vision_config", VISION_DEFAULTS)
+    check_types(values, "vision_config", VISION_DEFAULTS)
+    # The released file states the heads under a name that transformers does not read.
+    expressed = {
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_dropout": 0.0,
+        "attention_heads": values["num_attention_heads"],
+    }
+    check_settings(values, "vision_config", expressed)
+    check_known(values, "vision_config", {*VISION_DEFAULTS, *expressed})
+    check_settings(config, "", {"vision_feature_layer": -1})
+    by_side = queries(config)
+    return VitArgs(
+        dim=values["hidden_size"],
+        num_layers=values["num_hidden_layers"],
+        num_heads=values["num_attention_heads"],
+        hidden_dim=values["intermediate_size"],
+        patch=values["patch_size"],
+        merge=1,
+        queries=tuple(by_side.values()),
+        query_sides=tuple(by_side),
+        channels=values["num_channels"],
+        norm_eps=values["layer_norm_eps"],
+        rope_theta=0.0,
+        position_grid=values["image_size"] // values["patch_size"],
+        position_reading="floor",
+        image_resize="aria",
+    )
 
 
 def model_args(config: Config) -> ModelArgs:
@@ -83,12 +152,13 @@ def model_args(config: Config) -> ModelArgs:
         o_bias=values["attention_bias"],
         qk_norm="none",
         norm_eps=values["rms_norm_eps"],
+        vit_attention="causal",
         rope_theta=float(rotary["rope_theta"]),
-        rotary_layout="shared",
+        rotary_layout="sequence",
         mrope="none",
         mrope_sections=(),
         tie_embeddings=bool(values["tie_word_embeddings"] or config.get("tie_word_embeddings")),
-        vit=FLAVORS["Aria"].vit,
+        vit=vit_args(config),
         **LATENTS,
     )
 
@@ -97,22 +167,85 @@ def _experts(theirs: str, ours: str, shapes: Mapping[str, Shape]) -> list[Link]:
     """(E, D, 2F) and (E, F, D): transposed, in files and in transformers' memory."""
     fused = f"{theirs}.gate_up_proj" in shapes
     gate_up, down = (".gate_up_proj", ".down_proj") if fused else (".fc1.weight", ".fc2.weight")
-    halve, join = split_halves(1), join_halves(1)
     return [
         Link(
             (theirs + gate_up,),
             (f"{ours}.w1", f"{ours}.w3"),
-            load=lambda tensors: halve(transpose(tensors)),
-            save=lambda tensors: transpose(join(tensors)),
+            load=chain(transpose, split(1)),
+            save=chain(join(1), transpose),
         ),
         Link((theirs + down,), (f"{ours}.w2",), transpose, transpose),
     ]
+
+
+def _joined(theirs: str, ours: str, *names: str) -> list[Link]:
+    """Three linear layers side by side as one."""
+    return [
+        Link(
+            tuple(f"{theirs}{name}.{kind}" for name in names),
+            (f"{ours}.{kind}",),
+            join(0),
+            split(0, 3),
+        )
+        for kind in ("weight", "bias")
+    ]
+
+
+def _vision(theirs: str, vit: VitArgs) -> list[Link]:
+    ours = "vit."
+    out = patch_embedding(
+        f"{theirs}embeddings.patch_embedding", f"{ours}patch_embedding", vit, frames=False
+    )
+    table = "position_embedding.weight"
+    out += same(theirs, ours, (f"embeddings.{table}", table))
+    for layer in range(vit.num_layers):
+        block, our_block = f"{theirs}encoder.layers.{layer}.", f"{ours}layers.{layer}."
+        out += _joined(f"{block}self_attn.", f"{our_block}wqkv", "q_proj", "k_proj", "v_proj")
+        out += with_biases(
+            block,
+            our_block,
+            ("self_attn.out_proj", "wo"),
+            ("layer_norm1", "attention_norm"),
+            ("layer_norm2", "ffn_norm"),
+            ("mlp.fc1", "w1"),
+            ("mlp.fc2", "w2"),
+        )
+    return out
+
+
+def _projector(theirs: str) -> list[Link]:
+    """Its queries, keys and values are projected twice, the second time by the three parts of one tensor."""
+    ours, inner = "vit.merger.", "cross_attn.multihead_attn."
+    out = same(
+        theirs,
+        ours,
+        ("query", "queries.weight"),
+        ("cross_attn.q_proj.weight", "wq.0.weight"),
+        ("cross_attn.k_proj.weight", "wk.0.weight"),
+        ("cross_attn.v_proj.weight", "wv.0.weight"),
+        ("feed_forward.linear_in.weight", "w1.weight"),
+        ("feed_forward.linear_out.weight", "w2.weight"),
+    )
+    out += with_biases(
+        theirs,
+        ours,
+        ("cross_attn.layer_norm", "query_norm"),
+        ("cross_attn.layer_norm_kv", "patch_norm"),
+        (f"{inner}out_proj", "wo.0"),
+        ("cross_attn.linear", "wo.1"),
+        ("layer_norm", "last_norm"),
+    )
+    for kind in ("weight", "bias"):
+        parts = tuple(f"{ours}{part}.1.{kind}" for part in ("wq", "wk", "wv"))
+        out.append(Link((f"{theirs}{inner}in_proj_{kind}",), parts, split(0, 3), join(0)))
+    return out
 
 
 def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
     """See ``Backbone``. Files name the decoder ``language_model.model``, transformers 5 in memory ``model.language_model``."""
     in_memory = "model.language_model.norm.weight" in shapes
     prefix = "model.language_model." if in_memory else "language_model.model."
+    encoder = "model." if in_memory else ""
     output = "lm_head.weight" if in_memory else "language_model.lm_head.weight"
 
     def layer(number: int, theirs: str, ours: str) -> list[Link]:
@@ -128,7 +261,9 @@ def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
         out += swiglu(f"{theirs}mlp.shared_experts", f"{ours}moe.shared_experts")
         return out
 
-    return decoder(prefix, args, layer, output)
+    out = decoder(prefix, args, layer, output)
+    out += _vision(f"{encoder}vision_tower.", args.vit)
+    return out + _projector(f"{encoder}multi_modal_projector.")
 
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
@@ -141,5 +276,5 @@ ARIA = Backbone(
     model_args,
     links,
     config_of,
-    unused=(r"(model\.)?vision_tower\.", r"(model\.)?multi_modal_projector\."),
+    unused=(r"(model\.)?vision_tower\.post_layernorm\.",),
 )

@@ -148,13 +148,24 @@ def unstack(tensors: list[Tensor]) -> list[Tensor]:
     return list(tensors[0].unbind())
 
 
-def split_halves(dim: int) -> Arrange:
-    """Gate and up from one tensor that holds both."""
-    return lambda tensors: list(tensors[0].chunk(2, dim))
+def split(dim: int, parts: int = 2) -> Arrange:
+    """``parts`` tensors from one that holds them, e.g. gate and up."""
+    return lambda tensors: list(tensors[0].chunk(parts, dim))
 
 
-def join_halves(dim: int) -> Arrange:
+def join(dim: int) -> Arrange:
     return lambda tensors: [torch.cat(tensors, dim)]
+
+
+def chain(*steps: Arrange) -> Arrange:
+    """One step behind the other."""
+
+    def arrange(tensors: list[Tensor]) -> list[Tensor]:
+        for step in steps:
+            tensors = step(tensors)
+        return tensors
+
+    return arrange
 
 
 def transpose(tensors: list[Tensor]) -> list[Tensor]:
@@ -165,6 +176,12 @@ def transpose(tensors: list[Tensor]) -> list[Tensor]:
 def same(theirs: str, ours: str, *names: tuple[str, str]) -> list[Link]:
     """Tensors that are alike: (their name, our name) behind the two prefixes."""
     return [Link((theirs + their,), (ours + our,)) for their, our in names]
+
+
+def with_biases(theirs: str, ours: str, *names: tuple[str, str]) -> list[Link]:
+    """Linear layers and norms that are alike: weight and bias of each."""
+    both = [(t + kind, o + kind) for t, o in names for kind in (".weight", ".bias")]
+    return same(theirs, ours, *both)
 
 
 def swiglu(theirs: str, ours: str) -> list[Link]:
@@ -195,8 +212,8 @@ def experts(theirs: str, ours: str, num_experts: int, shapes: Mapping[str, Shape
         gate_up = Link(
             (f"{theirs}.gate_up_proj",),
             (f"{ours}.w1", f"{ours}.w3"),
-            split_halves(1),
-            join_halves(1),
+            split(1),
+            join(1),
         )
         return [gate_up, *same(theirs, ours, (".down_proj", ".w2"))]
     return [
@@ -210,13 +227,13 @@ def experts(theirs: str, ours: str, num_experts: int, shapes: Mapping[str, Shape
     ]
 
 
-def patch_embedding(theirs: str, ours: str, vit: VitArgs) -> list[Link]:
-    """A convolution over whole patches as the linear layer that it is."""
-    kernel = (vit.channels, vit.temporal_patch, vit.patch, vit.patch)
+def patch_embedding(theirs: str, ours: str, vit: VitArgs, *, frames: bool) -> list[Link]:
+    """A convolution over whole patches, with ``frames`` over those of a patch too, as the linear layer that it is."""
+    kernel = (vit.channels, *([vit.temporal_patch] if frames else []), vit.patch, vit.patch)
     weight = Link(
         (f"{theirs}.weight",),
         (f"{ours}.weight",),
-        load=lambda tensors: [tensors[0].flatten(1)],  # (W, C, T, P, P)
+        load=lambda tensors: [tensors[0].flatten(1)],  # (W, C, T, P, P) or (W, C, P, P)
         save=lambda tensors: [tensors[0].unflatten(1, kernel)],
     )
     return [weight, *same(theirs, ours, (".bias", ".bias"))]

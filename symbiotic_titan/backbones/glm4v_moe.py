@@ -171,7 +171,7 @@ def _vision(vit: VitArgs) -> list[Link]:
         squares = tensors[0].unflatten(1, (vit.merge, vit.merge, vit.dim))
         return [squares.permute(0, 3, 1, 2).contiguous()]
 
-    out = patch_embedding(f"{theirs}patch_embed.proj", f"{ours}patch_embedding", vit)
+    out = patch_embedding(f"{theirs}patch_embed.proj", f"{ours}patch_embedding", vit, frames=True)
     out.append(
         Link((f"{theirs}downsample.weight",), (f"{ours}merger.join.weight",), joined, convolved)
     )

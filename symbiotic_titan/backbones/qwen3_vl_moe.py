@@ -13,18 +13,20 @@ from typing import Any, Literal
 from symbiotic_titan.backbones.arrangements import (
     LATENTS,
     attention,
+    chain,
     check_known,
     check_settings,
     check_types,
     decoder,
-    join_halves,
+    join,
     patch_embedding,
     rotary_settings,
     same,
     settings,
-    split_halves,
+    split,
     swiglu,
     transpose,
+    with_biases,
     with_experts,
 )
 from symbiotic_titan.backbones.backbone import Backbone, Config, Link, Shape
@@ -195,13 +197,12 @@ def _experts(theirs: str, ours: str, args: ModelArgs, shapes: Mapping[str, Shape
         for name, shape in zip((gate_up, down), released, strict=True)
     )
     if found == released:
-        halve, join = split_halves(1), join_halves(1)
         return [
             Link(
                 (gate_up,),
                 (f"{ours}.w1", f"{ours}.w3"),
-                load=lambda tensors: halve(transpose(tensors)),
-                save=lambda tensors: transpose(join(tensors)),
+                load=chain(transpose, split(1)),
+                save=chain(join(1), transpose),
             ),
             Link((down,), (f"{ours}.w2",), transpose, transpose),
         ]
@@ -211,22 +212,17 @@ def _experts(theirs: str, ours: str, args: ModelArgs, shapes: Mapping[str, Shape
             f"{released[1]}, or both transposed"
         )
     return [
-        Link((gate_up,), (f"{ours}.w1", f"{ours}.w3"), split_halves(1), join_halves(1)),
+        Link((gate_up,), (f"{ours}.w1", f"{ours}.w3"), split(1), join(1)),
         Link((down,), (f"{ours}.w2",)),
     ]
 
 
-def _with_biases(theirs: str, ours: str, *names: tuple[str, str]) -> list[Link]:
-    both = [(t + kind, o + kind) for t, o in names for kind in (".weight", ".bias")]
-    return same(theirs, ours, *both)
-
-
 def _vision(vit: VitArgs) -> list[Link]:
     theirs, ours = "model.visual.", "vit."
-    out = patch_embedding(f"{theirs}patch_embed.proj", f"{ours}patch_embedding", vit)
+    out = patch_embedding(f"{theirs}patch_embed.proj", f"{ours}patch_embedding", vit, frames=True)
     out += same(theirs, ours, ("pos_embed.weight", "position_embedding.weight"))
     for layer in range(vit.num_layers):
-        out += _with_biases(
+        out += with_biases(
             f"{theirs}blocks.{layer}.",
             f"{ours}layers.{layer}.",
             ("norm1", "attention_norm"),
@@ -241,7 +237,7 @@ def _vision(vit: VitArgs) -> list[Link]:
         mergers[f"deepstack_merger_list.{i}."] = f"deepstack_mergers.{layer}."
     names = (("norm", "norm"), ("linear_fc1", "w1"), ("linear_fc2", "w2"))
     for their, our in mergers.items():
-        out += _with_biases(theirs + their, ours + our, *names)
+        out += with_biases(theirs + their, ours + our, *names)
     return out
 
 

@@ -1,9 +1,12 @@
 """Images in: decode, fit to a pixel budget, cut into the patches of the ViT. Images to be generated: see ``latents``.
 
-An image to be understood gets its size by one of three rules (``ImageGeometry.vit_resize``). ``fit`` is ours. ``qwen`` and ``glm``
-give the sizes that Qwen2-VL to Qwen3-VL and GLM-4V were trained with, as the image processors of transformers do with their
-``size`` = {shortest_edge: data.vit_min_pixels, longest_edge: data.vit_pixels}; GLM-4V's count an image as two frames, so its
-numbers are halved here.
+An image to be understood gets its size by one of four rules (``ImageGeometry.vit_resize``). ``fit`` is ours. The others give the
+sizes that a released family was trained with, as the image processors of transformers do:
+
+    qwen, glm  with their ``size`` = {shortest_edge: data.vit_min_pixels, longest_edge: data.vit_pixels}; GLM-4V's count an image as
+               two frames, so its numbers are halved here.
+    aria       with ``max_image_size`` squared = data.vit_pixels and ``min_image_size`` squared = data.vit_min_pixels: the longer side
+               gets the first, whatever it was, and the shorter one at least the second; what then lacks to whole patches is black.
 
 Letters: C channels, H and W pixels, P patches, Q numbers in one ViT patch.
 """
@@ -12,7 +15,8 @@ import io
 import struct
 import warnings
 import zlib
-from math import ceil, floor, log, sqrt
+from dataclasses import dataclass
+from math import ceil, floor, isqrt, log, sqrt
 
 import numpy as np
 import torch
@@ -155,32 +159,62 @@ def backbone_size(
     return max(1, rows) * step, max(1, columns) * step
 
 
+def longest_side_size(height: int, width: int, longest: int, shortest: int) -> tuple[int, int]:
+    """(height, width) of which one is ``longest`` pixels and the other at least ``shortest``, at the price of the shape."""
+    scale = longest / max(height, width)
+    if width >= height:
+        return max(int(height * scale), shortest, 1), longest
+    return longest, max(int(width * scale), shortest, 1)
+
+
 def vit_size(
     height: int, width: int, max_pixels: int, geometry: ImageGeometry, min_pixels: int
 ) -> tuple[int, int]:
     """(height, width) to which an image to be understood is resized, by the rule of ``geometry``."""
     step = geometry.vit_token_pixels
+    if geometry.vit_resize == "aria":
+        longest = geometry.vit_side(max_pixels) * geometry.vit_patch
+        return longest_side_size(height, width, longest, isqrt(min_pixels))
     if geometry.vit_resize == "fit":
         return fit_size(height, width, max_pixels, step, min_pixels)
     widen = geometry.vit_resize == "glm"
     return backbone_size(height, width, max_pixels, step, min_pixels, widen=widen)
 
 
+@dataclass(frozen=True)
+class VitSegment:
+    """An image to be understood.
+
+    patches: (P, Q) float32, normalised by the geometry's mean and standard deviation, in merge-window order: the patches of one
+             token are adjacent; tokens, and patches within a token, are in row-major order.
+    rows, columns: of tokens.
+    grid:    rows and columns of patches.
+    """
+
+    patches: torch.Tensor
+    rows: int
+    columns: int
+    grid: tuple[int, int]
+
+
 def vit_patches(
     image: Image.Image, max_pixels: int, geometry: ImageGeometry, min_pixels: int = 0
-) -> tuple[torch.Tensor, int, int]:
-    """((P, Q) float32 patches, image height and width in ViT *tokens*).
-
-    Values are normalised by the geometry's mean and standard deviation. Patches come in merge-window order: the patches of one
-    token are adjacent; tokens, and patches within a token, are in row-major order.
+) -> VitSegment:
+    """``image`` resized by the rule of ``geometry`` and cut up.
 
     Raises:
         ImageSizeError: the backbone does not take such a shape.
+        ValueError: no image has such a budget, see ``ImageGeometry.vit_side``.
     """
     height, width = vit_size(image.height, image.width, max_pixels, geometry, min_pixels)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     channels, patch, merge = geometry.vit_channels, geometry.vit_patch, geometry.vit_merge
-    rows, columns = height // geometry.vit_token_pixels, width // geometry.vit_token_pixels
+    step = geometry.vit_token_pixels
+    rows, columns = ceil(height / step), ceil(width / step)
+    if (height, width) != (rows * step, columns * step):
+        whole = Image.new("RGB", (columns * step, rows * step))
+        whole.paste(resized)
+        resized = whole
     windows = np.asarray(resized).reshape(rows, merge, patch, columns, merge, patch, channels)
     # row, window row, y, column, window column, x, C -> row, column, window row, window column, C, y, x; as bytes: a quarter to move
     bytes_PCQ = windows.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, patch**2)
@@ -188,13 +222,15 @@ def vit_patches(
     values_PCQ /= 255.0
     values_PCQ -= np.array(geometry.vit_mean, dtype=np.float32)[:, None]
     values_PCQ /= np.array(geometry.vit_std, dtype=np.float32)[:, None]
-    return torch.from_numpy(values_PCQ.reshape(-1, geometry.vit_patch_values)), rows, columns
+    values_PQ = torch.from_numpy(values_PCQ.reshape(-1, geometry.vit_patch_values))
+    grid = rows * merge, columns * merge
+    return VitSegment(values_PQ, *geometry.vit_grid(*grid), grid)
 
 
 def vit_patch_coords(rows: int, columns: int, merge: int) -> torch.Tensor:
-    """(P, 2) int64: (row, column) in the patch grid, in the order of ``vit_patches``."""
-    grid = torch.cartesian_prod(torch.arange(rows * merge), torch.arange(columns * merge))
-    windows = grid.reshape(rows, merge, columns, merge, 2)
+    """(P, 2) int64: (row, column) in a grid of ``rows`` x ``columns`` patches, in the order of ``vit_patches``."""
+    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    windows = grid.reshape(rows // merge, merge, columns // merge, merge, 2)
     return windows.permute(0, 2, 1, 3, 4).reshape(-1, 2)
 
 

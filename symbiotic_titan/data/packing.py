@@ -10,9 +10,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from symbiotic_titan.data.images import vit_patch_coords
+from symbiotic_titan.data.images import VitSegment, vit_patch_coords
 from symbiotic_titan.data.latents import TokenForm
-from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment, VitSegment
+from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, PADDING, TEXT, VAE, VIT
@@ -24,12 +24,13 @@ from symbiotic_titan.sequence.vocabulary import SpecialTokens
 @dataclass(frozen=True)
 class RowSize:
     """What a row holds: T positions, among them at most so many tokens of each kind of image, and of a task that
-    ``task_tokens`` names."""
+    ``task_tokens`` names. ``num_vit_patches``: what so many ViT tokens may stand for; None where each is a square of patches."""
 
     num_tokens: int
     num_vit_tokens: int
     num_vae_tokens: int
     task_tokens: dict[int, int] = field(default_factory=dict)
+    num_vit_patches: int | None = None
 
     def of_task(self, task: int) -> int:
         """Tokens of ``task`` that the row holds."""
@@ -193,7 +194,7 @@ class _Row:
         self._num_spans += 1
         if isinstance(segment, VitSegment):
             self._append([self._special.vit] * count, False, VIT, span)
-            at = _vit_coords(segment.rows, segment.columns, self._geometry.vit_merge)
+            at = _vit_coords(*segment.grid, self._geometry.vit_merge)
             self._vit.add(segment.patches, at, span, range(start, start + count))
         else:
             self._append([self._special.vae] * count, False, VAE, span)
@@ -202,8 +203,9 @@ class _Row:
 
     def padded(self, size: RowSize) -> PackedBatch:
         """The row as a batch of one; every list is filled up to its static size."""
-        num_tokens, geometry = size.num_tokens, self._geometry
-        num_patches = size.num_vit_tokens * geometry.vit_patches_per_token
+        num_tokens, num_patches = size.num_tokens, size.num_vit_patches
+        if num_patches is None:
+            num_patches = size.num_vit_tokens * self._geometry.vit_merge**2
         vit_values, vit_coords, vit_image = self._vit.padded(num_patches)
         latents, vae_coords, vae_image = self._vae.padded(size.num_vae_tokens)
         return PackedBatch(

@@ -43,7 +43,7 @@ def build_recipe(
                 f"data.{key}: {getattr(config, key)} is more than a row holds, training.seq_len = "
                 f"{seq_len}; lower it, or set 0 for as many as fit"
             )
-    size = row_size(config, seq_len)
+    size = row_size(config, seq_len, geometry)
     overhead = image_document_overhead(tokenizer)
     _check_images_fit(config, sources, geometry, size, overhead)
     _check_texts_fit(sources, size, len(tokenizer.opening))
@@ -74,16 +74,18 @@ def indexed(config: Data, source: DataSource, where: str) -> list[Shard]:
     return shards
 
 
-def row_size(config: Data, seq_len: int) -> RowSize:
+def row_size(config: Data, seq_len: int, geometry: ImageGeometry) -> RowSize:
     """What a row of ``seq_len`` positions holds."""
+    num_vit_tokens = config.max_vit_tokens or seq_len
     return RowSize(
         seq_len,
-        config.max_vit_tokens or seq_len,
+        num_vit_tokens,
         config.max_vae_tokens or seq_len,
         {
             TASK_NAMES.index(task): config.row_tokens_of(task, seq_len)
             for task in config.max_row_share
         },
+        geometry.vit_patches_of(num_vit_tokens, config.vit_pixels),
     )
 
 
@@ -92,7 +94,7 @@ def _check_images_fit(
 ) -> None:
     tasks = {source.task for source in sources}
     for task in sorted(tasks & {"mmu", "interleaved"}):
-        num_tokens = config.vit_pixels // geometry.vit_token_pixels**2
+        num_tokens, _ = geometry.vit_budget(config.vit_pixels)
         num_text = overhead + 2  # a question and an answer of one token each
         _check_image(
             "vit", config.vit_pixels, geometry.vit_token_pixels, num_tokens, num_text, size, task

@@ -22,7 +22,13 @@ from PIL import Image
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data.conversations import Picture, Piece, Speech, segments_of, speeches_of
 from symbiotic_titan.data.fields import BadSample, Fields, Sample, way_of
-from symbiotic_titan.data.images import DECODE_ERRORS, ImageSizeError, decode_image, vit_patches
+from symbiotic_titan.data.images import (
+    DECODE_ERRORS,
+    ImageSizeError,
+    VitSegment,
+    decode_image,
+    vit_patches,
+)
 from symbiotic_titan.data.latents import CACHED_EXTENSION, GeneratedImages
 from symbiotic_titan.data.order import hash_fraction
 from symbiotic_titan.data.tokenizer import Tokenizer
@@ -51,15 +57,6 @@ class TextSegment:
 
 
 @dataclass(frozen=True)
-class VitSegment:
-    """An image to be understood: (P, Q) patches covering ``rows`` x ``columns`` tokens."""
-
-    patches: torch.Tensor
-    rows: int
-    columns: int
-
-
-@dataclass(frozen=True)
 class VaeSegment:
     """An image to be generated: (L, Z) clean latents, or pixels that become latents, of ``rows`` x ``columns`` tokens."""
 
@@ -82,6 +79,10 @@ class Document:
     @cached_property
     def num_vit_tokens(self) -> int:
         return sum(s.rows * s.columns for s in self.segments if isinstance(s, VitSegment))
+
+    @cached_property
+    def num_vit_patches(self) -> int:
+        return sum(len(s.patches) for s in self.segments if isinstance(s, VitSegment))
 
     @cached_property
     def num_vae_tokens(self) -> int:
@@ -221,10 +222,9 @@ class DocumentMaker:
         config = self._config
         image = _decoded(data, config.max_image_pixels)
         try:
-            patches = vit_patches(image, config.vit_pixels, self._geometry, config.vit_min_pixels)
+            return vit_patches(image, config.vit_pixels, self._geometry, config.vit_min_pixels)
         except ImageSizeError as error:
             raise BadSample("image_size", f"its image has the wrong size ({error})") from error
-        return VitSegment(*patches)
 
     def _generated(self, data: bytes) -> VaeSegment:
         tokens = self._images.from_image(_decoded(data, self._config.max_image_pixels))

@@ -14,7 +14,7 @@ import torch
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.conversations import Picture, segments_of, speeches_of
 from symbiotic_titan.data.fields import BadSample, Fields, way_of
-from symbiotic_titan.data.images import decode_image
+from symbiotic_titan.data.images import VitSegment, decode_image
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.readers import Reader
@@ -144,13 +144,21 @@ def _uses_of(
     segments = [s for d in documents for s in d.segments if not isinstance(s, TextSegment)]
     for segment, picture in zip_longest(segments, pictures[: len(segments)]):
         generated = isinstance(segment, VaeSegment)
-        step = geometry.vae_token_pixels if generated else geometry.vit_token_pixels
-        fitted = (segment.rows * step, segment.columns * step)
+        fitted = _pixels_of(segment, geometry)
         original = None
         if picture is not None:
             width, height = decode_image(picture.data).size
             original = (height, width)
         yield ImageUse(generated, original, fitted)
+
+
+def _pixels_of(segment: VitSegment | VaeSegment, geometry: ImageGeometry) -> tuple[int, int]:
+    """(height, width) of the image as it was cut up."""
+    if isinstance(segment, VaeSegment):
+        grid, step = (segment.rows, segment.columns), geometry.vae_token_pixels
+    else:
+        grid, step = segment.grid, geometry.vit_patch
+    return grid[0] * step, grid[1] * step
 
 
 def size_table(title: str, uses: list[ImageUse]) -> Table:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.data.images import ImageSizeError, vit_patches
-from symbiotic_titan.data.samples import Document, Segment, TextSegment, VitSegment, ids_behind
+from symbiotic_titan.data.images import ImageSizeError, VitSegment, vit_patches
+from symbiotic_titan.data.samples import Document, Segment, TextSegment, ids_behind
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import NO_TASK
@@ -81,9 +81,8 @@ class PromptMaker:
 
     def _seen(self, image: Image.Image) -> VitSegment:
         try:
-            patches = vit_patches(
+            return vit_patches(
                 image.convert("RGB"), self.data.vit_pixels, self.geometry, self.data.vit_min_pixels
             )
         except ImageSizeError as error:
             raise ValueError(f"an image of a prompt has the wrong size ({error})") from error
-        return VitSegment(*patches)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from symbiotic_titan.data.images import VitSegment
 from symbiotic_titan.data.packing import RowBuilder, RowSize
-from symbiotic_titan.data.samples import Document, VitSegment
+from symbiotic_titan.data.samples import Document
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, PADDING, TEXT, VAE
@@ -63,6 +64,7 @@ class ChunkMaker:
             max(document.num_tokens for document in documents),
             max(document.num_vit_tokens for document in documents),
             0,
+            num_vit_patches=max(document.num_vit_patches for document in documents),
         )
         builder = RowBuilder(size, self._geometry, self._layout, self._special)
         batch = stack_rows([builder.build([document]) for document in documents])

@@ -18,7 +18,7 @@ from symbiotic_titan.sequence.geometry import ImageGeometry, ResizeRule
 from symbiotic_titan.sequence.modality import NUM_MODALITIES, modality_ids
 from symbiotic_titan.sequence.positions import RotaryLayout
 
-PositionReading = Literal["bilinear", "bicubic"]
+PositionReading = Literal["bilinear", "bicubic", "floor"]
 
 
 class PartitionRow(Protocol):
@@ -81,7 +81,8 @@ def _check_fields(args: object, where: str, *, may_be_zero: tuple[str, ...] = ()
 
 @dataclass(frozen=True, kw_only=True)
 class VitArgs:
-    """The image encoder: pre-norm blocks, two-dimensional rotary. Fields with a default are switches, at their usual setting."""
+    """The image encoder: pre-norm blocks, and a projector to the decoder's width. Fields with a default are switches, at their usual
+    setting."""
 
     dim: int
     num_layers: int
@@ -91,9 +92,15 @@ class VitArgs:
     """Pixels along one side of a patch."""
     merge: int
     """Patches along one side of one sequence token."""
+    queries: tuple[int, ...] = ()
+    """Learned queries that read an image and become its tokens, one number for each of ``query_sides``, rising; empty: a token is a
+    square of merge x merge patches."""
+    query_sides: tuple[int, ...] = ()
+    """Patches along the longer side of the images that so many queries read, rising."""
     channels: int = 3
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    """Of the two-dimensional rotary; 0: none."""
     norm: Literal["layer", "rms"] = "layer"
     """Of the blocks."""
     outer_norms: bool = False
@@ -120,7 +127,9 @@ class VitArgs:
     """How an image gets a size in whole tokens, see ``data.images``."""
 
     def __post_init__(self) -> None:
-        _check_fields(self, "vit", may_be_zero=("position_grid", "projector_hidden_dim"))
+        _check_fields(
+            self, "vit", may_be_zero=("position_grid", "projector_hidden_dim", "rope_theta")
+        )
         _require(self.channels == 3, f"vit.channels: images are read as RGB, got {self.channels}")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
@@ -129,7 +138,11 @@ class VitArgs:
                 f"vit.{name}: must be {self.channels} positive numbers, got {values}",
             )
         _require(
-            self.dim % (4 * self.num_heads) == 0,
+            self.dim % self.num_heads == 0,
+            f"vit.dim: must be a multiple of vit.num_heads = {self.num_heads}, got {self.dim}",
+        )
+        _require(
+            not self.rope_theta or self.dim % (4 * self.num_heads) == 0,
             f"vit.dim: must be a multiple of 4 * vit.num_heads = {4 * self.num_heads} "
             f"(rotary turns pairs of channels by row and by column), got {self.dim}",
         )
@@ -137,6 +150,32 @@ class VitArgs:
             list(self.deepstack) == sorted({i for i in self.deepstack if 0 <= i < self.num_layers}),
             f"vit.deepstack: must be rising numbers of the {self.num_layers} layers, from 0, got {self.deepstack}",
         )
+        self._validate_queries()
+
+    def _validate_queries(self) -> None:
+        _require(
+            (self.image_resize == "aria") == bool(self.queries),
+            f"vit.image_resize: 'aria' gives images the sizes that queries read, and nothing else does; got {self.image_resize!r} "
+            f"with vit.queries = {self.queries}",
+        )
+        _require(
+            len(self.queries) == len(self.query_sides),
+            f"vit.query_sides: must be one for each of vit.queries = {self.queries}, got {self.query_sides}",
+        )
+        for name in ("queries", "query_sides"):
+            values = getattr(self, name)
+            _require(
+                list(values) == sorted({value for value in values if value > 0}),
+                f"vit.{name}: must be positive and rising, got {values}",
+            )
+        if self.queries:
+            plain = {"merge": 1, "projector_hidden_dim": 0, "deepstack": ()}
+            for name, expected in plain.items():
+                value = getattr(self, name)
+                _require(
+                    value == expected,
+                    f"vit.{name}: must be {expected} where queries read the image (vit.queries), got {value}",
+                )
 
     @property
     def head_dim(self) -> int:
@@ -246,6 +285,11 @@ class ModelArgs(BaseModelArgs):
             held == self.num_experts,
             f"model.groups: hold {held} experts, but num_experts is {self.num_experts}",
         )
+        _require(
+            not self.vit.queries or self.rotary_layout != "grid",
+            "model.rotary_layout: 'grid' gives image tokens rows and columns, which queries (vit.queries) have not; use 'sequence' or "
+            "'shared'",
+        )
         self._validate_rotary()
         _ = self.moe_args  # the MoE's own rules
 
@@ -265,9 +309,9 @@ class ModelArgs(BaseModelArgs):
                 f"model.mrope_sections: has no effect with mrope 'none'; must be empty, got {self.mrope_sections}",
             )
             _require(
-                self.rotary_layout == "shared",
+                self.rotary_layout != "grid",
                 "model.rotary_layout: 'grid' gives image tokens rows and columns that mrope 'none' does not read; "
-                "use 'shared', or another mrope",
+                "use 'sequence' or 'shared', or another mrope",
             )
             return
         _require(
@@ -305,6 +349,8 @@ class ModelArgs(BaseModelArgs):
             vit_mean=self.vit.image_mean,
             vit_std=self.vit.image_std,
             vit_resize=self.vit.image_resize,
+            vit_queries=self.vit.queries,
+            vit_query_sides=self.vit.query_sides,
         )
 
     @property

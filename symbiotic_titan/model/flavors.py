@@ -222,7 +222,7 @@ def hunyuan_a13b() -> ModelArgs:
 
 
 def aria() -> ModelArgs:
-    """The decoder of the released Aria (Apache-2.0), with a new image encoder and latent parts as above."""
+    """The released Aria (Apache-2.0), with latent parts as above."""
     return ModelArgs(
         vocab_size=100352,
         dim=2560,
@@ -237,11 +237,25 @@ def aria() -> ModelArgs:
         expert_hidden_dim=1664,
         shared_hidden_dim=2 * 1664,
         qk_norm="none",
+        vit_attention="causal",
         rope_theta=5_000_000.0,
-        rotary_layout="shared",
+        rotary_layout="sequence",
         mrope="none",
         mrope_sections=(),
-        vit=VitArgs(dim=1152, num_layers=27, num_heads=16, hidden_dim=4304, patch=16, merge=2),
+        vit=VitArgs(
+            dim=1152,
+            num_layers=27,
+            num_heads=16,
+            hidden_dim=4304,
+            patch=14,
+            merge=1,
+            queries=(128, 256),
+            query_sides=(35, 70),
+            rope_theta=0.0,
+            position_grid=70,
+            position_reading="floor",
+            image_resize="aria",
+        ),
         latent_channels=16,
         latent_stride=8,
         latent_patch=2,

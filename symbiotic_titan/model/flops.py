@@ -25,7 +25,12 @@ _ENDS = {
     "flow_head": VAE,
 }
 
-_TABLES = ("tok_embeddings.weight", "vit.position_embedding.weight")
+_TABLES = ("tok_embeddings.weight", "vit.position_embedding.weight", "vit.merger.queries.weight")
+
+# What of the image encoder runs once per patch; the rest of it runs once per token.
+_PER_PATCH = re.compile(
+    r"vit\.(?!merger\.|deepstack_mergers\.)|vit\.merger\.(norm|patch_norm|wk|wv)\."
+)
 
 
 @dataclass(frozen=True)
@@ -52,24 +57,30 @@ class ModelCost:
 def model_cost(
     model: nn.Module, args: "ModelArgs", seq_len: int, image_patches: int = 256
 ) -> ModelCost:
-    """Cost of an unsharded ``model`` on rows of ``seq_len`` tokens, whose ViT images have ``image_patches`` patches."""
+    """Cost of an unsharded ``model`` on rows of ``seq_len`` tokens, whose ViT images have ``image_patches`` patches; where queries
+    read the images, as many as the largest has."""
+    vit = args.vit
+    patches_per_token: float = vit.merge**2
+    if vit.queries:
+        image_patches = vit.query_sides[-1] ** 2
+        patches_per_token = image_patches / vit.queries[-1]
     active = [0.0] * NUM_MODALITIES
     matmul = [0.0] * NUM_MODALITIES
-    patches_per_token = args.geometry.vit_patches_per_token
     for name, parameter in model.named_parameters():
         for modality, share in enumerate(_shares(name, args)):
             active[modality] += share * parameter.numel()
             if name in _TABLES:
                 continue  # a look-up, no product
-            per_patch = re.match(r"vit\.(?!merger\.(?!norm)|deepstack_mergers\.)", name) is not None
-            repeats = patches_per_token if per_patch else 1
+            repeats = patches_per_token if _PER_PATCH.match(name) else 1
             matmul[modality] += share * parameter.numel() * repeats
     if args.tie_embeddings:
         matmul[TEXT] += args.vocab_size * args.dim
 
     attention = 4 * args.num_layers * args.num_heads * args.head_dim * seq_len
     forward = [2 * m + attention for m in matmul]
-    forward[VIT] += 4 * args.vit.num_layers * args.vit.dim * image_patches * patches_per_token
+    forward[VIT] += 4 * vit.num_layers * vit.dim * image_patches * patches_per_token
+    if vit.queries:
+        forward[VIT] += 4 * vit.dim * image_patches
     return ModelCost(
         parameters=sum(p.numel() for p in model.parameters()),
         active=tuple(round(a) for a in active),

@@ -17,7 +17,7 @@ A packed row, documents 0 and 1, ``v`` a ViT image, ``g`` a generated (VAE) imag
         1 e                x     x x
         . .                          x     padding sees itself, so that no row of the softmax is empty
 
-Letters: B rows, T tokens, P ViT patches of a row.
+Letters: B rows, T tokens, P ViT patches of a row, V ViT tokens of a row, Q queries, K keys.
 """
 
 from collections.abc import Callable
@@ -73,17 +73,32 @@ def patch_rule(image_BP: torch.Tensor) -> MaskRule:
     return sees
 
 
+def query_rule(token_image_BV: torch.Tensor, patch_image_BP: torch.Tensor) -> MaskRule:
+    """A ViT token sees the patches of its image; an unused one (image -1) the first patch of the row, so that no row of the softmax
+    is empty."""
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        used = token_image_BV[b, q] >= 0
+        return torch.where(used, token_image_BV[b, q] == patch_image_BP[b, k], k == 0)
+
+    return sees
+
+
 def dense_mask(
-    rule: MaskRule, shape: torch.Size, device: torch.device, first_query: int = 0
+    rule: MaskRule,
+    shape: tuple[int, ...],
+    device: torch.device,
+    first_query: int = 0,
+    num_keys: int | None = None,
 ) -> torch.Tensor:
-    """(B, 1, T, T) bool for ``F.scaled_dot_product_attention``; True where the query sees the key; shape (B, T). Without the
-    queries before ``first_query``."""
+    """(B, 1, Q, K) bool for ``F.scaled_dot_product_attention``; True where the query sees the key; shape (B, Q). As many keys as
+    queries where nothing else is said. Without the queries before ``first_query``."""
     rows, length = shape
-    index_T = torch.arange(length, device=device)
+    query_Q = torch.arange(first_query, length, device=device)
+    key_K = torch.arange(length if num_keys is None else num_keys, device=device)
     index_B = torch.arange(rows, device=device)
     head = torch.zeros((), dtype=torch.long, device=device)
-    query_Q1 = index_T[first_query:, None]
-    return rule(index_B[:, None, None], head, query_Q1, index_T[None, :]).unsqueeze(1)
+    return rule(index_B[:, None, None], head, query_Q[:, None], key_K[None, :]).unsqueeze(1)
 
 
 @cache
@@ -92,11 +107,14 @@ def _compiled_create_block_mask() -> Callable[..., BlockMask]:
     return torch.compile(create_block_mask)
 
 
-def block_mask(rule: MaskRule, shape: torch.Size, device: torch.device) -> BlockMask:
+def block_mask(
+    rule: MaskRule, shape: tuple[int, ...], device: torch.device, num_keys: int | None = None
+) -> BlockMask:
     """The same mask for FlexAttention, the same for all heads."""
     rows, length = shape
+    num_keys = length if num_keys is None else num_keys
     create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
-    return create(rule, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=device)
+    return create(rule, B=rows, H=None, Q_LEN=length, KV_LEN=num_keys, device=device)
 
 
 def build_dense_mask(

@@ -24,9 +24,11 @@ from symbiotic_titan.model.masks import (
     block_mask,
     dense_mask,
     patch_rule,
+    query_rule,
     sequence_rule,
 )
 from symbiotic_titan.model.norm import RMSNorm
+from symbiotic_titan.model.projectors import QueryPlaces
 from symbiotic_titan.model.rope import RotaryTables, frequencies, frequency_axes, rotary_tables
 from symbiotic_titan.model.vit import VisionTransformer, VitOutput, grid_sizes
 from symbiotic_titan.moe.record import RoutingRecord
@@ -76,6 +78,13 @@ def read_tokens(h_BTD: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
     """(B, N, D): row ``index[b, n]`` of each b; zeros where the index is T."""
     index_BND = index_BN.unsqueeze(-1).expand(-1, -1, h_BTD.shape[-1])
     return F.pad(h_BTD, (0, 0, 0, 1)).gather(1, index_BND)
+
+
+def places_within(image_BV: torch.Tensor) -> torch.Tensor:
+    """(B, V): how many tokens of its image are before each token. The tokens of an image lie together, those of another follow."""
+    index_BV = torch.arange(image_BV.shape[1], device=image_BV.device).expand_as(image_BV)
+    starts_BV = image_BV != image_BV.roll(1, dims=1)
+    return index_BV - index_BV.where(starts_BV, 0).cummax(1).values
 
 
 class SymbioticModel(ModelProtocol):
@@ -147,7 +156,15 @@ class SymbioticModel(ModelProtocol):
         """The images to be understood, as the decoder takes them in."""
         sizes_BPA = grid_sizes(batch.vit_coords, batch.vit_image)
         mask = self._mask(patch_rule(batch.vit_image), batch.vit_image)
-        return self.vit(batch.vit_patches, batch.vit_coords, sizes_BPA, mask)
+        places = self._query_places(batch) if self.args.vit.queries else None
+        return self.vit(batch.vit_patches, batch.vit_coords, sizes_BPA, mask, places)
+
+    def _query_places(self, batch: PackedBatch) -> QueryPlaces:
+        """What each ViT token reads, where queries read the images."""
+        image_BV = F.pad(batch.span, (0, 1), value=-1).gather(1, batch.vit_index)
+        number_BV = places_within(image_BV).clamp(max=self.args.vit.queries[-1] - 1)
+        rule = query_rule(image_BV, batch.vit_image)
+        return QueryPlaces(number_BV, self._mask(rule, image_BV, batch.vit_image.shape[1]))
 
     def _embed(
         self,
@@ -174,10 +191,14 @@ class SymbioticModel(ModelProtocol):
         rule = sequence_rule(columns, self.args.vit_attention)
         return dense_mask(rule, columns.document.shape, columns.document.device, cache.length)
 
-    def _mask(self, rule: MaskRule, like: torch.Tensor) -> AttentionMask:
-        """The mask of ``rule`` over the rows and columns of ``like``, in the form that the backend takes."""
+    def _mask(
+        self, rule: MaskRule, like: torch.Tensor, num_keys: int | None = None
+    ) -> AttentionMask:
+        """The mask of ``rule`` over the rows and columns of ``like``, in the form that the backend takes; with as many keys as
+        columns where nothing else is said."""
         blocks = self.args.attention_backend == "flex" and like.shape[1] > 0
-        return (block_mask if blocks else dense_mask)(rule, like.shape, like.device)
+        make = block_mask if blocks else dense_mask
+        return make(rule, like.shape, like.device, num_keys=num_keys)
 
     def _rotary(self, positions_BTA: torch.Tensor) -> RotaryTables:
         args, device = self.args, positions_BTA.device

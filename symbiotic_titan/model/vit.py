@@ -1,11 +1,11 @@
 """The image encoder: patches of images to be understood -> tokens of the decoder.
 
 Numbered steps with their shapes: (1) patches (B, P, Q) -> (B, P, W), plus a learned position where there is a table of them;
-(2) pre-norm blocks, full attention inside each image, two-dimensional rotary; (3) the M adjacent patches of a token are joined
-and projected, (B, V, D), and so is what some of the blocks put out (``deepstack``).
+(2) pre-norm blocks, full attention inside each image, two-dimensional rotary or none; (3) a projector makes tokens of it, (B, V, D),
+and of what some of the blocks put out (``deepstack``), see ``model.projectors``.
 
 Letters: B rows, P patches of a row, Q numbers in a patch, W width of the encoder, H heads, C head width, R frequencies,
-M patches of one token, V tokens of a row, D width of the decoder, A axes (row, column), X cells of a table.
+V tokens of a row, D width of the decoder, A axes (row, column), X cells of a table.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ from torch import nn
 
 from symbiotic_titan.model.args import ModelArgs, PositionReading, VitArgs
 from symbiotic_titan.model.attention import attend
-from symbiotic_titan.model.feed_forward import FeedForward
 from symbiotic_titan.model.masks import AttentionMask
 from symbiotic_titan.model.norm import RMSNorm
+from symbiotic_titan.model.projectors import PatchMerger, QueryPlaces, projector
 from symbiotic_titan.model.rope import RotaryTables, frequencies, rotary_tables, rotate
 
 
@@ -55,9 +55,16 @@ def table_cells(
     reading: PositionReading = "bilinear",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """((B, P, X) int64 cells of a ``side`` x ``side`` table, row-major, their float32 weights): the table laid over each image's
-    grid, corner on corner, and read bilinearly; or edge on edge, and read bicubically, its border repeated outside. A weight of 0
-    may stand beside any cell of the table."""
+    grid, corner on corner, and read bilinearly; or edge on edge, and read bicubically, its border repeated outside, or ``floor``: the
+    one cell in which a patch begins. A weight of 0 may stand beside any cell of the table."""
     coords_BPA = coords_BPA.float()
+    if reading == "floor":
+        # In float32, step by step as the released models were trained: where a patch begins on the edge of a cell, rounding decides.
+        edges = torch.arange(1 / side, 1.0, 1 / side, device=coords_BPA.device)
+        starts_BPA = (coords_BPA * (1.0 / sizes_BPA)).clamp(max=1.0 - 1e-6)
+        row_BP, column_BP = torch.bucketize(starts_BPA, edges, right=True).unbind(-1)
+        cells_BPX = (row_BP * side + column_BP).unsqueeze(-1)
+        return cells_BPX, torch.ones_like(cells_BPX, dtype=torch.float32)
     if reading == "bilinear":
         at_BPA = coords_BPA * (side - 1) / (sizes_BPA - 1).clamp(min=1)
         near_BPAX = torch.stack([at_BPA.floor() + i for i in (0, 1)], dim=-1)
@@ -88,11 +95,12 @@ class VitBlock(nn.Module):
             self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=args.bias)
 
     def forward(
-        self, x_BPW: torch.Tensor, rotary: RotaryTables, mask: AttentionMask
+        self, x_BPW: torch.Tensor, rotary: RotaryTables | None, mask: AttentionMask
     ) -> torch.Tensor:
         qkv_BPHC = self.wqkv(self.attention_norm(x_BPW)).unflatten(-1, (-1, self.head_dim))
         q_BHPC, k_BHPC, v_BHPC = qkv_BPHC.transpose(1, 2).chunk(3, dim=1)
-        q_BHPC, k_BHPC = rotate(q_BHPC, rotary, False), rotate(k_BHPC, rotary, False)
+        if rotary is not None:
+            q_BHPC, k_BHPC = rotate(q_BHPC, rotary, False), rotate(k_BHPC, rotary, False)
         x_BPW = x_BPW + self.wo(attend(q_BHPC, k_BHPC, v_BHPC, mask))
         return x_BPW + self.w2(self._hidden(self.ffn_norm(x_BPW)))
 
@@ -101,45 +109,6 @@ class VitBlock(nn.Module):
             return F.silu(self.w1(x_BPW)) * self.w3(x_BPW)
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
         return F.gelu(self.w1(x_BPW), approximate=approximate)
-
-
-class PatchMerger(nn.Module):
-    """The projector: M adjacent patches -> one vector of the decoder's width. The norm is of each patch or, with
-    ``norm_joined``, of all M as one vector."""
-
-    def __init__(self, vit: VitArgs, dim: int, *, norm_joined: bool = False) -> None:
-        super().__init__()
-        self.num_patches = vit.merge**2
-        self.norm_joined = norm_joined
-        joined = vit.dim * self.num_patches
-        self.norm = nn.LayerNorm(joined if norm_joined else vit.dim, eps=vit.norm_eps)
-        self.w1 = nn.Linear(joined, joined)
-        self.w2 = nn.Linear(joined, dim)
-
-    def forward(self, x_BPW: torch.Tensor) -> torch.Tensor:
-        if not self.norm_joined:
-            x_BPW = self.norm(x_BPW)
-        joined_BVJ = x_BPW.unflatten(1, (-1, self.num_patches)).flatten(2)
-        if self.norm_joined:
-            joined_BVJ = self.norm(joined_BVJ)
-        return self.w2(F.gelu(self.w1(joined_BVJ)))
-
-
-class GatedMerger(nn.Module):
-    """Another projector: M adjacent patches -> one vector of the decoder's width, then a layer with norm and GELU, then a
-    gated feed-forward of width ``projector_hidden_dim``."""
-
-    def __init__(self, vit: VitArgs, dim: int) -> None:
-        super().__init__()
-        self.num_patches = vit.merge**2
-        self.join = nn.Linear(vit.dim * self.num_patches, dim)
-        self.project = nn.Linear(dim, dim, bias=False)
-        self.norm = nn.LayerNorm(dim, eps=vit.norm_eps)
-        self.feed_forward = FeedForward(dim, vit.projector_hidden_dim)
-
-    def forward(self, x_BPW: torch.Tensor) -> torch.Tensor:
-        x_BVD = self.join(x_BPW.unflatten(1, (-1, self.num_patches)).flatten(2))
-        return self.feed_forward(F.gelu(self.norm(self.project(x_BVD))))
 
 
 class VitOutput(NamedTuple):
@@ -166,8 +135,7 @@ class VisionTransformer(nn.Module):
         if vit.outer_norms:
             self.patch_norm = RMSNorm(vit.dim, eps=vit.norm_eps)
             self.last_norm = RMSNorm(vit.dim, eps=vit.norm_eps)
-        merger = GatedMerger if vit.projector_hidden_dim else PatchMerger
-        self.merger = merger(vit, args.dim)
+        self.merger = projector(vit, args.dim)
         self.deepstack_mergers = nn.ModuleDict(
             {str(i): PatchMerger(vit, args.dim, norm_joined=True) for i in vit.deepstack}
         )
@@ -178,10 +146,13 @@ class VisionTransformer(nn.Module):
         coords_BPA: torch.Tensor,
         sizes_BPA: torch.Tensor,
         mask: AttentionMask,
+        places: QueryPlaces | None = None,
     ) -> VitOutput:
-        """``sizes``: rows and columns of the image that each patch is of."""
+        """``sizes``: rows and columns of the image that each patch is of. ``places``: where queries read it."""
         x_BPW = self._embed(patches_BPQ, coords_BPA, sizes_BPA)
-        rotary = patch_rotary(coords_BPA, self.args.head_dim, self.args.rope_theta)
+        rotary = None
+        if self.args.rope_theta:
+            rotary = patch_rotary(coords_BPA, self.args.head_dim, self.args.rope_theta)
         deepstack = []
         for name, block in self.layers.items():
             x_BPW = block(x_BPW, rotary, mask)
@@ -189,7 +160,8 @@ class VisionTransformer(nn.Module):
                 deepstack.append(self.deepstack_mergers[name](x_BPW))
         if self.args.outer_norms:
             x_BPW = self.last_norm(x_BPW)
-        return VitOutput(self.merger(x_BPW), tuple(deepstack))
+        tokens_BVD = self.merger(x_BPW) if places is None else self.merger(x_BPW, places)
+        return VitOutput(tokens_BVD, tuple(deepstack))
 
     def _embed(
         self, patches_BPQ: torch.Tensor, coords_BPA: torch.Tensor, sizes_BPA: torch.Tensor

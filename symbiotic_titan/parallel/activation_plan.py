@@ -116,7 +116,8 @@ def activation_memory(
         decoder += kept
         if is_recomputed or per_op:
             recomputed = max(recomputed, everything)
-    patches = (config.data.max_vit_tokens or length) * args.geometry.vit_patches_per_token
+    vit_tokens = config.data.max_vit_tokens or length
+    patches = args.geometry.vit_patches_of(vit_tokens, config.data.vit_pixels)
     hidden = 4 if args.vit.activation == "swiglu" else 2
     vit_numbers, masks = 11 * args.vit.dim + hidden * args.vit.hidden_dim, 0
     if args.attention_backend == "sdpa":

@@ -1,6 +1,6 @@
 """PackedBatch: every tensor that the model receives.
 
-Letters: B rows, T positions of a row, V ViT tokens a row may hold, M ViT patches per ViT token, L latent tokens a row may
+Letters: B rows, T positions of a row, V ViT tokens a row may hold, P ViT patches that they may stand for, L latent tokens a row may
 hold, Z numbers in one latent patch, Q numbers in one ViT patch. All sizes are static for a config: what a row does not
 use is padding, so compiled code and block masks are never rebuilt, and a row without any image has the same shapes.
 """
@@ -27,11 +27,12 @@ class PackedBatch:
     labels     (B, T) int64     id of the next token where it is trained on, else IGNORE_INDEX. Already shifted.
     task       (B, T) int64     index into TASK_NAMES; NO_TASK on padding.
 
-    vit_patches (B, V*M, Q) float32  flattened patches (channel, row, column), normalised as the ViT expects; the M
-                                     patches of one token are adjacent (merge-window order), and so are an image's tokens.
-    vit_coords  (B, V*M, 2) int64    (row, column) of each patch in its image's patch grid.
-    vit_image   (B, V*M) int64       span number of each patch's image; -1 where unused.
-    vit_index   (B, V) int64         position in the row of each ViT token; T where unused.
+    vit_patches (B, P, Q) float32    flattened patches (channel, row, column), normalised as the ViT expects; those of an image lie
+                                     together. Where a token is a square of patches, P is V times as many, and the patches of one
+                                     token are adjacent (merge-window order).
+    vit_coords  (B, P, 2) int64      (row, column) of each patch in its image's patch grid.
+    vit_image   (B, P) int64         span number of each patch's image; -1 where unused.
+    vit_index   (B, V) int64         position in the row of each ViT token; T where unused. The tokens of an image lie together.
 
     latents     (B, L, Z) float32    clean latent patches x_0, flattened (channel, row, column). Between a loader and
                                      ``codecs.batch`` uint8 instead: the pixels that an autoencoder makes them of.

@@ -7,8 +7,8 @@ two cannot disagree.
 from dataclasses import dataclass
 from typing import Literal
 
-# How an image to be understood gets a size in whole tokens, see ``data.images``.
-ResizeRule = Literal["fit", "qwen", "glm"]
+# How an image to be understood gets its size, see ``data.images``.
+ResizeRule = Literal["fit", "qwen", "glm", "aria"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,9 @@ class ImageGeometry:
 
     vit_patch:       pixels along one side of a ViT patch.
     vit_merge:       ViT patches along one side of one sequence token (2: a token covers 2 x 2 patches).
+    vit_queries:     where the tokens of an image are not squares of it but learned queries that read it: how many, one number
+                     for each of ``vit_query_sides``; else empty.
+    vit_query_sides: ViT patches along the longer side of the images that so many queries read.
     vit_channels:    colour channels of an image to be understood.
     latent_channels: channels of the latents codec (3 for the ``pixel`` codec).
     latent_stride:   pixels along one side of one latent cell (1 for the ``pixel`` codec, 8 for a Flux autoencoder).
@@ -34,15 +37,49 @@ class ImageGeometry:
     vit_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     vit_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     vit_resize: ResizeRule = "fit"
+    vit_queries: tuple[int, ...] = ()
+    vit_query_sides: tuple[int, ...] = ()
 
     @property
     def vit_token_pixels(self) -> int:
-        """Pixels along one side of one ViT token."""
+        """Pixels along one side of the square that an image's size is counted in: of one ViT token or, with queries, one patch."""
         return self.vit_patch * self.vit_merge
 
-    @property
-    def vit_patches_per_token(self) -> int:
-        return self.vit_merge**2
+    def vit_side(self, pixels: int) -> int:
+        """With queries: patches along the longer side of an image within a budget of ``pixels``.
+
+        Raises:
+            ValueError: no number of queries is for such images.
+        """
+        budgets = {(side * self.vit_patch) ** 2: side for side in self.vit_query_sides}
+        if pixels not in budgets:
+            known = ", ".join(f"{side * self.vit_patch}**2 = {n}" for n, side in budgets.items())
+            raise ValueError(
+                f"data.vit_pixels: the image encoder has queries for squares of these pixels only: {known}; got {pixels}"
+            )
+        return budgets[pixels]
+
+    def vit_grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """(rows, columns) of the tokens of an image of ``rows`` x ``columns`` patches; queries lie in one row."""
+        if not self.vit_queries:
+            return rows // self.vit_merge, columns // self.vit_merge
+        return 1, self.vit_queries[self.vit_query_sides.index(max(rows, columns))]
+
+    def vit_budget(self, pixels: int) -> tuple[int, int]:
+        """(tokens, patches) that an image may have within a budget of ``pixels``."""
+        if not self.vit_queries:
+            tokens = pixels // self.vit_token_pixels**2
+            return tokens, tokens * self.vit_merge**2
+        side = self.vit_side(pixels)
+        _, queries = self.vit_grid(side, side)
+        return queries, side**2
+
+    def vit_patches_of(self, num_tokens: int, pixels: int) -> int:
+        """Patches that ``num_tokens`` ViT tokens may stand for, of images within a budget of ``pixels``."""
+        if not self.vit_queries:
+            return num_tokens * self.vit_merge**2
+        tokens, patches = self.vit_budget(pixels)
+        return num_tokens // tokens * patches
 
     @property
     def vit_patch_values(self) -> int:

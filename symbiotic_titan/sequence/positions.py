@@ -1,7 +1,9 @@
-"""Rotary positions of a document, in two conventions.
+"""Rotary positions of a document, in three conventions.
 
 ``shared``: 1-D. Text counts up by one; all tokens of one image share one position and the text behind it goes on at the
 next one (arXiv 2505.14683, section 3). All three axes carry the same number.
+
+``sequence``: 1-D. Every token counts up by one, those of an image too, in the order in which the decoder reads them.
 
 ``grid``: 3 axes (temporal, height, width), as multimodal rotary backbones expect (arXiv 2409.12191, section 2.1). Text has
 three equal values. A token of an image that starts at p has (p, p + row, p + column); text goes on behind the largest of
@@ -12,7 +14,7 @@ from typing import Literal
 
 import torch
 
-RotaryLayout = Literal["shared", "grid"]
+RotaryLayout = Literal["shared", "sequence", "grid"]
 
 
 def text_positions(start: int, length: int) -> tuple[torch.Tensor, int]:
@@ -30,6 +32,8 @@ def image_positions(
     """
     if layout == "shared":
         return torch.full((height * width, 3), start), start + 1
+    if layout == "sequence":
+        return text_positions(start, height * width)
     rows = torch.arange(height).repeat_interleave(width)
     columns = torch.arange(width).repeat(height)
     offsets = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)

@@ -14,7 +14,8 @@ from symbiotic_titan.sequence.modality import VIT
 from symbiotic_titan.sequence.positions import image_positions, text_positions
 from tests.unit.backbones.decoder_parity import text_row
 
-Segment = int | tuple[int, int]  # so many tokens of text, or (rows, columns) of an image in tokens
+# So many tokens of text, or (rows, columns) of an image in tokens; in patches where queries read it.
+Segment = int | tuple[int, int]
 
 
 def patch_places(rows: int, columns: int, merge: int) -> Tensor:
@@ -35,11 +36,12 @@ def image_row(
             tokens.append(torch.randint(args.vocab_size - 16, (size,), generator=generator))
             place, start = text_positions(start, size)
         else:
-            size, span = segment[0] * segment[1], number
+            tokens_of = args.geometry.vit_grid(*(args.vit.merge * n for n in segment))
+            size, span = tokens_of[0] * tokens_of[1], number
             tokens.append(torch.full((size,), placeholder))
             coords.append(patch_places(*segment, args.vit.merge))
             images.append(torch.full((len(coords[-1]),), number))
-            place, start = image_positions(start, *segment, args.rotary_layout)
+            place, start = image_positions(start, *tokens_of, args.rotary_layout)
         positions.append(place)
         spans.append(torch.full((size,), span))
     row = text_row(args, torch.cat(tokens).unsqueeze(0))

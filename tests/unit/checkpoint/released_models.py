@@ -90,6 +90,7 @@ ARIA: dict[str, Any] = {
     "model_type": "aria",
     "text_config": {
         "model_type": "aria_text",
+        "torch_dtype": "float32",
         "vocab_size": 96,
         "hidden_size": 32,
         "intermediate_size": 20,
@@ -100,6 +101,16 @@ ARIA: dict[str, Any] = {
         "moe_topk": 3,
         "moe_num_shared_experts": 2,
     },
+    "vision_config": {
+        "model_type": "idefics3_vision",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    },
+    "projector_patch_to_query_dict": {"4": 3, "16": 5},
 }
 
 # What transformers 5 saves; the released files have the last two dims the other way round.

@@ -87,8 +87,9 @@ def test_patches_are_those_of_the_backbones_image_processor(geometry):
     counts = theirs["image_grid_thw"].prod(-1).tolist()
     each = zip(images, theirs["image_grid_thw"], theirs["pixel_values"].split(counts), strict=True)
     for image, grid, values in each:
-        patches_PQ, rows, columns = vit_patches(image, HIGH, geometry, LOW)
-        assert grid.tolist() == [1, rows * merge, columns * merge], image.size
+        cut = vit_patches(image, HIGH, geometry, LOW)
+        patches_PQ = cut.patches
+        assert grid.tolist() == [1, *cut.grid] == [1, cut.rows * merge, cut.columns * merge]
         frames_PCTX = values.reshape(len(patches_PQ), 3, 2, -1)
         for frame in range(2):
             torch.testing.assert_close(

@@ -10,8 +10,9 @@ from PIL import Image
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.latents import Latents
 from symbiotic_titan.data.fields import BadSample, Sample
+from symbiotic_titan.data.images import VitSegment
 from symbiotic_titan.data.latents import GeneratedImages
-from symbiotic_titan.data.samples import DocumentMaker, TextSegment, VitSegment
+from symbiotic_titan.data.samples import DocumentMaker, TextSegment
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 

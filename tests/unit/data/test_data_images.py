@@ -66,8 +66,9 @@ def test_image_within_the_budget_keeps_its_size():
 
 def test_vit_patches_are_those_of_a_plain_loop():
     image = noise_image(12, 18)
-    patches, rows, columns = vit_patches(image, 10_000, GEOMETRY)
-    assert (rows, columns) == (2, 3)
+    cut = vit_patches(image, 10_000, GEOMETRY)
+    rows, columns = cut.rows, cut.columns
+    assert (rows, columns) == (2, 3) and cut.grid == (4, 6)
     pixels = np.asarray(image, dtype=np.float32) / 255.0 * 2.0 - 1.0
     expected, at = [], []
     for row in range(rows):
@@ -78,8 +79,8 @@ def test_vit_patches_are_those_of_a_plain_loop():
                     patch = pixels[r * 3 : r * 3 + 3, c * 3 : c * 3 + 3]
                     expected.append(patch.transpose(2, 0, 1).reshape(-1))
                     at.append((r, c))
-    torch.testing.assert_close(patches, torch.tensor(np.array(expected)))
-    assert [tuple(c) for c in vit_patch_coords(rows, columns, 2).tolist()] == at
+    torch.testing.assert_close(cut.patches, torch.tensor(np.array(expected)))
+    assert [tuple(c) for c in vit_patch_coords(*cut.grid, 2).tolist()] == at
 
 
 def test_buckets_are_all_maximal_sizes_within_budget_and_aspect():

@@ -4,8 +4,9 @@ from random import Random
 import pytest
 import torch
 
+from symbiotic_titan.data.images import VitSegment
 from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize, fullest, longest_first
-from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment, VitSegment
+from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, PADDING, TEXT, VAE, VIT
@@ -21,7 +22,8 @@ def text(length, trained=False):
 
 
 def vit(rows, columns):
-    return VitSegment(torch.randn(rows * columns * 4, 12), rows, columns)
+    patches = torch.randn(rows * columns * 4, 12)
+    return VitSegment(patches, rows, columns, (2 * rows, 2 * columns))
 
 
 def vae(rows, columns):

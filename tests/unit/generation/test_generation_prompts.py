@@ -3,7 +3,8 @@
 import pytest
 
 from symbiotic_titan.config.tokenizer import Tokenizer
-from symbiotic_titan.data.samples import TextSegment, VaeSegment, VitSegment
+from symbiotic_titan.data.images import VitSegment
+from symbiotic_titan.data.samples import TextSegment, VaeSegment
 from symbiotic_titan.data.tokenizer import ByteTokenizer, open_tokenizer
 from symbiotic_titan.generation.prompts import PromptMaker
 from tests.unit.data.tokenizer_files import QWEN_TOKENS, byte_level_bpe, write

@@ -18,7 +18,7 @@ from symbiotic_titan.sequence.positions import image_positions, text_positions  
 
 Segment = (
     tuple[str, int] | tuple[str, int, int]
-)  # ("text", length) or ("vit" | "vae", height, width) in tokens
+)  # ("text", length) or ("vit" | "vae", height, width) in tokens; a vit image in patches where queries read it
 Document = list[Segment]
 
 LENGTH, NUM_VIT, NUM_VAE = 48, 8, 12
@@ -45,15 +45,17 @@ class HandMadeRow:
                 tokens = torch.randint(256, (num_tokens,), generator=generator).tolist()
                 self.add_tokens(tokens, TEXT, number, -1, positions)
                 continue
-            positions, start = image_positions(start, *size, self.args.rotary_layout)
+            if kind == "vit":
+                tokens = self.args.geometry.vit_grid(*(n * self.args.vit.merge for n in size))
+            else:
+                tokens = tuple(size)
+            positions, start = image_positions(start, *tokens, self.args.rotary_layout)
             if kind == "vit":
                 self.add_vit_image(*size, generator)
             else:
                 self.add_vae_image(*size, generator)
             modality = {"vit": VIT, "vae": VAE}[kind]
-            self.add_tokens(
-                [256] * (size[0] * size[1]), modality, number, self.num_spans, positions
-            )
+            self.add_tokens([256] * len(positions), modality, number, self.num_spans, positions)
             self.num_spans += 1
 
     def add_tokens(
@@ -66,8 +68,8 @@ class HandMadeRow:
         self.row["positions"] += positions.tolist()
 
     def add_vit_image(self, height: int, width: int, generator: torch.Generator) -> None:
-        """Patches lie merge block by merge block: the patches of a token are neighbours."""
-        merge, at, num_tokens = self.args.vit.merge, len(self.row["tokens"]), height * width
+        """Of ``height`` x ``width`` blocks of patches, which lie block by block: the patches of a token are neighbours."""
+        merge, at = self.args.vit.merge, len(self.row["tokens"])
         self.vit["coords"] += [
             [row * merge + i, column * merge + j]
             for row in range(height)
@@ -75,10 +77,11 @@ class HandMadeRow:
             for i in range(merge)
             for j in range(merge)
         ]
-        num_values = self.args.geometry.vit_patch_values
-        self.vit["patches"] += torch.randn(num_tokens * merge**2, num_values, generator=generator)
-        self.vit["image"] += [self.num_spans] * (num_tokens * merge**2)
-        self.vit["index"] += range(at, at + num_tokens)
+        num_values, num_patches = self.args.geometry.vit_patch_values, height * width * merge**2
+        self.vit["patches"] += torch.randn(num_patches, num_values, generator=generator)
+        self.vit["image"] += [self.num_spans] * num_patches
+        rows, columns = self.args.geometry.vit_grid(height * merge, width * merge)
+        self.vit["index"] += range(at, at + rows * columns)
 
     def add_vae_image(self, height: int, width: int, generator: torch.Generator) -> None:
         at, num_tokens = len(self.row["tokens"]), height * width
@@ -91,7 +94,7 @@ class HandMadeRow:
     def batch(self, length: int) -> PackedBatch:
         row, vit, vae, geometry = self.row, self.vit, self.vae, self.args.geometry
         assert len(row["tokens"]) <= length
-        num_patches = NUM_VIT * self.args.vit.merge**2
+        num_patches = NUM_VIT * (4 if self.args.vit.queries else self.args.vit.merge**2)
         return PackedBatch(
             tokens=padded(row["tokens"], length, 0),
             modality=padded(row["modality"], length, PADDING),
@@ -164,6 +167,14 @@ def tiny_args(**changes: object) -> ModelArgs:
     return replace(args, **changes)
 
 
+def tiny_query_args() -> ModelArgs:
+    """With learned queries that read the images to be understood: 3 those of 2 patches a side, 5 those of 4."""
+    switches = {"merge": 1, "queries": (3, 5), "query_sides": (2, 4), "image_resize": "aria"}
+    places = {"rope_theta": 0.0, "position_grid": 4, "position_reading": "floor"}
+    layout = {"rotary_layout": "sequence", "mrope": "none", "mrope_sections": ()}
+    return tiny_args(vit=replace(tiny_args().vit, **switches, **places), **layout)
+
+
 def deep_args() -> ModelArgs:
     """With every switch of the image encoder on: a table of positions, two frames, features for both layers of the decoder."""
     switches = {"temporal_patch": 2, "position_grid": 5, "deepstack": (0, 1), "activation": "gelu"}
@@ -207,6 +218,11 @@ def args() -> ModelArgs:
 @pytest.fixture
 def deep() -> ModelArgs:
     return deep_args()
+
+
+@pytest.fixture
+def query_args() -> ModelArgs:
+    return tiny_query_args()
 
 
 @pytest.fixture

@@ -175,9 +175,36 @@ def test_every_deepstack_feature_needs_a_layer_of_the_decoder(deep):
 
 def test_vit_heads_must_hold_pairs_for_rows_and_columns(args):
     with pytest.raises(
-        ValueError, match=r"vit.dim: must be a multiple of 4 \* vit.num_heads = 12 .*, got 16"
+        ValueError, match=r"vit.dim: must be a multiple of 4 \* vit.num_heads = 32 .*, got 16"
     ):
-        replace(args.vit, num_heads=3)
+        replace(args.vit, num_heads=8)
+    assert replace(args.vit, num_heads=8, rope_theta=0.0).head_dim == 2
+    with pytest.raises(ValueError, match=r"vit.dim: must be a multiple of vit.num_heads = 3, got"):
+        replace(args.vit, num_heads=3, rope_theta=0.0)
     with pytest.raises(ValueError, match=r"vit.patch: must be positive, got 0"):
         replace(args.vit, patch=0)
     assert isinstance(args.vit, VitArgs) and args.vit.head_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_resize": "fit"}, r"vit.image_resize: 'aria' gives .* got 'fit' with vit.queries = \(3, 5\)"),
+        ({"queries": (), "query_sides": ()}, r"vit.image_resize: .* got 'aria' with vit.queries = \(\)"),
+        ({"query_sides": (4,)}, r"vit.query_sides: must be one for each of vit.queries = \(3, 5\), got \(4,\)"),
+        ({"queries": (5, 3)}, r"vit.queries: must be positive and rising, got \(5, 3\)"),
+        ({"queries": (0, 3)}, r"vit.queries: must be positive and rising, got \(0, 3\)"),
+        ({"query_sides": (4, 4)}, r"vit.query_sides: must be positive and rising, got \(4, 4\)"),
+        ({"merge": 2}, r"vit.merge: must be 1 where queries read the image"),
+        ({"projector_hidden_dim": 8}, r"vit.projector_hidden_dim: must be 0 where queries"),
+        ({"deepstack": (0,)}, r"vit.deepstack: must be \(\) where queries"),
+    ],
+)  # fmt: skip
+def test_queries_exclude_what_needs_a_token_per_square(query_args, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(query_args.vit, **changes)
+
+
+def test_tokens_that_are_queries_have_no_rows_and_columns(query_args):
+    with pytest.raises(ValueError, match="model.rotary_layout: 'grid' .* queries .* have not; use"):
+        replace(query_args, rotary_layout="grid")

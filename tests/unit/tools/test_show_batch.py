@@ -14,7 +14,7 @@ from PIL import Image
 
 from symbiotic_titan.data.images import vit_patches
 from symbiotic_titan.data.packing import RowBuilder, RowSize
-from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment, VitSegment
+from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.model.masks import build_dense_mask
 from symbiotic_titan.sequence.geometry import ImageGeometry
@@ -47,7 +47,7 @@ def make_row(layout="shared"):
         1,
         (
             TextSegment([special.bos, special.vit_start]),
-            VitSegment(*vit_patches(SEEN, 8 * 12, GEOMETRY)),
+            vit_patches(SEEN, 8 * 12, GEOMETRY),
             TextSegment([special.vit_end, *TOKENIZER.encode(HOSTILE)]),
             TextSegment([*TOKENIZER.encode("yes"), special.eos], trained=True),
         ),
