@@ -11,7 +11,7 @@ from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.inference import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from tests.integration.launch import ROOT
-from tests.unit.checkpoint.released_models import QWEN, write_release
+from tests.unit.checkpoint.released_models import ARIA, QWEN, write_release
 from tools import convert, profile_experts
 
 HELD_OUT = """
@@ -115,10 +115,26 @@ def release(study):
     return study / "release"
 
 
-def test_a_release_is_profiled_split_checked_and_given_back(study, release, capsys):
+@pytest.fixture(scope="module")
+def aria(study):
+    """Folder of a tiny Aria that fits the debug config: images of 8 patches a side, which six queries read."""
+    config = copy.deepcopy(ARIA)
+    config["text_config"] |= {"vocab_size": 320, "moe_num_experts": 16}
+    config["projector_patch_to_query_dict"] = {"64": 6}
+    write_release(study / "aria", config)
+    return study / "aria"
+
+
+@pytest.mark.parametrize(
+    ("family", "experts"), [("release", "num_experts"), ("aria", "moe_num_experts")]
+)
+def test_a_release_is_profiled_split_checked_and_given_back(
+    study, request, capsys, family, experts
+):
     """Its tensors are read where they are: no import in between."""
+    release = request.getfixturevalue(family)
     shape, profile, plan, split, half = (
-        study / f"release.{end}" for end in ("shape", "profile.json", "plan.json", "split", "half")
+        study / f"{family}.{end}" for end in ("shape", "profile.json", "plan.json", "split", "half")
     )
     run(convert.main, "from-hf", "--hf", release, "--out", shape, "--shape-only")
     flavor = ("--model.flavor", shape / "model.json", "--shielding.steps", 0)
@@ -135,7 +151,7 @@ def test_a_release_is_profiled_split_checked_and_given_back(study, release, caps
     run(convert.main, "to-hf", *groups, *out, "--shard-size", "20kB")
     assert "left out:" in capsys.readouterr().out
     config = json.loads((half / "config.json").read_text())
-    assert config["text_config"]["num_experts"] == 12
+    assert config["text_config"][experts] == 12
     assert len(list(half.glob("model-*.safetensors"))) > 1 and (half / "tokenizer.json").is_file()
 
 

@@ -5,12 +5,15 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 
 from symbiotic_titan.checkpoint.resume import newest_complete_step
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config
+from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.shape_file import write_shape
 from tests.integration.launch import (
     NUM_STEPS,
     ROOT,
@@ -111,6 +114,33 @@ def test_checkpoint_of_one_layout_resumes_on_another(
         shutil.rmtree(tmp_path / "checkpoint" / "step-12", ignore_errors=True)
     assert "Training starts at step 11" in run.text
     assert_same(run, reference, rtol=TOLERANCE)
+
+
+def test_a_model_whose_queries_read_the_images_trains_alike_on_one_process_and_on_two(
+    tmp_path, demo
+):
+    """Six queries an image instead of a token for each of its squares; the two are compiled and share the experts."""
+    args = FLAVORS["debug"]
+    switches = {"merge": 1, "queries": (6,), "query_sides": (8,), "image_resize": "aria"}
+    places = {"rope_theta": 0.0, "position_grid": 8, "position_reading": "floor"}
+    layout = {"rotary_layout": "sequence", "mrope": "none", "mrope_sections": ()}
+    vit = replace(args.vit, **switches, **places)
+    args = replace(args, vit=vit, vit_attention="causal", **layout)
+    write_shape(tmp_path / "model.json", args)
+    settings = {"training__steps": NUM_STEPS, "model__flavor": tmp_path / "model.json"}
+    one = launch(tmp_path / "one", demo, **settings)
+    two = launch(
+        tmp_path / "two",
+        demo,
+        world_size=2,
+        parallelism__expert_parallel_degree=2,
+        compile__enable=True,
+        compile__backend="aot_eager",
+        **settings,
+    )
+    assert_same(two, one, tags=(*LOSSES, "tokens/vit"), rtol=TOLERANCE)
+    answers = one.scalars("loss/by_task/mmu_text")
+    assert answers[NUM_STEPS] < 0.8 * answers[1]
 
 
 def test_full_activation_checkpointing_counts_records_once(tmp_path, demo, reference):

@@ -1,6 +1,6 @@
 """Documents with images to be understood, as our network and as models of transformers take them in.
 
-Letters: P patches, Q numbers in a patch, V tokens of images, A axes, T tokens, C colours, F frames.
+Letters: P patches, Q numbers in a patch, V tokens of images, A axes, T tokens, C colours, F frames, N images, S pixels along a side.
 """
 
 from dataclasses import replace
@@ -11,6 +11,7 @@ from torch import Tensor
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import VIT
+from symbiotic_titan.sequence.patches import unpatchify
 from symbiotic_titan.sequence.positions import image_positions, text_positions
 from tests.unit.backbones.decoder_parity import text_row
 
@@ -72,3 +73,20 @@ def released_inputs(
         "pixel_values": one_PCQ.expand(-1, -1, vit.temporal_patch, -1).flatten(1),
         "image_grid_thw": torch.tensor(grids),
     }
+
+
+def released_squares(
+    args: ModelArgs, document: list[Segment], row: PackedBatch
+) -> dict[str, Tensor]:
+    """What a model of transformers is called with that takes every image in the upper left of a square whose rest is masked."""
+    grids = [segment for segment in document if not isinstance(segment, int)]
+    patch, side = args.vit.patch, max(max(grid) for grid in grids)
+    length = side * patch
+    images_NCSS = torch.zeros(len(grids), args.vit.channels, length, length)
+    mask_NSS = torch.zeros(len(grids), length, length, dtype=torch.bool)
+    parts = row.vit_patches[0].split([rows * columns for rows, columns in grids])
+    for number, ((rows, columns), part_PQ) in enumerate(zip(grids, parts, strict=True)):
+        height, width = rows * patch, columns * patch
+        images_NCSS[number, :, :height, :width] = unpatchify(part_PQ, rows, columns, patch)
+        mask_NSS[number, :height, :width] = True
+    return {"input_ids": row.tokens, "pixel_values": images_NCSS, "pixel_mask": mask_NSS}

@@ -1,6 +1,6 @@
 """Our network against transformers' AriaForConditionalGeneration, tiny, random, in float32.
 
-Letters: N images, C colours, S pixels along a side of the square that an image is laid in, P patches, V tokens of images.
+Letters: P patches, A axes, X cells of a table, B rows, T tokens.
 """
 
 from dataclasses import replace
@@ -19,7 +19,6 @@ from symbiotic_titan.backbones.aria import ARIA
 from symbiotic_titan.checkpoint.hugging_face import HuggingFaceModel
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.vit import table_cells
-from symbiotic_titan.sequence.patches import unpatchify
 from tests.unit.backbones.decoder_parity import (
     assert_equal_tensors,
     loaded,
@@ -32,7 +31,7 @@ from tests.unit.backbones.decoder_parity import (
     stored,
     text_row,
 )
-from tests.unit.backbones.image_rows import image_row
+from tests.unit.backbones.image_rows import image_row, released_squares
 
 PLACEHOLDER = 9
 # Patches along a side of the square -> queries; and documents of images in either, with and without an edge of padding.
@@ -130,22 +129,6 @@ def image_document(args, side):
     return image_row(args, DOCUMENTS[side], PLACEHOLDER, generator)
 
 
-def released_inputs(args, side, row):
-    """Every image in the upper left of a square whose rest is masked."""
-    patch, length = args.vit.patch, side * args.vit.patch
-    grids = [segment for segment in DOCUMENTS[side] if not isinstance(segment, int)]
-    images_NCSS = torch.zeros(len(grids), 3, length, length)
-    mask_NSS = torch.zeros(len(grids), length, length, dtype=torch.bool)
-    patches_PQ = row.vit_patches[0].split([rows * columns for rows, columns in grids])
-    for image, mask, (rows, columns), part_PQ in zip(
-        images_NCSS, mask_NSS, grids, patches_PQ, strict=True
-    ):
-        height, width = rows * patch, columns * patch
-        image[:, :height, :width] = unpatchify(part_PQ, rows, columns, patch)
-        mask[:height, :width] = True
-    return {"input_ids": row.tokens, "pixel_values": images_NCSS, "pixel_mask": mask_NSS}
-
-
 def test_logits_and_router_choices_equal_those_of_transformers(pair, tokens_BT):
     theirs, ours, _, _ = pair
     logits, choices = run(ours, text_row(ours.args, tokens_BT))
@@ -161,7 +144,7 @@ def test_logits_and_router_choices_with_images_equal_those_of_transformers(pair,
     theirs, ours, _, _ = pair
     row = image_document(ours.args, side)
     logits, choices = run(ours, row)
-    inputs = released_inputs(ours.args, side, row)
+    inputs = released_squares(ours.args, DOCUMENTS[side], row)
     expected, expected_choices = run_released(theirs, AriaTextTopKRouter, inputs)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     assert all(torch.equal(a, b) for a, b in zip(choices, expected_choices, strict=True))
@@ -173,7 +156,7 @@ def test_tokens_of_images_equal_those_of_transformers_whatever_else_is_in_the_ro
     """Also behind unused tokens and beside patches that nobody reads."""
     theirs, ours, _, _ = pair
     row = image_document(ours.args, 4)
-    inputs = released_inputs(ours.args, 4, row)
+    inputs = released_squares(ours.args, DOCUMENTS[4], row)
     with torch.no_grad():
         features = theirs.get_image_features(
             inputs["pixel_values"], inputs["pixel_mask"], return_dict=True
@@ -262,7 +245,7 @@ def test_tensors_come_back_bit_for_bit_but_for_a_norm_that_nothing_is_computed_w
 
 def test_the_norm_that_stays_behind_changes_nothing(pair, tokens_BT):
     theirs, ours, _, _ = pair
-    inputs = released_inputs(ours.args, 4, image_document(ours.args, 4))
+    inputs = released_squares(ours.args, DOCUMENTS[4], image_document(ours.args, 4))
     before, _ = run_released(theirs, AriaTextTopKRouter, inputs)
     with torch.no_grad():
         theirs.model.vision_tower.post_layernorm.weight.zero_()

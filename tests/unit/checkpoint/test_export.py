@@ -25,7 +25,7 @@ from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from tests.unit.backbones.decoder_parity import run
-from tests.unit.backbones.image_rows import image_row, released_inputs
+from tests.unit.backbones.image_rows import image_row, released_inputs, released_squares
 from tests.unit.checkpoint.released_models import ARIA, GLM, QWEN, TRANSPOSED, write_release
 from tests.unit.checkpoint.stored_models import plan_for, save
 
@@ -164,6 +164,33 @@ def test_the_understanding_half_is_a_model_of_transformers_with_the_same_logits(
     assert parts == {"latent_embedding", "flow_head"}
     generation = [name for name in done.left_out if ".generation." in name]
     assert len(generation) == 2 * 4
+
+
+def test_the_understanding_half_of_aria_is_one_too(tmp_path):
+    from transformers import AriaForConditionalGeneration
+
+    write_release(tmp_path / "aria", ARIA)
+    stored = HuggingFaceModel(tmp_path / "aria")
+    import_model(stored, tmp_path / "imported")
+    plan = plan_for(tmp_path / "imported")
+    plan = replace(plan, groups=GROUPS, layers=("layers.0", "layers.1"))
+    args = replace(stored.args, groups=GROUPS)
+    partition_checkpoint(tmp_path / "imported", args, plan, tmp_path / "split")
+    export(tmp_path / "split", args, tmp_path / "half")
+    theirs, report = AriaForConditionalGeneration.from_pretrained(
+        tmp_path / "half", output_loading_info=True
+    )
+    assert all("post_layernorm" in name for name in report["missing_keys"])
+    assert not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert theirs.config.text_config.moe_num_experts == 5
+    ours = SymbioticModel(args)
+    open_model(tmp_path / "split").read_into(ours.state_dict())
+    document = [3, (4, 3), 2, (1, 4), 4]
+    row = image_row(args, document, 9, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = theirs.eval()(**released_squares(args, document, row)).logits
+    torch.testing.assert_close(run(ours.eval(), row)[0], expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0.1
 
 
 def test_the_exported_half_is_itself_a_release(tmp_path, split):

@@ -5,6 +5,7 @@ Letters: P patches, C channels, T frames of a patch (an image is repeated), Q nu
 """
 
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
+from transformers.models.aria.processing_aria import AriaProcessor
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as glm_resize
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
@@ -27,13 +30,21 @@ from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.latents import Latents
 from symbiotic_titan.config.tokenizer import Tokenizer as TokenizerSection
 from symbiotic_titan.data.fields import BadSample, Sample
-from symbiotic_titan.data.images import ImageSizeError, backbone_size, fit_size, vit_patches
+from symbiotic_titan.data.images import (
+    ImageSizeError,
+    backbone_size,
+    fit_size,
+    longest_side_size,
+    vit_patches,
+)
 from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.packing import RowBuilder, RowSize
+from symbiotic_titan.data.recipe import row_size
 from symbiotic_titan.data.samples import DocumentMaker, TextSegment
 from symbiotic_titan.data.tokenizer import open_tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import VIT
+from symbiotic_titan.sequence.patches import unpatchify
 from tests.unit.data.tokenizer_files import QWEN_TOKENS, SENTENCES, write
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -44,6 +55,10 @@ QWEN2_VL = ImageGeometry(
 )
 GLM_4V = ImageGeometry(
     14, 2, 3, **GENERATED, vit_mean=CLIP_MEAN, vit_std=CLIP_STD, vit_resize="glm"
+)
+
+ARIA = ImageGeometry(
+    14, 1, 3, **GENERATED, vit_resize="aria", vit_queries=(128, 256), vit_query_sides=(35, 70)
 )
 
 # Budgets small enough for a test, which each of the sizes below meets on another side.
@@ -95,6 +110,47 @@ def test_patches_are_those_of_the_backbones_image_processor(geometry):
             torch.testing.assert_close(
                 patches_PQ, frames_PCTX[:, :, frame].flatten(1), rtol=0, atol=1e-6
             )
+
+
+@pytest.mark.parametrize("longest", [490, 980])
+def test_patches_of_aria_are_those_that_its_image_processor_does_not_mask(longest):
+    """It lays every image in the upper left of a square; a patch is masked where it holds nothing of the image."""
+    processor = AriaImageProcessorPil(max_image_size=longest)
+    for size in [*SIZES, (15, 980), (336, 979), (979, 980)]:
+        image = noise_image(*size)
+        theirs = processor([image], return_tensors="pt")
+        square_1CSS, mask_1SS = theirs["pixel_values"], theirs["pixel_mask"]
+        used_GG = mask_1SS[0].unflatten(0, (-1, 14)).unflatten(2, (-1, 14)).any(3).any(1)
+        cut = vit_patches(image, longest**2, ARIA, 336**2)
+        rows, columns = cut.grid
+        assert used_GG.nonzero().amax(0).tolist() == [rows - 1, columns - 1], size
+        assert used_GG.sum() == rows * columns == len(cut.patches)
+        assert (cut.rows, cut.columns) == (1, {490: 128, 980: 256}[longest])
+        expected_CSS = square_1CSS[0][:, : 14 * rows, : 14 * columns]
+        found_CSS = unpatchify(cut.patches, rows, columns, 14)
+        torch.testing.assert_close(found_CSS, expected_CSS, rtol=0, atol=1e-6)
+
+
+def test_without_a_minimum_the_shorter_side_of_aria_s_images_keeps_the_shape():
+    assert longest_side_size(100, 200, 490, 336) == (336, 490)
+    assert longest_side_size(100, 200, 490, 0) == (245, 490)
+    assert longest_side_size(3000, 1, 490, 0) == (490, 1)
+
+
+def test_a_budget_that_no_queries_are_for_is_refused(tokenizer):
+    message = r"data.vit_pixels: .* queries .*: 490\*\*2 = 240100, 980\*\*2 = 960400; got 65536"
+    with pytest.raises(ValueError, match=message):
+        vit_patches(noise_image(40, 40), HIGH, ARIA, 0)
+    row = {"name": "mmu", "task": "mmu", "format": "parquet", "path": "-"}
+    with pytest.raises(ValueError, match=message):
+        row_size(Data(sources=[row], vit_pixels=HIGH), 2048, ARIA)
+
+
+def test_rows_have_room_for_the_patches_that_their_queries_read():
+    config = Data(vit_pixels=490**2, max_vit_tokens=300)
+    assert row_size(config, 2048, ARIA).num_vit_patches == 2 * 35**2
+    assert row_size(replace(config, vit_pixels=980**2), 2048, ARIA).num_vit_patches == 70**2
+    assert row_size(Data(max_vit_tokens=300), 2048, QWEN3_VL).num_vit_patches == 4 * 300
 
 
 def size_or_none(size, *arguments, **keywords):
@@ -234,14 +290,9 @@ def encoded(height, width):
     return data.getvalue()
 
 
-def document(tokenizer, talk, geometry=QWEN3_VL):
-    """``talk`` as our data chain lays it out: (role, texts and sizes of images) of each turn."""
-    row = {"name": "mmu", "task": "mmu", "format": "parquet", "path": "-"}
-    config = Data(sources=[row], vit_pixels=HIGH, vit_min_pixels=LOW)
-    images = GeneratedImages(config, Latents(), geometry, config.sources)
-    maker = DocumentMaker(config, geometry, images, tokenizer, seq_len=2048)
-    parts = [p for _, content in talk for p in content]
-    messages = [
+def messages_of(talk):
+    """(role, texts and sizes of images) of each turn, as samples and chat templates have it."""
+    return [
         {
             "role": role,
             "content": [
@@ -251,7 +302,19 @@ def document(tokenizer, talk, geometry=QWEN3_VL):
         }
         for role, content in talk
     ]
-    values = {"messages": messages, "image": [encoded(*p) for p in parts if not isinstance(p, str)]}
+
+
+def document(tokenizer, talk, geometry=QWEN3_VL, pixels=HIGH):
+    """``talk`` as our data chain lays it out."""
+    row = {"name": "mmu", "task": "mmu", "format": "parquet", "path": "-"}
+    config = Data(sources=[row], vit_pixels=pixels, vit_min_pixels=LOW)
+    images = GeneratedImages(config, Latents(), geometry, config.sources)
+    maker = DocumentMaker(config, geometry, images, tokenizer, seq_len=2048)
+    parts = [p for _, content in talk for p in content]
+    values = {
+        "messages": messages_of(talk),
+        "image": [encoded(*p) for p in parts if not isinstance(p, str)],
+    }
     (made,) = maker.make(DataSource(**row), Sample("shard", "key", values), 0)
     return made
 
@@ -263,19 +326,7 @@ def row_of(tokenizer, documents, geometry=QWEN3_VL):
 
 def their_inputs(processor, tokenizer, template, talk, geometry):
     """(ids, positions (T, 3) or None) as chat template and processor of transformers make them."""
-    messages = [
-        {
-            "role": role,
-            "content": content[0]
-            if len(content) == 1 and isinstance(content[0], str)
-            else [
-                {"type": "text", "text": p} if isinstance(p, str) else {"type": "image"}
-                for p in content
-            ],
-        }
-        for role, content in talk
-    ]
-    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    text = tokenizer.apply_chat_template(messages_of(talk), chat_template=template, tokenize=False)
     images = [noise_image(*p) for _, content in talk for p in content if not isinstance(p, str)]
     grids = processor_of(geometry)(images, return_tensors="pt")
     token = {Qwen3VLProcessor: "<|image_pad|>", Glm4vProcessor: "<|image|>"}[processor]
@@ -330,6 +381,29 @@ def test_a_conversation_becomes_the_tokens_and_positions_of_the_backbone(opened,
         row.modality[0, :length] == VIT,
         torch.tensor([*[False] * lead, *is_image[0].tolist()])[:length],
     )
+
+
+@pytest.mark.parametrize("longest", [490, 980])
+def test_a_conversation_becomes_the_tokens_of_aria_and_positions_that_count_up(opened, longest):
+    """But for a line break behind the last turn. Documents begin with <s>, as in pre-training."""
+    ours, theirs = opened(ARIA_TOKENS)
+    made = document(ours, TALK, ARIA, longest**2)
+    text = theirs.apply_chat_template(
+        messages_of(TALK), chat_template=ARIA_TEMPLATE, tokenize=False
+    )
+    processor = SimpleNamespace(size_conversion={490: 128, 980: 256}, image_token="<|img|>")
+    images = [noise_image(*p) for _, content in TALK for p in content if not isinstance(p, str)]
+    inputs = AriaImageProcessorPil(max_image_size=longest)(images, return_tensors="pt")
+    expanded = AriaProcessor.replace_image_token(processor, inputs, 0)
+    ids = theirs(text.replace("<|img|>", expanded), add_special_tokens=False)["input_ids"]
+    size = RowSize(2048, 1024, 0, num_vit_patches=made.num_vit_patches)
+    row = RowBuilder(size, ARIA, "sequence", ours.special).build([made])
+    tokens = row.tokens[0, : made.num_tokens].tolist()
+    end = theirs("\n", add_special_tokens=False)["input_ids"]
+    assert [*tokens, *end] == [theirs.convert_tokens_to_ids("<s>"), *ids]
+    counted = torch.arange(made.num_tokens)[:, None].expand(-1, 3)
+    assert torch.equal(row.positions[0, : made.num_tokens], counted)
+    assert (row.modality == VIT).sum() == len(images) * {490: 128, 980: 256}[longest]
 
 
 def spelled(tokenizer, made):

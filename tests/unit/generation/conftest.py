@@ -41,11 +41,10 @@ def config():
     return load_job_config(["--job.config_file", str(ROOT / "train_configs" / "debug.toml")])
 
 
-@pytest.fixture(scope="session")
-def model(config):
-    """Its zeros and its small values are replaced, so that all inputs matter and greedy text is no repetition."""
+def lively(args):
+    """A model whose zeros and small values are replaced, so that all inputs matter and greedy text is no repetition."""
     with torch.device("meta"):
-        model = SymbioticModel(model_args(config))
+        model = SymbioticModel(args)
     model.to_empty(device="cpu")
     model.init_weights()
     generator = torch.Generator().manual_seed(1)
@@ -56,6 +55,22 @@ def model(config):
             elif name.startswith("output."):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model(config):
+    return lively(model_args(config))
+
+
+@pytest.fixture(scope="session")
+def query_model(config):
+    """Five learned queries read each image, whose longer side has 8 patches."""
+    args = model_args(config)
+    switches = {"merge": 1, "queries": (3, 5), "query_sides": (4, 8), "image_resize": "aria"}
+    places = {"rope_theta": 0.0, "position_grid": 8, "position_reading": "floor"}
+    layout = {"rotary_layout": "sequence", "mrope": "none", "mrope_sections": ()}
+    vit = replace(args.vit, **switches, **places)
+    return lively(replace(args, vit=vit, vit_attention="causal", **layout))
 
 
 @pytest.fixture(scope="session")

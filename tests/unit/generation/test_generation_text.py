@@ -5,6 +5,8 @@ import torch
 
 from symbiotic_titan.data.packing import RowBuilder, RowSize
 from symbiotic_titan.data.samples import Document, TextSegment
+from symbiotic_titan.generation.generator import Generator
+from symbiotic_titan.generation.prompts import PromptMaker
 from symbiotic_titan.generation.session import Session
 from symbiotic_titan.generation.text import Draw, Endings, TextSampling, continue_prompts
 from symbiotic_titan.sequence.modality import NO_TASK
@@ -23,17 +25,23 @@ def ids(completions):
 def logits_of(model, tokenizer, segments):
     """(T, V): the plain forward over one row of training."""
     document = Document(NO_TASK, tuple(segments))
-    size = RowSize(document.num_tokens, document.num_vit_tokens, 1)
+    patches = document.num_vit_patches
+    size = RowSize(document.num_tokens, document.num_vit_tokens, 1, num_vit_patches=patches)
     args = model.args
     row = RowBuilder(size, args.geometry, args.rotary_layout, tokenizer.special).build([document])
     return model(row, row.latents, torch.zeros(row.vae_image.shape), torch.tensor(1.0)).logits[0]
 
 
+@pytest.mark.parametrize("kind", ["squares", "queries"])
 def test_greedy_tokens_are_those_of_a_plain_loop_over_training_rows(
-    generator, make_generator, model, tokenizer, prompts
+    model, query_model, config, tokenizer, kind
 ):
+    model = {"squares": model, "queries": query_model}[kind]
+    generator = Generator(model, config, tokenizer, torch.device("cpu"))
+    uncached = Generator(model, config, tokenizer, torch.device("cpu"), cached=False)
+    prompts = PromptMaker(tokenizer, model.args.geometry, config.data, config.training.seq_len)
     drawn = ids(generator.text(PROMPTS, IMAGES, max_tokens=7))
-    assert drawn == ids(make_generator(cached=False).text(PROMPTS, IMAGES, max_tokens=7))
+    assert drawn == ids(uncached.text(PROMPTS, IMAGES, max_tokens=7))
     for prompt, images, found in zip(PROMPTS, IMAGES, drawn, strict=True):
         segments, expected = prompts.conversation(prompt, images).segments, []
         for _ in range(7):

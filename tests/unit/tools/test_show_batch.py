@@ -184,3 +184,16 @@ def test_a_users_mistake_ends_with_status_2_and_one_line(capsys, tmp_path):
     with pytest.raises(ValueError, match="--row 2: there are rows 0 to 1; read more with"):
         show_batch.rows_to_show([make_row(), make_row()], 2)
     assert [n for n, _ in show_batch.rows_to_show([make_row(), make_row()], 1)] == [1]
+
+
+def test_an_image_that_queries_read_is_shown_with_its_patches_and_their_number():
+    geometry = replace(
+        GEOMETRY, vit_merge=1, vit_resize="aria", vit_queries=(3, 5), vit_query_sides=(2, 6)
+    )
+    special, cut = TOKENIZER.special, vit_patches(SEEN, 12 * 12, geometry)
+    document = Document(1, (TextSegment([special.bos]), cut))
+    size = RowSize(10, 5, 0, num_vit_patches=36)
+    row = RowBuilder(size, geometry, "sequence", special).build([document])
+    picture, label = show_batch.vit_picture(row, 0, geometry)
+    assert (picture.height, picture.width) == tuple(2 * n for n in cut.grid)
+    assert label == f"pixels, {cut.grid[1]} x {cut.grid[0]} patches, read by 5 queries"
