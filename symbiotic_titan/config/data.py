@@ -160,10 +160,12 @@ class Data:
     """Latent tokens a row may hold; 0 means as many as the row is long."""
 
     vit_pixels: int = 1024
-    """Pixel budget of an image to be understood; it keeps its shape within it."""
+    """Pixel budget of an image to be understood; it keeps its shape within it. Where learned queries read the images (Aria): the pixels
+    of the square that every image is laid in, one of those that there are queries for."""
 
     vit_min_pixels: int = 0
-    """Smaller images to be understood are enlarged to about so many pixels; 0 leaves them as they are."""
+    """Smaller images to be understood are enlarged to about so many pixels; 0 leaves them as they are. Where learned queries read the
+    images: the shorter side is stretched to at least the square root of it."""
 
     vae_pixels: int = 1024
     """Pixel budget of an image to be generated; it is resized to the nearest aspect bucket within it."""
