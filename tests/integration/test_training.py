@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -23,6 +22,7 @@ from tests.integration.launch import (
     launch,
     read_scalars,
 )
+from tests.unit.model.query_models import with_queries
 
 LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
 # Sums are taken in another order with other ranks: relatively, over 20 float32 steps, 2e-7 was measured for the losses and 1.3e-6
@@ -120,13 +120,7 @@ def test_a_model_whose_queries_read_the_images_trains_alike_on_one_process_and_o
     tmp_path, demo
 ):
     """Six queries an image instead of a token for each of its squares; the two are compiled and share the experts."""
-    args = FLAVORS["debug"]
-    switches = {"merge": 1, "queries": (6,), "query_sides": (8,), "image_resize": "aria"}
-    places = {"rope_theta": 0.0, "position_grid": 8, "position_reading": "floor"}
-    layout = {"rotary_layout": "sequence", "mrope": "none", "mrope_sections": ()}
-    vit = replace(args.vit, **switches, **places)
-    args = replace(args, vit=vit, vit_attention="causal", **layout)
-    write_shape(tmp_path / "model.json", args)
+    write_shape(tmp_path / "model.json", with_queries(FLAVORS["debug"], {8: 6}))
     settings = {"training__steps": NUM_STEPS, "model__flavor": tmp_path / "model.json"}
     one = launch(tmp_path / "one", demo, **settings)
     two = launch(

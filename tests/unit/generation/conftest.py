@@ -20,6 +20,7 @@ from symbiotic_titan.generation.rows import ChunkMaker
 from symbiotic_titan.inference import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.train_spec import build_tokenizer
+from tests.unit.model.query_models import with_queries
 
 ROOT = Path(__file__).parents[3]
 
@@ -65,12 +66,7 @@ def model(config):
 @pytest.fixture(scope="session")
 def query_model(config):
     """Five learned queries read each image, whose longer side has 8 patches."""
-    args = model_args(config)
-    switches = {"merge": 1, "queries": (3, 5), "query_sides": (4, 8), "image_resize": "aria"}
-    places = {"rope_theta": 0.0, "position_grid": 8, "position_reading": "floor"}
-    layout = {"rotary_layout": "sequence", "mrope": "none", "mrope_sections": ()}
-    vit = replace(args.vit, **switches, **places)
-    return lively(replace(args, vit=vit, vit_attention="causal", **layout))
+    return lively(with_queries(model_args(config), {4: 3, 8: 5}))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel  # noqa:
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows  # noqa: E402
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, PADDING, TEXT, VAE, VIT  # noqa: E402
 from symbiotic_titan.sequence.positions import image_positions, text_positions  # noqa: E402
+from tests.unit.model.query_models import with_queries  # noqa: E402
 
 Segment = (
     tuple[str, int] | tuple[str, int, int]
@@ -167,14 +168,6 @@ def tiny_args(**changes: object) -> ModelArgs:
     return replace(args, **changes)
 
 
-def tiny_query_args() -> ModelArgs:
-    """With learned queries that read the images to be understood: 3 those of 2 patches a side, 5 those of 4."""
-    switches = {"merge": 1, "queries": (3, 5), "query_sides": (2, 4), "image_resize": "aria"}
-    places = {"rope_theta": 0.0, "position_grid": 4, "position_reading": "floor"}
-    layout = {"rotary_layout": "sequence", "mrope": "none", "mrope_sections": ()}
-    return tiny_args(vit=replace(tiny_args().vit, **switches, **places), **layout)
-
-
 def deep_args() -> ModelArgs:
     """With every switch of the image encoder on: a table of positions, two frames, features for both layers of the decoder."""
     switches = {"temporal_patch": 2, "position_grid": 5, "deepstack": (0, 1), "activation": "gelu"}
@@ -222,7 +215,8 @@ def deep() -> ModelArgs:
 
 @pytest.fixture
 def query_args() -> ModelArgs:
-    return tiny_query_args()
+    """Three queries read images of 2 patches a side, five those of 4."""
+    return with_queries(tiny_args(), {2: 3, 4: 5})
 
 
 @pytest.fixture
