@@ -95,6 +95,28 @@ def test_a_token_sees_the_patches_of_its_image_and_an_unused_one_one_patch():
     assert torch.equal(flex, mask)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_and_sdpa_give_the_same_model_output(model, batch, forward):
+    used_BT = batch.document >= 0
+    with torch.no_grad():
+        expected = forward(model, batch).logits[used_BT]
+        model.args.attention_backend = "flex"
+        found = forward(model, batch).logits[used_BT]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_compiled_flex_trains_like_sdpa_on_a_gpu(query_args, batch, make_model, forward):
+    gradients = {}
+    for backend in ("sdpa", "flex"):
+        model = make_model(replace(query_args, attention_backend=backend)).cuda()
+        used_BT = batch.document.cuda() >= 0
+        forward(model, batch.to("cuda")).logits[used_BT].square().mean().backward()
+        gradients[backend] = {name: p.grad for name, p in model.vit.named_parameters()}
+    for name, expected in gradients["sdpa"].items():
+        torch.testing.assert_close(gradients["flex"][name], expected, atol=1e-3, rtol=1e-2)
+
+
 def test_a_document_reads_the_same_alone_and_packed(model, query_args, pack, forward):
     packed = forward(model, pack(DOCUMENTS, query_args), timestep=0.4)
     start = 0
