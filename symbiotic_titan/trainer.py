@@ -94,8 +94,12 @@ class SymbioticTrainer(Trainer):
         )
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.shield_scale = torch.ones((), device=self.device)
+        seen = job_config.data.seen_pixels
         self.metrics_processor.cost = model_cost(
-            self.model_parts[0], cast(ModelArgs, self.model_args), job_config.training.seq_len
+            self.model_parts[0],
+            cast(ModelArgs, self.model_args),
+            job_config.training.seq_len,
+            image_patches=geometry.vit_budget(seen)[1] if seen else None,
         )
 
     # ---- data ---------------------------------------------------------------------------------------------------------

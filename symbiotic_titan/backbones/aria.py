@@ -31,6 +31,7 @@ from symbiotic_titan.backbones.arrangements import (
     with_experts,
 )
 from symbiotic_titan.backbones.backbone import Backbone, Config, Link, Shape
+from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.model.args import ModelArgs, VitArgs
 
 DEFAULTS = {
@@ -77,16 +78,22 @@ def queries(config: Config) -> dict[int, int]:
     """Patches along a side of the square that an image is laid in -> queries that read it, rising.
 
     Raises:
-        ValueError: a number of patches is no square.
+        ValueError: something else stands there, or a number of patches is no square.
     """
-    stated = config.get("projector_patch_to_query_dict") or QUERIES
-    by_patches = {int(patches): int(number) for patches, number in stated.items()}
-    for patches in by_patches:
-        if isqrt(patches) ** 2 != patches:
-            raise ValueError(
-                f"config.json: projector_patch_to_query_dict has queries for {patches} patches, which is no square; images are laid in "
-                "squares"
-            )
+    key = "projector_patch_to_query_dict"
+    stated = QUERIES if config.get(key) is None else config[key]
+    check_value(f"config.json: {key}", stated, dict[str, int])
+    squares = [
+        patches
+        for patches in stated
+        if patches.isdecimal() and isqrt(int(patches)) ** 2 == int(patches)
+    ]
+    if not stated or len(squares) < len(stated):
+        raise ValueError(
+            f"config.json: {key} = {stated} must name numbers of patches that are squares, since images are laid in squares, e.g. "
+            f"{QUERIES}"
+        )
+    by_patches = {int(patches): number for patches, number in stated.items()}
     most = {"max_value_projector_patch_to_query_dict": max(by_patches.values())}
     check_settings(config, "", most)
     return {isqrt(patches): by_patches[patches] for patches in sorted(by_patches)}

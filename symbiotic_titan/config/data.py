@@ -17,6 +17,9 @@ TASK_FIELDS = {
     "interleaved": (("segments",), ("messages",), ("conversations",)),
 }
 
+# Tasks whose samples may have images to be understood.
+SEEING_TASKS = frozenset({"mmu", "interleaved"})
+
 MixtureBy = Literal["samples", "tokens"]
 AtEnd = Literal["repeat", "stop"]
 TooLong = Literal["bad", "skip", "truncate"]
@@ -252,6 +255,12 @@ class Data:
                 f"data.max_row_share: the tasks may take {float(total):.4g} of a row together, so none could be filled; let the "
                 "shares sum to 1 or more"
             )
+
+    @property
+    def seen_pixels(self) -> int | None:
+        """Pixel budget of the images to be understood; None where no source has any."""
+        seeing = any(source.task in SEEING_TASKS and source.weight > 0 for source in self.sources)
+        return self.vit_pixels if seeing else None
 
     def row_tokens_of(self, task: str, seq_len: int) -> int:
         """Positions of a row of ``seq_len`` that samples of ``task`` may take."""

@@ -24,6 +24,8 @@ def _describe(annotation: Any) -> str:
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     if get_origin(annotation) in (list, tuple):
         return f"a list, each item {_describe(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return f"a table, each value {_describe(get_args(annotation)[1])}"
     return names.get(annotation, str(annotation))
 
 

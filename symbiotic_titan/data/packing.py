@@ -131,6 +131,9 @@ class RowBuilder:
         special: SpecialTokens,
         latents: TokenForm | None = None,
     ) -> None:
+        assert size.num_vit_patches is not None or not geometry.vit_queries, (
+            "squares of an image only"
+        )
         self._size = size
         self._geometry = geometry
         self._layout = layout

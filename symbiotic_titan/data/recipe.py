@@ -2,7 +2,7 @@
 
 from math import ceil
 
-from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.config.data import SEEING_TASKS, Data, DataSource
 from symbiotic_titan.config.latents import Latents
 from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.data.images import aspect_buckets
@@ -76,16 +76,16 @@ def indexed(config: Data, source: DataSource, where: str) -> list[Shard]:
 
 def row_size(config: Data, seq_len: int, geometry: ImageGeometry) -> RowSize:
     """What a row of ``seq_len`` positions holds."""
-    num_vit_tokens = config.max_vit_tokens or seq_len
+    tokens, patches = geometry.vit_room(config.max_vit_tokens or seq_len, config.seen_pixels)
     return RowSize(
         seq_len,
-        num_vit_tokens,
+        tokens,
         config.max_vae_tokens or seq_len,
         {
             TASK_NAMES.index(task): config.row_tokens_of(task, seq_len)
             for task in config.max_row_share
         },
-        geometry.vit_patches_of(num_vit_tokens, config.vit_pixels),
+        patches,
     )
 
 
@@ -93,24 +93,33 @@ def _check_images_fit(
     config: Data, sources: list[DataSource], geometry: ImageGeometry, size: RowSize, overhead: int
 ) -> None:
     tasks = {source.task for source in sources}
-    for task in sorted(tasks & {"mmu", "interleaved"}):
+    for task in sorted(tasks & SEEING_TASKS):
         num_tokens, _ = geometry.vit_budget(config.vit_pixels)
         num_text = overhead + 2  # a question and an answer of one token each
-        _check_image(
-            "vit", config.vit_pixels, geometry.vit_token_pixels, num_tokens, num_text, size, task
-        )
+        pixels, step = config.vit_pixels, geometry.vit_token_pixels
+        held = config.max_vit_tokens or size.num_tokens
+        _check_image("vit", pixels, step, num_tokens, num_text, size, task, held)
     for task in sorted(tasks & {"t2i", "t2i_long", "interleaved"}):
         step = geometry.vae_token_pixels
         buckets = aspect_buckets(config.vae_pixels, step, config.max_aspect)
         num_tokens = max((h * w // step**2 for h, w in buckets), default=0)
         num_text = overhead + 1  # a caption of one token
-        _check_image("vae", config.vae_pixels, step, num_tokens, num_text, size, task)
+        held = size.num_vae_tokens
+        _check_image("vae", config.vae_pixels, step, num_tokens, num_text, size, task, held)
 
 
 def _check_image(
-    kind: str, pixels: int, step: int, num_tokens: int, num_text: int, size: RowSize, task: str
+    kind: str,
+    pixels: int,
+    step: int,
+    num_tokens: int,
+    num_text: int,
+    size: RowSize,
+    task: str,
+    held: int,
 ) -> None:
-    """Refuse a row, or a part of it for ``task``, that is too short for the largest image with the least text."""
+    """Refuse a row, or a part of it for ``task``, that is too short for the largest image with the least text, and a row that may
+    hold fewer tokens of such images, ``held``, than one has."""
     if not num_tokens:
         raise ValueError(
             f"data.{kind}_pixels: {pixels} pixels hold no token of {step} x {step}; set at least {step**2}"
@@ -127,7 +136,6 @@ def _check_image(
             f"image of {num_tokens} tokens + {needed - num_tokens} of text; raise it to at least "
             f"{ceil(1000 * needed / size.num_tokens) / 1000}, or lower data.{kind}_pixels"
         )
-    held = {"vit": size.num_vit_tokens, "vae": size.num_vae_tokens}[kind]
     if held < num_tokens:
         raise ValueError(
             f"data.max_{kind}_tokens: {held} is too few for one image of {num_tokens} tokens; "

@@ -153,7 +153,7 @@ def _uses_of(
 
 
 def _pixels_of(segment: VitSegment | VaeSegment, geometry: ImageGeometry) -> tuple[int, int]:
-    """(height, width) of the image as it was cut up."""
+    """(height, width) of the image as it was cut up, with the black edge that makes whole patches of one that queries read."""
     if isinstance(segment, VaeSegment):
         grid, step = (segment.rows, segment.columns), geometry.vae_token_pixels
     else:

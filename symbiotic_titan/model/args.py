@@ -100,7 +100,7 @@ class VitArgs:
     channels: int = 3
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    """Of the two-dimensional rotary; 0: none."""
+    """Of the two-dimensional rotary; 0: none, then patches have their places from the table of positions."""
     norm: Literal["layer", "rms"] = "layer"
     """Of the blocks."""
     outer_norms: bool = False
@@ -124,7 +124,7 @@ class VitArgs:
     """Per channel, for pixels in [0, 1]; what an image is normalised by."""
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_resize: ResizeRule = "fit"
-    """How an image gets a size in whole tokens, see ``data.images``."""
+    """How an image gets its size, see ``data.images``."""
 
     def __post_init__(self) -> None:
         _check_fields(
@@ -149,6 +149,10 @@ class VitArgs:
         _require(
             list(self.deepstack) == sorted({i for i in self.deepstack if 0 <= i < self.num_layers}),
             f"vit.deepstack: must be rising numbers of the {self.num_layers} layers, from 0, got {self.deepstack}",
+        )
+        _require(
+            self.rope_theta > 0 or self.position_grid > 0,
+            "vit.rope_theta: 0 (no rotary) leaves patches without a place where vit.position_grid is 0; set one of them",
         )
         self._validate_queries()
 

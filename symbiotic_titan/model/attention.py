@@ -27,7 +27,8 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
 def attend(
     q_BHTC: torch.Tensor, k_BJTC: torch.Tensor, v_BJTC: torch.Tensor, mask: AttentionMask
 ) -> torch.Tensor:
-    """(B, T, H * C) attention output. The kind of ``mask`` chooses the kernel; J divides H."""
+    """(B, T, H * C) attention output. The kind of ``mask`` chooses the kernel; J divides H. Keys and values may be of other tokens, and
+    of another number, than queries."""
     grouped = q_BHTC.shape[1] != k_BJTC.shape[1]
     if isinstance(mask, BlockMask):
         assert q_BHTC.is_cuda or not q_BHTC.requires_grad, "FlexAttention has no backward on CPU"

@@ -7,6 +7,7 @@ embedding and flow head). Attention counts the whole row for every query, as tor
 
 import re
 from dataclasses import dataclass
+from math import isqrt
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -55,15 +56,17 @@ class ModelCost:
 
 
 def model_cost(
-    model: nn.Module, args: "ModelArgs", seq_len: int, image_patches: int = 256
+    model: nn.Module, args: "ModelArgs", seq_len: int, image_patches: int | None = None
 ) -> ModelCost:
-    """Cost of an unsharded ``model`` on rows of ``seq_len`` tokens, whose ViT images have ``image_patches`` patches; where queries
-    read the images, as many as the largest has."""
+    """Cost of an unsharded ``model`` on rows of ``seq_len`` tokens, whose ViT images have ``image_patches`` patches: 256 where nothing
+    is said; where queries read the images, a square of a size that they read, the largest where nothing is said."""
     vit = args.vit
     patches_per_token: float = vit.merge**2
+    if image_patches is None:
+        image_patches = vit.query_sides[-1] ** 2 if vit.queries else 256
     if vit.queries:
-        image_patches = vit.query_sides[-1] ** 2
-        patches_per_token = image_patches / vit.queries[-1]
+        side = isqrt(image_patches)
+        patches_per_token = image_patches / args.geometry.vit_grid(side, side)[1]
     active = [0.0] * NUM_MODALITIES
     matmul = [0.0] * NUM_MODALITIES
     for name, parameter in model.named_parameters():

@@ -103,7 +103,7 @@ def dense_mask(
 
 @cache
 def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    # Uncompiled, the mask is materialised as (B, T, T) before its blocks are found.
+    # Uncompiled, the mask is materialised for every pair before its blocks are found.
     return torch.compile(create_block_mask)
 
 

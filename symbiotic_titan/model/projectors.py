@@ -75,6 +75,7 @@ class QueryProjector(nn.Module):
         super().__init__()
         width, self.head_dim = vit.dim, vit.head_dim
         self.queries = nn.Embedding(vit.queries[-1], width)
+        # Norms with 1e-5 whatever vit.norm_eps is, as the released weights have it.
         self.query_norm, self.patch_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.wq, self.wk, self.wv = (
             nn.Sequential(nn.Linear(width, width, bias=False), nn.Linear(width, width))

@@ -61,7 +61,7 @@ def table_cells(
     if reading == "floor":
         # In float32, step by step as the released models were trained: where a patch begins on the edge of a cell, rounding decides.
         edges = torch.arange(1 / side, 1.0, 1 / side, device=coords_BPA.device)
-        starts_BPA = (coords_BPA * (1.0 / sizes_BPA)).clamp(max=1.0 - 1e-6)
+        starts_BPA = coords_BPA * (1.0 / sizes_BPA)
         row_BP, column_BP = torch.bucketize(starts_BPA, edges, right=True).unbind(-1)
         cells_BPX = (row_BP * side + column_BP).unsqueeze(-1)
         return cells_BPX, torch.ones_like(cells_BPX, dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 Counted is what autograd saves between forward and backward on the CUDA path (fused attention, grouped matmuls), per token and
 in the dtype of the computation where nothing else is said. Not counted: index tensors, statistics of norms, temporaries of a
-kernel, what the allocator wastes. ``FORMULA`` says the same in one paragraph.
+kernel, the ViT's projector, what the allocator wastes. ``FORMULA`` says the same in one paragraph.
 
 Letters: T tokens of a micro-batch, D width, H and J query and key/value heads, C head width, K experts per token, F and S hidden
 widths of a routed and the shared (or dense) expert, E experts, V vocabulary, P ViT patches, W width of the ViT, b bytes of a
@@ -26,7 +26,7 @@ Saved per token; b bytes a number, D width, HC query and JC key/value channels, 
              block of `none`; a number N: every N-th block as `full`, the others as `none`
   ViT        b(11W + 2F) a patch and block; with sdpa b for every patch of the row more
   heads      logits bV, and 12V more while the loss is differentiated
-  masks      with sdpa one byte for every pair of positions, and of patches, of a row"""
+  masks      with sdpa one byte for every pair of positions, and of patches, of a row, and for every patch that a query may read"""
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,15 @@ def activation_memory(
         decoder += kept
         if is_recomputed or per_op:
             recomputed = max(recomputed, everything)
-    vit_tokens = config.data.max_vit_tokens or length
-    patches = args.geometry.vit_patches_of(vit_tokens, config.data.vit_pixels)
+    data = config.data
+    vit_tokens, patches = args.geometry.vit_room(data.max_vit_tokens or length, data.seen_pixels)
     hidden = 4 if args.vit.activation == "swiglu" else 2
     vit_numbers, masks = 11 * args.vit.dim + hidden * args.vit.hidden_dim, 0
     if args.attention_backend == "sdpa":
         vit_numbers += patches
         masks = rows * (length**2 + patches**2)
+        if args.vit.queries:
+            masks += rows * vit_tokens * patches
     return ActivationMemory(
         decoder=decoder,
         vit=rows * patches * b * vit_numbers * args.vit.num_layers,

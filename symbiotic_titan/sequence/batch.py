@@ -23,7 +23,7 @@ class PackedBatch:
     span       (B, T) int64     number of the image within the row, from 0; -1 on text and padding. ViT and VAE images share
                                 one numbering; all tokens of one image share one span.
     positions  (B, T, 3) int64  rotary positions (temporal, height, width), starting at 0 in every document. Text has three
-                                equal values. See ``sequence.positions`` for the two conventions for images.
+                                equal values. See ``sequence.positions`` for the conventions for images.
     labels     (B, T) int64     id of the next token where it is trained on, else IGNORE_INDEX. Already shifted.
     task       (B, T) int64     index into TASK_NAMES; NO_TASK on padding.
 

@@ -53,9 +53,10 @@ class ImageGeometry:
         """
         budgets = {(side * self.vit_patch) ** 2: side for side in self.vit_query_sides}
         if pixels not in budgets:
-            known = ", ".join(f"{side * self.vit_patch}**2 = {n}" for n, side in budgets.items())
+            known = " or ".join(f"{n} ({side * self.vit_patch}**2)" for n, side in budgets.items())
             raise ValueError(
-                f"data.vit_pixels: the image encoder has queries for squares of these pixels only: {known}; got {pixels}"
+                f"data.vit_pixels: the image encoder has queries for squares of {known} pixels, got {pixels}; set one of these, and "
+                "let data.max_vit_tokens hold the queries of an image"
             )
         return budgets[pixels]
 
@@ -74,12 +75,16 @@ class ImageGeometry:
         _, queries = self.vit_grid(side, side)
         return queries, side**2
 
-    def vit_patches_of(self, num_tokens: int, pixels: int) -> int:
-        """Patches that ``num_tokens`` ViT tokens may stand for, of images within a budget of ``pixels``."""
+    def vit_room(self, num_tokens: int, pixels: int | None) -> tuple[int, int]:
+        """(tokens, patches) of as many images within a budget of ``pixels`` as ``num_tokens`` hold; None: none will come. Squares of an
+        image fill all of the tokens; queries come by the image."""
         if not self.vit_queries:
-            return num_tokens * self.vit_merge**2
+            return num_tokens, num_tokens * self.vit_merge**2
+        if pixels is None:
+            return 0, 0
         tokens, patches = self.vit_budget(pixels)
-        return num_tokens // tokens * patches
+        images = num_tokens // tokens
+        return images * tokens, images * patches
 
     @property
     def vit_patch_values(self) -> int:

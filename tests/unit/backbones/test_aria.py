@@ -302,7 +302,11 @@ def test_what_is_not_expressed_is_named(changes, message):
     "changes, message",
     [
         ({"vision_feature_layer": -2}, "vision_feature_layer = -2"),
-        ({"projector_patch_to_query_dict": {"1200": 128}}, "queries for 1200 patches, .* no square"),
+        ({"projector_patch_to_query_dict": {"1200": 128}}, "query_dict = {'1200': 128} must name .* squares"),
+        ({"projector_patch_to_query_dict": {"many": 128}}, "query_dict = {'many': 128} must name .* squares"),
+        ({"projector_patch_to_query_dict": {}}, "query_dict = {} must name .* squares"),
+        ({"projector_patch_to_query_dict": {"1225": 128.7}}, "query_dict.1225: must be an integer, got 128.7"),
+        ({"projector_patch_to_query_dict": [1]}, "projector_patch_to_query_dict: must be a table"),
         ({"max_value_projector_patch_to_query_dict": 64}, "max_value_.* = 64 .*only 256"),
         ({"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act = 'gelu'"),
         ({"vision_config": {"attention_heads": 8}}, "vision_config.attention_heads = 8 .*only 16"),

@@ -43,6 +43,7 @@ def test_fitting_values_pass(value, annotation):
         ("c", Literal["a", "b"], "training.steps: must be one of 'a', 'b', got 'c'"),
         ([1, "x"], list[int], r"training.steps\[1\]: must be an integer, got 'x'"),
         ("x", float | None, "training.steps: must be a number, got 'x'"),
+        ([1], dict[str, int], r"training.steps: must be a table, each value an integer, got \[1\]"),
         ([1], list[str] | str, "must be a list, each item a string or a string, got"),
     ],
 )

@@ -5,7 +5,6 @@ Letters: P patches, C channels, T frames of a patch (an image is repeated), Q nu
 """
 
 import io
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,9 +38,9 @@ from symbiotic_titan.data.images import (
 )
 from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.packing import RowBuilder, RowSize
-from symbiotic_titan.data.recipe import row_size
+from symbiotic_titan.data.recipe import build_recipe, row_size
 from symbiotic_titan.data.samples import DocumentMaker, TextSegment
-from symbiotic_titan.data.tokenizer import open_tokenizer
+from symbiotic_titan.data.tokenizer import ByteTokenizer, open_tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import VIT
 from symbiotic_titan.sequence.patches import unpatchify
@@ -138,7 +137,10 @@ def test_without_a_minimum_the_shorter_side_of_aria_s_images_keeps_the_shape():
 
 
 def test_a_budget_that_no_queries_are_for_is_refused(tokenizer):
-    message = r"data.vit_pixels: .* queries .*: 490\*\*2 = 240100, 980\*\*2 = 960400; got 65536"
+    message = (
+        r"data.vit_pixels: .* queries for squares of 240100 \(490\*\*2\) or 960400 \(980\*\*2\) pixels, "
+        "got 65536; set one of these"
+    )
     with pytest.raises(ValueError, match=message):
         vit_patches(noise_image(40, 40), HIGH, ARIA, 0)
     row = {"name": "mmu", "task": "mmu", "format": "parquet", "path": "-"}
@@ -147,10 +149,25 @@ def test_a_budget_that_no_queries_are_for_is_refused(tokenizer):
 
 
 def test_rows_have_room_for_the_patches_that_their_queries_read():
-    config = Data(vit_pixels=490**2, max_vit_tokens=300)
-    assert row_size(config, 2048, ARIA).num_vit_patches == 2 * 35**2
-    assert row_size(replace(config, vit_pixels=980**2), 2048, ARIA).num_vit_patches == 70**2
-    assert row_size(Data(max_vit_tokens=300), 2048, QWEN3_VL).num_vit_patches == 4 * 300
+    def room(geometry, tokens, task="mmu", **settings):
+        row = {"name": "a", "task": task, "format": "parquet", "path": "-"}
+        config = Data(sources=[row], max_vit_tokens=tokens, **settings)
+        size = row_size(config, 2048, geometry)
+        return size.num_vit_tokens, size.num_vit_patches
+
+    assert room(ARIA, 300, vit_pixels=490**2) == (256, 2 * 35**2)
+    assert room(ARIA, 300, vit_pixels=980**2) == (256, 70**2)
+    assert room(ARIA, 0, vit_pixels=980**2) == (2048, 8 * 70**2)
+    assert room(ARIA, 200, vit_pixels=980**2) == (0, 0)
+    assert room(ARIA, 300, task="lm") == (0, 0)  # whatever vit_pixels is
+    assert room(QWEN3_VL, 300) == room(QWEN3_VL, 300, task="lm") == (300, 4 * 300)
+
+
+def test_a_row_that_holds_no_image_is_refused_with_the_number_that_was_set(tmp_path):
+    row = {"name": "mmu", "task": "mmu", "format": "parquet", "path": str(tmp_path)}
+    config = Data(sources=[row], vit_pixels=490**2, max_vit_tokens=100)
+    with pytest.raises(ValueError, match="data.max_vit_tokens: 100 is too few .* 128 tokens"):
+        build_recipe(config, Latents(), ARIA, "sequence", ByteTokenizer(), 2048, 1)
 
 
 def size_or_none(size, *arguments, **keywords):

@@ -175,6 +175,7 @@ def test_labels_are_the_next_trained_tokens_and_never_placeholders():
     "layout, image",
     [
         ("shared", [[2, 2, 2]] * 6 + [[3, 3, 3]]),
+        ("sequence", [[n, n, n] for n in range(2, 9)]),
         ("grid", [[2, 2, 2], [2, 2, 3], [2, 2, 4], [2, 3, 2], [2, 3, 3], [2, 3, 4], [5, 5, 5]]),
     ],
 )

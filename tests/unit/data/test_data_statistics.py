@@ -1,5 +1,6 @@
 """The tables count what rows hold, and tell of each image what was cut off it and how much it was scaled."""
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -76,6 +77,22 @@ def test_every_image_of_the_rows_and_of_what_waits_is_counted_once(read, geometr
         expected = in_rows + sum(isinstance(segment, kind) for segment in waiting)
         assert sum(use.generated == generated for use in uses) == expected > 0
     assert all(use.original for use in uses)
+
+
+def test_images_that_queries_read_have_the_size_of_their_patches(make_loader, geometry):
+    """The longer side has 32 pixels, the other one whole patches; tokens say nothing of it."""
+    read = {"vit_merge": 1, "vit_resize": "aria", "vit_queries": (5,), "vit_query_sides": (8,)}
+    geometry = replace(geometry, **read)
+    loader = make_loader({"num_lanes": 1}, geometry=geometry, rotary_layout="sequence")
+    rows = list(islice(loader, 12))
+    seen = [use for use in image_uses(loader, geometry) if not use.generated]
+    assert len(seen) > 3 and len({use.fitted for use in seen}) > 1
+    for use in seen:
+        height, width = use.original
+        shorter = -(-int(min(height, width) * 32 / max(height, width)) // 4) * 4
+        assert sorted(use.fitted) == sorted((shorter, 32))
+    tokens = sum(int((row.vit_index < 256).sum()) for row in rows)
+    assert tokens == 5 * sum(len(row.vit_image[row.vit_image >= 0].unique()) for row in rows) > 0
 
 
 @pytest.mark.parametrize(

@@ -178,9 +178,12 @@ def test_vit_heads_must_hold_pairs_for_rows_and_columns(args):
         ValueError, match=r"vit.dim: must be a multiple of 4 \* vit.num_heads = 32 .*, got 16"
     ):
         replace(args.vit, num_heads=8)
-    assert replace(args.vit, num_heads=8, rope_theta=0.0).head_dim == 2
+    table = {"rope_theta": 0.0, "position_grid": 4}
+    assert replace(args.vit, num_heads=8, **table).head_dim == 2
     with pytest.raises(ValueError, match=r"vit.dim: must be a multiple of vit.num_heads = 3, got"):
-        replace(args.vit, num_heads=3, rope_theta=0.0)
+        replace(args.vit, num_heads=3, **table)
+    with pytest.raises(ValueError, match=r"vit.rope_theta: 0 .* without a place where vit.pos"):
+        replace(args.vit, rope_theta=0.0)
     with pytest.raises(ValueError, match=r"vit.patch: must be positive, got 0"):
         replace(args.vit, patch=0)
     assert isinstance(args.vit, VitArgs) and args.vit.head_dim == 8

@@ -18,6 +18,7 @@ from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.rope import frequencies, frequency_axes, rotary_tables
 from symbiotic_titan.parallel import activation_checkpoint, activation_plan, fsdp, plan
+from tests.unit.model.query_models import with_queries
 from tools import show_parallel
 
 ROOT = Path(__file__).parents[3]
@@ -328,6 +329,23 @@ def test_modes_differ_as_their_formulas_say():
     )  # fmt: skip
     assert nothing_again == 0 and again > 0
     assert full == 3 * 768 * 128 * 2 and full < per_op < everything
+
+
+def test_patches_that_queries_read_are_held_for_whole_images():
+    """A square of 8 patches a side becomes six tokens, so 96 tokens are 16 images."""
+
+    def images(args, *overrides):
+        config = config_of("--model.attention_backend", args.attention_backend, *overrides)
+        memory = activation_plan.activation_memory(config, args, BF16, expert_parallel=False)
+        return memory.vit, memory.masks
+
+    squares = replace(FLAVORS["debug"], attention_backend="flex")
+    queries = with_queries(squares, {8: 6})
+    num_patches, length, rows = 16 * 8**2, 384, 2
+    assert images(queries)[0] * 96 * 4 == images(squares)[0] * num_patches
+    assert images(queries, "--data.max_vit_tokens", "101") == images(queries)
+    _, masks = images(replace(queries, attention_backend="sdpa"))
+    assert masks == rows * (length**2 + num_patches**2 + 96 * num_patches)
 
 
 def test_every_second_layer_is_recomputed():
