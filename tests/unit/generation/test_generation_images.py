@@ -73,15 +73,19 @@ def euler_by_hand(model, training_row, guidance, steps):
     return x_LZ
 
 
+@pytest.mark.parametrize("layout", ["grid", "sequence"])
 def test_guided_images_are_those_of_a_plain_loop_over_training_rows(
-    generator, model, tokenizer, prompts
+    model, query_model, config, tokenizer, prompts, layout
 ):
-    args = model.args
+    """Where tokens of images have rows and columns, and where they count up."""
+    model = {"grid": model, "sequence": query_model}[layout]
+    generator, args = Generator(model, config, tokenizer, torch.device("cpu")), model.args
+    assert args.rotary_layout == layout
     rows = []
     for caption in ("a cross", ""):
         image = VaeSegment(torch.zeros(64, 48), 8, 8)
         document = Document(2, (*prompts.image(caption).segments, image))
-        size = RowSize(document.num_tokens, 0, 64)
+        size = RowSize(document.num_tokens, 0, 64, num_vit_patches=0)
         builder = RowBuilder(size, args.geometry, args.rotary_layout, tokenizer.special)
         rows.append(builder.build([document]))
     latents_LZ = euler_by_hand(model, rows, guidance=2.0, steps=4)
