@@ -13,6 +13,7 @@ from symbiotic_titan.data.demo.text import prose
 from symbiotic_titan.data.demo.world import IMAGE_TASKS, SPLITS, WorldSize, write_world
 from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.readers import Reader, index_source
+from tests.unit.data.conftest import TINY
 from tools import make_demo_data
 
 SMALL = WorldSize(5, 2, 6, 3, train_shards=2)
@@ -39,6 +40,14 @@ def test_same_seed_writes_the_same_bytes_and_another_seed_other_samples(tmp_path
     assert first == again
     assert first.keys() == other.keys()
     assert all(first[path] != other[path] for path in first)
+
+
+@pytest.fixture(scope="module")
+def demo_world(tmp_path_factory):
+    """With the texts that it has for users."""
+    out = tmp_path_factory.mktemp("demo")
+    write_world(out, seed=0, size=TINY)
+    return out
 
 
 def test_manifest_counts_what_the_files_hold(demo_world):
