@@ -131,9 +131,8 @@ class RowBuilder:
         special: SpecialTokens,
         latents: TokenForm | None = None,
     ) -> None:
-        assert size.num_vit_patches is not None or not geometry.vit_queries, (
-            "squares of an image only"
-        )
+        stated = size.num_vit_patches is not None
+        assert stated or not geometry.vit_queries, "queries do not say how many patches they read"
         self._size = size
         self._geometry = geometry
         self._layout = layout
