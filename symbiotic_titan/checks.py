@@ -58,7 +58,11 @@ _UNSUPPORTED = (
     Unsupported("memory_estimation.enable", False, "run a few steps with metrics on"),
     Unsupported("optimizer.early_step_in_backward", False, "use gradient clipping as it is"),
     Unsupported("checkpoint.last_save_in_hf", False, "save a distributed checkpoint"),
-    Unsupported("checkpoint.initial_load_in_hf", False, "load a distributed checkpoint"),
+    Unsupported(
+        "checkpoint.initial_load_in_hf",
+        False,
+        "leave it out; what checkpoint.initial_load_path is tells how it is read",
+    ),
     Unsupported(
         "checkpoint.create_seed_checkpoint", False, "weights do not depend on the ranks here"
     ),

@@ -24,7 +24,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from symbiotic_titan.checkpoint.resume import holds
-from symbiotic_titan.checkpoint.start import choose_start
+from symbiotic_titan.checkpoint.start import choose_start, is_distributed, read_weights
 from symbiotic_titan.codecs.batch import build_batch_encoder
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.saved import SavedConfig
@@ -309,7 +309,11 @@ class SymbioticTrainer(Trainer):
             return
         folder = Path(self.job_config.job.dump_folder) / config.folder
         start = choose_start(config, folder, self.model_parts[0])
-        if start is not None and not holds(start, "param_groups.json"):
+        if start is not None and not is_distributed(start):
+            logger.info(f"Loading the weights in {start}, safetensors.")
+            read_weights(start, self.model_parts[0])
+            self.checkpointer.initial_load_path = None
+        elif start is not None and not holds(start, "param_groups.json"):
             # It is from before there was a record of the parameter groups.
             excluded = self.checkpointer.exclude_from_loading
             self.checkpointer.exclude_from_loading = [*excluded, "param_groups"]

@@ -13,6 +13,9 @@ from pathlib import Path
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+START = "checkpoint.initial_load_path"
+Shape = tuple[int, ...]
+
 
 def step_of(folder: Path) -> int | None:
     """Step number of a folder named ``step-N``, else None."""
@@ -22,8 +25,6 @@ def step_of(folder: Path) -> int | None:
 
 def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if every file it lists is there in full length."""
-    if (folder / "model.safetensors.index.json").is_file():
-        return None  # an export for other tools; torchtitan reads it itself
     if not (folder / ".metadata").is_file():
         return "it has no .metadata: the save did not finish"
     try:
@@ -99,41 +100,59 @@ def check_whole(folder: Path, key: str, remedy: str) -> None:
 
 
 def check_start(
-    start: Path, checkpoints: Path, shapes: Mapping[str, tuple[int, ...]], *, model_only: bool
+    start: Path, checkpoints: Path, shapes: Mapping[str, Shape], *, model_only: bool
 ) -> None:
-    """See that a new run can begin with the weights in ``start``. ``shapes``: of all parameters, by name.
+    """See that a new run can begin with the checkpoint ``start``. ``shapes``: of all parameters, by name.
 
     Raises:
         ValueError: ``start`` is missing, damaged or of another model, or would not be read.
     """
-    key = "checkpoint.initial_load_path"
+    check_whole(start, START, "train or convert that model first, or correct the path")
+    saved = FileSystemReader(start).read_metadata().state_dict_metadata
+    has_run = "train_state.step" in saved
+    check_weights(start, checkpoints, _sizes(saved), shapes, model_only=model_only or has_run)
+
+
+def check_weights(
+    start: Path,
+    checkpoints: Path,
+    held: Mapping[str, Shape],
+    shapes: Mapping[str, Shape],
+    *,
+    model_only: bool,
+) -> None:
+    """See that a new run, which saves into ``checkpoints``, can begin with ``start``, which holds tensors of the shapes ``held``.
+
+    Raises:
+        ValueError: they are of another model, or would not be read, or more than the model is asked for.
+    """
     if checkpoints.is_dir():
         raise ValueError(
-            f"{key}: {start} is not read where {checkpoints} exists, and that holds no checkpoint; remove it"
+            f"{START}: {start} is not read where {checkpoints} exists, and that holds no checkpoint; remove it"
         )
-    check_whole(start, key, "train or convert that model first, or correct the path")
-    if (start / "model.safetensors.index.json").is_file():
-        return
-    saved = FileSystemReader(start).read_metadata().state_dict_metadata
-    misfit = _misfit(saved, shapes)
+    misfit = _misfit(held, shapes)
     if misfit:
         raise ValueError(
-            f"{key}: {start} is of another model: {misfit}; split it as [experts] says with tools/convert.py, or name one "
+            f"{START}: {start} is of another model: {misfit}; split it as [experts] says with tools/convert.py, or name one "
             "that was"
         )
-    if not model_only and "train_state.step" not in saved:
+    if not model_only:
         raise ValueError(
-            f"{key}: {start} holds the model alone; set checkpoint.initial_load_model_only = true"
+            f"{START}: {start} holds the model alone; set checkpoint.initial_load_model_only = true"
         )
 
 
-def _misfit(saved: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The first parameter that a checkpoint does not hold in the shape asked for."""
+def _sizes(saved: Mapping[str, object]) -> dict[str, Shape]:
+    """Shapes of the tensors in a checkpoint's metadata."""
+    return {n: tuple(size) for n, e in saved.items() if (size := getattr(e, "size", None))}
+
+
+def _misfit(held: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> str | None:
+    """The first tensor that is not held in the shape asked for."""
     for name, shape in shapes.items():
-        size = tuple(getattr(saved.get(name), "size", ()))
-        if size != shape:
-            held = f"has shape {size}" if size else "is missing"
-            return f"{name} {held} in it and has shape {shape} here"
+        if held.get(name) != shape:
+            found = f"has shape {held[name]}" if name in held else "is missing"
+            return f"{name} {found} in it and has shape {shape} here"
     return None
 
 
@@ -151,7 +170,7 @@ def check_fits(
             f"checkpoint {folder} holds the model alone (checkpoint.last_save_model_only), so this run cannot go on; "
             "name an older one with --checkpoint.load_step, or start another job.dump_folder with checkpoint.initial_load_path"
         )
-    misfit = _misfit(saved, shapes)
+    misfit = _misfit(_sizes(saved), shapes)
     if misfit:
         raise ValueError(
             f"checkpoint {folder} is of another model: {misfit}; resume with the model.flavor and [experts] it was saved "

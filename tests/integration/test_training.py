@@ -23,6 +23,7 @@ from tests.integration.launch import (
     read_scalars,
 )
 from tests.unit.model.query_models import with_queries
+from tools import convert
 
 LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
 # Sums are taken in another order with other ranks: relatively, over 20 float32 steps, 2e-7 was measured for the losses and 1.3e-6
@@ -135,6 +136,29 @@ def test_a_model_whose_queries_read_the_images_trains_alike_on_one_process_and_o
     assert_same(two, one, tags=(*LOSSES, "tokens/vit"), rtol=TOLERANCE)
     answers = one.scalars("loss/by_task/mmu_text")
     assert answers[NUM_STEPS] < 0.8 * answers[1]
+
+
+def test_a_run_begins_with_an_export_as_with_the_checkpoint_it_was_made_of(tmp_path, demo):
+    """Of one process and of two that share the experts."""
+    source = launch(tmp_path / "source", demo, training__steps=2)
+    assert source.status == 0, source.text[-3000:]
+    checkpoint, export = source.folder / "checkpoint" / "step-2", tmp_path / "export"
+    config = ["--config", str(source.folder / "job.toml"), "--part", "whole"]
+    assert (
+        convert.main(["to-hf", "--checkpoint", str(checkpoint), "--out", str(export), *config]) == 0
+    )
+    begin = {"training__steps": 4, "checkpoint__initial_load_model_only": True}
+    first = launch(tmp_path / "a", demo, checkpoint__initial_load_path=checkpoint, **begin)
+    second = launch(tmp_path / "b", demo, checkpoint__initial_load_path=export, **begin)
+    shared = {"world_size": 2, "parallelism__expert_parallel_degree": 2}
+    third = launch(tmp_path / "c", demo, checkpoint__initial_load_path=export, **begin, **shared)
+    for run, rtol in ((second, 0.0), (third, TOLERANCE)):
+        assert run.status == 0 and "Loading the weights in" in run.text, run.text[-3000:]
+        for tag in LOSSES:
+            assert run.scalars(tag) == pytest.approx(first.scalars(tag), rel=rtol, abs=0)
+    begin["checkpoint__initial_load_model_only"] = False
+    refused = launch(tmp_path / "d", demo, checkpoint__initial_load_path=export, **begin)
+    assert refused.status == 2 and "set checkpoint.initial_load_model_only" in refused.text
 
 
 def test_full_activation_checkpointing_counts_records_once(tmp_path, demo, reference):
