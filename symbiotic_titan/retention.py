@@ -4,19 +4,22 @@ Letters: L MoE layers, M modalities, E experts, T tokens, K experts per token.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from symbiotic_titan.checkpoint.fit import absent_parts
 from symbiotic_titan.checkpoint.partition import plan_of_checkpoint
-from symbiotic_titan.checkpoint.plan import Plan
+from symbiotic_titan.checkpoint.plan import Plan, check_layers
 from symbiotic_titan.checkpoint.profile import ModelIdentity, Profile, router_hash
+from symbiotic_titan.checkpoint.stored_model import StoredModel
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.experts import Shielding
 from symbiotic_titan.config.job import JobConfig
@@ -28,10 +31,11 @@ from symbiotic_titan.inference import (
     understanding_data,
 )
 from symbiotic_titan.moe.layer import PartitionedMoE
-from symbiotic_titan.moe.record import routing_totals
+from symbiotic_titan.moe.record import RoutingRecord, routing_totals
 from symbiotic_titan.moe.router import Routing, group_of_token
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES, VIT
+from symbiotic_titan.train_spec import build_tokenizer
 from symbiotic_titan.validation import held_out_losses
 
 
@@ -44,10 +48,17 @@ def moe_layers(model: nn.Module) -> dict[str, PartitionedMoE]:
     return {f"layers.{name}": moe for name, moe in named.items() if moe is not None}
 
 
+def lacks_encoder(stored: StoredModel) -> bool:
+    """Whether the checkpoint has no image encoder: an untrained one then makes ViT tokens, and how they route is noise."""
+    return "vit" in absent_parts(stored.tensors)
+
+
 def describe_data(config: JobConfig, data: Data, split: str, num_rows: int) -> dict[str, Any]:
-    """What was read, for the readers of a report."""
+    """What was read, for the readers of a report: where it came from, and what made tokens of it."""
     return {
         "split": split,
+        "tokenizer": build_tokenizer(config).fingerprint,
+        "vit_pixels": data.vit_pixels,
         "sources": [
             {"name": s.name, "task": s.task, "path": s.path, "weight": s.weight}
             for s in data.sources
@@ -65,7 +76,7 @@ def profile_model(
     data: dict[str, Any],
     ranks: DataRanks,
 ) -> Profile:
-    """Counts of every layer over ``batches``, of all processes."""
+    """Counts of every layer over ``batches``, of all processes; none of ViT where the checkpoint has no image encoder."""
     layers = moe_layers(loaded.model)
     if not layers:
         raise ValueError(f"model.flavor = {config.model.flavor!r} has no MoE layer to profile")
@@ -76,6 +87,8 @@ def profile_model(
     for batch in batches:
         counts_LME += routing_totals(loaded(batch).records).counts
         tokens_M += batch.num_tokens()
+    if lacks_encoder(loaded.stored):
+        counts_LME[:, VIT], tokens_M[VIT] = 0, 0
     tokens = ranks.sum(tokens_M).tolist()
     return Profile(
         model=ModelIdentity(
@@ -101,16 +114,36 @@ def text_losses(
     )
 
 
-class InsideShares:
+class TokenShares:
+    """Counts tokens of which something holds, by layer and modality."""
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        shape = (num_layers, NUM_MODALITIES)
+        self._hits_LM = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._tokens_LM = torch.zeros_like(self._hits_LM)
+
+    def count(self, layer: int, hit_T: Tensor, modality_T: Tensor) -> None:
+        for m in range(NUM_MODALITIES):
+            self._hits_LM[layer, m] += (hit_T & (modality_T == m)).sum()
+            self._tokens_LM[layer, m] += (modality_T == m).sum()
+
+    def shares(self, ranks: DataRanks) -> dict[str, list[float]]:
+        """Modality -> share of its tokens by layer, over all processes; without those of which there was no token."""
+        hits_LM, tokens_LM = ranks.sum(self._hits_LM).cpu(), ranks.sum(self._tokens_LM).cpu()
+        return {
+            name: (hits_LM[:, m].double() / tokens_LM[:, m]).tolist()
+            for m, name in enumerate(MODALITY_NAMES)
+            if tokens_LM[:, m].all()
+        }
+
+
+class InsideShares(TokenShares):
     """Counts, while an unpartitioned model runs, the tokens whose top-k all lie in the group that ``plan`` gives their modality:
-    the partitioned layer computes for them what this one does."""
+    the partitioned layer computes for them what this one does, but for how sums round."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
+        super().__init__(len(plan.layers), device)
         self.plan = plan
-        self.inside_LM = torch.zeros(
-            len(plan.layers), NUM_MODALITIES, dtype=torch.int64, device=device
-        )
-        self.tokens_LM = torch.zeros_like(self.inside_LM)
         sizes = torch.tensor([group.num_experts for group in plan.groups])
         group_of_slot_E = torch.arange(len(sizes)).repeat_interleave(sizes)
         self._owner_LE = group_of_slot_E[plan.order.argsort(-1)].to(device)
@@ -119,15 +152,13 @@ class InsideShares:
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Within it every forward of ``model`` is counted."""
         layers = moe_layers(model)
+        check_layers(self.plan, layers)
         handles = [
             layers[name].router.register_forward_hook(partial(self._count, i))
             for i, name in enumerate(self.plan.layers)
         ]
-        try:
+        with _removed(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _count(
         self, layer: int, router: nn.Module, arguments: tuple[Tensor, Tensor], routing: Routing
@@ -135,18 +166,65 @@ class InsideShares:
         _, modality_T = arguments
         group_T = group_of_token(modality_T, self.plan.groups)
         inside_T = (self._owner_LE[layer][routing.experts_TK] == group_T.unsqueeze(-1)).all(-1)
-        for m in range(NUM_MODALITIES):
-            self.inside_LM[layer, m] += (inside_T & (modality_T == m)).sum()
-            self.tokens_LM[layer, m] += (modality_T == m).sum()
+        self.count(layer, inside_T, modality_T)
 
-    def shares(self, ranks: DataRanks) -> dict[str, list[float]]:
-        """Modality -> share of its tokens by layer, over all processes; without those of which there was no token."""
-        inside_LM, tokens_LM = ranks.sum(self.inside_LM).cpu(), ranks.sum(self.tokens_LM).cpu()
-        return {
-            name: (inside_LM[:, m].double() / tokens_LM[:, m]).tolist()
-            for m, name in enumerate(MODALITY_NAMES)
-            if tokens_LM[:, m].all()
-        }
+
+# What a MoE layer is called with: tokens, their modalities, the shield's scale. And what it returns.
+_Arguments = tuple[Tensor, Tensor, Tensor]
+_Output = tuple[Tensor, RoutingRecord]
+
+
+class EqualShares(TokenShares):
+    """Counts the tokens for which ``layers`` of two models give the same bits where they get the same input: the second model's
+    layers are given what those of the first got. Inputs and outputs of one batch are kept on the CPU meanwhile."""
+
+    def __init__(self, layers: Sequence[str], device: torch.device) -> None:
+        super().__init__(len(layers), device)
+        self._layers = layers
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """Within it the first model runs a batch."""
+        moes = moe_layers(model)
+        handles = [
+            moes[name].register_forward_hook(partial(self._keep, i))
+            for i, name in enumerate(self._layers)
+        ]
+        with _removed(handles):
+            yield
+
+    @contextmanager
+    def comparing(self, model: nn.Module) -> Iterator[None]:
+        """Within it the second runs the same batch; what it gives is of no use."""
+        moes = moe_layers(model)
+        handles = []
+        for i, name in enumerate(self._layers):
+            handles.append(moes[name].register_forward_pre_hook(partial(self._replace, i)))
+            handles.append(moes[name].register_forward_hook(partial(self._compare, i)))
+        with _removed(handles):
+            yield
+
+    def _keep(self, layer: int, moe: nn.Module, arguments: _Arguments, output: _Output) -> None:
+        self._kept[layer] = arguments[0].cpu(), output[0].cpu()  # device sync
+
+    def _replace(self, layer: int, moe: nn.Module, arguments: _Arguments) -> _Arguments:
+        x_TD, modality_T, shield_scale = arguments
+        return self._kept[layer][0].to(x_TD.device), modality_T, shield_scale
+
+    def _compare(self, layer: int, moe: nn.Module, arguments: _Arguments, output: _Output) -> None:
+        _, before_TD = self._kept.pop(layer)
+        equal_T = (output[0] == before_TD.to(output[0].device)).all(-1)
+        self.count(layer, equal_T, arguments[1])
+
+
+@contextmanager
+def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -156,12 +234,15 @@ class StepZeroReport:
     columns:      model -> name -> loss or accuracy. The first is ``original`` where one was given, then ``partitioned``, then
                   ``shared_only``: the partitioned model with its routed experts masked.
     layers, inside: of the original, modality -> share by layer of tokens whose top-k stays inside the plan's group.
+    equal:        modality -> share by layer of tokens for which the partitioned layer, given the original's input, gives the
+                  original's bits; of the first batch.
     """
 
     data: dict[str, Any]
     columns: dict[str, dict[str, float]]
     layers: tuple[str, ...]
     inside: dict[str, list[float]]
+    equal: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def differences(self) -> dict[str, float]:
@@ -209,15 +290,25 @@ def step_zero_report(
         batches = packed_batches(config, data, num_batches, ranks, split)
         return text_losses(model, config, batches, ranks)
 
+    def run_one_batch(model: LoadedModel) -> None:
+        for batch in packed_batches(config, data, 1, ranks, split):
+            model(batch)
+
     plan = plan_of_checkpoint(checkpoint)
     inside = InsideShares(plan, ranks.device) if plan and original else None
+    equal = EqualShares(plan.layers, ranks.device) if plan and original else None
     if original is not None:
         before = LoadedModel(original_config or unpartitioned(config), original, ranks)
         with inside.watching(before.model) if inside else nullcontext():
             columns["original"] = losses_of(before)
+        with equal.recording(before.model) if equal else nullcontext():
+            run_one_batch(before)
         del before
     after = LoadedModel(config, checkpoint, ranks)
     columns["partitioned"] = losses_of(after)
+    if equal:
+        with equal.comparing(after.model):
+            run_one_batch(after)
     if after.args.shared_hidden_dim:
         with probed(after.model, SHARED_ONLY):
             columns["shared_only"] = losses_of(after)
@@ -227,4 +318,5 @@ def step_zero_report(
         columns=columns,
         layers=inside.plan.layers if inside else (),
         inside=inside.shares(ranks) if inside else {},
+        equal=equal.shares(ranks) if equal else {},
     )

@@ -12,15 +12,14 @@ Examples:
   tools/convert.py to-hf --checkpoint outputs/mini/symbiotic/checkpoint/step-250 --part whole --out outputs/mini/symbiotic/safetensors
 
 A checkpoint is a training or model-only checkpoint of any number of ranks, the folder of a released model, or what to-hf --part whole
-wrote. from-hf writes a checkpoint and beside it model.json, the model's shape: model.flavor = "outputs/qwen/model.json" trains it.
-Latent parts are not in a released model; partition makes them, as [latents] says.
+wrote. from-hf writes a checkpoint and beside it model.json, the model's shape, for configs: model.flavor = "outputs/qwen/model.json".
+Latent parts are not in a released model; partition makes them, as [latents] says, and a run starts from what it writes.
 
 Groups come from the config's [experts.partition]; further arguments --section.key value override the config.
 """
 
 import argparse
-import json
-import re
+import os
 import resource
 import sys
 import time
@@ -38,44 +37,69 @@ device.prepare()
 import torch.distributed as dist  # noqa: E402
 from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 
+from symbiotic_titan.checkpoint.command_options import (  # noqa: E402
+    byte_count,
+    check_options,
+    from_hf_options,
+    partition_options,
+    plan_options,
+    to_hf_options,
+)
 from symbiotic_titan.checkpoint.export import (  # noqa: E402
     export_understanding,
     export_whole,
     find_source,
 )
-from symbiotic_titan.checkpoint.hugging_face import HuggingFaceModel  # noqa: E402
+from symbiotic_titan.checkpoint.hugging_face import (  # noqa: E402
+    LEFT_BEHIND,
+    SOURCE,
+    HuggingFaceModel,
+)
 from symbiotic_titan.checkpoint.imports import import_model  # noqa: E402
 from symbiotic_titan.checkpoint.open_model import open_model  # noqa: E402
 from symbiotic_titan.checkpoint.partition import partition_checkpoint  # noqa: E402
 from symbiotic_titan.checkpoint.plan import (  # noqa: E402
-    PARTITION_RULES,
     Plan,
     kept_mass,
     make_plan,
 )
 from symbiotic_titan.checkpoint.profile import Profile, too_few_tokens  # noqa: E402
+from symbiotic_titan.checkpoint.sources import (  # noqa: E402
+    check_apart,
+    check_holds_tensors,
+    check_original,
+    check_release,
+)
 from symbiotic_titan.checkpoint.stored_model import some_of  # noqa: E402
 from symbiotic_titan.checkpoint.tables import (  # noqa: E402
     better_by_lot,
     conversion_table,
     kept_table,
     parts_table,
-    percent,
+    step_zero_table,
 )
 from symbiotic_titan.checks import check_job  # noqa: E402
 from symbiotic_titan.config.job import JobConfig  # noqa: E402
+from symbiotic_titan.config.json_file import check_file, write_json  # noqa: E402
 from symbiotic_titan.config.load import load_job_config  # noqa: E402
 from symbiotic_titan.config.saved import saved_config  # noqa: E402
 from symbiotic_titan.extend import import_extension  # noqa: E402
 from symbiotic_titan.inference import join_ranks, model_args  # noqa: E402
 from symbiotic_titan.model import shape_file  # noqa: E402
-from symbiotic_titan.retention import StepZeroReport, step_zero_report  # noqa: E402
+from symbiotic_titan.model.args import ModelArgs  # noqa: E402
+from symbiotic_titan.retention import step_zero_report  # noqa: E402
 
 
 def read_config(path: str, overrides: list[str]) -> JobConfig:
     config = load_job_config(["--job.config_file", path, *overrides])
     import_extension(config)
     return config
+
+
+def files_of(config: JobConfig, *paths: str | None) -> list[str | None]:
+    """What is read of a config: its files, and the shape that it names."""
+    flavor = config.model.flavor
+    return [*paths, flavor if flavor.endswith(".json") else None]
 
 
 def show_bytes(done: int, total: int) -> None:
@@ -104,6 +128,8 @@ def measured() -> Iterator[None]:
 def from_hf(options: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError(f"from-hf reads no config, so it has no use for {' '.join(overrides)}")
+    check_release(options.hf)
+    check_apart(options.out, [options.hf])
     with measured():
         stored = HuggingFaceModel(options.hf)
         import_model(
@@ -121,17 +147,25 @@ def from_hf(options: argparse.Namespace, overrides: list[str]) -> None:
     )
     print(parts_table(stored.tensors))
     if stored.left_behind:
-        print(f"left behind, as the network has no such part:\n{parts_table(stored.left_behind)}")
+        print(
+            f"left behind, as the network has no such part; {SOURCE}/{LEFT_BEHIND} keeps it for to-hf:\n{parts_table(stored.left_behind)}"
+        )
     shape = options.out / shape_file.NAME
-    print(f'written to {options.out}; a config trains the model with model.flavor = "{shape}"')
+    print(
+        f"written to {options.out}; next, as a run needs the latent parts too:\n  tools/convert.py partition "
+        f"--checkpoint {options.hf if options.shape_only else options.out} --config CONFIG --out START\n"
+        f'where CONFIG has model.flavor = "{shape}"; it trains from START'
+    )
 
 
 # ---- to-hf ----------------------------------------------------------------------------------------------------------------
 
 
 def to_hf(options: argparse.Namespace, overrides: list[str]) -> None:
-    config = read_config(options.config or str(saved_config(options.checkpoint)), overrides)
-    stored, args = open_model(options.checkpoint), model_args(config)
+    check_holds_tensors(options.checkpoint, "--checkpoint")
+    args, flavor, sources = exported_shape(options, overrides)
+    check_apart(options.out, [options.checkpoint, *sources])
+    stored = open_model(options.checkpoint)
     settings: dict[str, Any] = {
         "shard_bytes": byte_count(options.shard_size),
         "dtype": TORCH_DTYPE_MAP[options.dtype] if options.dtype else None,
@@ -142,7 +176,7 @@ def to_hf(options: argparse.Namespace, overrides: list[str]) -> None:
         if options.part == "whole":
             export = export_whole(stored, args, options.out, **settings)
         else:
-            source = find_source(options.checkpoint, config.model.flavor)
+            source = find_source(options.checkpoint, flavor)
             export = export_understanding(stored, args, source, options.out, **settings)
     parameters = sum(kind.num_values for kind in export.written.values())
     print(f"{len(export.written):,} tensors, {parameters:,} parameters")
@@ -151,26 +185,26 @@ def to_hf(options: argparse.Namespace, overrides: list[str]) -> None:
     print(f"written to {options.out}")
     if export.missing:
         print(
-            f"warning: the release has {some_of(export.missing)}, which have no part in our network and are not written; whoever "
-            "loads the folder must bring them",
+            f"warning: the release has {some_of(export.missing)}, which have no part in our network and are not written: nobody kept "
+            "them, or they are a layer with another number of experts",
             file=sys.stderr,
         )
 
 
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-
-
-def byte_count(text: str) -> int:
-    """Bytes of a size such as 5GB or 500MB.
-
-    Raises:
-        ValueError: it is no such size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B", text)
-    size = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
-    if size == 0:
-        raise ValueError(f"--shard-size: must be a size such as 5GB or 500MB, got {text!r}")
-    return size
+def exported_shape(
+    options: argparse.Namespace, overrides: list[str]
+) -> tuple[ModelArgs, str, list[str | None]]:
+    """(the model's shape, its flavor, the files it was read from). Without --config the checkpoint's own, or its run's config."""
+    shape = options.checkpoint / shape_file.NAME
+    if options.config is None and shape.is_file():
+        if overrides:
+            raise ValueError(
+                f"{shape} has the model's shape, so there is no use for {' '.join(overrides)} without --config"
+            )
+        return shape_file.read_shape(shape), "", []
+    path = options.config or str(saved_config(options.checkpoint))
+    config = read_config(path, overrides)
+    return model_args(config), config.model.flavor, files_of(config, path)
 
 
 # ---- plan -----------------------------------------------------------------------------------------------------------------
@@ -182,6 +216,8 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(
             f"{options.config} has no [experts.partition], so there are no groups to plan; use the config of the partitioned model"
         )
+    check_apart(options.out, files_of(config, options.config, options.profile))
+    check_file(options.out, "--out")
     args = model_args(config)
     profile = Profile.load(options.profile)
     rule = options.rule or config.experts.partition_rule
@@ -202,6 +238,9 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def partition(options: argparse.Namespace, overrides: list[str]) -> None:
     config = read_config(options.config, overrides)
+    check_holds_tensors(options.checkpoint, "--checkpoint")
+    sources = files_of(config, options.config, options.plan)
+    check_apart(options.out, [options.checkpoint, *sources])
     made = None if options.plan is None else Plan.load(options.plan)
     with measured():
         conversion = partition_checkpoint(
@@ -228,6 +267,12 @@ def check(options: argparse.Namespace, overrides: list[str]) -> None:
         if options.original is None:
             raise ValueError("--original-config has no effect without --original")
         original = read_config(options.original_config, overrides)
+    check_folders(options)
+    if options.json is not None:
+        check_apart(
+            options.json, files_of(config, options.config, options.original_config), "--json"
+        )
+        check_file(options.json, "--json")
     check_job(config)
     ranks = join_ranks(config)
     report = step_zero_report(
@@ -240,35 +285,20 @@ def check(options: argparse.Namespace, overrides: list[str]) -> None:
         num_batches=options.batches,
     )
     if ranks.rank == 0:
-        print_report(report)
+        shares = report.layers, report.inside, report.equal
+        print(step_zero_table(report.columns, report.differences, *shares))
         if options.json is not None:
-            options.json.write_text(json.dumps(report.values(), indent=1) + "\n", encoding="utf-8")
+            write_json(options.json, "step zero report", report.values())
 
 
-def print_report(report: StepZeroReport) -> None:
-    columns = report.columns
-    print("  " + " " * 22 + "".join(name.rjust(14) for name in columns) + "    difference")
-    names = dict.fromkeys(name for values in columns.values() for name in values)
-    for name in names:
-        cells = "".join(f"{values[name]:14.4f}" for values in columns.values())
-        difference = report.differences.get(name)
-        print(
-            f"  {name:22s}{cells}" + ("" if difference is None else f"{100 * difference:+12.2f} %")
-        )
-    if not report.inside:
-        return
-    print("\nshare of tokens whose top-k stays inside the group")
-    for i, layer in enumerate(report.layers):
-        shares = "  ".join(f"{name} {percent(v[i]):>8s}" for name, v in report.inside.items())
-        print(f"  {layer:10s} {shares}")
-    means = {name: sum(v) / len(v) for name, v in report.inside.items()}
-    print(f"  {'mean':10s} " + "  ".join(f"{name} {percent(v):>8s}" for name, v in means.items()))
+def check_folders(options: argparse.Namespace) -> None:
+    check_holds_tensors(options.checkpoint, "--checkpoint")
+    if options.original is not None:
+        check_holds_tensors(options.original, "--original")
+        check_original(options.checkpoint, options.original)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------------
-
-
-_PARTITIONED = "TOML file with [experts.partition]"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -298,86 +328,27 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def model_out_options(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("--out", required=True, type=Path, help=f"{what} to write")
-    command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-
-
-def dtype_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored"
-    )
-
-
-def from_hf_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--hf", required=True, type=Path, help="folder with config.json and safetensors"
-    )
-    model_out_options(command, "checkpoint")
-    dtype_option(command)
-    command.add_argument(
-        "--shape-only",
-        action="store_true",
-        help="write model.json without tensors: the other commands read them from the folder",
-    )
-
-
-def plan_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", required=True, help=_PARTITIONED)
-    command.add_argument(
-        "--profile", required=True, type=Path, help="file of tools/profile_experts.py"
-    )
-    command.add_argument("--out", required=True, type=Path, help="file to write")
-    command.add_argument(
-        "--rule", help=f"instead of experts.partition_rule; ours: {', '.join(PARTITION_RULES)}"
-    )
-    command.add_argument("--seed", type=int, default=0, help="of rules that draw lots")
-
-
-def partition_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", required=True, help=_PARTITIONED)
-    command.add_argument("--checkpoint", required=True, type=Path, help="checkpoint to start from")
-    command.add_argument("--plan", type=Path, help="file of the command plan")
-    model_out_options(command, "checkpoint")
-
-
-def check_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", required=True, help=_PARTITIONED)
-    command.add_argument("--checkpoint", required=True, type=Path, help="partitioned checkpoint")
-    command.add_argument("--original", type=Path, help="checkpoint before that")
-    command.add_argument(
-        "--original-config", help="its config; default: --config without [experts.partition]"
-    )
-    command.add_argument("--batches", type=int, default=25, help="batches each process reads")
-    command.add_argument(
-        "--split",
-        choices=("train", "validation"),
-        help="default: validation where the config has [[validation.sources]]",
-    )
-    command.add_argument("--json", type=Path, help="also write the report to this file")
-
-
-def to_hf_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", help="TOML file; default: the config that its run kept")
-    command.add_argument("--checkpoint", required=True, type=Path, help="checkpoint to write")
-    command.add_argument(
-        "--part",
-        choices=("understanding", "whole"),
-        required=True,
-        help="what text and ViT tokens use, as a model of the backbone; or all, for our own loader",
-    )
-    model_out_options(command, "folder")
-    dtype_option(command)
-    command.add_argument("--shard-size", default="5GB", help="largest file; default: 5GB")
+def check_processes(function: Any) -> None:
+    """Pass if as many processes run as the command has work for: only check divides its rows among several."""
+    if function is not check and (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        name = function.__name__.replace("_", "-")
+        raise ValueError(
+            f"{name} runs in one process, got WORLD_SIZE = {size}; start it without torchrun"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser().parse_known_args(arguments)
     try:
+        check_processes(options.function)
         options.function(options, overrides)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        kept = f"; nothing of {options.out} was kept" if "out" in options else ""
+        print(f"interrupted{kept}", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

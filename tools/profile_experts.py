@@ -23,6 +23,7 @@ device.prepare()
 
 import torch.distributed as dist  # noqa: E402
 
+from symbiotic_titan.checkpoint.hugging_face import SOURCE  # noqa: E402
 from symbiotic_titan.checkpoint.open_model import open_model  # noqa: E402
 from symbiotic_titan.checkpoint.profile import (  # noqa: E402
     Profile,
@@ -30,7 +31,11 @@ from symbiotic_titan.checkpoint.profile import (  # noqa: E402
     router_groups,
     too_few_tokens,
 )
+from symbiotic_titan.checkpoint.stored_model import StoredModel  # noqa: E402
 from symbiotic_titan.checks import check_job  # noqa: E402
+from symbiotic_titan.config.data import Data  # noqa: E402
+from symbiotic_titan.config.job import JobConfig  # noqa: E402
+from symbiotic_titan.config.json_file import check_file  # noqa: E402
 from symbiotic_titan.config.load import load_job_config  # noqa: E402
 from symbiotic_titan.extend import import_extension  # noqa: E402
 from symbiotic_titan.inference import (  # noqa: E402
@@ -41,11 +46,15 @@ from symbiotic_titan.inference import (  # noqa: E402
 )
 from symbiotic_titan.retention import (  # noqa: E402
     describe_data,
+    lacks_encoder,
     profile_model,
     unpartitioned,
 )
 
 T = TypeVar("T")
+
+# A model's vocabulary, as releases name its file.
+_TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json")
 
 
 def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
@@ -57,6 +66,34 @@ def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
             print(f"\r{what}: {done}/{total} batches", end=end, file=sys.stderr, flush=True)
 
 
+def tokenizer_file(checkpoint: Path) -> Path | None:
+    """The vocabulary of the released model that a checkpoint is or came from, where it has one."""
+    found = (
+        path
+        for folder in (checkpoint, checkpoint / SOURCE)
+        for pattern in _TOKENIZERS
+        for path in sorted(folder.glob(pattern))
+    )
+    return next(found, None)
+
+
+def warnings_for(config: JobConfig, stored: StoredModel, data: Data) -> list[str]:
+    """What is known before tokens are read to spoil the profile."""
+    warnings = []
+    file = tokenizer_file(stored.folder)
+    if config.tokenizer.kind == "bytes" and file is not None:
+        warnings.append(
+            f"{stored.folder} has a tokenizer, {file}, but tokenizer.kind = 'bytes' reads text as tokens that the model does not "
+            "know; set tokenizer.kind and tokenizer.path to that of the model"
+        )
+    if lacks_encoder(stored) and any(row.weight > 0 and row.task != "lm" for row in data.sources):
+        warnings.append(
+            f"{stored.folder} has no vit.* tensors: images pass an untrained encoder, so ViT tokens are not counted and experts "
+            "rank by text alone; sources of task lm suffice"
+        )
+    return warnings
+
+
 def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
     """The profile, written to its file; None on all processes but the first.
 
@@ -65,13 +102,17 @@ def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
     """
     if options.batches < 1:
         raise ValueError(f"--batches: must be at least 1, got {options.batches}")
+    check_file(options.out, "--out")
     config = load_job_config(["--job.config_file", options.config, *overrides])
     import_extension(config)
-    if router_groups(open_model(options.checkpoint).tensors) == {"all"}:
+    stored = open_model(options.checkpoint)
+    if router_groups(stored.tensors) == {"all"}:
         config = unpartitioned(config)  # that of the model it is to become serves as well
     check_job(config)
     ranks = join_ranks(config)
     data = understanding_data(config, options.split)
+    for warning in warnings_for(config, stored, data) if ranks.rank == 0 else ():
+        print(f"warning: {warning}", file=sys.stderr)
     loaded = LoadedModel(config, options.checkpoint, ranks)
     batches = packed_batches(config, data, options.batches, ranks, options.split)
     rows = options.batches * config.training.local_batch_size * ranks.size

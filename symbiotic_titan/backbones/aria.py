@@ -7,18 +7,18 @@ does not compute with: it stays behind.
 Letters: W width of the encoder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from math import isqrt
 from typing import Any
 
 from symbiotic_titan.backbones.arrangements import (
     LATENTS,
+    ROTARY,
     attention,
     chain,
-    check_known,
     check_settings,
-    check_types,
     decoder,
+    described_by,
     join,
     patch_embedding,
     rotary_settings,
@@ -61,113 +61,123 @@ VISION_DEFAULTS = {
 # Patches of the square that an image is laid in -> queries that read it.
 QUERIES = {"1225": 128, "4900": 256}
 _EXPRESSED = {"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False}
-_READ_ELSEWHERE = {
-    *("num_key_value_heads", "head_dim", "rope_theta", "rope_parameters", "rope_scaling"),
-    *("moe_intermediate_size", "num_experts_per_tok"),
-    *("moe_z_loss_coeff", "moe_aux_loss_coeff", "pretraining_tp"),
+_OTHERS = {
+    **ROTARY,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "moe_intermediate_size": int,
+    "num_experts_per_tok": int,
+    "moe_z_loss_coeff": Any,
+    "moe_aux_loss_coeff": Any,
+    "pretraining_tp": Any,
 }
-# Beside the decoder; the image encoder's are read by ``vit_args``.
+ROTARY_DEFAULTS = {"rope_type": "default", "rope_theta": 10_000.0}
+_ROTARY_EXPRESSED = {"rope_type": "default", "partial_rotary_factor": 1.0}
+_VISION_EXPRESSED = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
 _BESIDE = {
-    *("text_config", "vision_config", "vision_feature_layer", "projector_patch_to_query_dict"),
-    *("max_value_projector_patch_to_query_dict", "image_token_index", "tie_word_embeddings"),
-    "ignore_index",
+    "text_config": Any,
+    "vision_config": Any,
+    "projector_patch_to_query_dict": Any,
+    "max_value_projector_patch_to_query_dict": Any,
+    "image_token_index": Any,
+    "tie_word_embeddings": bool,
+    "ignore_index": Any,
 }
 
 
 def queries(config: Config) -> dict[int, int]:
-    """Patches along a side of the square that an image is laid in -> queries that read it, rising.
+    """Patches along a side of the square that an image is laid in -> queries that read it, both rising.
 
     Raises:
-        ValueError: something else stands there, or a number of patches is no square.
+        ValueError: something else stands there, a number of patches is no square, or more patches have not more queries.
     """
     key = "projector_patch_to_query_dict"
     stated = QUERIES if config.get(key) is None else config[key]
     check_value(f"config.json: {key}", stated, dict[str, int])
-    squares = [
-        patches
-        for patches in stated
-        if patches.isdecimal() and isqrt(int(patches)) ** 2 == int(patches)
-    ]
-    if not stated or len(squares) < len(stated):
+    if not stated or not all(map(_is_square, stated)):
         raise ValueError(
             f"config.json: {key} = {stated} must name numbers of patches that are squares, since images are laid in squares, e.g. "
             f"{QUERIES}"
         )
     by_patches = {int(patches): number for patches, number in stated.items()}
-    most = {"max_value_projector_patch_to_query_dict": max(by_patches.values())}
-    check_settings(config, "", most)
-    return {isqrt(patches): by_patches[patches] for patches in sorted(by_patches)}
+    by_side = {isqrt(patches): by_patches[patches] for patches in sorted(by_patches)}
+    numbers = list(by_side.values())
+    if numbers != sorted({number for number in numbers if number > 0}):
+        raise ValueError(
+            f"config.json: {key} = {stated} must give more queries, and at least one, to more patches, e.g. {QUERIES}"
+        )
+    check_settings(config, "", {"max_value_projector_patch_to_query_dict": numbers[-1]})
+    return by_side
+
+
+def _is_square(patches: str) -> bool:
+    number = int(patches) if patches.isdecimal() else 0
+    return number > 0 and isqrt(number) ** 2 == number
 
 
 def vit_args(config: Config) -> VitArgs:
     """The image encoder of ``vision_config`` and its projector."""
-    values = settings(config, "vision_config", VISION_DEFAULTS)
-    check_types(values, "vision_config", VISION_DEFAULTS)
     # The released file states the heads under a name that transformers does not read.
-    expressed = {
-        "hidden_act": "gelu_pytorch_tanh",
-        "attention_dropout": 0.0,
-        "attention_heads": values["num_attention_heads"],
-    }
-    check_settings(values, "vision_config", expressed)
-    check_known(values, "vision_config", {*VISION_DEFAULTS, *expressed})
-    check_settings(config, "", {"vision_feature_layer": -1})
+    others = {"attention_heads": int}
+    values = settings(config, "vision_config", VISION_DEFAULTS, _VISION_EXPRESSED, others)
+    check_settings(values, "vision_config", {"attention_heads": values["num_attention_heads"]})
     by_side = queries(config)
-    return VitArgs(
-        dim=values["hidden_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
-        hidden_dim=values["intermediate_size"],
-        patch=values["patch_size"],
-        merge=1,
-        queries=tuple(by_side.values()),
-        query_sides=tuple(by_side),
-        channels=values["num_channels"],
-        norm_eps=values["layer_norm_eps"],
-        rope_theta=0.0,
-        position_grid=values["image_size"] // values["patch_size"],
-        position_reading="floor",
-        image_resize="aria",
-    )
+    with described_by("vision_config"):
+        return VitArgs(
+            dim=values["hidden_size"],
+            num_layers=values["num_hidden_layers"],
+            num_heads=values["num_attention_heads"],
+            hidden_dim=values["intermediate_size"],
+            patch=values["patch_size"],
+            merge=1,
+            queries=tuple(by_side.values()),
+            query_sides=tuple(by_side),
+            channels=values["num_channels"],
+            norm_eps=values["layer_norm_eps"],
+            rope_theta=0.0,
+            position_grid=values["image_size"] // values["patch_size"],
+            position_reading="floor",
+            image_resize="aria",
+        )
 
 
 def model_args(config: Config) -> ModelArgs:
     """See ``Backbone``."""
-    values = settings(config, "text_config", DEFAULTS)
+    beside = settings(config, "", {}, {"vision_feature_layer": -1}, _BESIDE)
+    values = settings(config, "text_config", DEFAULTS, _EXPRESSED, _OTHERS)
     heads, width = values["num_attention_heads"], values["intermediate_size"]
     # The released file says two things twice.
     twice = {"moe_intermediate_size": width, "num_experts_per_tok": values["moe_topk"]}
-    check_settings(values, "text_config", {**_EXPRESSED, **twice})
-    check_known(values, "text_config", {*DEFAULTS, *_EXPRESSED, *_READ_ELSEWHERE})
-    check_known(config, "", _BESIDE)
-    rotary = rotary_settings(values)
-    check_settings(rotary, "text_config.rope_parameters", {"rope_type": "default"})
-    return ModelArgs(
-        vocab_size=values["vocab_size"],
-        dim=values["hidden_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=values.get("num_key_value_heads", heads),
-        head_dim=values.get("head_dim", values["hidden_size"] // heads),
-        num_dense_layers=0,
-        dense_hidden_dim=width,
-        num_experts=values["moe_num_experts"],
-        top_k=values["moe_topk"],
-        expert_hidden_dim=width,
-        shared_hidden_dim=width * values["moe_num_shared_experts"],
-        qkv_bias=values["attention_bias"],
-        o_bias=values["attention_bias"],
-        qk_norm="none",
-        norm_eps=values["rms_norm_eps"],
-        vit_attention="causal",
-        rope_theta=float(rotary["rope_theta"]),
-        rotary_layout="sequence",
-        mrope="none",
-        mrope_sections=(),
-        tie_embeddings=bool(values["tie_word_embeddings"] or config.get("tie_word_embeddings")),
-        vit=vit_args(config),
-        **LATENTS,
-    )
+    check_settings(values, "text_config", twice)
+    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_EXPRESSED)
+    vit = vit_args(config)
+    with described_by("text_config"):
+        return ModelArgs(
+            vocab_size=values["vocab_size"],
+            dim=values["hidden_size"],
+            num_layers=values["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=values.get("num_key_value_heads", heads),
+            head_dim=values.get("head_dim", values["hidden_size"] // heads),
+            num_dense_layers=0,
+            dense_hidden_dim=width,
+            num_experts=values["moe_num_experts"],
+            top_k=values["moe_topk"],
+            expert_hidden_dim=width,
+            shared_hidden_dim=width * values["moe_num_shared_experts"],
+            qkv_bias=values["attention_bias"],
+            o_bias=values["attention_bias"],
+            qk_norm="none",
+            norm_eps=values["rms_norm_eps"],
+            vit_attention="causal",
+            rope_theta=float(rotary["rope_theta"]),
+            rotary_layout="sequence",
+            mrope="none",
+            mrope_sections=(),
+            tie_embeddings=bool(values["tie_word_embeddings"] or beside.get("tie_word_embeddings")),
+            vit=vit,
+            **LATENTS,
+        )
 
 
 def _experts(theirs: str, ours: str, shapes: Mapping[str, Shape]) -> list[Link]:
@@ -278,10 +288,9 @@ def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
     return with_experts(config, model_args(config), args, "text_config", "moe_num_experts")
 
 
-ARIA = Backbone(
-    "aria",
-    model_args,
-    links,
-    config_of,
-    unused=(r"(model\.)?vision_tower\.post_layernorm\.",),
-)
+def unused(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
+    """See ``Backbone``."""
+    return (r"(model\.)?vision_tower\.post_layernorm\.",)
+
+
+ARIA = Backbone("aria", model_args, links, config_of, unused)

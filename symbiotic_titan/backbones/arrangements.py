@@ -4,7 +4,8 @@ Letters: E experts, F hidden width, D width; of an image encoder W width, C colo
 """
 
 import copy
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -35,14 +36,116 @@ _INERT = {
     *("label2id", "is_encoder_decoder", "chunk_size_feed_forward"),
 }
 
+# Numbers among the settings of which there may be none; all others are positive.
+_MAY_BE_ZERO = {
+    *("first_k_dense_replace", "n_shared_experts", "moe_num_shared_experts"),
+    "num_nextn_predict_layers",
+}
+
+# The type of each setting that ``rotary_settings`` reads, of a table whose ``settings`` are read.
+ROTARY: dict[str, Any] = {"rope_theta": float, "rope_parameters": Any, "rope_scaling": Any}
+
 
 # Settings
 
 
-def settings(config: Config, table: str, defaults: Config) -> dict[str, Any]:
-    """The settings of ``config`` or of one ``table`` in it, over what transformers takes where config.json is silent."""
-    values = config.get(table, {}) if table else config
-    return {**defaults, **{key: value for key, value in values.items() if value is not None}}
+def settings(
+    config: Config,
+    table: str,
+    defaults: Config,
+    expressed: Config | None = None,
+    others: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The settings of one ``table`` of ``config`` (of the file itself where it has no name), over what transformers takes where it
+    is silent. A setting that is null is silent.
+
+    defaults   also say the type of a setting; a list is of integers.
+    expressed  the only value that the network expresses, of settings that may be silent.
+    others     the type of every other known setting, ``Any`` where nothing here reads it.
+
+    Raises:
+        ValueError: there is no such table; or names a setting in it that has not its type, is a number and not positive, has a value
+            that is not expressed, or is not known and may change the network.
+    """
+    values = _table(config, "", table) if table else config
+    return _checked(values, table, defaults, expressed or {}, others or {})
+
+
+def rotary_settings(
+    values: Config,
+    table: str,
+    defaults: Config,
+    expressed: Config,
+    others: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What ``rope_parameters`` in a ``table`` with these ``values`` states, see ``settings``; in files from before transformers 5 it
+    is ``rope_scaling`` and what stands beside it.
+
+    Raises:
+        ValueError: as ``settings``.
+    """
+    keys = ("rope_parameters", "rope_scaling")
+    stated = [key for key in keys if values.get(key) is not None and _table(values, table, key)]
+    key = stated[0] if stated else keys[0]
+    check_settings(values, table, {other: values[key] for other in stated[1:]})
+    rotary = {name: value for name, value in (values.get(key) or {}).items() if value is not None}
+    rotary.setdefault("rope_type", rotary.pop("type", defaults["rope_type"]))
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if values.get(name) is not None:
+            rotary.setdefault(name, values[name])
+    return _checked(rotary, _name(table, key), defaults, expressed, others or {})
+
+
+def _name(table: str, key: str) -> str:
+    return f"{table}.{key}" if table else key
+
+
+def _table(values: Config, table: str, key: str) -> Config:
+    value = values.get(key)
+    if value is None:
+        raise ValueError(
+            f"config.json has no {_name(table, key)}, a table of settings that describe this architecture"
+        )
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config.json: {_name(table, key)}: must be a table, got {value!r}")
+    return value
+
+
+def _checked(
+    values: Config, table: str, defaults: Config, expressed: Config, others: Mapping[str, Any]
+) -> dict[str, Any]:
+    out = {**defaults, **{key: value for key, value in values.items() if value is not None}}
+    kinds = {key: _kind(default) for key, default in defaults.items()}
+    for key, kind in {**kinds, **others}.items():
+        if key in out:
+            may_be_zero = kind == list[int] or key in _MAY_BE_ZERO
+            _check_type(_name(table, key), out[key], kind, may_be_zero=may_be_zero)
+    check_settings(out, table, expressed)
+    _check_known(out, table, {*defaults, *expressed, *others})
+    return out
+
+
+def _kind(default: Any) -> Any:
+    return list[int] if isinstance(default, list) else type(default)
+
+
+def _check_type(name: str, value: Any, kind: Any, *, may_be_zero: bool) -> None:
+    check_value(f"config.json: {name}", value, kind)
+    numbers = value if kind == list[int] else [value] if kind in (int, float) else []
+    if any(number < 0 or number == 0 and not may_be_zero for number in numbers):
+        rule = "zero or positive" if may_be_zero else "positive"
+        raise ValueError(f"config.json: {name}: must be {rule}, got {value!r}")
+
+
+def _check_known(values: Config, table: str, known: Container[str]) -> None:
+    """Pass if every setting is ``known``, changes nothing in what the network computes, or is off: a setting that nobody here has
+    heard of may change the network."""
+    for key, value in values.items():
+        if value and key not in known and key not in _INERT and not key.startswith("_"):
+            raise ValueError(
+                f"config.json: {_name(table, key)} = {value!r} is not a setting that this network is known to express; take it out of "
+                "the file if it does not change what is computed"
+            )
 
 
 def check_settings(values: Config, table: str, expressed: Mapping[str, Any]) -> None:
@@ -54,63 +157,37 @@ def check_settings(values: Config, table: str, expressed: Mapping[str, Any]) -> 
     for key, expected in expressed.items():
         value = values.get(key)
         if value is not None and value != expected:
-            name = f"{table}.{key}" if table else key
             raise ValueError(
-                f"config.json: {name} = {value!r} is not expressed by this network, only {expected!r} is"
+                f"config.json: {_name(table, key)} = {value!r} is not expressed by this network, only {expected!r} is"
             )
 
 
-def check_types(values: Config, table: str, defaults: Config) -> None:
-    """Pass if every setting has the type of its default; a list is of integers.
-
-    Raises:
-        ValueError: names the first that has not.
-    """
-    for key, default in defaults.items():
-        kind = list[int] if isinstance(default, list) else type(default)
-        check_value(f"config.json: {table}.{key}", values[key], kind)
-
-
-def check_known(values: Config, table: str, known: Container[str]) -> None:
-    """Pass if every setting is ``known``, changes nothing in what the network computes, or is off.
-
-    Raises:
-        ValueError: a setting that nobody here has heard of: it may change the network.
-    """
-    for key, value in values.items():
-        if value and key not in known and key not in _INERT and not key.startswith("_"):
-            name = f"{table}.{key}" if table else key
-            raise ValueError(
-                f"config.json: {name} = {value!r} is not a setting that this network is known to express; take it out of the file "
-                "if it does not change what is computed"
-            )
+@contextmanager
+def described_by(table: str) -> Iterator[None]:
+    """While our arguments are built: a rule of theirs that settings break together is told with the ``table`` that states them."""
+    try:
+        yield
+    except ValueError as error:
+        where = f"config.json: {table}" if table else "config.json"
+        raise ValueError(f"{where}: {error}") from None
 
 
 def one_value(values: Config, key: str) -> Any:
     """A setting that may be given once or as a list with one entry per layer.
 
     Raises:
-        ValueError: layers differ.
+        ValueError: layers differ, or there are none.
     """
     value = values[key]
     if not isinstance(value, list):
         return value
-    if len(set(value)) != 1:
+    if not value:
+        raise ValueError(f"config.json: {key}: must have an entry per layer, got {value}")
+    if any(other != value[0] for other in value):
         raise ValueError(
             f"config.json: {key} = {value} differs from layer to layer, which this network does not express"
         )
     return value[0]
-
-
-def rotary_settings(values: Config) -> dict[str, Any]:
-    """``rope_parameters``; in files from before transformers 5 it is ``rope_scaling`` and what stands beside it."""
-    rotary = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key not in rotary and values.get(key) is not None:
-            rotary[key] = values[key]
-    rotary.setdefault("rope_theta", 10_000.0)
-    rotary["rope_type"] = rotary.get("rope_type") or rotary.pop("type", None) or "default"
-    return rotary
 
 
 def with_experts(

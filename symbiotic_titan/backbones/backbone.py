@@ -3,7 +3,7 @@
 There is no model class per architecture: one decoder and one image encoder with switches express them all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,10 @@ Shape = tuple[int, ...]
 
 def as_they_are(tensors: list[Tensor]) -> list[Tensor]:
     return tensors
+
+
+def nothing(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,11 @@ class Backbone:
     links       (args, shapes of the tensors on disk by name) -> every tensor of the model but the latent parts, once. The
                 shapes tell layouts apart that share a name.
     config      (config.json it came from, args) -> config.json of the model that ``args`` shape, e.g. with fewer experts.
-    unused      patterns that names on disk begin with which have no part here and stay behind.
+    unused      (args, names on disk) -> patterns that those of the names begin with which have no part here and stay behind.
     """
 
     model_type: str
     model_args: Callable[[Config], ModelArgs]
     links: Callable[[ModelArgs, Mapping[str, Shape]], list[Link]]
     config: Callable[[Config, ModelArgs], dict[str, Any]]
-    unused: tuple[str, ...] = ()
+    unused: Callable[[ModelArgs, Container[str]], tuple[str, ...]] = nothing

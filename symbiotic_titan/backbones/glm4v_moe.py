@@ -7,17 +7,19 @@ Its decoder is causal over the tokens of an image as well.
 Letters: W width of the encoder, D width, M patches along a side of a token.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from symbiotic_titan.backbones.arrangements import (
     LATENTS,
+    ROTARY,
     attention,
-    check_known,
     check_settings,
     decoder,
+    described_by,
     experts,
     patch_embedding,
     rotary_settings,
@@ -73,13 +75,31 @@ _VISION_EXPRESSED: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "rms_norm_eps": 1e-5,
 }
-_READ_ELSEWHERE = {
-    *("head_dim", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
-    "num_local_experts",
-    *("tie_word_embeddings", "num_nextn_predict_layers", "text_config", "vision_config"),
-    *("image_start_token_id", "image_end_token_id", "video_start_token_id", "video_end_token_id"),
+_OTHERS = {
+    **ROTARY,
+    "partial_rotary_factor": float,
+    "head_dim": int,
+    "num_local_experts": int,
+    "tie_word_embeddings": bool,
+    "num_nextn_predict_layers": int,
 }
-_MROPE_SECTION = [8, 12, 12]
+_BESIDE = {
+    "text_config": Any,
+    "vision_config": Any,
+    "tie_word_embeddings": bool,
+    "image_start_token_id": Any,
+    "image_end_token_id": Any,
+    "video_start_token_id": Any,
+    "video_end_token_id": Any,
+}
+ROTARY_DEFAULTS = {
+    "rope_type": "default",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [8, 12, 12],
+}
+_ROTARY_EXPRESSED = {"rope_type": "default", "mrope_interleaved": False}
+VISION_ROTARY_DEFAULTS = {"rope_type": "axial", "rope_theta": 10_000.0}
 # How its processor, which no setting of config.json knows of, normalises pixels.
 _IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -87,78 +107,76 @@ _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def vit_args(config: Config, width: int) -> VitArgs:
     """The image encoder of ``vision_config``, in front of a decoder of this ``width``."""
-    values = settings(config, "vision_config", VISION_DEFAULTS)
-    check_settings(values, "vision_config", {**_VISION_EXPRESSED, "out_hidden_size": width})
-    known = {*VISION_DEFAULTS, *_VISION_EXPRESSED, *_READ_ELSEWHERE}
-    check_known(values, "vision_config", known)
-    rotary = rotary_settings({"rope_parameters": {"rope_type": "axial"}, **values})
-    check_settings(rotary, "vision_config.rope_parameters", {"rope_type": "axial"})
-    return VitArgs(
-        dim=values["hidden_size"],
-        num_layers=values["depth"],
-        num_heads=values["num_heads"],
-        hidden_dim=width,
-        patch=values["patch_size"],
-        merge=values["spatial_merge_size"],
-        channels=values["in_channels"],
-        norm="rms",
-        outer_norms=True,
-        norm_eps=_VISION_EXPRESSED["rms_norm_eps"],
-        bias=False,
-        activation="swiglu",
-        rope_theta=float(rotary["rope_theta"]),
-        temporal_patch=values["temporal_patch_size"],
-        position_grid=values["image_size"] // values["patch_size"],
-        position_reading="bicubic",
-        projector_hidden_dim=values["intermediate_size"],
-        image_mean=_IMAGE_MEAN,
-        image_std=_IMAGE_STD,
-        image_resize="glm",
-    )
+    values = settings(config, "vision_config", VISION_DEFAULTS, _VISION_EXPRESSED, ROTARY)
+    check_settings(values, "vision_config", {"out_hidden_size": width})
+    axial = {"rope_type": "axial"}
+    rotary = rotary_settings(values, "vision_config", VISION_ROTARY_DEFAULTS, axial)
+    with described_by("vision_config"):
+        return VitArgs(
+            dim=values["hidden_size"],
+            num_layers=values["depth"],
+            num_heads=values["num_heads"],
+            hidden_dim=width,
+            patch=values["patch_size"],
+            merge=values["spatial_merge_size"],
+            channels=values["in_channels"],
+            norm="rms",
+            outer_norms=True,
+            norm_eps=_VISION_EXPRESSED["rms_norm_eps"],
+            bias=False,
+            activation="swiglu",
+            rope_theta=float(rotary["rope_theta"]),
+            temporal_patch=values["temporal_patch_size"],
+            position_grid=values["image_size"] // values["patch_size"],
+            position_reading="bicubic",
+            projector_hidden_dim=values["intermediate_size"],
+            image_mean=_IMAGE_MEAN,
+            image_std=_IMAGE_STD,
+            image_resize="glm",
+        )
 
 
 def model_args(config: Config) -> ModelArgs:
     """See ``Backbone``."""
-    check_known(config, "", _READ_ELSEWHERE)
-    values = settings(config, "text_config", DEFAULTS)
+    beside = settings(config, "", {}, others=_BESIDE)
+    values = settings(config, "text_config", DEFAULTS, _EXPRESSED, _OTHERS)
     # Some files state the number of experts twice.
-    twice = {"num_local_experts": values["n_routed_experts"]}
-    check_settings(values, "text_config", {**_EXPRESSED, **twice})
-    check_known(values, "text_config", {*DEFAULTS, *_EXPRESSED, *_READ_ELSEWHERE})
-    rotary = rotary_settings({"partial_rotary_factor": 0.5, **values})
-    check_settings(rotary, "text_config.rope_parameters", {"rope_type": "default"})
+    check_settings(values, "text_config", {"num_local_experts": values["n_routed_experts"]})
+    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_EXPRESSED)
     width, heads = values["hidden_size"], values["num_attention_heads"]
     expert_width = values["moe_intermediate_size"]
-    return ModelArgs(
-        vocab_size=values["vocab_size"],
-        dim=width,
-        num_layers=values["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=values["num_key_value_heads"],
-        head_dim=values.get("head_dim", width // heads),
-        num_dense_layers=values["first_k_dense_replace"],
-        dense_hidden_dim=values["intermediate_size"],
-        num_experts=values["n_routed_experts"],
-        top_k=values["num_experts_per_tok"],
-        expert_hidden_dim=expert_width,
-        shared_hidden_dim=expert_width * values["n_shared_experts"],
-        score_function="sigmoid",
-        selection_bias=True,
-        route_scale=float(values["routed_scaling_factor"]),
-        qkv_bias=values["attention_bias"],
-        qk_norm="none",
-        norm_eps=values["rms_norm_eps"],
-        vit_attention="causal",
-        rope_theta=float(rotary["rope_theta"]),
-        rotary_fraction=float(rotary["partial_rotary_factor"]),
-        mrope="chunked",
-        mrope_sections=tuple(rotary.get("mrope_section", _MROPE_SECTION)),
-        tie_embeddings=bool(
-            config.get("tie_word_embeddings") or values.get("tie_word_embeddings", False)
-        ),
-        vit=vit_args(config, width),
-        **LATENTS,
-    )
+    vit = vit_args(config, width)
+    with described_by("text_config"):
+        return ModelArgs(
+            vocab_size=values["vocab_size"],
+            dim=width,
+            num_layers=values["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=values["num_key_value_heads"],
+            head_dim=values.get("head_dim", width // heads),
+            num_dense_layers=values["first_k_dense_replace"],
+            dense_hidden_dim=values["intermediate_size"],
+            num_experts=values["n_routed_experts"],
+            top_k=values["num_experts_per_tok"],
+            expert_hidden_dim=expert_width,
+            shared_hidden_dim=expert_width * values["n_shared_experts"],
+            score_function="sigmoid",
+            selection_bias=True,
+            route_scale=float(values["routed_scaling_factor"]),
+            qkv_bias=values["attention_bias"],
+            qk_norm="none",
+            norm_eps=values["rms_norm_eps"],
+            vit_attention="causal",
+            rope_theta=float(rotary["rope_theta"]),
+            rotary_fraction=float(rotary["partial_rotary_factor"]),
+            mrope="chunked",
+            mrope_sections=tuple(rotary["mrope_section"]),
+            tie_embeddings=bool(
+                beside.get("tie_word_embeddings") or values.get("tie_word_embeddings")
+            ),
+            vit=vit,
+            **LATENTS,
+        )
 
 
 def _vision(vit: VitArgs) -> list[Link]:
@@ -232,11 +250,11 @@ def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
     return with_experts(config, model_args(config), args, "text_config", *names)
 
 
-# Behind its last layer the text model has one that predicts a further token; neither transformers nor this network runs it.
-GLM4V_MOE = Backbone(
-    "glm4v_moe",
-    model_args,
-    links,
-    config_of,
-    unused=(r"model\.language_model\.layers\.46\.",),
-)
+def unused(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
+    """See ``Backbone``. Behind its last layer the text model has one that predicts a further token; neither transformers nor this
+    network runs it. Its ``eh_proj`` tells it from a layer that config.json forgot to count."""
+    behind = f"model.language_model.layers.{args.num_layers}."
+    return (re.escape(behind),) if f"{behind}eh_proj.weight" in names else ()
+
+
+GLM4V_MOE = Backbone("glm4v_moe", model_args, links, config_of, unused)

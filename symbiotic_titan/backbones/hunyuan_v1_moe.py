@@ -5,13 +5,15 @@ an image share one position, as its 1-D rotary has no axes for rows and columns.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from symbiotic_titan.backbones.arrangements import (
     LATENTS,
+    ROTARY,
     attention,
     check_settings,
     decoder,
+    described_by,
     experts,
     one_value,
     rotary_settings,
@@ -37,8 +39,17 @@ DEFAULTS = {
     "num_experts": 1,
     "moe_topk": 1,
 }
-# The released file has settings of many other models beside these; that it drops out attention while training is no part of the
-# network.
+ROTARY_DEFAULTS = {"rope_type": "default", "rope_theta": 10_000.0}
+_ROTARY_EXPRESSED = {"factor": 1.0, "partial_rotary_factor": 1.0}
+# Beside ``alpha`` the released file has settings of scalings of other kinds.
+_ROTARY_OTHERS = {
+    "rope_type": Literal["default", "dynamic"],
+    "alpha": float,
+    "beta_fast": Any,
+    "beta_slow": Any,
+    "mscale": Any,
+    "mscale_all_dim": Any,
+}
 _EXPRESSED = {
     "hidden_act": "silu",
     "mlp_bias": False,
@@ -51,8 +62,32 @@ _EXPRESSED = {
     "use_mixed_mlp_moe": True,
     "moe_layer_num_skipped": 0,
     "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "num_shared_expert": 1,
     "group_limited_greedy": False,
     "quantization_config": {},
+}
+# The released file has settings of many other models, which nothing reads while those of ``_EXPRESSED`` and one that is not listed
+# here are off: e.g. ``kv_lora_rank`` without ``use_mla``. That attention drops out while training is no part of the network.
+_OTHERS: dict[str, Any] = {
+    **ROTARY,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "attention_head_dim": int,
+    "moe_intermediate_size": int,
+    "norm_type": Literal["rms", "hf_rms"],
+    **dict.fromkeys(
+        (
+            *("attention_dropout", "pretraining_tp", "org_vocab_size", "cla_share_factor"),
+            *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+            *("dense_list", "pool_type", "pad_id", "eod_token_id", "sep_token_id", "mask_init_id"),
+            *("im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id"),
+            *("video_start_id", "video_end_id", "num_media_embeds", "anyres_pooling_size"),
+            *("vit_input_resolution", "vit_mapping_type", "vit_norm_type", "vit_patch"),
+            "vit_token",
+        ),
+        Any,
+    ),
 }
 _PER_LAYER = ("num_experts", "moe_topk", "num_shared_expert", "moe_intermediate_size")
 
@@ -62,52 +97,58 @@ def rotary_theta(values: Config, head_dim: int) -> float:
     width d; the file calls that "dynamic".
 
     Raises:
-        ValueError: another kind of scaling.
+        ValueError: another kind of scaling, or a head of so few channels that ``alpha`` has no meaning.
     """
-    rotary = rotary_settings(values)
-    theta, alpha = float(rotary["rope_theta"]), rotary.get("alpha")
-    if rotary["rope_type"] == "dynamic" and alpha:
-        return theta * alpha ** (head_dim / (head_dim - 2))
-    check_settings(rotary, "rope_parameters", {"rope_type": "default"})
-    return theta
+    rotary = rotary_settings(values, "", ROTARY_DEFAULTS, _ROTARY_EXPRESSED, _ROTARY_OTHERS)
+    theta = float(rotary["rope_theta"])
+    if rotary["rope_type"] == "default":
+        return theta
+    if "alpha" not in rotary or head_dim <= 2:
+        raise ValueError(
+            "config.json: rope_type = 'dynamic' of the rotary settings is expressed by this network only with an alpha and heads of more "
+            f"than 2 channels, got alpha = {rotary.get('alpha')} and {head_dim} channels"
+        )
+    return float(theta * rotary["alpha"] ** (head_dim / (head_dim - 2)))
 
 
 def model_args(config: Config) -> ModelArgs:
     """See ``Backbone``."""
-    values = settings(config, "", DEFAULTS)
-    width = values["intermediate_size"]
-    values = {**values, **{key: one_value(values, key) for key in _PER_LAYER if key in values}}
-    check_settings(
-        values, "", {**_EXPRESSED, "num_shared_expert": 1, "moe_intermediate_size": width}
-    )
-    heads = values["num_attention_heads"]
-    head_dim = values.get("head_dim") or values.get("attention_head_dim")
-    head_dim = head_dim or values["hidden_size"] // heads
-    return ModelArgs(
-        vocab_size=values["vocab_size"],
-        dim=values["hidden_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=values.get("num_key_value_heads", heads),
-        head_dim=head_dim,
-        num_dense_layers=0,
-        dense_hidden_dim=width,
-        num_experts=values["num_experts"],
-        top_k=values["moe_topk"],
-        expert_hidden_dim=width,
-        shared_hidden_dim=width,
-        qkv_bias=values["attention_bias"],
-        o_bias=values["attention_bias"],
-        qk_norm="after",
-        norm_eps=values["rms_norm_eps"],
-        rope_theta=rotary_theta(values, head_dim),
-        rotary_layout="shared",
-        mrope="none",
-        mrope_sections=(),
-        tie_embeddings=values["tie_word_embeddings"],
-        vit=FLAVORS["Hunyuan-A13B"].vit,
-        **LATENTS,
-    )
+    stated = {key: one_value(config, key) for key in _PER_LAYER if key in config}
+    if config.get("routed_scaling_factor") is False:  # files of this family say so of what is off
+        stated["routed_scaling_factor"] = None
+    values = settings({**config, **stated}, "", DEFAULTS, _EXPRESSED, _OTHERS)
+    width, heads = values["intermediate_size"], values["num_attention_heads"]
+    head_dim = values.get("attention_head_dim", values["hidden_size"] // heads)
+    head_dim = values.get("head_dim", head_dim)
+    # The released file says two things twice.
+    check_settings(values, "", {"moe_intermediate_size": width, "attention_head_dim": head_dim})
+    rope_theta = rotary_theta(values, head_dim)
+    with described_by(""):
+        return ModelArgs(
+            vocab_size=values["vocab_size"],
+            dim=values["hidden_size"],
+            num_layers=values["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=values.get("num_key_value_heads", heads),
+            head_dim=head_dim,
+            num_dense_layers=0,
+            dense_hidden_dim=width,
+            num_experts=values["num_experts"],
+            top_k=values["moe_topk"],
+            expert_hidden_dim=width,
+            shared_hidden_dim=width,
+            qkv_bias=values["attention_bias"],
+            o_bias=values["attention_bias"],
+            qk_norm="after",
+            norm_eps=values["rms_norm_eps"],
+            rope_theta=rope_theta,
+            rotary_layout="shared",
+            mrope="none",
+            mrope_sections=(),
+            tie_embeddings=values["tie_word_embeddings"],
+            vit=FLAVORS["Hunyuan-A13B"].vit,
+            **LATENTS,
+        )
 
 
 def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:

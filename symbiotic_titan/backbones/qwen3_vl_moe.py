@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from symbiotic_titan.backbones.arrangements import (
     LATENTS,
+    ROTARY,
     attention,
     chain,
-    check_known,
     check_settings,
-    check_types,
     decoder,
+    described_by,
     join,
     patch_embedding,
     rotary_settings,
@@ -42,7 +42,6 @@ DEFAULTS = {
     "num_key_value_heads": 16,
     "rms_norm_eps": 1e-6,
     "attention_bias": False,
-    "rope_theta": 500_000.0,
     "moe_intermediate_size": 1408,
     "num_experts_per_tok": 4,
     "num_experts": 60,
@@ -62,31 +61,37 @@ VISION_DEFAULTS = {
     "out_hidden_size": 3584,
     "num_position_embeddings": 2304,
     "deepstack_visual_indexes": [8, 16, 24],
-    "rope_theta": 10_000.0,
 }
 _EXPRESSED = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "norm_topk_prob": True,
 }
-_ROTARY = {"rope_type": "default", "mrope_interleaved": True, "partial_rotary_factor": 1.0}
-_MROPE_SECTION = [24, 20, 20]
+ROTARY_DEFAULTS = {
+    "rope_type": "default",
+    "rope_theta": 500_000.0,
+    "mrope_section": [24, 20, 20],
+}
+VISION_ROTARY_DEFAULTS = {"rope_type": "axial", "rope_theta": 10_000.0}
+_ROTARY_EXPRESSED = {
+    "rope_type": "default",
+    "mrope_interleaved": True,
+    "partial_rotary_factor": 1.0,
+}
 _ACTIVATIONS: dict[str, Literal["gelu_tanh", "gelu"]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu": "gelu",
 }
 # Settings with another default, or with none.
-_READ_ELSEWHERE = {
-    *("head_dim", "num_local_experts", "rope_parameters", "rope_scaling", "tie_word_embeddings"),
-    *("text_config", "vision_config"),
-}
+_OTHERS = {**ROTARY, "head_dim": int, "num_local_experts": int, "tie_word_embeddings": bool}
+_BESIDE = {"text_config": Any, "vision_config": Any, "tie_word_embeddings": bool}
 
 
 def _text_settings(config: Config) -> dict[str, Any]:
     """Transformers 5 writes ``num_local_experts`` where the released files say ``num_experts``."""
-    values = settings(config, "text_config", DEFAULTS)
+    values = settings(config, "text_config", DEFAULTS, _EXPRESSED, _OTHERS)
     values["num_experts"] = values.get("num_local_experts", values["num_experts"])
-    check_types(values, "text_config", DEFAULTS)
+    check_settings(config["text_config"], "text_config", {"num_experts": values["num_experts"]})
     return values
 
 
@@ -98,8 +103,8 @@ def num_dense_layers(values: Config) -> int:
     """
     step, named = values["decoder_sparse_step"], values["mlp_only_layers"]
     layers = range(values["num_hidden_layers"])
-    dense = [i for i in layers if i in named or (i + 1) % max(step, 1) != 0]
-    if step < 1 or dense != list(range(len(dense))):
+    dense = [i for i in layers if i in named or (i + 1) % step != 0]
+    if dense != list(range(len(dense))):
         raise ValueError(
             f"config.json: text_config.decoder_sparse_step = {step} and text_config.mlp_only_layers = {named} leave the layers "
             f"{dense} without experts; this network expresses that of leading layers only"
@@ -107,14 +112,12 @@ def num_dense_layers(values: Config) -> int:
     return len(dense)
 
 
-def vit_args(config: Config) -> VitArgs:
-    """The image encoder of ``vision_config``."""
-    values = settings(config, "vision_config", VISION_DEFAULTS)
-    check_types(values, "vision_config", VISION_DEFAULTS)
-    check_known(values, "vision_config", {*VISION_DEFAULTS, *_READ_ELSEWHERE})
-    rotary = rotary_settings({"rope_parameters": {"rope_type": "axial"}, **values})
-    check_settings(rotary, "vision_config.rope_parameters", {"rope_type": "axial"})
-    check_known(rotary, "vision_config.rope_parameters", {"rope_type", "rope_theta"})
+def vit_args(config: Config, width: int) -> VitArgs:
+    """The image encoder of ``vision_config``, in front of a decoder of this ``width``."""
+    values = settings(config, "vision_config", VISION_DEFAULTS, others=ROTARY)
+    check_settings(values, "vision_config", {"out_hidden_size": width})
+    axial = {"rope_type": "axial"}
+    rotary = rotary_settings(values, "vision_config", VISION_ROTARY_DEFAULTS, axial)
     activation, places = values["hidden_act"], values["num_position_embeddings"]
     if activation not in _ACTIVATIONS:
         raise ValueError(
@@ -126,60 +129,56 @@ def vit_args(config: Config) -> VitArgs:
             f"config.json: vision_config.num_position_embeddings = {places} is no square; the table of positions has as many "
             "rows as columns"
         )
-    return VitArgs(
-        dim=values["hidden_size"],
-        num_layers=values["depth"],
-        num_heads=values["num_heads"],
-        hidden_dim=values["intermediate_size"],
-        patch=values["patch_size"],
-        merge=values["spatial_merge_size"],
-        channels=values["in_channels"],
-        rope_theta=float(rotary["rope_theta"]),
-        activation=_ACTIVATIONS[activation],
-        temporal_patch=values["temporal_patch_size"],
-        position_grid=isqrt(places),
-        deepstack=tuple(values["deepstack_visual_indexes"]),
-        image_resize="qwen",
-    )
+    with described_by("vision_config"):
+        return VitArgs(
+            dim=values["hidden_size"],
+            num_layers=values["depth"],
+            num_heads=values["num_heads"],
+            hidden_dim=values["intermediate_size"],
+            patch=values["patch_size"],
+            merge=values["spatial_merge_size"],
+            channels=values["in_channels"],
+            rope_theta=float(rotary["rope_theta"]),
+            activation=_ACTIVATIONS[activation],
+            temporal_patch=values["temporal_patch_size"],
+            position_grid=isqrt(places),
+            deepstack=tuple(values["deepstack_visual_indexes"]),
+            image_resize="qwen",
+        )
 
 
 def model_args(config: Config) -> ModelArgs:
     """See ``Backbone``."""
-    check_known(config, "", _READ_ELSEWHERE)
-    values = _text_settings(config)
-    check_settings(values, "text_config", _EXPRESSED)
-    check_known(values, "text_config", {*DEFAULTS, *_EXPRESSED, *_READ_ELSEWHERE})
-    rotary = rotary_settings(values)
-    check_settings(rotary, "text_config.rope_parameters", _ROTARY)
-    check_known(rotary, "text_config.rope_parameters", {*_ROTARY, "rope_theta", "mrope_section"})
+    beside, values = settings(config, "", {}, others=_BESIDE), _text_settings(config)
+    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_EXPRESSED)
     width, heads = values["hidden_size"], values["num_attention_heads"]
-    vision = settings(config, "vision_config", VISION_DEFAULTS)
-    check_settings(vision, "vision_config", {"out_hidden_size": width})
-    return ModelArgs(
-        vocab_size=values["vocab_size"],
-        dim=width,
-        num_layers=values["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=values["num_key_value_heads"],
-        head_dim=values.get("head_dim") or width // heads,
-        num_dense_layers=num_dense_layers(values),
-        dense_hidden_dim=values["intermediate_size"],
-        num_experts=values["num_experts"],
-        top_k=values["num_experts_per_tok"],
-        expert_hidden_dim=values["moe_intermediate_size"],
-        shared_hidden_dim=0,
-        qkv_bias=values["attention_bias"],
-        o_bias=values["attention_bias"],
-        qk_norm="before",
-        norm_eps=values["rms_norm_eps"],
-        vit_attention="causal",
-        rope_theta=float(rotary["rope_theta"]),
-        mrope="interleaved",
-        mrope_sections=tuple(rotary.get("mrope_section") or _MROPE_SECTION),
-        tie_embeddings=config.get("tie_word_embeddings") or False,
-        vit=vit_args(config),
-        **LATENTS,
-    )
+    vit = vit_args(config, width)
+    with described_by("text_config"):
+        return ModelArgs(
+            vocab_size=values["vocab_size"],
+            dim=width,
+            num_layers=values["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=values["num_key_value_heads"],
+            head_dim=values.get("head_dim", width // heads),
+            num_dense_layers=num_dense_layers(values),
+            dense_hidden_dim=values["intermediate_size"],
+            num_experts=values["num_experts"],
+            top_k=values["num_experts_per_tok"],
+            expert_hidden_dim=values["moe_intermediate_size"],
+            shared_hidden_dim=0,
+            qkv_bias=values["attention_bias"],
+            o_bias=values["attention_bias"],
+            qk_norm="before",
+            norm_eps=values["rms_norm_eps"],
+            vit_attention="causal",
+            rope_theta=float(rotary["rope_theta"]),
+            mrope="interleaved",
+            mrope_sections=tuple(rotary["mrope_section"]),
+            tie_embeddings=beside.get("tie_word_embeddings", False),
+            vit=vit,
+            **LATENTS,
+        )
 
 
 def _experts(theirs: str, ours: str, args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:

@@ -18,7 +18,7 @@ def backbone_of(config: Config) -> Backbone:
         ValueError: there is no table for its ``model_type``.
     """
     model_type = config.get("model_type")
-    if model_type not in BACKBONES:
+    if not isinstance(model_type, str) or model_type not in BACKBONES:
         raise ValueError(
             f"config.json: model_type = {model_type!r} is an architecture without a table here; there are tables for "
             f"{', '.join(BACKBONES)}"

@@ -1,5 +1,6 @@
 """Tensors that are made of other tensors by the links of a backbone, a link at a time."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -39,8 +40,7 @@ class Arranged:
         self.kinds: dict[str, TensorKind] = {}
         for recipe in recipes:
             kinds = _kinds_of(recipe, parts)
-            twice = self.kinds.keys() & set(recipe.made)
-            assert len(kinds) == len(recipe.made) and not twice, recipe.made
+            assert not self.kinds.keys() & set(recipe.made), recipe.made
             self.kinds |= dict(zip(recipe.made, kinds, strict=True))
             self._recipe_of |= dict.fromkeys(recipe.made, recipe)
 
@@ -55,11 +55,22 @@ class Arranged:
 
 
 def _kinds_of(recipe: Recipe, parts: Mapping[str, TensorKind]) -> list[TensorKind]:
-    placeholders = [parts[name].placeholder() for name in recipe.parts]
     try:
-        return [TensorKind.of(tensor) for tensor in recipe.arrange(placeholders)]
-    except RuntimeError as error:  # torch: sizes that do not go together
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in placeholders[:3])
-        raise ValueError(
-            f"{recipe.made[0]} cannot be made of {recipe.parts[0]} and its like, of shape {shapes}: {error}"
-        ) from None
+        made = recipe.arrange([parts[name].placeholder() for name in recipe.parts])
+    except (
+        IndexError,
+        RuntimeError,
+    ):  # torch: too few dimensions, or sizes that do not go together
+        made = []
+    if len(made) != len(recipe.made):  # a tensor that is too small to be cut into so many
+        raise ValueError(_misshapen(recipe, parts))
+    return [TensorKind.of(tensor) for tensor in made]
+
+
+def _misshapen(recipe: Recipe, parts: Mapping[str, TensorKind]) -> str:
+    """Names the part whose shape is not that of the others, or the only one."""
+    shapes = Counter(parts[name].shape for name in recipe.parts)
+    usual = shapes.most_common(1)[0][0]
+    odd = next((name for name in recipe.parts if parts[name].shape != usual), recipe.parts[0])
+    others = f" and the others of its kind {usual}" if len(shapes) > 1 else ""
+    return f"{odd} has shape {parts[odd].shape}{others}, of which {recipe.made[0]} cannot be made"

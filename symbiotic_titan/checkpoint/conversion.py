@@ -9,6 +9,10 @@ from symbiotic_titan.checkpoint.fit import SHARED, absent_parts, part_of
 from symbiotic_titan.checkpoint.stored_model import TensorKind, some_of
 
 _SHARED_TENSOR = re.compile(r"(layers\.\d+)\.moe\.shared_experts\.(w[123])\.weight")
+_REMEDY = (
+    "use the model.flavor and [latents] it was trained with; for a released model that flavor is the model.json that "
+    "tools/convert.py from-hf --shape-only writes"
+)
 _EXPERT_TENSOR = re.compile(r"(layers\.\d+)\.moe\.(router|experts)\.(\w+)\.(weight|bias|w[123])")
 
 
@@ -99,8 +103,7 @@ def plan_conversion(
     foreign = [name for name in dropped if SHARED not in name]
     if foreign:
         raise ValueError(
-            f"the checkpoint is of another model: the config's model has no {some_of(foreign)}; "
-            "use the model.flavor and [latents] it was trained with"
+            f"the checkpoint is of another model: the config's model has no {some_of(foreign)}; {_REMEDY}"
         )
     dtype = source["tok_embeddings.weight"].dtype  # of what is new
     after = {
@@ -151,7 +154,7 @@ def _check_missing(missing: list[str]) -> None:
         )
     if missing:
         raise ValueError(
-            f"the checkpoint is of another model: it lacks {some_of(missing)}; use the model.flavor it was trained with"
+            f"the checkpoint is of another model: it lacks {some_of(missing)}; {_REMEDY}"
         )
 
 
@@ -166,5 +169,5 @@ def _check_shape(
     if origin.shape(source[origin.name].shape) != needs:
         raise ValueError(
             f"the checkpoint is of another model: {origin.name} has shape {source[origin.name].shape}, from which "
-            f"{name} of shape {needs} cannot be made; use the model.flavor and [latents] it was trained with"
+            f"{name} of shape {needs} cannot be made; {_REMEDY}"
         )

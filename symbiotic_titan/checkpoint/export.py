@@ -1,18 +1,22 @@
 """Stored models as safetensors: what understands as a regular model of the backbone, or the whole under our names.
 
 (1) A group's experts take the place of all the backbone's experts: the same network with fewer of them. (2) The backbone's links
-arrange our tensors as its own, a link at a time. (3) Files are written as the tensors come; the folder appears when all are there.
+arrange our tensors as its own, a link at a time; what the release has besides goes back as it came. (3) Files are written as the
+tensors come; the folder appears when all are there.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from symbiotic_titan.backbones.backbone import Link
 from symbiotic_titan.backbones.registry import backbone_of
 from symbiotic_titan.checkpoint.arranged import Arranged, Recipe
 from symbiotic_titan.checkpoint.fit import check_is_model, tensors_of_model
@@ -20,8 +24,10 @@ from symbiotic_titan.checkpoint.hugging_face import (
     CONFIG,
     SOURCE,
     keep_source,
+    left_behind_of,
     read_layout,
     small_files,
+    source_bytes,
     unused_names,
 )
 from symbiotic_titan.checkpoint.new_folder import new_folder
@@ -44,11 +50,15 @@ from symbiotic_titan.sequence.modality import TEXT, VIT
 
 WHOLE_REMEDY = "--part whole writes any model, for our own loader"
 
+# Layers of a decoder beyond those that this network runs; a setting of config.json says how many there are.
+_LAYER = re.compile(r".*\blanguage_model\.layers\.\d+\.")
+_NUM_FURTHER_LAYERS = "num_nextn_predict_layers"
+
 
 @dataclass(frozen=True)
 class Export:
     """What was written: tensors by their names in the files; those of ours that were left out; and what the release had and the
-    folder has not, because it has no part in our model."""
+    folder has not: it has no part in our model, and either nobody kept it or it is a layer with another number of experts."""
 
     written: Mapping[str, TensorKind]
     left_out: Mapping[str, TensorKind]
@@ -97,8 +107,8 @@ def export_understanding(
     overwrite: bool = False,
     watch: Watch = nobody,
 ) -> Export:
-    """Write what text and ViT tokens use of ``stored``, which ``args`` shape, as a model of its backbone. An unpartitioned one is
-    written as it came. ``dtype``: of all tensors (None: as stored).
+    """Write what text and ViT tokens use of ``stored``, which ``args`` shape, as a model of its backbone, with what the release had
+    besides. An unpartitioned one is written as it came. ``dtype``: of all tensors (None: as stored).
 
     Raises:
         ValueError: ``stored`` is of another model, the backbone has no such model, or ``out`` exists.
@@ -113,23 +123,69 @@ def export_understanding(
         config = backbone.config(old_config, as_backbone)
     except ValueError as error:
         raise ValueError(f"{error}; {WHOLE_REMEDY}") from None
-    layout, as_asked = read_layout(source), InDtype(stored, dtype)
+    layout = read_layout(source)
+    links = backbone.links(as_backbone, layout)
+    values, used = _as_theirs(stored, links, group.name, dtype)
+    besides = InDtype(left_behind_of(stored, source), dtype)
+    unused = unused_names(backbone, as_backbone, layout)
+    other_experts = as_backbone.num_experts != backbone.model_args(old_config).num_experts
+    gone = _expert_layers(unused) if other_experts else ()
+    back = [n for n in unused if n in besides.tensors and not n.startswith(gone)]
+    missing = [name for name in unused if name not in back]
+    if any(_LAYER.match(name) for name in missing):
+        _set_everywhere(config, _NUM_FURTHER_LAYERS, 0)
+    kinds = values.kinds | {name: besides.tensors[name] for name in back}
+    value = _first_of((values.kinds, values), (besides.tensors, besides.read))
+    with new_folder(out, overwrite=overwrite, num_bytes=total_bytes(kinds.values())) as folder:
+        for path in small_files(source):
+            shutil.copyfile(path, folder / path.name)
+        _write_config(folder / CONFIG, config, values.kinds)
+        write_folder(folder, kinds, watched(value, kinds, watch), shard_bytes)
+    left_out = {name: kind for name, kind in stored.tensors.items() if name not in used}
+    return Export(kinds, left_out, missing)
+
+
+def _as_theirs(
+    stored: StoredModel, links: Iterable[Link], group: str, dtype: torch.dtype | None
+) -> tuple[Arranged, set[str]]:
+    """(the backbone's tensors with the experts of ``group``, the names of ours that they are made of).
+
+    Raises:
+        ValueError: ``stored`` lacks some.
+    """
     recipes = [
-        Recipe(tuple(_in_group(name, group.name) for name in link.ours), link.theirs, link.save)
-        for link in backbone.links(as_backbone, layout)
+        Recipe(tuple(_in_group(name, group) for name in link.ours), link.theirs, link.save)
+        for link in links
     ]
     used = {name for recipe in recipes for name in recipe.parts}
     if lacking := sorted(used - stored.tensors.keys()):
         raise ValueError(f"checkpoint {stored.folder} lacks {some_of(lacking)}; {WHOLE_REMEDY}")
-    values = Arranged(recipes, as_asked.tensors, as_asked.read)
-    kinds, size = values.kinds, total_bytes(values.kinds.values())
-    with new_folder(out, overwrite=overwrite, num_bytes=size) as folder:
-        for path in small_files(source):
-            shutil.copyfile(path, folder / path.name)
-        _write_config(folder / CONFIG, config, kinds)
-        write_folder(folder, kinds, watched(values, kinds, watch), shard_bytes)
-    left_out = {name: kind for name, kind in stored.tensors.items() if name not in used}
-    return Export(kinds, left_out, unused_names(backbone, layout))
+    as_asked = InDtype(stored, dtype)
+    return Arranged(recipes, as_asked.tensors, as_asked.read), used
+
+
+def _expert_layers(names: Iterable[str]) -> tuple[str, ...]:
+    """How the names of those layers begin that have experts."""
+    found = [_LAYER.match(name) for name in names if ".experts." in name]
+    return tuple({match[0] for match in found if match})
+
+
+def _set_everywhere(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``key`` in ``config`` and its tables where it is stated."""
+    for table in _tables(config):
+        if key in table:
+            table[key] = value
+
+
+def _tables(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [config, *(table for table in config.values() if isinstance(table, dict))]
+
+
+def _first_of(
+    *sources: tuple[Mapping[str, TensorKind], Callable[[str], Tensor]],
+) -> Callable[[str], Tensor]:
+    """Reads a name from the first that has it."""
+    return lambda name: next(read for kinds, read in sources if name in kinds)(name)
 
 
 def export_whole(
@@ -149,7 +205,8 @@ def export_whole(
     """
     check_is_model(stored, _tensors(args))
     values = InDtype(stored, dtype)
-    kinds, size = values.tensors, total_bytes(values.tensors.values())
+    kinds = values.tensors
+    size = total_bytes(kinds.values()) + source_bytes(stored)
     with new_folder(out, overwrite=overwrite, num_bytes=size) as folder:
         shape_file.write_shape(folder / shape_file.NAME, args)
         keep_source(stored, folder)
@@ -163,8 +220,7 @@ def _write_config(path: Path, config: dict[str, Any], kinds: Mapping[str, Tensor
     for kind in kinds.values():
         sizes[kind.dtype] = sizes.get(kind.dtype, 0) + kind.num_values
     dtype = str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
-    tables = [config, *(table for table in config.values() if isinstance(table, dict))]
-    for table in tables:
+    for table in _tables(config):
         for key in ("dtype", "torch_dtype"):  # the latter before transformers 5
             if key in table or (table is config and key == "dtype" and "torch_dtype" not in config):
                 table[key] = dtype

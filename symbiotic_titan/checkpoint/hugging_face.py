@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,25 @@ from symbiotic_titan.backbones.backbone import Backbone, Link
 from symbiotic_titan.backbones.registry import backbone_of
 from symbiotic_titan.checkpoint.arranged import Arranged, Recipe
 from symbiotic_titan.checkpoint.fit import absent_parts, part_of, tensors_of_model
-from symbiotic_titan.checkpoint.safetensors_folder import fill, places_in, read_table
-from symbiotic_titan.checkpoint.stored_model import StoredModel, TensorKind, some_of
+from symbiotic_titan.checkpoint.safetensors_file import read_places, write_file
+from symbiotic_titan.checkpoint.safetensors_folder import (
+    PlacedTensors,
+    fill,
+    places_in,
+    read_table,
+)
+from symbiotic_titan.checkpoint.stored_model import StoredModel, TensorKind, some_of, total_bytes
 from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
 
 CONFIG = "config.json"
 
-# Below a checkpoint: what its released model has besides tensors. It goes where the checkpoint goes, and back with an export.
+# Below a checkpoint: what its released model has besides our tensors. It goes where the checkpoint goes, and back with an export.
 SOURCE = "hugging_face"
 LAYOUT = "layout.json"
+LEFT_BEHIND = "left_behind.safetensors"
 _LAYOUT_KIND = "layout of a released model"
 
 # Tokenizers, processors, chat templates, terms of use; their code and other formats' weights stay behind.
@@ -36,7 +44,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 class HuggingFaceModel:
     """The tensors of a released model under our names: a ``StoredModel``. ``args`` shape it; its latent parts are not in it, and
-    what is ``left_behind`` on disk has no part here.
+    what is ``left_behind`` on disk has no part here, see ``unused``.
 
     Raises:
         ValueError: an unknown architecture or a setting that we do not express, weights that are missing, damaged, quantised or of
@@ -57,11 +65,17 @@ class HuggingFaceModel:
         except ValueError as error:
             where = str(folder)
             raise ValueError(str(error) if where in str(error) else f"{where}: {error}") from None
-        kinds = {name: place.kind for name, place in places.items()}
-        self.left_behind = {n: kinds.pop(n) for n in unused_names(self.backbone, places)}
-        _check_theirs(folder, kinds, links)
+        self.unused = PlacedTensors(
+            {n: places.pop(n) for n in unused_names(self.backbone, self.args, places)}
+        )
+        self.left_behind = self.unused.tensors
+        theirs = PlacedTensors(places)
+        _check_theirs(folder, theirs.tensors, links)
         recipes = [Recipe(link.theirs, link.ours, link.load) for link in links]
-        self._values = Arranged(recipes, kinds, lambda name: places[name].read())
+        try:
+            self._values = Arranged(recipes, theirs.tensors, theirs.read)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
         self.tensors: Mapping[str, TensorKind] = self._values.kinds
         _check_ours(folder, self.tensors, self.args)
 
@@ -73,9 +87,10 @@ class HuggingFaceModel:
         fill(in_order, self.read)
 
 
-def unused_names(backbone: Backbone, names: Iterable[str]) -> list[str]:
+def unused_names(backbone: Backbone, args: ModelArgs, names: Collection[str]) -> list[str]:
     """Those of the names on disk that have no part in our model, as the backbone knows."""
-    return [name for name in names if any(re.match(p, name) for p in backbone.unused)]
+    patterns = backbone.unused(args, names)
+    return [name for name in names if any(re.match(p, name) for p in patterns)]
 
 
 def _check_theirs(folder: Path, kinds: Mapping[str, TensorKind], links: list[Link]) -> None:
@@ -111,11 +126,11 @@ def _check_ours(folder: Path, kinds: Mapping[str, TensorKind], args: ModelArgs) 
     assert kinds.keys() <= expected.keys(), "a link of the backbone gives what the model has not"
 
 
-# ---- what belongs to a released model besides its tensors ---------------------------------------------------------------------
+# ---- what belongs to a released model besides our tensors ---------------------------------------------------------------------
 
 
 def keep_source(stored: StoredModel, out: Path) -> None:
-    """Give the checkpoint in ``out`` what ``stored`` has besides tensors, if it is, or came from, a released model."""
+    """Give the checkpoint in ``out`` what ``stored`` has besides our tensors, if it is, or came from, a released model."""
     if not isinstance(stored, HuggingFaceModel):
         if (stored.folder / SOURCE).is_dir():
             shutil.copytree(stored.folder / SOURCE, out / SOURCE)
@@ -125,6 +140,25 @@ def keep_source(stored: StoredModel, out: Path) -> None:
         shutil.copyfile(path, out / SOURCE / path.name)
     shapes = {name: list(shape) for name, shape in stored.layout.items()}
     write_json(out / SOURCE / LAYOUT, _LAYOUT_KIND, {"shapes": shapes})
+    if stored.left_behind:
+        write_file(out / SOURCE / LEFT_BEHIND, stored.left_behind, stored.unused.read)
+
+
+def source_bytes(stored: StoredModel) -> int:
+    """How much ``keep_source`` writes, but for small files."""
+    if isinstance(stored, HuggingFaceModel):
+        return total_bytes(stored.left_behind.values())
+    kept = stored.folder / SOURCE / LEFT_BEHIND
+    return kept.stat().st_size if kept.is_file() else 0
+
+
+def left_behind_of(stored: StoredModel, source: Path) -> PlacedTensors:
+    """The tensors of the released model that have no part in ours: its own, or those that ``source``, the folder ``SOURCE`` of a
+    checkpoint, keeps of it. A folder from before they were kept has none."""
+    if isinstance(stored, HuggingFaceModel):
+        return stored.unused
+    kept = source / LEFT_BEHIND
+    return PlacedTensors(read_places(kept) if kept.is_file() else {})
 
 
 def small_files(folder: Path) -> list[Path]:
@@ -147,4 +181,5 @@ def read_layout(source: Path) -> dict[str, tuple[int, ...]]:
         ValueError: it is missing or damaged.
     """
     shapes: dict[str, Any] = read_json(source / LAYOUT, _LAYOUT_KIND, ("shapes",))["shapes"]
+    check_value(f"{_LAYOUT_KIND}: {source / LAYOUT}: shapes", shapes, dict[str, list[int]])
     return {name: tuple(shape) for name, shape in shapes.items()}

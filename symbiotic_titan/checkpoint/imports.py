@@ -4,7 +4,11 @@ from pathlib import Path
 
 import torch
 
-from symbiotic_titan.checkpoint.hugging_face import HuggingFaceModel, keep_source
+from symbiotic_titan.checkpoint.hugging_face import (
+    HuggingFaceModel,
+    keep_source,
+    source_bytes,
+)
 from symbiotic_titan.checkpoint.new_folder import new_folder
 from symbiotic_titan.checkpoint.stored_model import InDtype, Watch, nobody, watched
 from symbiotic_titan.checkpoint.tensor_store import write_model
@@ -20,8 +24,8 @@ def import_model(
     overwrite: bool = False,
     watch: Watch = nobody,
 ) -> None:
-    """Write ``out``: the tensors in ``dtype`` (None: as they are), a file with the model's shape, and the small files of the
-    released model. ``shape_only``: without tensors, which are then read where they are.
+    """Write ``out``: the tensors in ``dtype`` (None: as they are), a file with the model's shape, and what the released model has
+    besides, bit for bit. ``shape_only``: without our tensors, which are then read where they are.
 
     Raises:
         ValueError: ``out`` exists, or the disk has no room.
@@ -33,9 +37,16 @@ def import_model(
         keep_source(stored, folder)
 
     if shape_only:
-        with new_folder(out, overwrite=overwrite, num_bytes=0) as folder:
+        with new_folder(out, overwrite=overwrite, num_bytes=source_bytes(stored)) as folder:
             finish(folder)
         return
     values = InDtype(stored, dtype)
     value = watched(values.read, values.tensors, watch)
-    write_model(out, values.tensors, value, finish, overwrite=overwrite)
+    write_model(
+        out,
+        values.tensors,
+        value,
+        finish,
+        finish_bytes=source_bytes(stored),
+        overwrite=overwrite,
+    )

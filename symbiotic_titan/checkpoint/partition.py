@@ -12,10 +12,10 @@ from torch import Tensor
 
 from symbiotic_titan.checkpoint.conversion import Conversion, plan_conversion
 from symbiotic_titan.checkpoint.fit import part_of, tensors_of_model
-from symbiotic_titan.checkpoint.hugging_face import keep_source
+from symbiotic_titan.checkpoint.hugging_face import keep_source, source_bytes
 from symbiotic_titan.checkpoint.new_folder import check_target
 from symbiotic_titan.checkpoint.open_model import open_model
-from symbiotic_titan.checkpoint.plan import Plan
+from symbiotic_titan.checkpoint.plan import Plan, check_layers
 from symbiotic_titan.checkpoint.profile import router_groups, router_hash
 from symbiotic_titan.checkpoint.stored_model import StoredModel, Watch, nobody, watched
 from symbiotic_titan.checkpoint.tensor_store import write_model
@@ -124,6 +124,8 @@ def partition_checkpoint(
     with torch.device("meta"):
         model = SymbioticModel(args)
     target = tensors_of_model(model)
+    if plan is not None:
+        check_layers(plan, {name.split(".moe.")[0] for name in target if ".moe." in name})
     conversion = plan_conversion(stored.tensors, target, slots, shared_makers(plan, args))
     values = _Values(stored, conversion, _initial_values(model, args, conversion))
 
@@ -140,7 +142,14 @@ def partition_checkpoint(
         keep_source(stored, folder)
 
     value = watched(values, conversion.after, watch)
-    write_model(out, conversion.after, value, finish, overwrite=overwrite)
+    write_model(
+        out,
+        conversion.after,
+        value,
+        finish,
+        finish_bytes=source_bytes(stored),
+        overwrite=overwrite,
+    )
     return conversion
 
 

@@ -7,7 +7,7 @@ from torch's global generator, which is seeded before it runs.
 Letters: L MoE layers, M modalities, E experts, G groups, S experts of which a shared one is made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symbiotic_titan.checkpoint.profile import ModelIdentity, Profile
+from symbiotic_titan.checkpoint.profile import ModelIdentity, Profile, check_layer_names
+from symbiotic_titan.checkpoint.stored_model import some_of
 from symbiotic_titan.config.json_file import read_json, write_json
 from symbiotic_titan.config.registry import Registry
+from symbiotic_titan.config.rows import check_value, row_from_dict
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, TEXT, VIT, modality_ids
 
@@ -133,6 +135,9 @@ for _rule in (cumulative, cumulative_counts, per_modality_max, balanced, random)
 # ---- plans ----------------------------------------------------------------------------------------------------------------
 
 
+_KEYS = ("model", "rule", "seed", "groups", "layers", "order")
+
+
 @dataclass(frozen=True)
 class Plan:
     """A partition of one model's experts.
@@ -171,16 +176,20 @@ class Plan:
     def of_values(cls, values: dict[str, Any], where: str) -> "Plan":
         """The inverse of ``values``; raises ValueError where they are damaged."""
         try:
-            groups = tuple(
-                ExpertGroup(name, modality_ids(g["modalities"], key=name), g["num_experts"])
-                for name, g in values["groups"].items()
-            )
-            model, order = ModelIdentity(**values["model"]), torch.tensor(values["order"])
+            missing = [key for key in _KEYS if key not in values]
+            if missing:
+                raise ValueError(f"it lacks {', '.join(missing)}")
+            model = ModelIdentity.of_values(values["model"])
+            check_layer_names(values["layers"])
+            for key, kind in (("rule", str), ("seed", int), ("groups", dict[str, Any])):
+                check_value(key, values[key], kind)
+            groups = tuple(_group(name, row) for name, row in values["groups"].items())
             layers = tuple(values["layers"])
+            order = _table("order", values["order"])
             # Nothing, also in plans older than the key: no shared expert is made.
-            shared = torch.tensor(values.get("shared") or [[]] * len(layers), dtype=torch.int64)
+            shared = _table("shared", values.get("shared") or [[]] * len(layers))
             plan = cls(model, values["rule"], values["seed"], groups, layers, order, shared)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:  # torch: a number that is too large
             raise ValueError(f"{KIND}: {where} is damaged ({error}); make the plan anew") from None
         num_experts = sum(group.num_experts for group in groups)
         check_order(order, (len(plan.layers), num_experts), f"{KIND} {where}")
@@ -198,8 +207,39 @@ class Plan:
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """Raises ValueError where the file is missing, damaged or of another kind."""
-        keys = ("model", "rule", "seed", "groups", "layers", "order")
-        return cls.of_values(read_json(path, KIND, keys), str(path))
+        return cls.of_values(read_json(path, KIND, _KEYS), str(path))
+
+
+def _group(name: str, row: Any) -> ExpertGroup:
+    check_value(f"groups.{name}", row, dict[str, Any])
+    check_value(f"groups.{name}.modalities", row.get("modalities"), list[str])
+    modalities = modality_ids(row["modalities"], key=name)
+    group = row_from_dict(
+        ExpertGroup, {**row, "name": name, "modalities": modalities}, f"groups.{name}"
+    )
+    if group.num_experts < 1:
+        raise ValueError(f"groups.{name}.num_experts: must be at least 1, got {group.num_experts}")
+    return group
+
+
+def _table(key: str, rows: Any) -> Tensor:
+    """(L, any) integers."""
+    check_value(key, rows, list[list[int]])
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def check_layers(plan: Plan, layers: Iterable[str]) -> None:
+    """Pass if ``layers`` are those that ``plan`` divides.
+
+    Raises:
+        ValueError: it is of others.
+    """
+    has, needs = set(plan.layers), set(layers)
+    if has != needs:
+        raise ValueError(
+            f"the plan is of other layers than the model: {some_of(sorted(has ^ needs))} have experts in one of the two only; make "
+            "a plan with this config"
+        )
 
 
 def check_order(order_LE: Any, shape: tuple[int, int], where: str) -> None:

@@ -4,6 +4,7 @@ The paper's expert role analysis (arXiv 2604.07753): imbalance, deviation, and h
 Letters: L MoE layers, M modalities, E experts.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from symbiotic_titan.checkpoint.stored_model import StoredModel
 from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.config.rows import check_value, row_from_dict
 from symbiotic_titan.moe.statistics import (
     imbalance_ratio,
     overlap_size,
@@ -42,6 +44,23 @@ class ModelIdentity:
     routers: str
     groups: dict[str, int]
     top_k: int
+
+    @classmethod
+    def of_values(cls, values: Any) -> "ModelIdentity":
+        """The inverse of ``vars``; ValueError where a key is missing or of another type."""
+        identity = row_from_dict(cls, values, "model")
+        for key, number in {"top_k": identity.top_k, **identity.groups}.items():
+            if number < 1:
+                raise ValueError(f"model: {key} must be at least 1, got {number}")
+        return identity
+
+
+def check_layer_names(names: Any) -> None:
+    """Pass if ``names`` are those of layers, each once; ValueError else."""
+    check_value("layers", names, list[str])
+    wrong = [name for name in names if not re.fullmatch(r"layers\.\d+", name)]
+    if wrong or len(set(names)) < len(names):
+        raise ValueError(f"layers: must be names such as layers.3, each once, got {names}")
 
 
 @dataclass(frozen=True)
@@ -79,9 +98,15 @@ class Profile:
         """Raises ValueError where the file is missing, damaged or of another kind."""
         values = read_json(path, KIND, ("model", "data", "tokens", "layers", "counts"))
         try:
+            model = ModelIdentity.of_values(values["model"])
+            check_layer_names(values["layers"])
+            check_value("tokens", values["tokens"], dict[str, int])
+            check_value("data", values["data"], dict[str, Any])
+            check_value("counts", values["counts"], list[list[list[int]]])
             counts = torch.tensor(values["counts"], dtype=torch.int64)
-            model = ModelIdentity(**values["model"])
-        except (TypeError, ValueError) as error:
+            if counts.lt(0).any():
+                raise ValueError("counts: must be at least 0")
+        except (RuntimeError, ValueError) as error:  # torch: a number that is too large
             raise ValueError(
                 f"{KIND}: {path} is damaged ({error}); profile the model anew"
             ) from None
@@ -110,21 +135,23 @@ def router_hash(stored: StoredModel) -> str:
 
 
 def too_few_tokens(profile: Profile) -> str | None:
-    """A warning where some modality was profiled with too few tokens to rank experts, else None."""
+    """A warning where text or ViT was profiled with too few tokens to rank experts, or with none, else None."""
     num_experts = profile.counts.shape[-1]
-    few = {
-        name: num_tokens
-        for name, num_tokens in profile.tokens.items()
-        if 0 < num_tokens * profile.model.top_k < ENOUGH_PER_EXPERT * num_experts
-    }
-    if not few:
-        return None
     needed = -(-ENOUGH_PER_EXPERT * num_experts // profile.model.top_k)
-    read = ", ".join(f"{num_tokens:,} {name}" for name, num_tokens in few.items())
-    return (
-        f"only {read} tokens were read; ranks of {num_experts} experts are noisy with fewer than {needed:,} "
-        f"({ENOUGH_PER_EXPERT} choices per expert): use more --batches"
-    )
+    read = {MODALITY_NAMES[m]: profile.tokens.get(MODALITY_NAMES[m], 0) for m in (TEXT, VIT)}
+    warnings = [
+        f"no {name} tokens were read, so experts rank without them, and those of a group of {name} alone are arbitrary: profile with "
+        "sources that have some"
+        for name, num_tokens in read.items()
+        if not num_tokens
+    ]
+    few = [f"{number:,} {name}" for name, number in read.items() if 0 < number < needed]
+    if few:
+        warnings.append(
+            f"only {', '.join(few)} tokens were read; ranks of {num_experts} experts are noisy with fewer than {needed:,} "
+            f"({ENOUGH_PER_EXPERT} choices per expert): use more --batches"
+        )
+    return "; ".join(warnings) or None
 
 
 def layer_statistics(profile: Profile) -> list[dict[str, Any]]:

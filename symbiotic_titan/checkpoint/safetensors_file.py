@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from symbiotic_titan.checkpoint.stored_model import TensorKind
+from symbiotic_titan.config.rows import check_value
 
 DTYPES = {
     "F64": torch.float64,
@@ -70,14 +71,16 @@ def read_places(path: Path) -> dict[str, Place]:
         if name == "__metadata__":
             continue
         try:
-            code, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            kind = TensorKind(tuple(shape), DTYPES[code]) if code in DTYPES else None
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path}: its header says nothing usable about {name}") from None
-        if kind is None:
+            code, shape, first, last = _read_entry(entry)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: its header says nothing usable about {name} ({error}); fetch it again"
+            ) from None
+        if code not in DTYPES:
             raise ValueError(
                 f"{path}: {name} has dtype {code}, which is not read; use a release in bfloat16, float16 or float32"
             )
+        kind = TensorKind(shape, DTYPES[code])
         if last - first != kind.num_bytes:
             raise ValueError(
                 f"{path}: {name} has {last - first} bytes for {kind.num_bytes}; the file is damaged"
@@ -89,6 +92,22 @@ def read_places(path: Path) -> dict[str, Place]:
             f"{path} is cut off: it has {size:,} bytes instead of {end:,}; fetch it again"
         )
     return places
+
+
+def _read_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, the one behind the last) that a header says about a tensor.
+
+    Raises:
+        ValueError: names what is missing or of another type.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f"must be a table, got {entry!r}")
+    for key, kind in (("dtype", str), ("shape", list[int]), ("data_offsets", list[int])):
+        check_value(key, entry.get(key), kind)
+    shape, places = entry["shape"], entry["data_offsets"]
+    if len(places) != 2 or min(*shape, *places, places[1] - places[0]) < 0:
+        raise ValueError(f"shape {shape}, data_offsets {places}")
+    return entry["dtype"], tuple(shape), places[0], places[1]
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -118,14 +137,17 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def write_file(path: Path, kinds: Mapping[str, TensorKind], value: Callable[[str], Tensor]) -> None:
-    """Write a file of ``kinds``; ``value(name)`` is called for each, in order, just before it is written.
+    """Write a file of ``kinds``; ``value(name)`` is called for each just before it is written: wider numbers come first, so that all
+    begin at whole numbers of their own.
 
     Raises:
         OSError: the disk is full, or the like.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, kind in kinds.items():
+    names = sorted(kinds, key=lambda name: -kinds[name].dtype.itemsize)
+    for name in names:
+        kind = kinds[name]
         end = start + kind.num_bytes
         header[name] = {
             "dtype": _CODES[kind.dtype],
@@ -137,9 +159,9 @@ def write_file(path: Path, kinds: Mapping[str, TensorKind], value: Callable[[str
     text += b" " * (-len(text) % _LENGTH_BYTES)  # tensors then begin at whole numbers of values
     with path.open("wb", buffering=0) as file:
         _write(file.write, len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-        for name, kind in kinds.items():
+        for name in names:
             tensor = value(name)
-            assert TensorKind.of(tensor) == kind, name
+            assert TensorKind.of(tensor) == kinds[name], name
             _write(file.write, tensor.contiguous().view(-1).view(torch.uint8).numpy())
         os.fsync(file.fileno())
 

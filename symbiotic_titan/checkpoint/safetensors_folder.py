@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from symbiotic_titan.checkpoint.safetensors_file import Place, read_places, write_file
 from symbiotic_titan.checkpoint.stored_model import TensorKind, some_of, total_bytes
+from symbiotic_titan.config.rows import check_value
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,6 +52,7 @@ def places_in(folder: Path) -> dict[str, Place]:
     file_of = read_table(folder / INDEX).get("weight_map")
     if not isinstance(file_of, dict):
         raise ValueError(f"{folder / INDEX} has no weight_map, which says where each tensor is")
+    check_value(f"{folder / INDEX}: weight_map", file_of, dict[str, str])
     files = dict.fromkeys(file_of.values())
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
@@ -77,7 +79,18 @@ def fill(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
         target.detach().copy_(full)
 
 
-class SafetensorsModel:
+class PlacedTensors:
+    """Tensors under the names that they have in their files: ``StoredTensors``."""
+
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        self._places = places
+        self.tensors: Mapping[str, TensorKind] = {n: place.kind for n, place in places.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._places[name].read()
+
+
+class SafetensorsModel(PlacedTensors):
     """A whole model under our names: a ``StoredModel``.
 
     Raises:
@@ -87,12 +100,8 @@ class SafetensorsModel:
     step = None
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(places_in(folder))
         self.folder = folder
-        self._places = places_in(folder)
-        self.tensors: Mapping[str, TensorKind] = {n: p.kind for n, p in self._places.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self._places[name].read()
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         fill(tensors, self.read)
@@ -121,14 +130,14 @@ def write_folder(
 
 
 def _shards(kinds: Mapping[str, TensorKind], shard_bytes: int) -> Iterator[list[str]]:
-    """Names by file, in order; within a file wider numbers come first, so that all begin at whole numbers of their own."""
+    """Names by file, in order."""
     names: list[str] = []
     size = 0
     for name, kind in kinds.items():
         if names and size + kind.num_bytes > shard_bytes:
-            yield sorted(names, key=lambda n: -kinds[n].dtype.itemsize)
+            yield names
             names, size = [], 0
         names.append(name)
         size += kind.num_bytes
     if names:
-        yield sorted(names, key=lambda n: -kinds[n].dtype.itemsize)
+        yield names

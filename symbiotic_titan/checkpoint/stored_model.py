@@ -1,5 +1,6 @@
 """What every stored model can do, whichever files it lies in."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_SELECTION_BIAS = re.compile(r"\.moe\.router\.\w+\.bias$")
+# Under our names and, in what a release has besides, under its own.
+_SELECTION_BIAS = re.compile(r"\.moe\.router\.\w+\.bias$|\.e_score_correction_bias$")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class TensorKind:
 
     @property
     def num_values(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -36,22 +38,24 @@ class TensorKind:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-class StoredModel(Protocol):
-    """A model's tensors in a folder, under our names, read one at a time.
+class StoredTensors(Protocol):
+    """Tensors on disk, read one at a time. ``tensors``: name -> kind, in an order in which reading costs least."""
 
-    tensors  name -> kind, in an order in which reading costs least.
-    step     the training step it was saved at; None where it holds the model alone.
-    """
-
-    folder: Path
     tensors: Mapping[str, TensorKind]
-
-    @property
-    def step(self) -> int | None: ...
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU."""
         ...
+
+
+class StoredModel(StoredTensors, Protocol):
+    """A model's tensors in a folder, under our names. ``step``: the training step it was saved at; None where it holds the model
+    alone."""
+
+    folder: Path
+
+    @property
+    def step(self) -> int | None: ...
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill ``tensors`` in place, in their own dtype; a sharded one takes its own part. Not collective."""
@@ -83,19 +87,32 @@ def watched(
 
 class InDtype:
     """The tensors of ``stored`` in another dtype, or as they are (None). Selection biases stay in float32, in which experts are
-    compared."""
+    compared. Reading raises ValueError where a value is too large for its dtype."""
 
-    def __init__(self, stored: StoredModel, dtype: torch.dtype | None) -> None:
+    def __init__(self, stored: StoredTensors, dtype: torch.dtype | None) -> None:
         self._stored = stored
         self.tensors = {
             name: kind
-            if dtype is None or _SELECTION_BIAS.search(name)
+            if dtype is None or _SELECTION_BIAS.search(name) or not kind.dtype.is_floating_point
             else TensorKind(kind.shape, dtype)
             for name, kind in stored.tensors.items()
         }
 
     def read(self, name: str) -> Tensor:
-        return self._stored.read(name).to(self.tensors[name].dtype)
+        values, dtype = self._stored.read(name), self.tensors[name].dtype
+        cast = values.to(dtype)
+        if dtype != values.dtype and cast.isinf().any():
+            _check_stays_finite(name, values, cast)
+        return cast
+
+
+def _check_stays_finite(name: str, values: Tensor, cast: Tensor) -> None:
+    lost = cast.isinf() & values.isfinite()
+    if lost.any():
+        largest, dtype = float(values[lost].abs().max()), str(cast.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"--dtype: {name} holds values up to {largest:g}, which are infinite in {dtype}; choose another --dtype, or leave it out"
+        )
 
 
 def total_bytes(kinds: Iterable[TensorKind]) -> int:

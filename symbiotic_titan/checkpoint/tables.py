@@ -1,6 +1,6 @@
 """Plans and conversions as text, for those who made them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from symbiotic_titan.checkpoint.conversion import Conversion
 from symbiotic_titan.checkpoint.fit import part_of
@@ -54,6 +54,36 @@ def conversion_table(conversion: Conversion) -> str:
         + f"\n\nparameters: {totals['before']:,} before, {totals['after']:,} after "
         f"(copied {totals['copied']:,}, sliced {totals['sliced']:,}, new {totals['new']:,}, dropped {totals['dropped']:,})"
     )
+
+
+def step_zero_table(
+    columns: Mapping[str, Mapping[str, float]],
+    differences: Mapping[str, float],
+    layers: Sequence[str],
+    inside: Mapping[str, Sequence[float]],
+    equal: Mapping[str, Sequence[float]],
+) -> str:
+    """A partitioned model before its first step: the fields of a StepZeroReport."""
+    lines = ["  " + " " * 22 + "".join(name.rjust(14) for name in columns) + "    difference"]
+    for name in dict.fromkeys(name for values in columns.values() for name in values):
+        cells = "".join(f"{values[name]:14.4f}" for values in columns.values())
+        end = f"{100 * differences[name]:+12.2f} %" if name in differences else ""
+        lines.append(f"  {name:22s}{cells}{end}")
+    for what, shares in (
+        ("whose top-k stays inside the group", inside),
+        ("for which a layer gives the original's bits for its input (first batch)", equal),
+    ):
+        if shares:
+            lines += [f"\nshare of tokens {what}", *_shares_by_layer(layers, shares)]
+    return "\n".join(lines)
+
+
+def _shares_by_layer(layers: Sequence[str], shares: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    rows = [(layer, [values[i] for values in shares.values()]) for i, layer in enumerate(layers)]
+    rows.append(("mean", [sum(values) / len(values) for values in shares.values()]))
+    for label, row in rows:
+        cells = "  ".join(f"{n} {percent(v):>8s}" for n, v in zip(shares, row, strict=True))
+        yield f"  {label:10s} {cells}"
 
 
 def parts_table(kinds: Mapping[str, TensorKind]) -> str:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from symbiotic_titan.checkpoint.new_folder import new_folder
 from symbiotic_titan.checkpoint.resume import damage_of
-from symbiotic_titan.checkpoint.stored_model import TensorKind, total_bytes
+from symbiotic_titan.checkpoint.stored_model import TensorKind, some_of, total_bytes
 
 # What a training checkpoint holds besides the model.
 _TRAINING_STATE = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
@@ -76,18 +76,33 @@ class DistributedCheckpoint:
         return tensors[name]
 
     def read_into(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        with _single_process():
-            dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
+        """As ``StoredModel.read_into``; ValueError where a file's bytes are damaged."""
+        self._load(dict(tensors))
 
     @property
     def step(self) -> int | None:
         """The training step it was saved at; None where it holds the model alone."""
         if "train_state.step" not in self._reader.read_metadata().state_dict_metadata:
             return None
-        state = {"train_state": {"step": 0}}
-        with _single_process():
-            dcp.load(state, storage_reader=self._reader, no_dist=True)
-        return state["train_state"]["step"]
+        state = {"train_state.step": 0}
+        self._load(state)
+        return state["train_state.step"]
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            with _single_process():
+                dcp.load(state, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:
+            if len(state) > 1:  # one at a time, which tells the damaged file
+                for name, value in state.items():
+                    self._load({name: value})
+            places = self._reader.read_metadata().storage_data or {}
+            files = {place.relative_path for index, place in places.items() if index.fqn in state}
+            cause, _ = next(iter(error.failures.values()))
+            raise ValueError(
+                f"checkpoint {self.folder}: {some_of(sorted(files))} cannot be read, its bytes are damaged "
+                f"({type(cause).__name__}); use another copy of the checkpoint"
+            ) from None
 
 
 class _StreamingPlanner(DefaultSavePlanner):
@@ -118,19 +133,20 @@ def write_model(
     value: Callable[[str], torch.Tensor],
     finish: Callable[[Path], None] = lambda folder: None,
     *,
+    finish_bytes: int = 0,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint of ``tensors``; ``value(name)`` is called for each in order, just before it is written.
 
-    ``finish`` adds its own files to the folder, which is renamed when all is written, so ``folder`` never looks complete before it
-    is. One file per tensor: torch keeps a file's tensors in memory until the file is closed.
+    ``finish`` adds its own files to the folder, of ``finish_bytes`` but for small ones; the folder is renamed when all is written, so
+    ``folder`` never looks complete before it is. One file per tensor: torch keeps a file's tensors in memory until the file is closed.
 
     Raises:
         ValueError: ``folder`` exists, or the disk has no room for it.
         OSError: the disk is full, or the like.
     """
     state = {name: kind.placeholder() for name, kind in tensors.items()}
-    size = total_bytes(tensors.values())
+    size = total_bytes(tensors.values()) + finish_bytes
     with new_folder(folder, overwrite=overwrite, num_bytes=size) as unfinished:
         writer = FileSystemWriter(unfinished, single_file_per_rank=False, thread_count=1)
         planner = _StreamingPlanner(value)

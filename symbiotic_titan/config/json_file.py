@@ -1,16 +1,49 @@
 """JSON files that one tool writes and another reads; each says what it is, so that a mix-up is named."""
 
+import errno
 import json
+import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
+def check_file(path: Path, option: str) -> None:
+    """Pass if a file can be written as ``path``, which ``option`` names; folders on the way may be missing.
+
+    Raises:
+        ValueError: it is a folder, or its folder cannot be written to.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # asked of the disk itself: permissions alone do not tell
+    except OSError as error:
+        raise ValueError(
+            f"{option}: {path} cannot be written ({error.strerror}); name another file"
+        ) from None
+
+
 def write_json(path: Path, kind: str, values: dict[str, Any]) -> None:
-    """Write ``values`` as a file of ``kind``; a file of this name is replaced once the new one is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".incomplete")
-    unfinished.write_text(json.dumps({"kind": kind, **values}, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    """Write ``values`` as a file of ``kind``; a file of this name is replaced once the new one is complete.
+
+    Raises:
+        OSError: names the file, of which nothing is kept.
+    """
+    unfinished = path.with_name(f"{path.name}.incomplete-{os.getpid()}")
+    text = json.dumps({"kind": kind, **values}, indent=1) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise OSError(f"writing {path} failed: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def read_json(path: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def _describe(annotation: Any) -> str:
     if get_origin(annotation) in (list, tuple):
         return f"a list, each item {_describe(get_args(annotation)[0])}"
     if get_origin(annotation) is dict:
-        return f"a table, each value {_describe(get_args(annotation)[1])}"
+        value = get_args(annotation)[1]
+        return "a table" if value is Any else f"a table, each value {_describe(value)}"
     return names.get(annotation, str(annotation))
 
 

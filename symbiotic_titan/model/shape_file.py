@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic_titan.config.json_file import read_json, write_json
-from symbiotic_titan.config.rows import row_from_dict
+from symbiotic_titan.config.rows import check_value, row_from_dict
 from symbiotic_titan.model.args import ModelArgs, VitArgs
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, modality_ids
 
 NAME = "model.json"
 KIND = "model shape"
+
+# Of what is not read as it stands.
+_KINDS: dict[str, Any] = {
+    "vit": dict[str, Any],
+    "groups": list[dict[str, Any]],
+    "shield_modalities": list[str],
+}
 
 
 def write_shape(path: Path, args: ModelArgs) -> None:
@@ -34,16 +41,19 @@ def read_shape(path: Path) -> ModelArgs:
     values = read_json(path, KIND, ("vit", "groups", "shield_modalities"))
     del values["kind"]
     try:
+        for key, kind in _KINDS.items():
+            check_value(key, values[key], kind)
         values["shield_modalities"] = modality_ids(values["shield_modalities"], key="shield")
         values["groups"] = [_group(row) for row in values["groups"]]
         values["vit"] = row_from_dict(VitArgs, _tuples(values["vit"]), "vit")
         return row_from_dict(ModelArgs, _tuples(values), "model")
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{KIND}: {path} cannot be used: {error}") from None
 
 
 def _group(row: dict[str, Any]) -> ExpertGroup:
-    modalities = modality_ids(row["modalities"], key=row["name"])
+    check_value("groups.modalities", row.get("modalities"), list[str])
+    modalities = modality_ids(row["modalities"], key=f"groups.{row.get('name')}")
     return row_from_dict(ExpertGroup, {**row, "modalities": modalities}, "groups")
 
 

@@ -1,5 +1,8 @@
 """What is measured of a partition, on layers small enough to count by hand."""
 
+import copy
+
+import pytest
 import torch
 from torch import nn
 
@@ -8,6 +11,7 @@ from symbiotic_titan.checkpoint.profile import ModelIdentity
 from symbiotic_titan.inference import DataRanks
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.retention import (
+    EqualShares,
     InsideShares,
     StepZeroReport,
     moe_layers,
@@ -65,6 +69,36 @@ def test_shares_of_a_modality_without_tokens_are_left_out():
     with inside.watching(model_of(layer)):
         layer(torch.randn(8, 16), torch.tensor([TEXT] * 6 + [PADDING] * 2), torch.ones(()))
     assert inside.shares(ALONE).keys() == {"text"}
+
+
+def test_equal_shares_count_tokens_whose_output_is_the_same_bits_for_the_same_input():
+    """Another expert in the first layer does not tell on the second, which gets the original's input."""
+    before = [make_layer(make_args(POOL)) for _ in range(2)]
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after[0].experts["all"].w2[5] += 1
+    x_TD, modality_T = make_tokens(200)
+    names = ("layers.1", "layers.2")
+    equal = EqualShares(names, torch.device("cpu"))
+
+    def forward(layers):
+        x, one = x_TD, torch.ones(())
+        for layer in layers:
+            x = x + layer(x, modality_T, one)[0]
+
+    with torch.no_grad():
+        with equal.recording(model_of(*before)):
+            forward(before)
+        with equal.comparing(model_of(*after)):
+            forward(after)
+        forward(after)  # nobody watches any more
+    shares = equal.shares(ALONE)
+    uses_T = (before[0].router(x_TD, modality_T).experts_TK == 5).any(-1)
+    for name, modality in (("text", TEXT), ("vit", VIT), ("vae", VAE)):
+        mine_T = modality_T == modality
+        expected = float((~uses_T & mine_T).sum() / mine_T.sum())
+        assert shares[name] == [pytest.approx(expected), 1.0]
+    assert 0 < shares["text"][0] < 1
 
 
 def test_differences_are_relative_to_the_original():

@@ -32,6 +32,7 @@ from tests.unit.backbones.decoder_parity import (
     text_row,
 )
 from tests.unit.backbones.image_rows import image_row, released_squares
+from tests.unit.backbones.released_configs import ARIA as RELEASED
 
 PLACEHOLDER = 9
 # Patches along a side of the square -> queries; and documents of images in either, with and without an edge of padding.
@@ -59,43 +60,6 @@ VISION = {
     "intermediate_size": 40,
     "image_size": 20,
     "patch_size": 4,
-}
-# The config.json of rhymes-ai/Aria.
-RELEASED = {
-    "_name_or_path": "rhymes-ai/Aria",
-    "architectures": ["AriaForConditionalGeneration"],
-    "auto_map": {"AutoConfig": "modeling_aria.AriaConfig"},
-    "ignore_index": -100,
-    "image_token_index": 9,
-    "initializer_range": 0.02,
-    "model_type": "aria",
-    "pad_token_id": 2,
-    "projector_patch_to_query_dict": {"1225": 128, "4900": 256},
-    "text_config": {
-        "hidden_size": 2560,
-        "intermediate_size": 1664,
-        "max_position_embeddings": 65536,
-        "model_type": "aria_text",
-        "moe_intermediate_size": 1664,
-        "moe_num_experts": 64,
-        "moe_topk": 6,
-        "num_attention_heads": 20,
-        "num_experts_per_tok": 6,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 20,
-        "rope_theta": 5000000,
-        "vocab_size": 100352,
-    },
-    "torch_dtype": "bfloat16",
-    "vision_config": {
-        "attention_heads": 16,
-        "image_size": 980,
-        "intermediate_size": 4304,
-        "model_type": "idefics3_vision",
-        "num_hidden_layers": 27,
-        "patch_size": 14,
-    },
-    "vision_feature_layer": -1,
 }
 
 
@@ -288,8 +252,12 @@ def test_silent_settings_are_what_transformers_takes():
         ({"hidden_act": "gelu"}, "text_config.hidden_act = 'gelu'.*only 'silu' is"),
         ({"mlp_bias": True}, "text_config.mlp_bias = True"),
         ({"sliding_window": 4096}, "text_config.sliding_window = 4096 is not a setting"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "text_config.rope_scaling.factor = 4.0 is not a setting",
+        ),
         ({"moe_intermediate_size": 832}, "text_config.moe_intermediate_size = 832"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.rope_type = 'yarn'"),
     ],
 )
 def test_what_is_not_expressed_is_named(changes, message):
@@ -307,12 +275,14 @@ def test_what_is_not_expressed_is_named(changes, message):
         ({"projector_patch_to_query_dict": {}}, "query_dict = {} must name .* squares"),
         ({"projector_patch_to_query_dict": {"1225": 128.7}}, "query_dict.1225: must be an integer, got 128.7"),
         ({"projector_patch_to_query_dict": [1]}, "projector_patch_to_query_dict: must be a table"),
+        ({"projector_patch_to_query_dict": {"1225": 0}}, "query_dict = .* at least one"),
+        ({"projector_patch_to_query_dict": {"0": 128}}, "query_dict = {'0': 128} must name .* squares"),
         ({"max_value_projector_patch_to_query_dict": 64}, "max_value_.* = 64 .*only 256"),
         ({"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act = 'gelu'"),
         ({"vision_config": {"attention_heads": 8}}, "vision_config.attention_heads = 8 .*only 16"),
         ({"vision_config": {"image_size": [980, 490]}}, "vision_config.image_size"),
         ({"vision_config": {"num_registers": 4}}, "vision_config.num_registers = 4"),
-        ({"projector_patch_to_query_dict": {"1225": 256, "4900": 128}}, "vit.queries: .* rising"),
+        ({"projector_patch_to_query_dict": {"1225": 256, "4900": 128}}, "query_dict = .* more queries, .* to more patches"),
     ],
 )  # fmt: skip
 def test_what_is_not_expressed_of_the_image_encoder_is_named(changes, message):

@@ -14,6 +14,7 @@ from transformers.models.glm4v_moe.modeling_glm4v_moe import (
 
 from symbiotic_titan.backbones import glm4v_moe
 from symbiotic_titan.backbones.glm4v_moe import GLM4V_MOE
+from symbiotic_titan.checkpoint.hugging_face import unused_names
 from symbiotic_titan.model.flavors import FLAVORS
 from tests.unit.backbones.decoder_parity import (
     assert_equal_tensors,
@@ -28,6 +29,7 @@ from tests.unit.backbones.decoder_parity import (
     text_row,
 )
 from tests.unit.backbones.image_rows import image_row, released_inputs
+from tests.unit.backbones.released_configs import GLM as RELEASED
 from tests.unit.checkpoint.released_models import GLM
 
 PLACEHOLDER = 256
@@ -35,59 +37,6 @@ PLACEHOLDER = 256
 DOCUMENT = [3, (2, 3), 2, (1, 4), 1, (3, 1), 4, (1, 1), 2]
 TEXT = GLM["text_config"] | {"vocab_size": 272}
 VISION = GLM["vision_config"]
-# What the Hub's file states, with names from before transformers 5.
-RELEASED = {
-    "architectures": ["Glm4vMoeForConditionalGeneration"],
-    "model_type": "glm4v_moe",
-    "image_start_token_id": 151339,
-    "image_token_id": 151363,
-    "text_config": {
-        "attention_bias": True,
-        "attention_dropout": 0.0,
-        "first_k_dense_replace": 1,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "intermediate_size": 10944,
-        "max_position_embeddings": 65536,
-        "model_type": "glm4v_moe_text",
-        "moe_intermediate_size": 1408,
-        "n_group": 1,
-        "n_routed_experts": 128,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_attention_heads": 96,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 46,
-        "num_key_value_heads": 8,
-        "partial_rotary_factor": 0.5,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {"mrope_section": [8, 12, 12], "rope_type": "default"},
-        "rope_theta": 10000.0,
-        "routed_scaling_factor": 1.0,
-        "topk_group": 1,
-        "use_qk_norm": False,
-        "vocab_size": 151552,
-    },
-    "tie_word_embeddings": False,
-    "vision_config": {
-        "attention_bias": False,
-        "depth": 24,
-        "hidden_act": "silu",
-        "hidden_dropout_prob": 0.0,
-        "hidden_size": 1536,
-        "image_size": 336,
-        "in_channels": 3,
-        "intermediate_size": 10944,
-        "model_type": "glm4v_moe",
-        "num_heads": 12,
-        "out_hidden_size": 4096,
-        "patch_size": 14,
-        "rms_norm_eps": 1e-05,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    },
-}
 
 
 @pytest.fixture
@@ -203,6 +152,20 @@ def test_experts_in_one_tensor_are_the_same_experts(pair, tmp_path):
     assert_equal_tensors(stored(GLM4V_MOE, again, shapes_of(fused)), fused)
 
 
+@pytest.mark.parametrize("layers", [46, 3])
+def test_the_layer_that_predicts_further_tokens_stands_behind_the_last(layers):
+    """A layer that config.json only forgot to count is none."""
+    args = GLM4V_MOE.model_args(
+        {**RELEASED, "text_config": {**RELEASED["text_config"], "num_hidden_layers": layers}}
+    )
+    inside = f"model.language_model.layers.{layers - 1}.input_layernorm.weight"
+    further = f"model.language_model.layers.{layers}.input_layernorm.weight"
+    beyond = f"model.language_model.layers.{layers}0.input_layernorm.weight"
+    names = [inside, further, beyond, f"model.language_model.layers.{layers}.eh_proj.weight"]
+    assert unused_names(GLM4V_MOE, args, names) == [further, names[-1]]
+    assert unused_names(GLM4V_MOE, args, names[:-1]) == []
+
+
 def test_flavor_is_what_the_released_file_says():
     assert GLM4V_MOE.model_args(RELEASED) == FLAVORS["GLM-4.5V"]
 
@@ -223,7 +186,14 @@ def test_silent_settings_are_what_transformers_takes():
         ("text_config", {"use_qk_norm": True}, "text_config.use_qk_norm = True"),
         ("text_config", {"hidden_act": "gelu"}, "text_config.hidden_act = 'gelu'"),
         ("text_config", {"sliding_window": 4096}, "text_config.sliding_window = 4096"),
-        ("text_config", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ("text_config", {"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.rope_type = 'yarn'"),
+        ("text_config", {"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor = 4.0 is not a"),
+        ("text_config", {"rope_scaling": {"mrope_interleaved": True}}, "mrope_interleaved = True"),
+        (
+            "vision_config",
+            {"rope_parameters": {"rope_type": "axial", "factor": 4.0}},
+            "factor = 4.0",
+        ),
         ("vision_config", {"hidden_act": "gelu"}, "vision_config.hidden_act = 'gelu'"),
         ("vision_config", {"attention_bias": True}, "vision_config.attention_bias = True"),
         ("vision_config", {"out_hidden_size": 2048}, "vision_config.out_hidden_size = 2048"),

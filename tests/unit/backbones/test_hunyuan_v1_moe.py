@@ -24,6 +24,7 @@ from tests.unit.backbones.decoder_parity import (
     stored,
     text_row,
 )
+from tests.unit.backbones.released_configs import HUNYUAN as RELEASED
 
 VIT = VitArgs(dim=16, num_layers=1, num_heads=2, hidden_dim=24, patch=2, merge=2)
 SIZES = {
@@ -37,34 +38,7 @@ SIZES = {
     "num_experts": 8,
     "moe_topk": 3,
 }
-ALPHA = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0}
-# What the Hub's file states, with names from before transformers 5.
-RELEASED = {
-    "model_type": "hunyuan_v1_moe",
-    "vocab_size": 128167,
-    "hidden_size": 4096,
-    "intermediate_size": 3072,
-    "moe_intermediate_size": [3072] * 32,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "attention_head_dim": 128,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "num_experts": 64,
-    "moe_topk": [8] * 32,
-    "num_shared_expert": [1] * 32,
-    "moe_layer_num_skipped": 0,
-    "use_mixed_mlp_moe": True,
-    "use_qk_norm": True,
-    "use_cla": False,
-    "norm_type": "rms",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "rope_scaling": ALPHA,
-    "tie_word_embeddings": True,
-}
+ALPHA = RELEASED["rope_scaling"]
 
 
 def released(tie=True):
@@ -162,8 +136,26 @@ def test_silent_settings_are_what_transformers_takes():
         ({"norm_topk_prob": False}, "norm_topk_prob = False"),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"moe_intermediate_size": [1536] * 32}, "moe_intermediate_size = 1536"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type = 'yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type = 'dynamic'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling.rope_type: .* got 'yarn'",
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.factor = 4.0"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_type = 'dynamic' .* got alpha = None"),
+        ({"head_dim": 2, "attention_head_dim": 2}, "more than 2 channels, got .* 2 channels"),
+        ({"rope_scaling": {"type": "default", "attn_factor": 2.0}}, "rope_scaling.attn_factor = 2"),
+        ({"head_dim": 64}, "attention_head_dim = 128 .* only 64 is"),
+        ({"num_experts": []}, "num_experts: must have an entry per layer"),
+        ({"num_experts": [[1], [1]]}, r"num_experts: must be an integer, got \[1\]"),
+        ({"n_group": 8}, "n_group = 8 is not a setting"),
+        ({"attention_sink": 4}, "attention_sink = 4 is not a setting"),
+        ({"moe_router_score": "sigmoid"}, "moe_router_score = 'sigmoid' is not a setting"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor = 2.5 is not expressed"),
+        ({"first_k_dense_replace": 1}, "first_k_dense_replace = 1 is not a setting"),
+        ({"norm_type": "hf_layer"}, "norm_type: must be one of 'rms', .* got 'hf_layer'"),
+        ({"vision_config": {"depth": 2}}, "vision_config = {'depth': 2} is not a setting"),
+        ({"use_foo": True}, "use_foo = True is not a setting"),
+        ({"moe_drop_tokens": True}, "moe_drop_tokens = True is not a setting"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )
@@ -179,3 +171,8 @@ def test_config_of_a_slice_states_its_experts_and_nothing_else():
     assert HUNYUAN_V1_MOE.model_args({**RELEASED, "num_experts": 48}) == sliced
     with pytest.raises(ValueError, match="shared_hidden_dim = 0, but config.json .* states 3072"):
         HUNYUAN_V1_MOE.config(RELEASED, replace(args, shared_hidden_dim=0))
+
+
+@pytest.mark.parametrize("off", [{"routed_scaling_factor": False}, {"n_group": False}])
+def test_what_a_file_calls_false_is_off(off):
+    assert HUNYUAN_V1_MOE.model_args({**RELEASED, **off}) == FLAVORS["Hunyuan-A13B"]

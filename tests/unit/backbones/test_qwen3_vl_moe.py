@@ -26,6 +26,7 @@ from tests.unit.backbones.decoder_parity import (
     text_row,
 )
 from tests.unit.backbones.image_rows import image_row, released_inputs
+from tests.unit.backbones.released_configs import QWEN as RELEASED
 from tests.unit.checkpoint.released_models import QWEN
 
 PLACEHOLDER = 120
@@ -33,66 +34,6 @@ DOCUMENT = [3, (2, 3), 2, (1, 4), 1, (3, 1), 4]
 TEXT = QWEN["text_config"] | {"num_hidden_layers": 3}
 VISION = QWEN["vision_config"] | {"depth": 3, "deepstack_visual_indexes": [0, 1]}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-
-# The config.json of Qwen3-VL-30B-A3B-Instruct.
-RELEASED = {
-    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-    "image_token_id": 151655,
-    "model_type": "qwen3_vl_moe",
-    "text_config": {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "decoder_sparse_step": 1,
-        "dtype": "bfloat16",
-        "eos_token_id": 151645,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "intermediate_size": 6144,
-        "max_position_embeddings": 262144,
-        "mlp_only_layers": [],
-        "model_type": "qwen3_vl_moe_text",
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": True,
-        "num_attention_heads": 32,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 48,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {
-            "mrope_interleaved": True,
-            "mrope_section": [24, 20, 20],
-            "rope_type": "default",
-        },
-        "rope_theta": 5000000,
-        "use_cache": True,
-        "vocab_size": 151936,
-    },
-    "tie_word_embeddings": False,
-    "transformers_version": "4.57.0.dev0",
-    "video_token_id": 151656,
-    "vision_config": {
-        "deepstack_visual_indexes": [8, 16, 24],
-        "depth": 27,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": 1152,
-        "in_channels": 3,
-        "initializer_range": 0.02,
-        "intermediate_size": 4304,
-        "model_type": "qwen3_vl_moe",
-        "num_heads": 16,
-        "num_position_embeddings": 2304,
-        "out_hidden_size": 2048,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    },
-    "vision_end_token_id": 151653,
-    "vision_start_token_id": 151652,
-}
 
 
 @pytest.fixture(scope="module")
@@ -334,16 +275,33 @@ def test_leading_dense_layers_are_expressed():
             "text_config",
             "rope_scaling",
             {"rope_type": "yarn", "factor": 4.0},
-            r"text_config.rope_parameters.rope_type = 'yarn' is not expressed",
+            r"text_config.rope_scaling.rope_type = 'yarn' is not expressed",
         ),
         (
             "text_config",
             "rope_scaling",
             {"mrope_interleaved": False},
-            r"text_config.rope_parameters.mrope_interleaved = False is not expressed",
+            r"text_config.rope_scaling.mrope_interleaved = False is not expressed",
         ),
         ("text_config", "num_hidden_layers", "48", r"text_config.num_hidden_layers: must be an"),
-        ("text_config", "decoder_sparse_step", 0, r"text_config.decoder_sparse_step = 0 and"),
+        (
+            "text_config",
+            "decoder_sparse_step",
+            0,
+            r"text_config.decoder_sparse_step: must be positive",
+        ),
+        (
+            "text_config",
+            "num_local_experts",
+            64,
+            r"num_experts = 128 is not expressed.* only 64 is",
+        ),
+        (
+            "text_config",
+            "rope_parameters",
+            {"rope_theta": 1e6},
+            r"text_config.rope_scaling = .* only \{'rope_theta': 1000000.0\} is",
+        ),
         ("text_config", "num_experts", 4, r"top_k = 8 does not fit into num_experts = 4"),
         ("vision_config", "hidden_act", "silu", r"vision_config.hidden_act = 'silu' .* 'gelu'"),
         ("vision_config", "num_position_embeddings", 2300, r"num_position_embeddings = 2300 is no"),

@@ -113,6 +113,17 @@ ARIA: dict[str, Any] = {
     "projector_patch_to_query_dict": {"4": 3, "16": 5},
 }
 
+# What has no part in our network: a norm that nothing is computed with, and a layer of its own experts that predicts a further
+# token; its selection bias is in float32 whatever the rest is in.
+ARIA_BESIDE = {f"vision_tower.post_layernorm.{kind}": (16,) for kind in ("weight", "bias")}
+_FURTHER = "model.language_model.layers.3."
+GLM_BESIDE = {
+    f"{_FURTHER}eh_proj.weight": (32, 64),
+    f"{_FURTHER}mlp.gate.weight": (8, 32),
+    f"{_FURTHER}mlp.gate.e_score_correction_bias": (8,),
+    **{f"{_FURTHER}mlp.experts.{i}.up_proj.weight": (20, 32) for i in range(8)},
+}
+
 # What transformers 5 saves; the released files have the last two dims the other way round.
 TRANSPOSED = {
     f"model.language_model.layers.{layer}.mlp.experts.{name}": (8, *shape)
@@ -144,6 +155,17 @@ def random_tensor(shape: torch.Size, generator: torch.Generator) -> Tensor:
     if len(shape) < 2:
         return torch.empty(shape).uniform_(0.5, 1.5, generator=generator)
     return torch.empty(shape).normal_(std=1.5 * shape[-1] ** -0.5, generator=generator)
+
+
+def random_besides(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of these shapes, for ``more`` of a release."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.randn(shape, generator=generator).to(
+            torch.float32 if name.endswith("correction_bias") else dtype
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def write_release(

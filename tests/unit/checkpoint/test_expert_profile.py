@@ -1,6 +1,8 @@
 """Profiles: what they say about a model, and what is refused."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +54,21 @@ def test_too_few_tokens_are_counted():
     assert too_few_tokens(profile_of([1] * 4, [1] * 4, tokens=200)) is None
     warning = too_few_tokens(profile_of([1] * 4, [1] * 4, tokens=199))
     assert warning and "only 199 text, 199 vit tokens" in warning and "fewer than 200" in warning
+    assert "no text" not in warning and "vae" not in warning
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named", "others"),
+    [
+        ({"text": 1000, "vit": 0, "vae": 0}, "no vit tokens were read", "text tokens"),
+        ({"text": 0, "vit": 1000, "vae": 5}, "no text tokens were read", "vit tokens"),
+        ({"text": 1000}, "no vit tokens were read", "text tokens"),
+        ({"text": 7, "vit": 0}, "vit alone are arbitrary.*; only 7 text tokens were read", "vae"),
+    ],
+)
+def test_a_modality_without_tokens_is_told(tokens, named, others):
+    warning = too_few_tokens(replace(profile_of([1] * 4, [0] * 4), tokens=tokens))
+    assert warning and re.search(named, warning) and others not in warning
 
 
 def test_router_hash_sees_routers_and_nothing_else(tmp_path):
@@ -68,7 +85,22 @@ def test_router_hash_sees_routers_and_nothing_else(tmp_path):
     [
         (lambda v: v.pop("counts"), "lacks counts"),
         (lambda v: v.update(kind="partition plan"), "is no expert profile but a partition plan"),
-        (lambda v: v.update(counts=[[["x"]]]), "is damaged"),
+        (lambda v: v.update(counts=[[["x"]]]), r"damaged \(counts.* must be an integer, got 'x'"),
+        (lambda v: v.update(counts=[[[2**70]]]), r"profile.json is damaged"),
+        (lambda v: v["counts"][0].pop(), r"counts of shape \(1, 2, 4\) for"),
+        (lambda v: v["counts"][0][0].pop(), r"profile.json is damaged"),
+        (lambda v: v["counts"][0][0].__setitem__(0, -1), "counts: must be at least 0"),
+        (lambda v: v.update(tokens=[3]), r"damaged \(tokens: must be a table"),
+        (lambda v: v["tokens"].update(text="many"), "tokens.text: must be an integer, got 'many'"),
+        (lambda v: v.update(layers=7), r"damaged \(layers: must be a list"),
+        (lambda v: v.update(layers=["one"]), "layers: must be names such as layers.3, each once"),
+        (lambda v: v.update(model=[]), "model: must be a table"),
+        (lambda v: v["model"].pop("top_k"), "model: missing key 'top_k'"),
+        (lambda v: v["model"].update(top_k="2"), "model.top_k: must be an integer, got '2'"),
+        (lambda v: v["model"].update(top_k=0), "model: top_k must be at least 1, got 0"),
+        (lambda v: v["model"].update(groups=[4]), "model.groups: must be a table"),
+        (lambda v: v["model"]["groups"].update(all="4"), "model.groups.all: must be an integer"),
+        (lambda v: v.update(data=None), "data: must be a table"),
         (lambda v: v.update(layers=["layers.1", "layers.2"]), r"counts of shape \(1, 3, 4\) for"),
     ],
 )
@@ -78,8 +110,9 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path, change, message):
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         Profile.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_and_garbled_files_are_named(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import resource
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,9 @@ from symbiotic_titan.checkpoint.export import (
     find_source,
     understanding_group,
 )
-from symbiotic_titan.checkpoint.hugging_face import HuggingFaceModel
+from symbiotic_titan.checkpoint.hugging_face import SOURCE, HuggingFaceModel
 from symbiotic_titan.checkpoint.imports import import_model
+from symbiotic_titan.checkpoint.new_folder import MARK
 from symbiotic_titan.checkpoint.open_model import open_model
 from symbiotic_titan.checkpoint.partition import partition_checkpoint
 from symbiotic_titan.checkpoint.safetensors_folder import SafetensorsModel, places_in
@@ -26,7 +28,16 @@ from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from tests.unit.backbones.decoder_parity import run
 from tests.unit.backbones.image_rows import image_row, released_inputs, released_squares
-from tests.unit.checkpoint.released_models import ARIA, GLM, QWEN, TRANSPOSED, write_release
+from tests.unit.checkpoint.released_models import (
+    ARIA,
+    ARIA_BESIDE,
+    GLM,
+    GLM_BESIDE,
+    QWEN,
+    TRANSPOSED,
+    random_besides,
+    write_release,
+)
 from tests.unit.checkpoint.stored_models import plan_for, save
 
 GROUPS = (ExpertGroup("understanding", (TEXT, VIT), 5), ExpertGroup("generation", (VAE,), 3))
@@ -81,17 +92,22 @@ def export(folder, args, out, **settings):
 # ---- a whole release --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("release", "layout"),
-    [(QWEN, {}), (QWEN, TRANSPOSED), (GLM, {}), (ARIA, {})],
+RELEASES = pytest.mark.parametrize(
+    ("release", "layout", "besides"),
+    [(QWEN, {}, {}), (QWEN, TRANSPOSED, {}), (GLM, {}, GLM_BESIDE), (ARIA, {}, ARIA_BESIDE)],
     ids=["qwen", "qwen as transformers saves it", "glm", "aria"],
 )
-def test_a_release_comes_back_bit_for_bit(tmp_path, release, layout, dtype):
-    theirs = write_release(tmp_path / "release", release, layout=layout, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@RELEASES
+def test_a_release_comes_back_bit_for_bit(tmp_path, release, layout, besides, dtype):
+    more = random_besides(besides, dtype)
+    theirs = write_release(tmp_path / "release", release, layout=layout, dtype=dtype, more=more)
     stored = HuggingFaceModel(tmp_path / "release")
     import_model(stored, tmp_path / "imported")
-    export(tmp_path / "imported", stored.args, tmp_path / "back")
+    done = export(tmp_path / "imported", stored.args, tmp_path / "back")
+    assert stored.left_behind.keys() == more.keys() <= done.written.keys() and not done.missing
     assert_equal(tensors_in(tmp_path / "back"), theirs)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     expected, name = copy.deepcopy(release), str(dtype).removeprefix("torch.")
@@ -103,7 +119,7 @@ def test_a_release_comes_back_bit_for_bit(tmp_path, release, layout, dtype):
     )
     assert names == {
         *("config.json", "tokenizer.json", "preprocessor_config.json", "LICENSE"),
-        "model.safetensors.index.json",
+        *("model.safetensors.index.json", MARK),
     }
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
 
@@ -134,6 +150,18 @@ def test_another_dtype_is_told_in_the_config(tmp_path, imported):
     assert_equal(tensors_in(tmp_path / "back"), expected)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
+
+
+@RELEASES
+def test_a_release_that_was_not_imported_comes_back_too(tmp_path, release, layout, besides):
+    more = random_besides(besides, torch.float32)
+    theirs = write_release(tmp_path / "release", release, layout=layout, more=more)
+    stored = HuggingFaceModel(tmp_path / "release")
+    import_model(stored, tmp_path / "shape", shape_only=True)
+    source = find_source(tmp_path / "release", str(tmp_path / "shape" / "model.json"))
+    done = export_understanding(stored, stored.args, source, tmp_path / "back", **SHARDS)
+    assert_equal(tensors_in(tmp_path / "back"), theirs)
+    assert not done.missing
 
 
 # ---- the understanding half -------------------------------------------------------------------------------------------------
@@ -169,7 +197,8 @@ def test_the_understanding_half_is_a_model_of_transformers_with_the_same_logits(
 def test_the_understanding_half_of_aria_is_one_too(tmp_path):
     from transformers import AriaForConditionalGeneration
 
-    write_release(tmp_path / "aria", ARIA)
+    norm = random_besides(ARIA_BESIDE, torch.float32)
+    write_release(tmp_path / "aria", ARIA, more=norm)
     stored = HuggingFaceModel(tmp_path / "aria")
     import_model(stored, tmp_path / "imported")
     plan = plan_for(tmp_path / "imported")
@@ -180,8 +209,10 @@ def test_the_understanding_half_of_aria_is_one_too(tmp_path):
     theirs, report = AriaForConditionalGeneration.from_pretrained(
         tmp_path / "half", output_loading_info=True
     )
-    assert all("post_layernorm" in name for name in report["missing_keys"])
-    assert not report["unexpected_keys"] and not report["mismatched_keys"]
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not report[problem]
+    found = theirs.model.vision_tower.post_layernorm.state_dict()
+    assert_equal(found, {name.split(".")[-1]: tensor for name, tensor in norm.items()})
     assert theirs.config.text_config.moe_num_experts == 5
     ours = SymbioticModel(args)
     open_model(tmp_path / "split").read_into(ours.state_dict())
@@ -301,15 +332,22 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path, split, part):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_release_has_and_we_have_not_is_told(tmp_path):
-    """A norm of Aria's that nothing is computed with stays behind on the way in, so it is missing on the way out."""
-    norm = {"vision_tower.post_layernorm.weight": torch.ones(3)}
-    write_release(tmp_path / "aria", ARIA, more=norm)
-    stored = HuggingFaceModel(tmp_path / "aria")
-    assert list(stored.left_behind) == list(norm)
-    import_model(stored, tmp_path / "imported")
-    done = export(tmp_path / "imported", stored.args, tmp_path / "back")
-    assert done.missing == list(norm) and norm.keys().isdisjoint(done.written)
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([], "shapes: must be a table"),
+        ({"lm_head.weight": 3}, "shapes.lm_head.weight: must be a list"),
+        ({"lm_head.weight": ["3"]}, r"shapes.lm_head.weight\[0\]: must be an integer"),
+    ],
+)
+def test_a_damaged_layout_is_named(tmp_path, imported, shapes, message):
+    folder, args, _ = imported
+    source = shutil.copytree(folder / SOURCE, tmp_path / SOURCE)
+    layout = json.loads((source / "layout.json").read_text())
+    (source / "layout.json").write_text(json.dumps(layout | {"shapes": shapes}))
+    with pytest.raises(ValueError, match=f"layout.json: {message}"):
+        export_understanding(open_model(folder), args, source, tmp_path / "out", **SHARDS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unfinished_export_is_no_model(tmp_path, split):

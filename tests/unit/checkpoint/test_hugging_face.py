@@ -21,7 +21,13 @@ from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
-from tests.unit.checkpoint.released_models import QWEN, TRANSPOSED, write_release
+from tests.unit.checkpoint.released_models import (
+    ARIA,
+    GLM,
+    QWEN,
+    TRANSPOSED,
+    write_release,
+)
 from tests.unit.checkpoint.stored_models import plan_for
 
 GROUPS = (ExpertGroup("understanding", (TEXT, VIT), 5), ExpertGroup("generation", (VAE,), 3))
@@ -138,7 +144,8 @@ def test_small_files_come_along_and_code_does_not(tmp_path, release, monkeypatch
     assert names == {
         *("config.json", "tokenizer.json", "preprocessor_config.json", "LICENSE", "layout.json"),
     }
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"hugging_face", "model.json"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"hugging_face", "model.json", new_folder.MARK}
 
 
 def test_a_shape_alone_may_be_replaced_by_the_model(tmp_path, release):
@@ -162,6 +169,15 @@ def test_partition_from_the_release_equals_partition_from_its_import(tmp_path, r
         assert FLAVORS[str(tmp_path / out / "model.json")] == args
         assert conversion.totals()["new"] > 0 == conversion.totals()["dropped"]
     assert_equal(values_of(open_model(tmp_path / "a")), values_of(open_model(tmp_path / "b")))
+
+
+def test_a_plan_of_other_layers_is_refused(tmp_path, release):
+    folder, _ = release
+    args = replace(HuggingFaceModel(folder).args, groups=GROUPS)
+    plan = replace(plan_for(folder), groups=GROUPS, layers=("layers.1", "layers.2"))
+    with pytest.raises(ValueError, match="of other layers than the model: layers.0, layers.2 have"):
+        partition_checkpoint(folder, args, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_partition_reads_every_tensor_of_a_release_once(tmp_path, release, monkeypatch):
@@ -250,6 +266,44 @@ def test_weights_that_cannot_be_used_are_named(release):
     assert f"lacks 1 of the 3 files that model.safetensors.index.json names: {second.name}" in (
         message_of(folder)
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "change", "message"),
+    [
+        (
+            QWEN,
+            "model.visual.patch_embed.proj.weight",
+            lambda t: t.flatten(),
+            r"has shape \(2304,\), of which vit.patch_embedding.weight cannot be made",
+        ),
+        (
+            ARIA,
+            "language_model.model.layers.1.mlp.experts.fc1.weight",
+            lambda t: t.flatten(),
+            r"has shape \(10240,\), of which layers.1.moe.experts.all.w1 cannot be made",
+        ),
+        (
+            ARIA,
+            "language_model.model.layers.1.mlp.experts.fc1.weight",
+            lambda t: t[..., :1],
+            r"has shape \(8, 32, 1\), of which layers.1.moe.experts.all.w1 cannot be made",
+        ),
+        (
+            GLM,
+            "model.language_model.layers.2.mlp.experts.5.up_proj.weight",
+            lambda t: t[:-1],
+            r"has shape \(19, 32\) and the others of its kind \(20, 32\), of which layers.2.moe",
+        ),
+    ],
+    ids=["a flat convolution", "flat experts", "narrow experts", "one expert"],
+)
+def test_a_tensor_of_another_shape_is_named(tmp_path, config, name, change, message):
+    theirs = write_release(tmp_path / "release", config)
+    write_release(tmp_path / "other", config, more={name: change(theirs[name]).contiguous()})
+    with pytest.raises(ValueError, match=f"^{tmp_path}/other: {name} {message}") as caught:
+        HuggingFaceModel(tmp_path / "other")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path, release):

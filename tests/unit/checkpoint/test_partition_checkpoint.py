@@ -13,7 +13,6 @@ from symbiotic_titan.checkpoint.partition import (
     partition_checkpoint,
     plan_of_checkpoint,
 )
-from symbiotic_titan.checkpoint.resume import damage_of
 from symbiotic_titan.checkpoint.tensor_store import DistributedCheckpoint
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
@@ -229,16 +228,6 @@ def test_failed_replacement_leaves_the_old_checkpoint(tmp_path, vlm, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "vlm"]
 
 
-def test_what_a_killed_conversion_left_is_no_checkpoint_and_is_replaced(tmp_path, vlm):
-    _, source = vlm
-    left = tmp_path / "out.incomplete"
-    left.mkdir()
-    (left / "__0_0.distcp").write_bytes(b"half")
-    assert damage_of(left) is not None
-    partition_checkpoint(source, tiny_args(), None, tmp_path / "out")
-    assert damage_of(tmp_path / "out") is None and not left.exists()
-
-
 # ---- bad input --------------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +237,7 @@ def test_existing_targets_are_refused(tmp_path, vlm):
         partition_checkpoint(source, tiny_args(), None, source)
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="papers is no checkpoint and is not overwritten"):
+    with pytest.raises(ValueError, match="papers is no folder that tools/convert.py wrote"):
         partition_checkpoint(source, tiny_args(), None, tmp_path / "papers", overwrite=True)
 
 

@@ -5,7 +5,13 @@ import json
 import pytest
 import torch
 
-from symbiotic_titan.checkpoint.plan import PARTITION_RULES, Plan, kept_mass, make_plan
+from symbiotic_titan.checkpoint.plan import (
+    PARTITION_RULES,
+    Plan,
+    check_layers,
+    kept_mass,
+    make_plan,
+)
 from symbiotic_titan.checkpoint.profile import ModelIdentity, Profile
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
@@ -205,7 +211,54 @@ def test_plan_survives_its_file_and_damage_is_named(tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="row 1 of the order must hold every expert"):
         Plan.load(path)
-    values["groups"]["understanding"]["modalities"] = ["sound"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(order=None), "order: must be a list"),
+        (lambda v: v.update(order=[[0.5]]), r"order\[0\]\[0\]: must be an integer, got 0.5"),
+        (lambda v: v["order"][0].__setitem__(0, 2**70), "is damaged"),
+        (lambda v: v.update(layers="layers.1"), "layers: must be a list"),
+        (lambda v: v.update(layers=["a", "b", "c"]), r"layers: must be names such as layers.3"),
+        (lambda v: v.update(layers=["layers.1"] * 3), "each once"),
+        (lambda v: v.update(seed="5"), "seed: must be an integer, got '5'"),
+        (lambda v: v.update(groups=[]), "groups: must be a table"),
+        (lambda v: v["groups"].update(generation=2), "groups.generation: must be a table"),
+        (
+            lambda v: v["groups"]["generation"].update(num_experts="2"),
+            "groups.generation.num_experts: must be an integer, got '2'",
+        ),
+        (
+            lambda v: v["groups"]["generation"].update(num_experts=-2),
+            "groups.generation.num_experts: must be at least 1, got -2",
+        ),
+        (
+            lambda v: v["groups"]["generation"].update(modalities="vae"),
+            "groups.generation.modalities: must be a list",
+        ),
+        (
+            lambda v: v["groups"]["understanding"].update(modalities=["sound"]),
+            "unknown modality 'sound'",
+        ),
+        (lambda v: v["model"].update(groups=None), "model.groups: must be a table"),
+        (lambda v: v.update(shared=[[9]] * 3), "shared must list experts from 0 to 7 for each"),
+        (lambda v: v.update(shared=3), "shared: must be a list"),
+    ],
+)
+def test_what_is_wrong_in_a_plan_is_named(tmp_path, change, message):
+    path = tmp_path / "plan.json"
+    make_plan(random_profile(8), bimodal(6, 2), "random").save(path, {})
+    values = json.loads(path.read_text())
+    change(values)
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="unknown modality 'sound'"):
+    with pytest.raises(ValueError, match=message) as caught:
         Plan.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_plan_of_other_layers_is_refused():
+    plan = make_plan(random_profile(8, 2), bimodal(6, 2), "random")
+    check_layers(plan, ["layers.2", "layers.1"])
+    with pytest.raises(ValueError, match="of other layers than the model: layers.1, layers.3 have"):
+        check_layers(plan, ["layers.2", "layers.3"])

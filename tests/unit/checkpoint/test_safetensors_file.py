@@ -134,7 +134,18 @@ def test_damaged_headers_are_named(tmp_path):
 
     assert "w has dtype F4, which is not read" in message(dtype="F4")
     assert "w has 8 bytes for 12; the file is damaged" in message(shape=[3])
-    assert "its header says nothing usable about w" in message(data_offsets=None)
+    nothing = "its header says nothing usable about w"
+    assert f"{nothing} (data_offsets: must be a list" in message(data_offsets=None)
+    assert f"{nothing} (data_offsets[0]: must be an integer" in message(data_offsets=["a", "b"])
+    for wrong in ([-8, 0], [8, 0], [0], [0, 4, 8]):
+        assert f"{nothing} (shape [2], data_offsets {wrong})" in message(data_offsets=wrong)
+    assert f"{nothing} (shape: must be a list, each item an integer" in message(shape="abc")
+    assert f"{nothing} (shape [-2], data_offsets [0, 8])" in message(shape=[-2])
+    assert "w has 8 bytes for " in message(shape=[2**40, 2**40])
+    assert f"{nothing} (dtype: must be a string" in message(dtype=["F32"])
+    text = json.dumps({"w": 3}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    assert f"{path}: {nothing} (must be a table, got 3)" in message_of(read_places, path)
 
 
 def test_folders_that_do_not_hold_what_their_index_says_are_named(tmp_path):
@@ -151,6 +162,10 @@ def test_folders_that_do_not_hold_what_their_index_says_are_named(tmp_path):
     assert "is not JSON" in message("{")
     assert "must hold a table, got list" in message([])
     assert "has no weight_map" in message({})
+    for wrong in (1, None):
+        assert f"{tmp_path / INDEX}: weight_map.t1: must be a string, got {wrong}" in message(
+            {"weight_map": {"t0": "model-00001-of-00003.safetensors", "t1": wrong}}
+        )
     more = {**index["weight_map"], "t9": "model-00001-of-00003.safetensors"}
     assert "names t9, but model-00001-of-00003.safetensors does not hold it" in message(
         {"weight_map": more}

@@ -44,7 +44,13 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     assert "vit: unknown key 'colour'" in message(vit={"colour": 1})
     assert "model.dim: must be positive" in message(dim=-4)
     assert "unknown modality 'sound'" in message(shield_modalities=["sound"])
-    assert "cannot be used" in message(groups=[{"name": "all"}])
+    assert "groups.modalities: must be a list" in message(groups=[{"name": "all"}])
+    assert "groups: missing key 'name'" in message(groups=[{"modalities": [], "num_experts": 2}])
+    assert "groups: must be a list" in message(groups=5)
+    assert "groups[0]: must be a table" in message(groups=[5])
+    for wrong in (None, [1]):
+        assert "vit: must be a table" in message(vit=wrong)
+    assert "shield_modalities: must be a list" in message(shield_modalities=3)
     assert "is no model shape but a partition plan" in message(kind="partition plan")
     with pytest.raises(ValueError, match="model shape: no such file: .*nothing.json"):
         _ = FLAVORS[str(tmp_path / "nothing.json")]
