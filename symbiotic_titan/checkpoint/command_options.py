@@ -29,7 +29,7 @@ def from_hf_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shape-only",
         action="store_true",
-        help="write model.json without tensors: the other commands read them from the folder",
+        help="write model.json without the model's tensors: the other commands read them from the folder",
     )
 
 
