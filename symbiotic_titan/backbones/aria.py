@@ -32,7 +32,8 @@ from symbiotic_titan.backbones.arrangements import (
 )
 from symbiotic_titan.backbones.backbone import Backbone, Config, Link, Shape
 from symbiotic_titan.config.rows import check_value
-from symbiotic_titan.model.args import ModelArgs, VitArgs
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.vit_args import VitArgs
 
 DEFAULTS = {
     "vocab_size": 32000,

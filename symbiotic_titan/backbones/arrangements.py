@@ -14,7 +14,8 @@ from torch import Tensor
 
 from symbiotic_titan.backbones.backbone import Arrange, Config, Link, Shape
 from symbiotic_titan.config.rows import check_value
-from symbiotic_titan.model.args import ModelArgs, VitArgs, one_pool
+from symbiotic_titan.model.args import ModelArgs, one_pool
+from symbiotic_titan.model.vit_args import VitArgs
 
 # Images to be generated, where nobody says otherwise: a 16-channel autoencoder of stride 8, as [latents] codec = "flux" has it.
 LATENTS: dict[str, Any] = {"latent_channels": 16, "latent_stride": 8, "latent_patch": 2}

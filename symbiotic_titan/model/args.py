@@ -1,24 +1,22 @@
 """ModelArgs: the shape of the network, complete and checked when built."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Literal, Protocol, get_type_hints
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from torch import nn
 from torchtitan.protocols.model import BaseModelArgs
 
 from symbiotic_titan.codecs.files import codec_info
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.masks import VitAttention
 from symbiotic_titan.model.rope import Mrope
+from symbiotic_titan.model.vit_args import VitArgs, check_fields, require
 from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
-from symbiotic_titan.sequence.geometry import ImageGeometry, ResizeRule
+from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import NUM_MODALITIES, modality_ids
 from symbiotic_titan.sequence.positions import RotaryLayout
-
-PositionReading = Literal["bilinear", "bicubic", "floor"]
 
 
 class PartitionRow(Protocol):
@@ -59,131 +57,6 @@ def partition_groups(
             f"change num_experts of a group by {num_experts - held:+d}"
         )
     return groups
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def _check_fields(args: object, where: str, *, may_be_zero: tuple[str, ...] = ()) -> None:
-    """Every field has its type, and every number but those named is positive."""
-    hints = get_type_hints(type(args))
-    for f in fields(args):  # type: ignore[arg-type]
-        value = getattr(args, f.name)
-        check_value(f"{where}.{f.name}", value, hints[f.name])
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            ok, rule = value > 0, "positive"
-            if f.name in may_be_zero:
-                ok, rule = value >= 0, "zero or positive"
-            _require(ok, f"{where}.{f.name}: must be {rule}, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VitArgs:
-    """The image encoder: pre-norm blocks, and a projector to the decoder's width. Fields with a default are switches, at their usual
-    setting."""
-
-    dim: int
-    num_layers: int
-    num_heads: int
-    hidden_dim: int
-    patch: int
-    """Pixels along one side of a patch."""
-    merge: int
-    """Patches along one side of one sequence token."""
-    queries: tuple[int, ...] = ()
-    """Learned queries that read an image and become its tokens, one number for each of ``query_sides``, rising; empty: a token is a
-    square of merge x merge patches."""
-    query_sides: tuple[int, ...] = ()
-    """Patches along the longer side of the images that so many queries read, rising."""
-    channels: int = 3
-    norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    """Of the two-dimensional rotary; 0: none, then patches have their places from the table of positions."""
-    norm: Literal["layer", "rms"] = "layer"
-    """Of the blocks."""
-    outer_norms: bool = False
-    """An RMSNorm behind the patch embedding and another behind the last block."""
-    bias: bool = True
-    """Of the blocks' linear layers."""
-    activation: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
-    """Of the blocks' feed-forward; ``swiglu`` has a third layer, which gates."""
-    temporal_patch: int = 1
-    """Frames that the patch embedding reads. An image is one frame, read that many times."""
-    position_grid: int = 0
-    """Side of the learned table of positions, resampled to each image's grid of patches; 0: no table."""
-    position_reading: PositionReading = "bilinear"
-    """How it is resampled, see ``model.vit``."""
-    projector_hidden_dim: int = 0
-    """Width of the gated feed-forward that the projector ends with; 0: a projector of two layers."""
-    deepstack: tuple[int, ...] = ()
-    """Layers whose output is projected too and added to the image's tokens behind the decoder's first layers, one each
-    (arXiv 2406.04334)."""
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Per channel, for pixels in [0, 1]; what an image is normalised by."""
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_resize: ResizeRule = "fit"
-    """How an image gets its size, see ``data.images``."""
-
-    def __post_init__(self) -> None:
-        _check_fields(
-            self, "vit", may_be_zero=("position_grid", "projector_hidden_dim", "rope_theta")
-        )
-        _require(self.channels == 3, f"vit.channels: images are read as RGB, got {self.channels}")
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            _require(
-                len(values) == self.channels and min(values) > 0,
-                f"vit.{name}: must be {self.channels} positive numbers, got {values}",
-            )
-        _require(
-            self.dim % self.num_heads == 0,
-            f"vit.dim: must be a multiple of vit.num_heads = {self.num_heads}, got {self.dim}",
-        )
-        _require(
-            not self.rope_theta or self.dim % (4 * self.num_heads) == 0,
-            f"vit.dim: must be a multiple of 4 * vit.num_heads = {4 * self.num_heads} "
-            f"(rotary turns pairs of channels by row and by column), got {self.dim}",
-        )
-        _require(
-            list(self.deepstack) == sorted({i for i in self.deepstack if 0 <= i < self.num_layers}),
-            f"vit.deepstack: must be rising numbers of the {self.num_layers} layers, from 0, got {self.deepstack}",
-        )
-        _require(
-            self.rope_theta > 0 or self.position_grid > 0,
-            "vit.rope_theta: 0 (no rotary) leaves patches without a place where vit.position_grid is 0; set one of them",
-        )
-        self._validate_queries()
-
-    def _validate_queries(self) -> None:
-        _require(
-            (self.image_resize == "aria") == bool(self.queries),
-            f"vit.image_resize: 'aria' gives images the sizes that queries read, and nothing else does; got {self.image_resize!r} "
-            f"with vit.queries = {self.queries}",
-        )
-        _require(
-            len(self.queries) == len(self.query_sides),
-            f"vit.query_sides: must be one for each of vit.queries = {self.queries}, got {self.query_sides}",
-        )
-        for name in ("queries", "query_sides"):
-            values = getattr(self, name)
-            _require(
-                list(values) == sorted({value for value in values if value > 0}),
-                f"vit.{name}: must be positive and rising, got {values}",
-            )
-        if self.queries:
-            plain = {"merge": 1, "projector_hidden_dim": 0, "deepstack": ()}
-            for name, expected in plain.items():
-                value = getattr(self, name)
-                _require(
-                    value == expected,
-                    f"vit.{name}: must be {expected} where queries read the image (vit.queries), got {value}",
-                )
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
 
 
 @dataclass(kw_only=True)
@@ -264,32 +137,32 @@ class ModelArgs(BaseModelArgs):
     def validate(self) -> None:
         """Pass if no rule is broken."""
         may_be_zero = ("num_dense_layers", "shared_hidden_dim", "init_seed")
-        _check_fields(self, "model", may_be_zero=may_be_zero)
-        _require(
+        check_fields(self, "model", may_be_zero=may_be_zero)
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads: must be a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}",
         )
-        _require(
+        require(
             self.num_dense_layers <= self.num_layers,
             f"model.num_dense_layers: must be at most num_layers = {self.num_layers}, got {self.num_dense_layers}",
         )
         for name, divisor in (("dim", 4), ("timestep_width", 2)):
             value = getattr(self, name)
-            _require(
+            require(
                 value % divisor == 0,
                 f"model.{name}: must be a multiple of {divisor} (sinusoids come in pairs), got {value}",
             )
-        _require(
+        require(
             len(self.vit.deepstack) <= self.num_layers,
             f"vit.deepstack: each feature joins behind a layer of its own, but model.num_layers is {self.num_layers}, "
             f"got {self.vit.deepstack}",
         )
         held = sum(group.num_experts for group in self.groups)
-        _require(
+        require(
             held == self.num_experts,
             f"model.groups: hold {held} experts, but num_experts is {self.num_experts}",
         )
-        _require(
+        require(
             not self.vit.queries or self.rotary_layout != "grid",
             "model.rotary_layout: 'grid' gives image tokens rows and columns, which queries (vit.queries) have not; use 'sequence' or "
             "'shared'",
@@ -298,40 +171,40 @@ class ModelArgs(BaseModelArgs):
         _ = self.moe_args  # the MoE's own rules
 
     def _validate_rotary(self) -> None:
-        _require(
+        require(
             self.rotary_fraction <= 1.0,
             f"model.rotary_fraction: must be at most 1, got {self.rotary_fraction}",
         )
         exact = self.head_dim * self.rotary_fraction
-        _require(
+        require(
             self.rotary_dim == exact and self.rotary_dim % 2 == 0,
             f"model.rotary_fraction: must turn an even number of the {self.head_dim} channels of a head, got {exact:g}",
         )
         if self.mrope == "none":
-            _require(
+            require(
                 not self.mrope_sections,
                 f"model.mrope_sections: has no effect with mrope 'none'; must be empty, got {self.mrope_sections}",
             )
-            _require(
+            require(
                 self.rotary_layout != "grid",
                 "model.rotary_layout: 'grid' gives image tokens rows and columns that mrope 'none' does not read; "
                 "use 'sequence' or 'shared', or another mrope",
             )
             return
-        _require(
+        require(
             len(self.mrope_sections) == 3 and 2 * sum(self.mrope_sections) == self.rotary_dim,
             f"model.mrope_sections: must be three numbers that sum to half of the {self.rotary_dim} rotated channels, "
             f"got {self.mrope_sections}",
         )
         _, height, width = self.mrope_sections
         if self.mrope == "interleaved":
-            _require(
+            require(
                 max(3 * height - 2, 3 * width - 1) < self.rotary_dim // 2,
                 f"model.mrope_sections: 'interleaved' gives every third frequency to height and to width, which leaves no room "
                 f"for so many of them; got {self.mrope_sections}",
             )
         if self.mrope == "pairwise":
-            _require(
+            require(
                 height == width,
                 f"model.mrope_sections: 'pairwise' gives height and width the same number, got {self.mrope_sections}",
             )
@@ -384,7 +257,7 @@ class ModelArgs(BaseModelArgs):
         if not job_config.experts.shared:
             self.shared_hidden_dim, self.shared_gate = 0, False
         if job_config.experts.new_shared_experts:
-            _require(
+            require(
                 self.shared_hidden_dim == 0,
                 f"experts.new_shared_experts: flavor {job_config.model.flavor!r} has a shared expert already; remove the key",
             )

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from symbiotic_titan.model.args import ModelArgs, VitArgs
+from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.shape_file import read_shape
+from symbiotic_titan.model.vit_args import VitArgs
 
 
 def debug() -> ModelArgs:

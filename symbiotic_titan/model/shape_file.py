@@ -6,7 +6,8 @@ from typing import Any
 
 from symbiotic_titan.config.json_file import read_json, write_json
 from symbiotic_titan.config.rows import check_value, row_from_dict
-from symbiotic_titan.model.args import ModelArgs, VitArgs
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.vit_args import VitArgs
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, modality_ids
 

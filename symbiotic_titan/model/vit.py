@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from symbiotic_titan.model.args import ModelArgs, PositionReading, VitArgs
+from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.attention import attend
 from symbiotic_titan.model.masks import AttentionMask
 from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.projectors import PatchMerger, QueryPlaces, projector
 from symbiotic_titan.model.rope import RotaryTables, frequencies, rotary_tables, rotate
+from symbiotic_titan.model.vit_args import PositionReading, VitArgs
 
 
 def patch_rotary(coords_BPA: torch.Tensor, head_dim: int, theta: float) -> RotaryTables:

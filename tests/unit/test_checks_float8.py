@@ -48,7 +48,9 @@ def no_gpu(monkeypatch):
 
 def test_emulation_passes_everywhere(no_gpu):
     for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"):
-        check_job(config_of(*FLOAT8, "--float8.emulate", "--float8.recipe", recipe))
+        asked = (*FLOAT8, "--float8.recipe", recipe)
+        assert "set float8.emulate = true" in refusal(check_job, config_of(*asked))
+        assert check_job(config_of(*asked, "--float8.emulate")) is None
 
 
 def test_without_a_gpu_emulation_is_the_remedy(no_gpu):

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from symbiotic_titan.backbones.backbone import Backbone
 from symbiotic_titan.backbones.registry import backbone_of
-from symbiotic_titan.model.args import ModelArgs, VitArgs
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.vit_args import VitArgs
 from symbiotic_titan.sequence.batch import PackedBatch
+from tests.unit.backbones import released_configs
 from tests.unit.backbones.decoder_parity import (
     loaded,
     make_random,
@@ -34,20 +36,20 @@ from tests.unit.checkpoint.released_models import ARIA, GLM, QWEN
 
 Inputs = Callable[[ModelArgs, list[Segment], PackedBatch], dict[str, Tensor]]
 
-HUNYUAN: dict[str, Any] = {
-    "model_type": "hunyuan_v1_moe",
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 8,
-    "moe_topk": 3,
-    "rope_theta": 10000.0,
-    "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
-    "tie_word_embeddings": True,
+HUNYUAN = (
+    {"model_type": "hunyuan_v1_moe"}
+    | released_configs.HUNYUAN_SIZES
+    | {
+        name: released_configs.HUNYUAN[name]
+        for name in ("rope_theta", "rope_scaling", "tie_word_embeddings")
+    }
+)
+# Images of the sizes that Aria was released with, in a narrow encoder.
+ARIA_SIZES = ARIA | {
+    "vision_config": ARIA["vision_config"]
+    | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    | {"image_size": 980, "patch_size": 14},
+    "projector_patch_to_query_dict": {"1225": 128, "4900": 256},
 }
 NEW_VIT = VitArgs(dim=16, num_layers=1, num_heads=2, hidden_dim=24, patch=2, merge=2)
 SQUARES: list[Segment] = [3, (2, 3), 2, (1, 4), 1, (3, 1), 4]
@@ -58,19 +60,27 @@ NUM_TOKENS = 96
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny config.json, the class that transformers routes with, and how it is given images (None: it sees none)."""
+    """A tiny config.json, the class that transformers routes with, and how it is given images (None: it sees none). ``name``: in the
+    table; the model_type where nothing is said."""
 
     config: dict[str, Any]
     router: str
     document: list[Segment]
     inputs: Inputs | None
     placeholder: int = 9
+    name: str = ""
 
 
 ARCHITECTURES = (
     Architecture(QWEN, "Qwen3VLMoeTextTopKRouter", SQUARES, released_inputs, 120),
     Architecture(GLM | {"image_token_id": 90}, "Glm4vMoeTextTopkRouter", SQUARES, released_inputs, 90),
     Architecture(ARIA, "AriaTextTopKRouter", QUERIES, released_squares),
+    Architecture(
+        ARIA_SIZES, "AriaTextTopKRouter", [5, (35, 24), 3, (35, 35), 4], released_squares, name="aria at 490 pixels"
+    ),
+    Architecture(
+        ARIA_SIZES, "AriaTextTopKRouter", [5, (70, 50), 3, (70, 70), 4], released_squares, name="aria at 980 pixels"
+    ),
     Architecture(HUNYUAN, "HunYuanMoEV1Gate", [], None),
 )  # fmt: skip
 
@@ -118,14 +128,14 @@ def compared(one: Architecture, seed: int) -> Iterator[tuple[str, float, float, 
 def main() -> None:
     table: dict[str, dict[str, float]] = {}
     for one in ARCHITECTURES:
-        worst = table.setdefault(one.config["model_type"], {})
+        worst = table.setdefault(one.name or one.config["model_type"], {})
         for seed in SEEDS:
             for name, gap, largest, share in compared(one, seed):
                 for key, value in ((f"{name}_gap", gap), (f"{name}_largest_logit", largest)):
                     worst[key] = max(worst.get(key, 0.0), value)
                 worst[f"{name}_equal_choices"] = min(worst.get(f"{name}_equal_choices", 1.0), share)
-    for model_type, values in table.items():
-        print(model_type, *(f"{key} {value:.3g}" for key, value in values.items()), sep="  ")
+    for name, values in table.items():
+        print(name, *(f"{key} {value:.3g}" for key, value in values.items()), sep="  ")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     print(json.dumps({"seeds": len(SEEDS), **versions, "worst": table}))
 

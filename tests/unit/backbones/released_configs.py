@@ -224,3 +224,16 @@ HUNYUAN = {
     },
     "tie_word_embeddings": True,
 }
+
+# What a tiny random one has instead.
+HUNYUAN_SIZES = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 8,
+    "moe_topk": 3,
+}

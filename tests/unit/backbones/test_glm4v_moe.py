@@ -125,7 +125,7 @@ def test_every_switch_of_the_decoder_matters(pair, changes):
         {"norm": "layer"},
         {"outer_norms": False},
         {"activation": "gelu"},
-        {"position_grid": 0},
+        {"position_grid": 0, "position_reading": "bilinear"},
         {"position_reading": "bilinear"},
         {"rope_theta": 10.0},
         {"norm_eps": 1e-2},

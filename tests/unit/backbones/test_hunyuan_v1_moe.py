@@ -10,8 +10,8 @@ from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMo
 
 from symbiotic_titan.backbones import hunyuan_v1_moe
 from symbiotic_titan.backbones.hunyuan_v1_moe import HUNYUAN_V1_MOE
-from symbiotic_titan.model.args import VitArgs
 from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.vit_args import VitArgs
 from tests.unit.backbones.decoder_parity import (
     assert_equal_tensors,
     loaded,
@@ -25,19 +25,9 @@ from tests.unit.backbones.decoder_parity import (
     text_row,
 )
 from tests.unit.backbones.released_configs import HUNYUAN as RELEASED
+from tests.unit.backbones.released_configs import HUNYUAN_SIZES as SIZES
 
 VIT = VitArgs(dim=16, num_layers=1, num_heads=2, hidden_dim=24, patch=2, merge=2)
-SIZES = {
-    "vocab_size": 272,
-    "hidden_size": 32,
-    "intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 8,
-    "moe_topk": 3,
-}
 ALPHA = RELEASED["rope_scaling"]
 
 

@@ -9,8 +9,9 @@ import torch.distributed.checkpoint as dcp
 from symbiotic_titan.checkpoint.open_model import open_model
 from symbiotic_titan.checkpoint.plan import Plan
 from symbiotic_titan.checkpoint.profile import ModelIdentity, router_hash
-from symbiotic_titan.model.args import ModelArgs, VitArgs
+from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.model.vit_args import VitArgs
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 

@@ -10,8 +10,9 @@ from symbiotic_titan.device import prepare
 
 prepare()  # before anything imports torchtitan
 
-from symbiotic_titan.model.args import ModelArgs, VitArgs  # noqa: E402
+from symbiotic_titan.model.args import ModelArgs  # noqa: E402
 from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel  # noqa: E402
+from symbiotic_titan.model.vit_args import VitArgs  # noqa: E402
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows  # noqa: E402
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, PADDING, TEXT, VAE, VIT  # noqa: E402
 from symbiotic_titan.sequence.positions import image_positions, text_positions  # noqa: E402

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from symbiotic_titan.config.latents import Latents
-from symbiotic_titan.model.args import VitArgs, one_pool, partition_groups
+from symbiotic_titan.model.args import one_pool, partition_groups
 from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.vit_args import VitArgs
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT

@@ -42,7 +42,7 @@ def plain(x, w1, w2, w3, counts):
     return torch.cat([swiglu(p, w1[e], w2[e], w3[e]) for e, p in enumerate(pieces)])
 
 
-def check(counts, dtype=torch.float32, **tolerance):
+def assert_one_after_the_other(counts, dtype=torch.float32, **tolerance):
     *tensors, counts = operands(counts, dtype)
     out, expected = grouped_swiglu(*tensors, counts), plain(*tensors, counts)
     torch.testing.assert_close(out, expected, **tolerance)
@@ -57,17 +57,17 @@ def check(counts, dtype=torch.float32, **tolerance):
     "counts", [[3, 0, 7, 1], [0, 0], [5], [0, 9], [4, 4, 4, 0, 0, 4], [700, 700], [0, 2, 2]]
 )
 def test_float32_equals_one_expert_after_the_other(counts):
-    check(counts)
+    assert_one_after_the_other(counts)
 
 
 @pytest.mark.parametrize("counts", [[32, 0, 64], [0, 32], [32, 32, 32, 64, 64, 0, 0]])
 def test_bfloat16_equals_one_expert_after_the_other(counts):
-    check(counts, torch.bfloat16, atol=0.05, rtol=0.05)
+    assert_one_after_the_other(counts, torch.bfloat16, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 7, 1], [0, 0], [1, 1, 40], [40, 1, 1]])
 def test_threads_change_nothing(counts, two_threads):
-    check(counts)
+    assert_one_after_the_other(counts)
 
 
 def test_float32_bits_of_an_expert_do_not_depend_on_the_others():
@@ -140,11 +140,9 @@ def test_custom_ops_keep_torch_rules():
     *tensors, counts = operands([3, 0, 7])
     tensors = [t.detach() for t in tensors]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(swiglu_loop, (*tensors, counts), test_utils=tests)
+    passed = dict.fromkeys(tests, "SUCCESS")
+    assert torch.library.opcheck(swiglu_loop, (*tensors, counts), test_utils=tests) == passed
     out, gate, up = swiglu_loop(*tensors, counts)
     for weights_need_grad in (True, False):
-        torch.library.opcheck(
-            swiglu_loop_backward,
-            (out, *tensors, counts, gate, up, weights_need_grad),
-            test_utils=tests,
-        )
+        inputs = (out, *tensors, counts, gate, up, weights_need_grad)
+        assert torch.library.opcheck(swiglu_loop_backward, inputs, test_utils=tests) == passed

@@ -1,0 +1,139 @@
+"""VitArgs: the shape of the image encoder and its projector, and how fields of any shape are checked."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_type_hints
+
+from symbiotic_titan.config.rows import check_value
+from symbiotic_titan.sequence.geometry import ResizeRule
+
+PositionReading = Literal["bilinear", "bicubic", "floor"]
+
+
+def require(ok: bool, message: str) -> None:
+    """Pass if ``ok``; raise ValueError with ``message`` if not."""
+    if not ok:
+        raise ValueError(message)
+
+
+def check_fields(args: object, where: str, *, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Every field has its type, and every number but those named is positive."""
+    hints = get_type_hints(type(args))
+    for f in fields(args):  # type: ignore[arg-type]
+        value = getattr(args, f.name)
+        check_value(f"{where}.{f.name}", value, hints[f.name])
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            ok, rule = value > 0, "positive"
+            if f.name in may_be_zero:
+                ok, rule = value >= 0, "zero or positive"
+            require(ok, f"{where}.{f.name}: must be {rule}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitArgs:
+    """The image encoder: pre-norm blocks, and a projector to the decoder's width. Fields with a default are switches, at their usual
+    setting."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    patch: int
+    """Pixels along one side of a patch."""
+    merge: int
+    """Patches along one side of one sequence token."""
+    queries: tuple[int, ...] = ()
+    """Learned queries that read an image and become its tokens, one number for each of ``query_sides``, rising; empty: a token is a
+    square of merge x merge patches."""
+    query_sides: tuple[int, ...] = ()
+    """Patches along the longer side of the images that so many queries read, rising."""
+    channels: int = 3
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    """Of the two-dimensional rotary; 0: none, then patches have their places from the table of positions."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Of the blocks."""
+    outer_norms: bool = False
+    """An RMSNorm behind the patch embedding and another behind the last block."""
+    bias: bool = True
+    """Of the blocks' linear layers."""
+    activation: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
+    """Of the blocks' feed-forward; ``swiglu`` has a third layer, which gates."""
+    temporal_patch: int = 1
+    """Frames that the patch embedding reads. An image is one frame, read that many times."""
+    position_grid: int = 0
+    """Side of the learned table of positions, resampled to each image's grid of patches; 0: no table."""
+    position_reading: PositionReading = "bilinear"
+    """How it is resampled, see ``model.vit``."""
+    projector_hidden_dim: int = 0
+    """Width of the gated feed-forward that the projector ends with; 0: a projector of two layers."""
+    deepstack: tuple[int, ...] = ()
+    """Layers whose output is projected too and added to the image's tokens behind the decoder's first layers, one each
+    (arXiv 2406.04334)."""
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Per channel, for pixels in [0, 1]; what an image is normalised by."""
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_resize: ResizeRule = "fit"
+    """How an image gets its size, see ``data.images``."""
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self, "vit", may_be_zero=("position_grid", "projector_hidden_dim", "rope_theta")
+        )
+        require(self.channels == 3, f"vit.channels: images are read as RGB, got {self.channels}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            require(
+                len(values) == self.channels and min(values) > 0,
+                f"vit.{name}: must be {self.channels} positive numbers, got {values}",
+            )
+        require(
+            self.dim % self.num_heads == 0,
+            f"vit.dim: must be a multiple of vit.num_heads = {self.num_heads}, got {self.dim}",
+        )
+        require(
+            not self.rope_theta or self.dim % (4 * self.num_heads) == 0,
+            f"vit.dim: must be a multiple of 4 * vit.num_heads = {4 * self.num_heads} "
+            f"(rotary turns pairs of channels by row and by column), got {self.dim}",
+        )
+        require(
+            list(self.deepstack) == sorted({i for i in self.deepstack if 0 <= i < self.num_layers}),
+            f"vit.deepstack: must be rising numbers of the {self.num_layers} layers, from 0, got {self.deepstack}",
+        )
+        require(
+            self.rope_theta > 0 or self.position_grid > 0,
+            "vit.rope_theta: 0 (no rotary) leaves patches without a place where vit.position_grid is 0; set one of them",
+        )
+        require(
+            self.position_grid > 0 or self.position_reading == "bilinear",
+            f"vit.position_reading: has no effect without a table (vit.position_grid = 0), got {self.position_reading!r}",
+        )
+        self._validate_queries()
+
+    def _validate_queries(self) -> None:
+        require(
+            (self.image_resize == "aria") == bool(self.queries),
+            f"vit.image_resize: 'aria' gives images the sizes that queries read, and nothing else does; got {self.image_resize!r} "
+            f"with vit.queries = {self.queries}",
+        )
+        require(
+            len(self.queries) == len(self.query_sides),
+            f"vit.query_sides: must be one for each of vit.queries = {self.queries}, got {self.query_sides}",
+        )
+        for name in ("queries", "query_sides"):
+            values = getattr(self, name)
+            require(
+                list(values) == sorted({value for value in values if value > 0}),
+                f"vit.{name}: must be positive and rising, got {values}",
+            )
+        if self.queries:
+            plain = {"merge": 1, "projector_hidden_dim": 0, "deepstack": ()}
+            for name, expected in plain.items():
+                value = getattr(self, name)
+                require(
+                    value == expected,
+                    f"vit.{name}: must be {expected} where queries read the image (vit.queries), got {value}",
+                )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
