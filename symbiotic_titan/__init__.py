@@ -1,8 +1,9 @@
 """symbiotic_titan: a native-PyTorch trainer for unified multimodal Mixture-of-Experts models."""
 
-from symbiotic_titan.device import stub_triton_kernels
+from symbiotic_titan import device, moved
 
 __version__ = "0.1.0"
 
-# Without Triton no module of torchtitan can be imported; with it this does nothing.
-stub_triton_kernels()
+# Before anything of ours imports torchtitan, which needs to be told of a machine without an accelerator.
+device.prepare()
+moved.install()

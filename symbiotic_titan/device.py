@@ -1,8 +1,7 @@
 """The device seam: decides what device this process trains on, and gives torchtitan what it expects of an accelerator.
 
-``stub_triton_kernels()`` runs when the package is imported and lets torchtitan be imported without Triton. ``prepare()`` must
-run before torchtitan's trainer, metrics or distributed helpers are imported; on a machine with an accelerator it changes
-nothing. Without one it tells torchtitan's two early modules that the device is the CPU, and hands it an object with the
+``prepare()`` runs when the package is imported, so no other module has to care about the order of imports. On a machine with an
+accelerator it changes nothing. Without one it tells torchtitan that the device is the CPU, and hands it an object with the
 functions that torch.cuda has and torch.cpu lacks. torch itself is never patched.
 """
 
@@ -10,18 +9,14 @@ import importlib.util
 import os
 import resource
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
-# Modules of torchtitan that copy the device at import; preparing after them would have no effect.
-_BOUND_AT_IMPORT = (
-    "torchtitan.train",
-    "torchtitan.components.metrics",
-    "torchtitan.distributed.utils",
-    "torchtitan.tools.profiling",
-)
+_UTILS = "torchtitan.tools.utils"
 
 
 def has_accelerator() -> bool:
@@ -110,26 +105,48 @@ def stub_triton_kernels() -> None:
     sys.modules[name] = stub
 
 
-def prepare() -> None:
-    """Make torchtitan importable and usable on this machine. Idempotent.
+def _tell_cpu() -> None:
+    """Say to every module of torchtitan that is loaded that the device is the CPU."""
+    answers = {
+        "device_type": "cpu",
+        "device_module": CpuDeviceModule,
+        "get_device_info": lambda: ("cpu", CpuDeviceModule),
+        # A CPU has no listed peak: utilisation is left out of the metrics there.
+        "get_peak_flops": lambda device_name: float("nan"),
+    }
+    for name, module in list(sys.modules.items()):
+        if module is not None and name.split(".")[0] == "torchtitan":
+            for copied in answers.keys() & vars(module).keys():
+                setattr(module, copied, answers[copied])
 
-    Raises:
-        RuntimeError: a torchtitan module that copies the device was imported before.
+
+class _UtilsFinder(MetaPathFinder):
+    """Finds torchtitan's module of devices, and corrects it before any other module copies from it."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != _UTILS:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        assert spec is not None and spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_tell(module: ModuleType) -> None:
+            execute(module)
+            _tell_cpu()
+
+        spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        return spec
+
+
+def prepare() -> None:
+    """Make torchtitan usable on this machine as soon as somebody imports it (importing it takes 5 s). Idempotent.
+
+    Runs when the package is imported. With an accelerator it only stands in for a missing Triton.
     """
+    stub_triton_kernels()
     if has_accelerator():
         return
-    import torchtitan.distributed.parallel_dims as parallel_dims
-    import torchtitan.tools.utils as utils
-
-    if getattr(utils, "device_module", None) is CpuDeviceModule:
-        return
-    early = [name for name in _BOUND_AT_IMPORT if name in sys.modules]
-    if early:
-        raise RuntimeError(
-            f"symbiotic_titan.device.prepare() must run before {', '.join(early)} is imported"
-        )
-    utils.device_type, utils.device_module = "cpu", CpuDeviceModule  # type: ignore[assignment]
-    utils.get_device_info = lambda: ("cpu", CpuDeviceModule)  # type: ignore[assignment, return-value]
-    # A CPU has no listed peak: utilisation is left out of the metrics there.
-    utils.get_peak_flops = lambda device_name: float("nan")
-    parallel_dims.device_type = "cpu"
+    if _UTILS in sys.modules:
+        _tell_cpu()
+    elif not any(isinstance(finder, _UtilsFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _UtilsFinder())

@@ -10,20 +10,16 @@ import sys
 import traceback
 from typing import NoReturn
 
-from symbiotic_titan import device
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from torchtitan.tools.logging import init_logger, logger
 
-device.prepare()
-
-import torch  # noqa: E402
-from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
-from torchtitan.tools.logging import init_logger, logger  # noqa: E402
-
-from symbiotic_titan.checks import check_job  # noqa: E402
-from symbiotic_titan.config.job import JobConfig  # noqa: E402
-from symbiotic_titan.config.load import load_job_config  # noqa: E402
-from symbiotic_titan.extend import import_extension  # noqa: E402
-from symbiotic_titan.train_spec import register  # noqa: E402
-from symbiotic_titan.trainer import SymbioticTrainer  # noqa: E402
+from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.training.checks import check_job
+from symbiotic_titan.training.train_spec import register
+from symbiotic_titan.training.trainer import SymbioticTrainer
 
 
 def train(config: JobConfig) -> None:
@@ -64,11 +60,11 @@ def raised_by_us(error: ValueError) -> bool:
     return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("symbiotic_titan")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when the run ended or was stopped by a signal, 2 on a user's mistake (one line tells it)."""
     init_logger()
     try:
-        run(sys.argv[1:])
+        run(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
         if not raised_by_us(error):
             raise

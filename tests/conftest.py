@@ -7,10 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from symbiotic_titan import device
-
-device.prepare()  # before any test module imports torchtitan
-
 DISTRIBUTED = Path(__file__).parent / "distributed"
 
 

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from symbiotic_titan.evaluation.measure import Scores
-from symbiotic_titan.evaluation.suite import SUITES, Progress, Suite, measure
-from symbiotic_titan.generation.generator import Generator
+from symbiotic_titan.evaluation.suite import SUITES, Progress, Scores, Suite, measure
+from symbiotic_titan.inference.generator import Generator
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from symbiotic_titan.checkpoint.plan import Groups
 from symbiotic_titan.extend import register_partition_rule
+from symbiotic_titan.partition.plan import Groups
 from symbiotic_titan.sequence.modality import TEXT
 
 

@@ -9,7 +9,6 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torchtitan.config.job_config import Checkpoint
 from torchtitan.tools.logging import logger
 
-from symbiotic_titan.checkpoint.open_model import open_model
 from symbiotic_titan.checkpoint.resume import (
     check_fits,
     check_start,
@@ -18,8 +17,9 @@ from symbiotic_titan.checkpoint.resume import (
     choose_step,
     set_aside,
 )
-from symbiotic_titan.checkpoint.safetensors_folder import has_weights
-from symbiotic_titan.config.parameter_names import clean_name
+from symbiotic_titan.config.optimizer import clean_name
+from symbiotic_titan.hf.model import open_model
+from symbiotic_titan.weights.safetensors import has_weights
 
 
 def choose_start(config: Checkpoint, folder: Path, model: nn.Module) -> Path | None:

@@ -9,10 +9,13 @@ import torch
 
 from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.codecs.codec import Codec
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.geometry import ImageGeometry
-from symbiotic_titan.sequence.patches import patchify, unpatchify
+from symbiotic_titan.sequence.geometry import (
+    ImageGeometry,
+    patchify,
+    unpatchify,
+)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from symbiotic_titan.codecs.autoencoder_kl import load_autoencoder_kl
 from symbiotic_titan.codecs.codec import Codec, PixelCodec
 from symbiotic_titan.codecs.files import codec_info
 from symbiotic_titan.codecs.flux import load_flux
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 
 
 def build_codec(latents: Latents, device: torch.device | str = "cpu") -> Codec:

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 
 # Of the released Flux autoencoder: its file holds weights only.
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159

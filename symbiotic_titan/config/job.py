@@ -1,22 +1,72 @@
-"""JobConfig: torchtitan's sections and ours. One field per section, nothing else."""
+"""JobConfig: torchtitan's sections and ours. One field per section, nothing else.
+
+[float8]: how ``model.converters = ["float8"]`` converts.
+
+[validation] and [[validation.sources]]: losses on held-out data while training.
+"""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from torchtitan.config import JobConfig as UpstreamJobConfig
 from torchtitan.config.job_config import Checkpoint as UpstreamCheckpoint
 from torchtitan.config.job_config import Metrics as UpstreamMetrics
 from torchtitan.config.job_config import Model as UpstreamModel
+from torchtitan.config.job_config import Validation as UpstreamValidation
 
-from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.data import Data, source_rows
 from symbiotic_titan.config.experts import Experts, Shielding
-from symbiotic_titan.config.float8 import Float8
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents, Sampling
 from symbiotic_titan.config.losses import Flow, Losses
 from symbiotic_titan.config.optimizer import Optimizer
-from symbiotic_titan.config.sampling import Sampling
 from symbiotic_titan.config.tokenizer import Tokenizer
-from symbiotic_titan.config.validation import Validation
+
+
+@dataclass
+class Float8:
+    emulate: bool = False
+    """Round operands to float8 and multiply them in the model's precision: any device, for tests; slower than no float8."""
+
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    """Scales of linear layers: per tensor, per row, or per row with the weights' gradients in the model's precision."""
+
+    experts: bool = True
+    """Whether the expert banks' matmuls are converted too. Their scales are per row whatever the recipe."""
+
+    all_gather: bool = False
+    """Whether FSDP gathers the weights of linear layers in float8: half the bytes of bfloat16. Recipe 'tensorwise' only."""
+
+    def __post_init__(self) -> None:
+        if self.all_gather and self.recipe != "tensorwise":
+            raise ValueError(
+                f"float8.all_gather needs one scale per weight, but float8.recipe = {self.recipe!r}; "
+                "use recipe = 'tensorwise' or set all_gather = false"
+            )
+
+
+@dataclass
+class Validation(UpstreamValidation):
+    enable: bool = False
+    """Whether to measure the losses on held-out data: before the first step, every ``freq`` steps and at the last step"""
+
+    freq: int = 100
+    """Steps between two validations"""
+
+    steps: int = 4
+    """Batches of one validation, each as large as a global batch of training. The same rows, made once, are used every time"""
+
+    sources: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
+    """Rows of [[validation.sources]], with the keys of [[data.sources]]; set in TOML. They are read as [data] says, but in an
+    order that data.seed does not change, and no caption is dropped."""
+
+    def __post_init__(self) -> None:
+        for name in ("freq", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"validation.{name}: must be at least 1, got {getattr(self, name)}"
+                )
+        self.sources = source_rows(self.sources, "[[validation.sources]]")
 
 
 @dataclass

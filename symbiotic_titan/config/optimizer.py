@@ -1,4 +1,7 @@
-"""[optimizer] with [[optimizer.param_groups]]: which parameter learns how fast."""
+"""[optimizer] with [[optimizer.param_groups]]: which parameter learns how fast.
+
+Names of parameters, as rules and checkpoints know them.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -8,6 +11,17 @@ import tyro
 from torchtitan.config.job_config import Optimizer as UpstreamOptimizer
 
 from symbiotic_titan.config.rows import row_from_dict
+
+# Prefixes that activation checkpointing and torch.compile put into parameter names.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def clean_name(name: str) -> str:
+    """The parameter's name as the plain model has it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
 
 SCHEDULE_KEYS = ("warmup_steps", "decay_ratio", "decay_type", "min_lr_factor")
 """Keys of [lr_scheduler] that a parameter group may have for itself."""

@@ -1,10 +1,90 @@
-"""The config of a run, kept in its folder: what a checkpoint was trained with, without the files and options it came from."""
+"""The config of a run, kept in its folder: what a checkpoint was trained with, without the files and options it came from.
 
+Values and tables as TOML, as the standard library reads it but does not write it.
+"""
+
+import json
+import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.toml_text import blocks, without_none
+
+COMMENT_COLUMN = 44
+
+
+def without_none(value: Any) -> Any:
+    """``value`` without keys that are not set, which TOML cannot say."""
+    if isinstance(value, dict):
+        return {k: without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_none(item) for item in value]
+    return value
+
+
+def key_text(key: str) -> str:
+    """A key, quoted where it must be."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else string_text(key)
+
+
+def string_text(value: str) -> str:
+    """A TOML string: literal where that saves escapes, as in regular expressions."""
+    if "\\" in value and "'" not in value and value.isprintable():
+        return f"'{value}'"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def value_text(value: Any) -> str:
+    """One value on one line; tables inside arrays or comparisons are written inline."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return string_text(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(value_text(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key_text(k)} = {value_text(v)}" for k, v in value.items()) + "}"
+    assert isinstance(value, (int, float)), value
+    return repr(value)
+
+
+def is_rows(value: Any) -> bool:
+    """Whether ``value`` is an array of tables."""
+    return isinstance(value, list) and bool(value) and all(isinstance(i, dict) for i in value)
+
+
+def with_comment(line: str, origin: Any) -> str:
+    """``line`` with where its value comes from, if anywhere but from the defaults."""
+    return f"{line:<{COMMENT_COLUMN}}  # {origin}" if isinstance(origin, str) else line
+
+
+def block(header: str, table: dict[str, Any], origin: dict[str, Any]) -> str:
+    """One header and the lines below it."""
+    lines = [
+        with_comment(f"{key_text(key)} = {value_text(value)}", origin.get(key))
+        for key, value in table.items()
+    ]
+    return "\n".join([header, *lines])
+
+
+def blocks(
+    table: dict[str, Any], origin: dict[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """The table as TOML, one text per header. ``origin``: nested like the table, with a file's name in place of a value."""
+    plain = {k: v for k, v in table.items() if not isinstance(v, dict) and not is_rows(v)}
+    name = ".".join(map(key_text, path))
+    if plain:
+        yield block(f"[{name}]", plain, origin)
+    for key, value in table.items():
+        below = origin.get(key)
+        if isinstance(value, dict):
+            yield from blocks(value, below if isinstance(below, dict) else {}, (*path, key))
+        elif is_rows(value):
+            header = with_comment(f"[[{'.'.join(map(key_text, (*path, key)))}]]", below)
+            yield from (block(header, row, {}) for row in value)
+
 
 NAME = "config.toml"
 

@@ -14,7 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from symbiotic_titan.data.fields import BadSample, Fields, as_text
+from symbiotic_titan.data.fields import (
+    Fields,
+    as_text,
+)
+from symbiotic_titan.data.formats.shard import BadSample
 
 PLACEHOLDER = "<image>"
 USES = {"generate": True, "understand": False}

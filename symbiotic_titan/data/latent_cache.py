@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 
 from symbiotic_titan.codecs.files import fingerprint
 from symbiotic_titan.config.data import Data, DataSource
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.data.readers import expand
 from symbiotic_titan.sequence.geometry import ImageGeometry

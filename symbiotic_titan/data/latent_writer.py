@@ -17,8 +17,12 @@ import torch
 
 from symbiotic_titan.codecs.codec import Codec
 from symbiotic_titan.config.data import Data, DataSource
-from symbiotic_titan.data.fields import BadSample, Fields, Sample
-from symbiotic_titan.data.formats.shard import Shard
+from symbiotic_titan.data.fields import Fields
+from symbiotic_titan.data.formats.shard import (
+    BadSample,
+    Sample,
+    Shard,
+)
 from symbiotic_titan.data.latent_cache import MANIFEST, Encoding, Manifest, read_manifest
 from symbiotic_titan.data.latents import CACHED_EXTENSION, GeneratedImages, cached_bytes, to_cells
 from symbiotic_titan.data.readers import Reader

@@ -19,10 +19,9 @@ from safetensors.torch import load, save
 
 from symbiotic_titan.codecs.batch import carries_pixels
 from symbiotic_titan.config.data import Data, DataSource
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.images import aspect_buckets, nearest_bucket, resize_and_crop
-from symbiotic_titan.sequence.geometry import ImageGeometry
-from symbiotic_titan.sequence.patches import patchify
+from symbiotic_titan.sequence.geometry import ImageGeometry, patchify
 
 # Tasks whose samples have an image to be generated.
 GENERATION_TASKS = ("t2i", "t2i_long")

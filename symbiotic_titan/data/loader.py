@@ -6,6 +6,11 @@
 
 So rows come round robin over the lanes, whatever N and W are, also right after a resume in the middle of a round. The state
 holds every lane of every rank, as of the rows that the trainer got; rows a worker made ahead of that are made again.
+
+A row on its way from a worker process: one tensor instead of one per field.
+
+Every tensor sent between processes occupies a file descriptor on both sides while it lives; with a dozen fields per row,
+rows made ahead would exhaust the usual limit of 1024.
 """
 
 import atexit
@@ -13,6 +18,7 @@ import json
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,9 +27,13 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.config.latents import Latents
-from symbiotic_titan.data.identity import check_identity, identity_of
-from symbiotic_titan.data.lanes import (
+from symbiotic_titan.config.generation import Latents
+from symbiotic_titan.data.fingerprint import (
+    check_identity,
+    identity_of,
+)
+from symbiotic_titan.data.pipeline import build_recipe
+from symbiotic_titan.data.streams import (
     Lane,
     LaneRecipe,
     LaneState,
@@ -36,12 +46,36 @@ from symbiotic_titan.data.lanes import (
     open_mixture,
     resumed,
 )
-from symbiotic_titan.data.recipe import build_recipe
 from symbiotic_titan.data.tokenizer import Tokenizer
-from symbiotic_titan.data.transport import FlatRow
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.positions import RotaryLayout
+
+
+@dataclass(frozen=True)
+class FlatRow:
+    """The bytes of all fields behind each other, widest elements first so that each stays aligned."""
+
+    buffer: torch.Tensor
+    layout: list[tuple[str, torch.dtype, tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, row: PackedBatch) -> "FlatRow":
+        values = {f.name: getattr(row, f.name) for f in fields(row)}
+        names = sorted(values, key=lambda name: -values[name].element_size())
+        buffer = torch.cat([values[name].reshape(-1).view(torch.uint8) for name in names])
+        return cls(buffer, [(n, values[n].dtype, tuple(values[n].shape)) for n in names])
+
+    def row(self) -> PackedBatch:
+        """The row again; its fields are views of ``buffer``."""
+        values: dict[str, Any] = {}
+        start = 0
+        for name, dtype, shape in self.layout:
+            size = dtype.itemsize * torch.Size(shape).numel()
+            values[name] = self.buffer[start : start + size].view(dtype).reshape(shape)
+            start += size
+        return PackedBatch(**values)
+
 
 States = dict[int, LaneState]
 LaneRow = tuple[int, PackedBatch, LaneState]

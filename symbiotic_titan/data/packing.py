@@ -14,11 +14,17 @@ from symbiotic_titan.data.images import VitSegment, vit_patch_coords
 from symbiotic_titan.data.latents import TokenForm
 from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.geometry import ImageGeometry
-from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, PADDING, TEXT, VAE, VIT
-from symbiotic_titan.sequence.patches import coords
+from symbiotic_titan.sequence.geometry import ImageGeometry, coords
+from symbiotic_titan.sequence.modality import (
+    IGNORE_INDEX,
+    NO_TASK,
+    PADDING,
+    TEXT,
+    VAE,
+    VIT,
+    SpecialTokens,
+)
 from symbiotic_titan.sequence.positions import RotaryLayout, image_positions, text_positions
-from symbiotic_titan.sequence.vocabulary import SpecialTokens
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,27 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from symbiotic_titan.config.data import TASK_FIELDS, DataSource
-from symbiotic_titan.data.fields import BadSample, Fields, Sample, check_fields, dotted, names_of
-from symbiotic_titan.data.formats.extents import index_lines, index_tar
+from symbiotic_titan.data.fields import (
+    Fields,
+    check_fields,
+    dotted,
+    names_of,
+)
+from symbiotic_titan.data.formats.byte_ranges import (
+    index_lines,
+    index_tar,
+)
 from symbiotic_titan.data.formats.index_cache import cached_index
 from symbiotic_titan.data.formats.parquet import index_parquet
-from symbiotic_titan.data.formats.shard import DamagedRest, File, Indexed, OpenShard, Shard
+from symbiotic_titan.data.formats.shard import (
+    BadSample,
+    DamagedRest,
+    File,
+    Indexed,
+    OpenShard,
+    Sample,
+    Shard,
+)
 from symbiotic_titan.data.formats.unpack import compression_of, unpacked
 
 # Samples that are read to see which names a source has.

@@ -21,7 +21,14 @@ from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data.conversations import Picture, Piece, Speech, segments_of, speeches_of
-from symbiotic_titan.data.fields import BadSample, Fields, Sample, way_of
+from symbiotic_titan.data.fields import (
+    Fields,
+    way_of,
+)
+from symbiotic_titan.data.formats.shard import (
+    BadSample,
+    Sample,
+)
 from symbiotic_titan.data.images import (
     DECODE_ERRORS,
     ImageSizeError,

@@ -13,7 +13,11 @@ import torch
 
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.conversations import Picture, segments_of, speeches_of
-from symbiotic_titan.data.fields import BadSample, Fields, way_of
+from symbiotic_titan.data.fields import (
+    Fields,
+    way_of,
+)
+from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.data.images import VitSegment, decode_image
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.order import SourceOrder

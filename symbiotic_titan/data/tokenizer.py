@@ -16,7 +16,7 @@ from symbiotic_titan.data.vocabulary_files import (
     find_file,
     open_vocabulary,
 )
-from symbiotic_titan.sequence.vocabulary import SpecialTokens
+from symbiotic_titan.sequence.modality import SpecialTokens
 
 NUM_BYTES = 256
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from symbiotic_titan.evaluation.measure import Measure, Scores
+from symbiotic_titan.evaluation.suite import (
+    Measure,
+    Scores,
+)
 
 _MISSING = "-"
 

@@ -2,8 +2,11 @@
 
 OUT/<run>-step-N-<identity>/<suite>.json    settings and scores
 OUT/<run>-step-N-<identity>/<suite>/        what the suite writes: pictures, answers
+
+Which of several processes writes: those that share a model all come to the same results.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic_titan.config.json_file import read_json, write_json
-from symbiotic_titan.evaluation.measure import Scores
-from symbiotic_titan.evaluation.probe import probed
-from symbiotic_titan.evaluation.processes import is_first_process
-from symbiotic_titan.evaluation.subject import Subject, files_hash
-from symbiotic_titan.evaluation.suite import Progress, Suite
-from symbiotic_titan.generation.generator import Generator
+from symbiotic_titan.evaluation.ablation import probed
+from symbiotic_titan.evaluation.suite import Progress, Scores, Suite
+from symbiotic_titan.evaluation.target import (
+    Subject,
+    files_hash,
+)
+from symbiotic_titan.inference.generator import Generator
+
+
+def is_first_process() -> bool:
+    """As torchrun says; also before the processes have found each other."""
+    return int(os.environ.get("RANK", "0")) == 0
+
 
 KIND = "evaluation"
 

@@ -13,17 +13,41 @@
     SUITES.register("lengths", Suite("lengths", "how much a model says", Lengths, run))
 
 ``--lengths.prompts 8`` sets the option. A module of yours that registers one is named in ``experimental.custom_import``.
+
+A score beside what it has to be compared with.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 from symbiotic_titan.config.registry import Registry
-from symbiotic_titan.evaluation.measure import Measure, Scores
-from symbiotic_titan.generation.generator import Advance, Generator
+from symbiotic_titan.inference.generator import (
+    Advance,
+    Generator,
+)
+
+
+class Measure(TypedDict):
+    """``score`` of the model, between ``chance`` and ``upper_bound``, from ``number`` samples. Plain data, for JSON.
+
+    chance:      what is reached without looking at the prompt or at the image.
+    upper_bound: what the real pictures or answers themselves reach under the same rules.
+
+    Both are None where nobody knows them.
+    """
+
+    score: float
+    chance: float | None
+    upper_bound: float | None
+    number: int
+
+
+# Measures by name, as tables and TensorBoard show them.
+Scores = dict[str, Measure]
+
 
 Options = TypeVar("Options")
 

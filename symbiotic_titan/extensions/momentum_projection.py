@@ -25,7 +25,10 @@ from symbiotic_titan.config.optimizer import Optimizer
 from symbiotic_titan.config.rows import row_from_dict
 from symbiotic_titan.extend import register_optimizer_builder
 from symbiotic_titan.optim.build import ParamGroupOptimizers, build_adam
-from symbiotic_titan.optim.shards import local_part, sum_over_shards
+from symbiotic_titan.optim.group_norms import (
+    local_part,
+    sum_over_shards,
+)
 
 
 @dataclass

@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.attention import Attention
-from symbiotic_titan.model.feed_forward import FeedForward
 from symbiotic_titan.model.kv_cache import LayerCache
+from symbiotic_titan.model.layers import Attention, FeedForward, RMSNorm
 from symbiotic_titan.model.masks import AttentionMask
-from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.rope import RotaryTables
-from symbiotic_titan.moe.layer import PartitionedMoE
+from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.record import RoutingRecord
 
 

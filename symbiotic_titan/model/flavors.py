@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.shape_file import read_shape
+from symbiotic_titan.model.model_config import read_shape
 from symbiotic_titan.model.vit_args import VitArgs
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from symbiotic_titan.config.parameter_names import clean_name
+from symbiotic_titan.config.optimizer import clean_name
 
 # (pattern over clean names, value): the first match decides. A number is a constant. "linear" is normal with standard
 # deviation 1 / sqrt(fan-in), which is about 0.02 at a width of some thousands and right for small widths too. "residual"

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from symbiotic_titan.model.attention import attend
-from symbiotic_titan.model.feed_forward import FeedForward
+from symbiotic_titan.model.layers import FeedForward, attend
 from symbiotic_titan.model.masks import AttentionMask
 from symbiotic_titan.model.vit_args import VitArgs
 

@@ -14,10 +14,11 @@ from torchtitan.protocols.model import ModelProtocol
 
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.decoder import TransformerBlock
-from symbiotic_titan.model.flow_head import FlowHead
+from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.initialize import initialize
 from symbiotic_titan.model.kv_cache import KeyValueCache
-from symbiotic_titan.model.latent_embedding import LatentEmbedding
+from symbiotic_titan.model.latents import FlowHead, LatentEmbedding
+from symbiotic_titan.model.layers import RMSNorm
 from symbiotic_titan.model.masks import (
     AttentionMask,
     MaskRule,
@@ -27,7 +28,6 @@ from symbiotic_titan.model.masks import (
     query_rule,
     sequence_rule,
 )
-from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.projectors import QueryPlaces
 from symbiotic_titan.model.rope import RotaryTables, frequencies, frequency_axes, rotary_tables
 from symbiotic_titan.model.vit import VisionTransformer, VitOutput, grid_sizes
@@ -111,6 +111,11 @@ class SymbioticModel(ModelProtocol):
         """Give every parameter its initial value, a function of its name and ``args.init_seed`` alone."""
         self._tie_embeddings()  # moving off the meta device makes two tensors of a shared one
         initialize(self, seed=self.args.init_seed)
+
+    def nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
+        """(parameters, FLOPs of a training token, forward and backward, mean over the modalities)."""
+        cost = model_cost(self, self.args, seq_len)
+        return cost.parameters, cost.training_flops_per_token()
 
     def forward(
         self,

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.attention import attend
+from symbiotic_titan.model.layers import RMSNorm, attend
 from symbiotic_titan.model.masks import AttentionMask
-from symbiotic_titan.model.norm import RMSNorm
 from symbiotic_titan.model.projectors import PatchMerger, QueryPlaces, projector
 from symbiotic_titan.model.rope import RotaryTables, frequencies, rotary_tables, rotate
 from symbiotic_titan.model.vit_args import PositionReading, VitArgs

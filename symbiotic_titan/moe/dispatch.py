@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from symbiotic_titan.moe.grouped_matmul import row_multiple
+from symbiotic_titan.moe.kernels import row_multiple
 
 # 128 tokens x 8 copies x 512 channels in bf16 are 1 MiB, half of a core's L2 cache where this was measured.
 _TOKENS_PER_PIECE = 128

@@ -1,15 +1,36 @@
 """One group's routed experts.
 
 Letters: N rows sorted by expert, D width, F hidden width, E experts of the group (e of them on this rank).
+
+The expert that every token visits, behind the gradient shield.
+
+Letters: T tokens, D width.
+
+PartitionedMoE: router -> dispatch -> experts -> combine, plus the shared expert.
+
+Letters: T tokens, D width, K experts per token.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from symbiotic_titan.moe.grouped_matmul import grouped_swiglu
-from symbiotic_titan.moe.precision import compute_dtype, local_tensor
+from symbiotic_titan.moe.dispatch import Dispatcher, LocalDispatcher
+from symbiotic_titan.moe.gradient_shield import (
+    scale_gradient,
+    scaled_weight_linear,
+    token_factors,
+)
+from symbiotic_titan.moe.kernels import (
+    compute_dtype,
+    grouped_swiglu,
+    local_tensor,
+)
+from symbiotic_titan.moe.partition import MoEArgs
+from symbiotic_titan.moe.record import RoutingRecord
+from symbiotic_titan.moe.router import Router, is_any_modality
 
 # (rows (N, D), w1, w2, w3, rows of each expert) -> (N, D), as ``grouped_swiglu``.
 SwiGLUKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -35,3 +56,95 @@ class ExpertBank(nn.Module):
         dtype = compute_dtype(rows_ND)
         w1, w2, w3 = (local_tensor(w).to(dtype) for w in (self.w1, self.w2, self.w3))
         return self.swiglu(rows_ND.to(dtype), w1, w2, w3, counts_e)
+
+
+class SharedExpert(nn.Module):
+    """SwiGLU ``w2(silu(w1 x) * w3 x)``, optionally times ``sigmoid(gate x)``.
+
+    In ``weights`` mode the layers' weights are used directly, so a float8 conversion of these linear layers has no effect
+    there.
+    """
+
+    def __init__(self, args: MoEArgs) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.shared_hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.shared_hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.shared_hidden_dim, bias=False)
+        self.gate = nn.Linear(args.dim, 1, bias=False) if args.shared_gate else None
+        self._shield_modalities = args.shield_modalities
+        self._shield_mode = args.shield_mode
+
+    def forward(self, x_TD: Tensor, modality_T: Tensor, shield_scale: Tensor) -> Tensor:
+        """(T, D). ``shield_scale``: 0-dim, factor on the gradient of shielded tokens; 1 is no shield."""
+        if not self._shield_modalities:
+            return self._swiglu(x_TD, lambda layer, y: layer(y))
+        shielded_T = is_any_modality(modality_T, self._shield_modalities)
+        factors_T = token_factors(shielded_T, shield_scale)
+        if self._shield_mode == "output":
+            return scale_gradient(self._swiglu(x_TD, lambda layer, y: layer(y)), factors_T)
+
+        def linear(layer: nn.Linear, y: Tensor) -> Tensor:
+            dtype = compute_dtype(y)
+            return scaled_weight_linear(y.to(dtype), layer.weight.to(dtype), factors_T)
+
+        return self._swiglu(x_TD, linear)
+
+    def _swiglu(self, x_TD: Tensor, linear: Callable[[nn.Linear, Tensor], Tensor]) -> Tensor:
+        out_TD = linear(self.w2, F.silu(linear(self.w1, x_TD)) * linear(self.w3, x_TD))
+        return out_TD if self.gate is None else out_TD * linear(self.gate, x_TD).sigmoid()
+
+
+class PartitionedMoE(nn.Module):
+    """A mixture of experts whose tokens route inside the group of their modality (arXiv 2604.07753).
+
+    Parameters: ``router.<g>.weight``, ``experts.<g>.{w1,w2,w3}``, ``shared_experts.{w1,w2,w3}.weight`` and, with a gate,
+    ``shared_experts.gate.weight``. Their values are uninitialised: they are set when the whole model is.
+    """
+
+    dispatcher: Dispatcher  # replaced as a whole by expert parallelism
+    block_rows: int  # not 0 where the banks' kernel wants rows in blocks: see ``padded_counts``
+
+    def __init__(self, args: MoEArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.router = Router(args)
+        self.experts = nn.ModuleDict(
+            {
+                group.name: ExpertBank(group.num_experts, args.dim, args.hidden_dim)
+                for group in args.groups
+            }
+        )
+        self.shared_experts = SharedExpert(args) if args.shared_hidden_dim else None
+        self.dispatcher = LocalDispatcher()
+        self.block_rows = 0
+
+    def forward(
+        self, x_TD: Tensor, modality_T: Tensor, shield_scale: Tensor
+    ) -> tuple[Tensor, RoutingRecord]:
+        """((T, D) in the dtype of ``x_TD``, record).
+
+        modality_T: integers of ``sequence.modality``. Padding is routed nowhere and counted nowhere; its routed output is 0.
+        shield_scale: 0-dim float tensor, factor on the gradient of shielded tokens in the shared expert; 1 is no shield.
+        """
+        routing = self.router(x_TD, modality_T)
+        dispatched, plan = self.dispatcher.dispatch(
+            x_TD.to(compute_dtype(x_TD)),
+            routing.experts_TK,
+            routing.group_T,
+            routing.record.counts.sum(0),
+            self.args.group_sizes,
+            self.block_rows,
+        )
+        rows = tuple(
+            bank(rows_ND, counts_e)
+            for bank, rows_ND, counts_e in zip(
+                self.experts.values(), dispatched.rows, dispatched.counts, strict=True
+            )
+        )
+        sent = self.dispatcher.send_back(rows, plan)
+        # Between: under expert parallelism the shared expert computes while the rows travel.
+        shared_TD = None
+        if self.shared_experts is not None:
+            shared_TD = self.shared_experts(x_TD, modality_T, shield_scale).to(x_TD.dtype)
+        out_TD = self.dispatcher.combine(sent, routing.weights_TK, plan).to(x_TD.dtype)
+        return out_TD if shared_TD is None else out_TD + shared_TD, routing.record

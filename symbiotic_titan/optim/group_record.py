@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from symbiotic_titan.config.parameter_names import clean_name
+from symbiotic_titan.config.optimizer import clean_name
 
 Settings = dict[str, dict[str, Any]]
 """Group name -> settings, and the names of its ``parameters``."""

@@ -6,7 +6,9 @@ from torch import nn
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 
-from symbiotic_titan.moe import float8_matmul, grouped_matmul  # noqa: F401 - they register ops
+from symbiotic_titan.moe import (  # noqa: F401 - they register ops
+    float8_matmul,
+)
 
 # The per-op mode keeps matrix products, attention and what crossed the network; the rest is recomputed.
 _SAVED_OPS = {

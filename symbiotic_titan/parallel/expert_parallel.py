@@ -25,7 +25,7 @@ from symbiotic_titan.moe.dispatch import (
     rows_of_copies,
     sum_of_copies,
 )
-from symbiotic_titan.moe.layer import PartitionedMoE
+from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
 
 

@@ -22,9 +22,8 @@ from torchtitan.protocols import model_converter as upstream
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.moe.experts import ExpertBank, SwiGLUKernel
+from symbiotic_titan.moe.experts import ExpertBank, PartitionedMoE, SwiGLUKernel
 from symbiotic_titan.moe.float8_matmul import emulated_float8_swiglu
-from symbiotic_titan.moe.layer import PartitionedMoE
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig

@@ -24,9 +24,8 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.moe.experts import ExpertBank
-from symbiotic_titan.moe.layer import PartitionedMoE
-from symbiotic_titan.moe.precision import local_tensor
+from symbiotic_titan.moe.experts import ExpertBank, PartitionedMoE
+from symbiotic_titan.moe.kernels import local_tensor
 
 # ``parallelism.fsdp_reshard_after_forward`` -> whether weights are freed behind the forward: (of the units, of the last block and
 # the root). The backward starts with these two, so by default they stay.

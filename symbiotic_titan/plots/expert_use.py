@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbiotic_titan.moe.statistics import (
+from symbiotic_titan.moe.routing_metrics import (
+    COUNTS_TAG,
+    LAYERS_TAG,
+    REACHABLE_TAG,
     count_std,
     imbalance_ratio,
     overlap_size,
     relative_deviation,
 )
 from symbiotic_titan.plots.logs import Run
-from symbiotic_titan.routing_report import COUNTS_TAG, LAYERS_TAG, REACHABLE_TAG
 from symbiotic_titan.sequence.modality import NUM_MODALITIES
 
 

@@ -8,7 +8,11 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from symbiotic_titan.routing_report import COUNTS_TAG, LAYERS_TAG, REACHABLE_TAG
+from symbiotic_titan.moe.routing_metrics import (
+    COUNTS_TAG,
+    LAYERS_TAG,
+    REACHABLE_TAG,
+)
 
 T = TypeVar("T")
 ROUTING_TAGS = (COUNTS_TAG, REACHABLE_TAG, LAYERS_TAG)

@@ -1,4 +1,9 @@
-"""Modalities and tasks, and the integers that stand for them in tensors."""
+"""Modalities and tasks, and the integers that stand for them in tensors.
+
+Special tokens, declared once for data, model and generation.
+"""
+
+from dataclasses import dataclass
 
 # A token's modality. Padding is none of them, and sorts behind them so that a table of size NUM_MODALITIES + 1 covers all.
 TEXT, VIT, VAE = 0, 1, 2
@@ -26,3 +31,22 @@ def modality_ids(names: list[str] | tuple[str, ...], *, key: str) -> tuple[int, 
                 f"{key}: unknown modality {name!r}; choose from {', '.join(MODALITY_NAMES)}"
             )
     return tuple(MODALITY_NAMES.index(name) for name in names)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that the layout of a document needs; which strings stand for them is [tokenizer.special].
+
+    ``vit`` and ``vae`` are placeholders: positions whose embedding is overwritten by the image. The ``*_start`` and
+    ``*_end`` tokens around an image are ordinary text tokens. ``pad``, ``bos`` and ``eos`` may be one token.
+    """
+
+    pad: int
+    bos: int
+    eos: int
+    vit_start: int
+    vit: int
+    vit_end: int
+    vae_start: int
+    vae: int
+    vae_end: int

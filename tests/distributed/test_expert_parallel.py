@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from symbiotic_titan.moe.layer import PartitionedMoE
+from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
 from symbiotic_titan.parallel.expert_parallel import apply_expert_parallel, experts_by_slot
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
-from tests.distributed.gloo import run_on_ranks
+from tests.helpers.gloo import run_on_ranks
 
 TOKENS = 24  # per rank
 ARGS = MoEArgs(

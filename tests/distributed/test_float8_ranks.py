@@ -4,30 +4,27 @@ experts whose rows come in whole blocks."""
 import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.model_converter import build_model_converters
 
-from symbiotic_titan.device import prepare
-
-prepare()  # before anything imports torchtitan
-
-from torchtitan.distributed import ParallelDims  # noqa: E402
-from torchtitan.protocols.model_converter import build_model_converters  # noqa: E402
-
-from symbiotic_titan.config.float8 import Float8  # noqa: E402
-from symbiotic_titan.config.job import JobConfig  # noqa: E402
-from symbiotic_titan.model.symbiotic import SymbioticModel  # noqa: E402
-from symbiotic_titan.moe.grouped_matmul import grouped_swiglu  # noqa: E402
-from symbiotic_titan.parallel.expert_parallel import apply_expert_parallel  # noqa: E402
-from symbiotic_titan.parallel.float8 import FLOAT8_MULTIPLE, register_float8  # noqa: E402
-from symbiotic_titan.parallel.fsdp import apply_fsdp  # noqa: E402
-from symbiotic_titan.sequence.batch import stack_rows  # noqa: E402
-from tests.distributed.gloo import run_on_ranks  # noqa: E402
-from tests.distributed.test_expert_parallel import (  # noqa: E402
+from symbiotic_titan.config.job import (
+    Float8,
+    JobConfig,
+)
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.moe.kernels import grouped_swiglu
+from symbiotic_titan.parallel.expert_parallel import apply_expert_parallel
+from symbiotic_titan.parallel.float8 import FLOAT8_MULTIPLE, register_float8
+from symbiotic_titan.parallel.fsdp import apply_fsdp
+from symbiotic_titan.sequence.batch import stack_rows
+from tests.distributed.test_expert_parallel import (
     CASES,
     make_inputs,
     make_layer,
     step,
 )
-from tests.unit.model.conftest import MIXED, OTHER, pack_row, tiny_args  # noqa: E402
+from tests.helpers.gloo import run_on_ranks
+from tests.helpers.tiny_models import MIXED, OTHER, pack_row, tiny_args
 
 DIMS = {"dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1, "pp": 1, "ep": 1, "etp": 1}
 

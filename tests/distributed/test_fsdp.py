@@ -7,11 +7,16 @@ import torch
 import torch.distributed as dist
 
 # First, because it prepares torchtitan in the processes of the ranks.
-from tests.distributed.debug_model import backward, build, config_of, forward  # isort: skip
+from tests.helpers.debug_model import backward, build, config_of, forward  # isort: skip
 
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.parallel import fsdp, plan
-from tests.distributed.gloo import run_on_ranks
+from symbiotic_titan.parallel import (
+    dry_run as plan,
+)
+from symbiotic_titan.parallel import (
+    fsdp,
+)
+from tests.helpers.gloo import run_on_ranks
 
 RANKS = 2
 CASES = {

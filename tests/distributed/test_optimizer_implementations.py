@@ -6,8 +6,8 @@ from torch.distributed.tensor import DTensor
 
 from symbiotic_titan.config.optimizer import ParamGroupRow
 from symbiotic_titan.optim.build import param_group_optimizers
-from tests.distributed.debug_model import backward, build, config_of, forward
-from tests.distributed.gloo import run_on_ranks
+from tests.helpers.debug_model import backward, build, config_of, forward
+from tests.helpers.gloo import run_on_ranks
 
 IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
 # The gradient of one batch, scaled anew at each step: recomputed gradients would differ by more than the optimizers do, where

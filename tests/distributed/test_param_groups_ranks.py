@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 # First, because it prepares torchtitan in the processes of the ranks.
-from tests.distributed.debug_model import backward, build, config_of, forward  # isort: skip
+from tests.helpers.debug_model import backward, build, config_of, forward  # isort: skip
 
 from torchtitan.config import LRScheduler
 
@@ -19,7 +19,7 @@ from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.optim.build import build_optimizers, build_schedulers, freeze_parameters
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
-from tests.distributed.gloo import run_on_ranks
+from tests.helpers.gloo import run_on_ranks
 
 EXPERT_PARALLEL = "--parallelism.expert_parallel_degree 2"
 LAYOUTS = {

@@ -7,14 +7,14 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 # First, because it prepares torchtitan in the processes of the ranks.
-from tests.distributed.debug_model import backward, build, config_of, forward  # isort: skip
+from tests.helpers.debug_model import backward, build, config_of, forward  # isort: skip
 
 from symbiotic_titan.config.experts import Shielding
-from symbiotic_titan.config.parameter_names import clean_name
+from symbiotic_titan.config.optimizer import clean_name
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.sequence.modality import modality_ids
-from tests.distributed.gloo import run_on_ranks
-from tests.unit.moe.shield_reference import DEEP, MODES, assert_within_1e6, use_plain_shield
+from tests.helpers.gloo import run_on_ranks
+from tests.helpers.shield_reference import DEEP, MODES, assert_within_1e6, use_plain_shield
 
 SETS = {"output": ("vae",), "weights": ("text", "vae")}
 PER_OP = "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op"

@@ -8,12 +8,15 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 # First, because it prepares torchtitan in the processes of the ranks.
-from tests.distributed.debug_model import build, config_of  # isort: skip
+from tests.helpers.debug_model import build, config_of  # isort: skip
 
 from symbiotic_titan.losses.terms import loss_terms
-from symbiotic_titan.validation import HeldOutRows, SymbioticValidator
-from tests.distributed.gloo import run_on_ranks
-from tests.unit.model.conftest import MIXED, pack_row
+from symbiotic_titan.training.validation import (
+    HeldOutRows,
+    SymbioticValidator,
+)
+from tests.helpers.gloo import run_on_ranks
+from tests.helpers.tiny_models import MIXED, pack_row
 
 
 def summed(values):

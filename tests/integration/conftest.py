@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launch import NUM_STEPS, ROOT, Run, launch
+from tests.helpers.launch import NUM_STEPS, ROOT, Run, launch
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.integration import launch as runs
+from tests.helpers import launch as runs
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from symbiotic_titan.checkpoint.new_folder import MARK
-from symbiotic_titan.checkpoint.open_model import open_model
-from symbiotic_titan.checkpoint.safetensors_folder import places_in
-from symbiotic_titan.checkpoint.stored_model import InDtype
+from symbiotic_titan.build import model_args
+from symbiotic_titan.commands import convert, profile_experts
 from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.inference import model_args
+from symbiotic_titan.hf.model import open_model
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from tests.integration.launch import ROOT
-from tests.unit.checkpoint.released_models import ARIA, QWEN, write_release
-from tools import convert, profile_experts
+from symbiotic_titan.weights.new_folder import MARK
+from symbiotic_titan.weights.reader import InDtype
+from symbiotic_titan.weights.safetensors import places_in
+from tests.helpers.launch import ROOT
+from tests.helpers.released_models import ARIA, QWEN, write_release
 
 HELD_OUT = """
 [[validation.sources]]

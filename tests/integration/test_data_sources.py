@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.launch import ROOT, Run, arguments_of, command_of, environment
+from tests.helpers.launch import ROOT, Run, arguments_of, command_of, environment
 
 STEPS = 6
 LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")

@@ -5,7 +5,7 @@ import math
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.integration.launch import launch
+from tests.helpers.launch import launch
 
 
 @pytest.fixture(scope="module")

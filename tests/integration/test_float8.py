@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.integration.launch import launch
+from tests.helpers.launch import launch
 
 NUM_STEPS = 5
 # Rounding noise of about 4 percent per matmul averages out in the losses and less so in the gradient norm. Largest gaps

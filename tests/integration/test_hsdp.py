@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.integration.launch import launch
+from tests.helpers.launch import launch
 
 NUM_STEPS = 8
 LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")

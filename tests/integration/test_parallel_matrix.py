@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from tests.integration.launch import launch
+from tests.helpers.launch import launch
 
 NUM_STEPS = 5
 LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")

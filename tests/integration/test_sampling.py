@@ -3,7 +3,7 @@
 import pytest
 
 from symbiotic_titan.checkpoint.resume import newest_complete_step
-from tests.integration import launch as runs
+from tests.helpers import launch as runs
 from tests.integration.test_validation import TRAINING, assert_same
 
 SAMPLING = {"sampling__enable": True, "sampling__freq": 2, "sampling__steps": 4}

@@ -9,11 +9,12 @@ import time
 import pytest
 
 from symbiotic_titan.checkpoint.resume import newest_complete_step
+from symbiotic_titan.commands import convert
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.model.flavors import FLAVORS
-from symbiotic_titan.model.shape_file import write_shape
-from tests.integration.launch import (
+from symbiotic_titan.model.model_config import write_shape
+from tests.helpers.launch import (
     NUM_STEPS,
     ROOT,
     arguments_of,
@@ -22,8 +23,7 @@ from tests.integration.launch import (
     launch,
     read_scalars,
 )
-from tests.unit.model.query_models import with_queries
-from tools import convert
+from tests.helpers.query_models import with_queries
 
 LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
 # Sums are taken in another order with other ranks: relatively, over 20 float32 steps, 2e-7 was measured for the losses and 1.3e-6

@@ -3,8 +3,8 @@
 import pytest
 
 from symbiotic_titan.checkpoint.resume import newest_complete_step
-from tests.integration import launch as runs
-from tests.integration.launch import NUM_STEPS
+from tests.helpers import launch as runs
+from tests.helpers.launch import NUM_STEPS
 
 TRAINING = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
 VALIDATION = (

@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from symbiotic_titan.checkpoint.plan import PARTITION_RULES, check_order
-from symbiotic_titan.checks import check_job
+from symbiotic_titan.commands import show_parallel
 from symbiotic_titan.config.experts import Shielding
+from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import check_table, load_job_config
 from symbiotic_titan.config.optimizer import Optimizer
 from symbiotic_titan.evaluation.suite import SUITES
 from symbiotic_titan.extend import (
-    import_extension,
     register_optimizer_builder,
     register_partition_rule,
     register_router_score,
@@ -30,9 +29,13 @@ from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.moe.scores import ROUTER_SCORES
 from symbiotic_titan.optim.build import OPTIMIZER_BUILDERS
 from symbiotic_titan.optim.shield_schedule import SHIELD_SCHEDULES, shield_scale
+from symbiotic_titan.partition.plan import (
+    PARTITION_RULES,
+    check_order,
+)
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
-from tests.unit.moe.moe_reference import grads, make_args, make_layer, make_tokens
-from tools import show_parallel
+from symbiotic_titan.training.checks import check_job
+from tests.helpers.moe_reference import grads, make_args, make_layer, make_tokens
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()

@@ -16,19 +16,16 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs without an installation
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch.nn.attention.flex_attention import BlockMask  # noqa: E402
-
-from symbiotic_titan.device import device_type, supports_flex_attention  # noqa: E402
-from symbiotic_titan.model.attention import attend  # noqa: E402
-from symbiotic_titan.model.masks import MaskRule, block_mask, dense_mask  # noqa: E402
-from tools.bench.timing import interleave, machine, ratio, restart_with, summary  # noqa: E402
+from symbiotic_titan.device import device_type, supports_flex_attention
+from symbiotic_titan.model.layers import attend
+from symbiotic_titan.model.masks import MaskRule, block_mask, dense_mask
+from tools.bench.timing import interleave, machine, ratio, restart_with, summary
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
 DOCUMENT, IMAGE = 192, 64  # tokens of a document, and of the image in the middle of it

@@ -66,12 +66,18 @@ def make(folder: Path, gigabytes: float, shard_gigabytes: float) -> None:
     from symbiotic_titan import device
 
     device.prepare()
-    from symbiotic_titan.backbones.registry import backbone_of
-    from symbiotic_titan.checkpoint.arranged import Arranged, Recipe
-    from symbiotic_titan.checkpoint.fit import tensors_of_model
-    from symbiotic_titan.checkpoint.safetensors_folder import write_folder
-    from symbiotic_titan.checkpoint.stored_model import TensorKind, total_bytes
+    from symbiotic_titan.hf.architectures.registry import backbone_of
+    from symbiotic_titan.hf.model import (
+        Arranged,
+        Recipe,
+    )
     from symbiotic_titan.model.symbiotic import SymbioticModel
+    from symbiotic_titan.weights.compatibility import tensors_of_model
+    from symbiotic_titan.weights.reader import (
+        TensorKind,
+        total_bytes,
+    )
+    from symbiotic_titan.weights.safetensors import write_folder
 
     def kinds_of(num_layers: int) -> dict[str, TensorKind]:
         backbone = backbone_of(config_of(num_layers))

@@ -14,35 +14,35 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs without an installation
+import torch
 
 from symbiotic_titan import device
-
-device.prepare()
-
-import torch  # noqa: E402
-
-from symbiotic_titan.config.job import JobConfig  # noqa: E402
-from symbiotic_titan.config.load import load_job_config  # noqa: E402
-from symbiotic_titan.extend import import_extension  # noqa: E402
-from symbiotic_titan.flow.sampler import FlowSampling  # noqa: E402
-from symbiotic_titan.generation.images import Canvas, draw_latents, noise_of_images  # noqa: E402
-from symbiotic_titan.generation.prompts import PromptMaker  # noqa: E402
-from symbiotic_titan.generation.rows import ChunkMaker  # noqa: E402
-from symbiotic_titan.generation.session import Session  # noqa: E402
-from symbiotic_titan.generation.text import (  # noqa: E402
+from symbiotic_titan.build import (
+    build_tokenizer,
+    model_args,
+)
+from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.flow.solver import FlowSampling
+from symbiotic_titan.inference.chunks import ChunkMaker
+from symbiotic_titan.inference.images import (
+    Canvas,
+    draw_latents,
+    noise_of_images,
+)
+from symbiotic_titan.inference.prompts import PromptMaker
+from symbiotic_titan.inference.session import Session
+from symbiotic_titan.inference.text import (
     Draw,
     Endings,
     TextSampling,
     continue_prompts,
 )
-from symbiotic_titan.inference import model_args  # noqa: E402
-from symbiotic_titan.model.symbiotic import SymbioticModel  # noqa: E402
-from symbiotic_titan.train_spec import build_tokenizer  # noqa: E402
-from tools.bench.timing import interleave, machine, ratio, summary  # noqa: E402
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from tools.bench.timing import interleave, machine, ratio, summary
 
 CAPTION = "A square picture with a black background: a red circle at the top left and a blue square at the bottom right."
 

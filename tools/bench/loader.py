@@ -40,34 +40,44 @@ from statistics import median, quantiles
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs without an installation
+import torch
 
-from symbiotic_titan import device  # noqa: E402
-
-device.prepare()
-
-import torch  # noqa: E402
-
-from symbiotic_titan.config.data import Data  # noqa: E402
-from symbiotic_titan.config.latents import Latents  # noqa: E402
-from symbiotic_titan.config.load import load_job_config  # noqa: E402
-from symbiotic_titan.data import lanes, samples  # noqa: E402
-from symbiotic_titan.data.fields import IMAGE_EXTENSIONS  # noqa: E402
-from symbiotic_titan.data.images import decode_image  # noqa: E402
-from symbiotic_titan.data.lanes import Lane, LaneRecipe, OpenSource, new_state  # noqa: E402
-from symbiotic_titan.data.latents import GeneratedImages  # noqa: E402
-from symbiotic_titan.data.loader import PackedLoader, build_loader  # noqa: E402
-from symbiotic_titan.data.order import SourceOrder  # noqa: E402
-from symbiotic_titan.data.packing import RowBuilder  # noqa: E402
-from symbiotic_titan.data.readers import Reader  # noqa: E402
-from symbiotic_titan.data.samples import Document, DocumentMaker  # noqa: E402
-from symbiotic_titan.data.tokenizer import ByteTokenizer  # noqa: E402
-from symbiotic_titan.data.transport import FlatRow  # noqa: E402
-from symbiotic_titan.sequence.geometry import ImageGeometry  # noqa: E402
-from symbiotic_titan.train_spec import build_dataloader, build_tokenizer  # noqa: E402
-from tools.bench.loader_loops import LOOPS, Sample, loop_of, parsed, write_photos  # noqa: E402
-from tools.bench.packing import mixed_indices  # noqa: E402
-from tools.bench.timing import interleave, machine, summary  # noqa: E402
+from symbiotic_titan.build import (
+    build_dataloader,
+    build_tokenizer,
+)
+from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.generation import Latents
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.data import (
+    samples,
+)
+from symbiotic_titan.data import (
+    streams as lanes,
+)
+from symbiotic_titan.data.fields import IMAGE_EXTENSIONS
+from symbiotic_titan.data.images import decode_image
+from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.loader import (
+    FlatRow,
+    PackedLoader,
+    build_loader,
+)
+from symbiotic_titan.data.order import SourceOrder
+from symbiotic_titan.data.packing import RowBuilder
+from symbiotic_titan.data.readers import Reader
+from symbiotic_titan.data.samples import Document, DocumentMaker
+from symbiotic_titan.data.streams import (
+    Lane,
+    LaneRecipe,
+    OpenSource,
+    new_state,
+)
+from symbiotic_titan.data.tokenizer import ByteTokenizer
+from symbiotic_titan.sequence.geometry import ImageGeometry
+from tools.bench.loader_loops import LOOPS, Sample, loop_of, parsed, write_photos
+from tools.bench.packing import mixed_indices
+from tools.bench.timing import interleave, machine, summary
 
 BAR = 0.9
 POINTS = 10

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from symbiotic_titan.data.fields import IMAGE_EXTENSIONS
-from symbiotic_titan.data.lanes import LaneRecipe
+from symbiotic_titan.data.streams import LaneRecipe
 from tools.bench.packing import mixed_indices
 
 Sample = dict[str, Any]

@@ -25,19 +25,16 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs without an installation
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from symbiotic_titan.moe.layer import PartitionedMoE  # noqa: E402
-from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs  # noqa: E402
-from symbiotic_titan.sequence.modality import TEXT, VAE, VIT  # noqa: E402
-from tools.bench.timing import interleave, machine, ratio, restart_with, summary  # noqa: E402
+from symbiotic_titan.moe.experts import PartitionedMoE
+from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
+from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
+from tools.bench.timing import interleave, machine, ratio, restart_with, summary
 
 NUM_EXPERTS, TOP_K = 128, 8
 PARTITION = (ExpertGroup("und", (TEXT, VIT), 96), ExpertGroup("gen", (VAE,), 32))

@@ -27,29 +27,29 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs without an installation
+import torch
 
-from symbiotic_titan import device  # noqa: E402
-
-device.prepare()
-
-import torch  # noqa: E402
-
-from symbiotic_titan.config.load import load_job_config  # noqa: E402
-from symbiotic_titan.data.lanes import LaneRecipe, OpenSource, open_mixture  # noqa: E402
-from symbiotic_titan.data.mixture import Mixture  # noqa: E402
-from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize  # noqa: E402
-from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment  # noqa: E402
-from symbiotic_titan.data.tokenizer import ByteTokenizer  # noqa: E402
-from symbiotic_titan.sequence.geometry import ImageGeometry  # noqa: E402
-from symbiotic_titan.sequence.modality import TASK_NAMES  # noqa: E402
-from symbiotic_titan.train_spec import build_dataloader, build_tokenizer  # noqa: E402
-from tools.bench.timing import interleave, machine, summary  # noqa: E402
+from symbiotic_titan.build import (
+    build_dataloader,
+    build_tokenizer,
+)
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.data.mixture import Mixture
+from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize
+from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
+from symbiotic_titan.data.streams import (
+    LaneRecipe,
+    OpenSource,
+    open_mixture,
+)
+from symbiotic_titan.data.tokenizer import ByteTokenizer
+from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.modality import TASK_NAMES
+from tools.bench.timing import interleave, machine, summary
 
 BAR = 0.97
 LONG_ROW = 2048

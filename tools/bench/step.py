@@ -23,20 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs without an installation
+import torch
+from torch import nn
 
-from symbiotic_titan import device  # noqa: E402
-
-device.prepare()
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from symbiotic_titan.checks import check_job  # noqa: E402
-from symbiotic_titan.config.load import load_job_config  # noqa: E402
-from symbiotic_titan.train_spec import register  # noqa: E402
-from symbiotic_titan.trainer import SymbioticTrainer  # noqa: E402
-from tools.bench.timing import interleave, machine, ratio, restart_with, summary  # noqa: E402
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.training.checks import check_job
+from symbiotic_titan.training.train_spec import register
+from symbiotic_titan.training.trainer import SymbioticTrainer
+from tools.bench.timing import interleave, machine, ratio, restart_with, summary
 
 PARTS = ("data", "vit", "attention", "routing", "experts", "optimizer", "other")
 

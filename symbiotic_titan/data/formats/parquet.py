@@ -12,8 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from symbiotic_titan.data.fields import BadSample
-from symbiotic_titan.data.formats.shard import File, FilePart, Indexed
+from symbiotic_titan.data.formats.shard import BadSample, File, FilePart, Indexed
 
 # Those of Arrow are OSError or ValueError too, except for features that it lacks.
 PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from symbiotic_titan.data.fields import BadSample
-
 
 class OpenShard(Protocol):
     """A shard in the process that reads it."""
@@ -103,3 +101,48 @@ class DamagedRest:
 
     def close(self) -> None:
         pass
+
+
+# Why a sample is bad; skipped ones are counted under these.
+REASONS = (
+    "unreadable",
+    "json",
+    "encoding",
+    "missing",
+    "wrong_type",
+    "empty",
+    "image",
+    "image_size",
+    "conversation",
+    "too_long",
+)
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; ``reason`` is one of REASONS. What happens then is the policy of the caller."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        assert reason in REASONS
+        super().__init__(message)
+        self.reason = reason
+        self.place = ""
+
+    def __str__(self) -> str:
+        return f"{self.place}{self.args[0]}"
+
+    def at(self, shard: str, key: str) -> "BadSample":
+        """The same, naming where the sample is."""
+        self.place = f"{shard}: sample {key!r}: "
+        return self
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Values of one sample, as its format stores them, and where they came from.
+
+    members: bytes of the members of a tar file, by extension; the bytes of a JSON line, as ``json``; or values of Parquet columns.
+    """
+
+    shard: str
+    key: str
+    members: dict[str, Any]

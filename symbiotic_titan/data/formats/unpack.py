@@ -8,7 +8,10 @@ from typing import Any
 import fsspec
 from fsspec.compression import compr
 
-from symbiotic_titan.data.formats.cache_files import version_of, written_whole
+from symbiotic_titan.data.formats.index_cache import (
+    version_of,
+    written_whole,
+)
 
 # Ending of a file -> what fsspec calls its compression.
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}

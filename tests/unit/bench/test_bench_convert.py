@@ -2,7 +2,7 @@
 
 import pytest
 
-from symbiotic_titan.checkpoint.hugging_face import HuggingFaceModel
+from symbiotic_titan.hf.model import HuggingFaceModel
 from tools.bench import convert
 
 

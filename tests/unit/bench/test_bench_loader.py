@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.loader import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from symbiotic_titan.moe.layer import PartitionedMoE
+from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import MoEArgs
 from tools.bench import moe, timing
 

@@ -10,10 +10,10 @@ from symbiotic_titan.checkpoint.resume import (
     check_fits,
     check_start,
     check_whole,
-    damage_of,
     newest_complete_step,
     set_aside,
 )
+from symbiotic_titan.weights.damage import damage_of
 
 
 @pytest.fixture(scope="module")

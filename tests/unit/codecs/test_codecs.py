@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from symbiotic_titan.codecs import codec as codec_module
 from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.codecs.flux import autoencoder_module
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 
 SIZES = [(8, 12), (16, 8), (8, 12), (8, 8), (8, 12)]
 

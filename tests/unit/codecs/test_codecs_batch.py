@@ -8,10 +8,13 @@ import torch
 from symbiotic_titan.codecs import batch as codec_batch
 from symbiotic_titan.codecs.batch import BatchEncoder, build_batch_encoder, image_places
 from symbiotic_titan.codecs.build import build_codec
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.geometry import ImageGeometry
-from symbiotic_titan.sequence.patches import coords, patchify
+from symbiotic_titan.sequence.geometry import (
+    ImageGeometry,
+    coords,
+    patchify,
+)
 
 # Stride 2 and patch 2: a token covers 4 x 4 pixels and holds 4 x 2 x 2 numbers.
 GEOMETRY = ImageGeometry(

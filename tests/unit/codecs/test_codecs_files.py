@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from symbiotic_titan.codecs.files import codec_info, fingerprint, flux_shape
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 
 KL = {
     "_class_name": "AutoencoderKL",

@@ -1,18 +1,20 @@
 """A tiny demo world on disk and a loader over it; tokenizer files of every kind."""
 
-import random
 from dataclasses import replace
 
 import pytest
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.config.tokenizer import Tokenizer
-from symbiotic_titan.data.demo.world import WorldSize, write_world
 from symbiotic_titan.data.loader import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer, open_tokenizer
+from symbiotic_titan.demo.write import (
+    write_world,
+)
 from symbiotic_titan.sequence.geometry import ImageGeometry
-from tests.unit.data.tokenizer_files import (
+from tests.helpers.demo_world import TINY, WEIGHTS, fixed_texts
+from tests.helpers.tokenizer_files import (
     QWEN_TOKENS,
     byte_level_bpe,
     sentence_piece,
@@ -22,26 +24,12 @@ from tests.unit.data.tokenizer_files import (
     write,
 )
 
-TINY = WorldSize(18, 6, 21, 5, train_shards=3)
-WORDS = ("a", "tree", "of", "lines", "returns", "the", "number", "whose", "name", "is", "given")
-WEIGHTS = {"t2i": 3.0, "t2i_long": 3.0, "lm": 2.0, "mmu": 2.0}
-
-
-def fixed_texts(seed, heldout):
-    """Sentences of 80 to 1700 characters, most of them short. The demo world's own texts are those of the Python at hand, and with
-    them go how rows fill and mix."""
-    draw = random.Random(f"{seed} {heldout}")
-    while True:
-        length = min(1700, max(80, int(draw.lognormvariate(5.5, 0.9))))
-        words = (draw.choice(WORDS) for _ in range(length))
-        yield {"text": " ".join(words)[: length - 1] + ".", "module": "fixed"}
-
 
 @pytest.fixture(scope="session")
 def demo_world(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("symbiotic_titan.data.demo.world.standard_library_texts", fixed_texts)
+        patch.setattr("symbiotic_titan.demo.write.standard_library_texts", fixed_texts)
         write_world(out, seed=0, size=TINY)
     return out
 

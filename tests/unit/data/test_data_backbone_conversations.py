@@ -19,15 +19,18 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel
 
 from symbiotic_titan.config.data import Data, DataSource
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.config.tokenizer import Tokenizer as TokenizerSection
-from symbiotic_titan.data.fields import BadSample, Sample
+from symbiotic_titan.data.formats.shard import (
+    BadSample,
+    Sample,
+)
 from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.packing import RowBuilder, RowSize
 from symbiotic_titan.data.samples import DocumentMaker, TextSegment
 from symbiotic_titan.data.tokenizer import open_tokenizer
 from symbiotic_titan.sequence.modality import VIT
-from tests.unit.data.released_processors import (
+from tests.helpers.released_processors import (
     ARIA,
     GLM_4V,
     HIGH,
@@ -36,7 +39,7 @@ from tests.unit.data.released_processors import (
     noise_image,
     processor_of,
 )
-from tests.unit.data.tokenizer_files import QWEN_TOKENS, SENTENCES, write
+from tests.helpers.tokenizer_files import QWEN_TOKENS, SENTENCES, write
 
 GLM_TOKENS = [
     *["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>"],

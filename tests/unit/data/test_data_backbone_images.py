@@ -12,7 +12,7 @@ from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as qwen_resize
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.images import (
     ImageSizeError,
     backbone_size,
@@ -20,10 +20,13 @@ from symbiotic_titan.data.images import (
     longest_side_size,
     vit_patches,
 )
-from symbiotic_titan.data.recipe import build_recipe, row_size
+from symbiotic_titan.data.pipeline import (
+    build_recipe,
+    row_size,
+)
 from symbiotic_titan.data.tokenizer import ByteTokenizer
-from symbiotic_titan.sequence.patches import unpatchify
-from tests.unit.data.released_processors import (
+from symbiotic_titan.sequence.geometry import unpatchify
+from tests.helpers.released_processors import (
     ARIA,
     GLM_4V,
     HIGH,

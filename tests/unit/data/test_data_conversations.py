@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
-from symbiotic_titan.config.latents import Latents
-from symbiotic_titan.data.fields import BadSample, Sample
+from symbiotic_titan.config.generation import Latents
+from symbiotic_titan.data.formats.shard import (
+    BadSample,
+    Sample,
+)
 from symbiotic_titan.data.images import VitSegment
 from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.samples import DocumentMaker, TextSegment

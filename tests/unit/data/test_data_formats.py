@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from symbiotic_titan.config.data import DataSource
-from symbiotic_titan.data.fields import BadSample, Fields
+from symbiotic_titan.data.fields import Fields
+from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.data.readers import Reader, check_names, index_source
-from tests.unit.data.tar_files import tar_bytes
+from tests.helpers.tar_files import tar_bytes
 
 WHERE = "[[data.sources]] #1 (s)"
 

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from symbiotic_titan.data.fields import BadSample
+from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.readers import Reader
-from tests.unit.data.tar_files import tar_bytes
+from tests.helpers.tar_files import tar_bytes
 
 FORMS = ("PNG", "JPEG", "WEBP")
 

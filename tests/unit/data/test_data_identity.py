@@ -4,7 +4,10 @@ import json
 
 import pytest
 
-from symbiotic_titan.data.identity import check_identity, identity_of
+from symbiotic_titan.data.fingerprint import (
+    check_identity,
+    identity_of,
+)
 
 
 @pytest.fixture

@@ -12,10 +12,13 @@ import pytest
 
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data import readers
-from symbiotic_titan.data.formats.extents import Extents, Lines
+from symbiotic_titan.data.formats.byte_ranges import (
+    Extents,
+    Lines,
+)
 from symbiotic_titan.data.formats.shard import DamagedRest
 from symbiotic_titan.data.readers import Reader, index_source
-from tests.unit.data.tar_files import tar_bytes
+from tests.helpers.tar_files import tar_bytes
 
 WHERE = "[[data.sources]] #1 (s)"
 LINES = b'{"text": "a"}\n\n \n{"text": "b"}\n{"text": "c"}'

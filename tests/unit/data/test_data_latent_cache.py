@@ -17,11 +17,11 @@ from symbiotic_titan.codecs.batch import BatchEncoder
 from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.codecs.flux import autoencoder_module
 from symbiotic_titan.config.data import Data, DataSource
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.latent_cache import MANIFEST, encoding_of, folder_of
 from symbiotic_titan.data.latent_writer import CacheWriter
 from symbiotic_titan.data.latents import GeneratedImages
-from symbiotic_titan.data.recipe import indexed
+from symbiotic_titan.data.pipeline import indexed
 from symbiotic_titan.sequence.geometry import ImageGeometry
 
 TABLE = "[[data.sources]]"

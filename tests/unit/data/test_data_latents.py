@@ -4,14 +4,18 @@ import torch
 from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.latents import (
     GeneratedImages,
     cached_bytes,
     to_image,
 )
-from symbiotic_titan.sequence.geometry import ImageGeometry
-from symbiotic_titan.sequence.patches import coords, patchify, unpatchify
+from symbiotic_titan.sequence.geometry import (
+    ImageGeometry,
+    coords,
+    patchify,
+    unpatchify,
+)
 
 GEOMETRY = ImageGeometry(
     vit_patch=4, vit_merge=2, vit_channels=3, latent_channels=3, latent_stride=1, latent_patch=4

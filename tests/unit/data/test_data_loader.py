@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from symbiotic_titan.data.loader import LaneRows
-from symbiotic_titan.data.transport import FlatRow
+from symbiotic_titan.data.loader import FlatRow, LaneRows
 
 ROWS = 26
 
@@ -220,7 +219,7 @@ def _children(pid):
 PROGRAM = """
 import sys
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.loader import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.data.fields import REASONS
+from symbiotic_titan.data.formats.shard import REASONS
 
 
 def write(folder, name, values):

@@ -5,7 +5,7 @@ import pytest
 
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.readers import Reader, index_source
-from tests.unit.data.tar_files import tar_bytes
+from tests.helpers.tar_files import tar_bytes
 
 WHERE = "[[data.sources]] #1 (s)"
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.readers import Sample
 from symbiotic_titan.data.samples import (

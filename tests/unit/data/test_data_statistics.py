@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from symbiotic_titan.data.images import VitSegment, resize_and_crop
-from symbiotic_titan.data.lanes import Lane, OpenSource, new_state
 from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.samples import VaeSegment
 from symbiotic_titan.data.statistics import (
@@ -18,6 +17,11 @@ from symbiotic_titan.data.statistics import (
     size_table,
     tables_of,
     token_table,
+)
+from symbiotic_titan.data.streams import (
+    Lane,
+    OpenSource,
+    new_state,
 )
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, PADDING
 

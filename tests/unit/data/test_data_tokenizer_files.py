@@ -11,11 +11,13 @@ import pytest
 import tokenizers
 
 from symbiotic_titan.config.tokenizer import FAMILIES, PLAIN, Tokenizer
-from symbiotic_titan.data.identity import check_identity, identity_of
+from symbiotic_titan.data.fingerprint import (
+    check_identity,
+    identity_of,
+)
 from symbiotic_titan.data.tokenizer import ByteTokenizer, Turn, open_tokenizer
-from symbiotic_titan.sequence.modality import IGNORE_INDEX
-from symbiotic_titan.sequence.vocabulary import SpecialTokens
-from tests.unit.data.tokenizer_files import (
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, SpecialTokens
+from tests.helpers.tokenizer_files import (
     QWEN_TOKENS,
     byte_level_bpe,
     whole_words,

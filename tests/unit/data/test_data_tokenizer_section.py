@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 
+from symbiotic_titan.build import build_tokenizer
 from symbiotic_titan.config.job import JobConfig, Model
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.data.tokenizer import ByteTokenizer, open_tokenizer
-from symbiotic_titan.train_spec import build_tokenizer
-from tests.unit.data.tokenizer_files import byte_level_bpe, whole_words, write
+from tests.helpers.tokenizer_files import byte_level_bpe, whole_words, write
 
 # ---- flavors ----------------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,12 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from symbiotic_titan.evaluation.drawing import DrawingSettings, Wanted, draw
-from symbiotic_titan.generation.pictures import Picture
+from symbiotic_titan.evaluation.suites.drawing import (
+    DrawingSettings,
+    Wanted,
+    draw,
+)
+from symbiotic_titan.inference.images import Picture
 
 SETTINGS = DrawingSettings(steps=3, batch_size=2)
 SIZES = [None, None, (8, 16), None, (8, 16)]

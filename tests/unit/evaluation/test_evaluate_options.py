@@ -4,14 +4,15 @@ from dataclasses import dataclass
 
 import pytest
 
+import symbiotic_titan.demo.suite  # noqa: F401 (registers itself)
+import symbiotic_titan.evaluation.suites.builtin  # noqa: F401 (registers ours)
 from symbiotic_titan.evaluation.options import (
     explained_options,
     read_options,
     split_suites,
     take_sections,
 )
-from symbiotic_titan.evaluation.suite import Suite
-from symbiotic_titan.evaluation.suites import SUITES
+from symbiotic_titan.evaluation.suite import SUITES, Suite
 
 
 @dataclass(frozen=True)

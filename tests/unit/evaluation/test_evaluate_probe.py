@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from symbiotic_titan.build import model_args
 from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.evaluation.probe import masked_groups, probed
-from symbiotic_titan.inference import model_args
+from symbiotic_titan.evaluation.ablation import (
+    masked_groups,
+    probed,
+)
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.moe.layer import PartitionedMoE
+from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
 
 DEBUG = Path(__file__).parents[3] / "train_configs" / "debug.toml"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from symbiotic_titan.evaluation.processes import is_first_process
+from symbiotic_titan.evaluation.results import is_first_process
 
 
 @pytest.mark.parametrize(("rank", "is_first"), [(None, True), ("0", True), ("3", False)])

@@ -12,8 +12,8 @@ from PIL import Image
 
 pytest.importorskip("torchmetrics", reason="the extra torchmetrics is not installed")
 
-import scipy.linalg  # noqa: E402
-from transformers import (  # noqa: E402
+import scipy.linalg
+from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -21,17 +21,17 @@ from transformers import (  # noqa: E402
     CLIPTokenizer,
 )
 
-from symbiotic_titan.evaluation.clip_score_suite import (  # noqa: E402
+from symbiotic_titan.evaluation.suites.clip_score import (
     ClipScoreOptions,
     load_clip,
     run_clip_score,
 )
-from symbiotic_titan.evaluation.fid_suite import (  # noqa: E402
+from symbiotic_titan.evaluation.suites.fid import (
     FeatureNetwork,
     FidOptions,
     run_fid,
 )
-from symbiotic_titan.generation.pictures import Picture  # noqa: E402
+from symbiotic_titan.inference.images import Picture
 
 SIDE = 12
 CAPTIONS = ["a red circle", "two blue squares", "the digit four", "a cross", "a cat"]

@@ -1,6 +1,7 @@
 """lm-eval through our model class: the accuracy of our own scorer, and texts and sums of our own generator."""
 
 import csv
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -10,20 +11,28 @@ import pytest
 import torch
 from PIL import Image
 
+from symbiotic_titan.build import build_tokenizer, model_args
 from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.evaluation.knowledge import ChoiceItem, choice_score, write_items
-from symbiotic_titan.evaluation.lm_eval_suite import LmEvalOptions, run_lm_eval
-from symbiotic_titan.generation.generator import Completion, Generator
-from symbiotic_titan.inference import model_args
+from symbiotic_titan.demo.references import (
+    ChoiceItem,
+    choice_score,
+    write_items,
+)
+from symbiotic_titan.evaluation.suites.lm_eval import (
+    LmEvalOptions,
+    run_lm_eval,
+)
+from symbiotic_titan.inference.generator import (
+    Completion,
+    Generator,
+)
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.train_spec import build_tokenizer
 
 pytestmark = pytest.mark.slow  # importing lm-eval takes seconds
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
-from lm_eval.api.instance import Instance  # noqa: E402
-
-from symbiotic_titan.evaluation.lm_eval_model import GeneratorLM  # noqa: E402
+Instance = importlib.import_module("lm_eval.api.instance").Instance
+GeneratorLM = importlib.import_module("symbiotic_titan.evaluation.suites.lm_eval_model").GeneratorLM
 
 ROOT = Path(__file__).parents[3]
 WORDS = ["red", "circle", "the digit four", "seven", "a", "of blue squares", "at the top left", "x"]

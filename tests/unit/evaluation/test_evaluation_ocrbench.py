@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from symbiotic_titan.evaluation.ocrbench_suite import (
+from symbiotic_titan.evaluation.suites.ocrbench import (
     FORMULA,
     OcrBenchOptions,
     OcrQuestion,
@@ -17,7 +17,7 @@ from symbiotic_titan.evaluation.ocrbench_suite import (
     read_questions,
     run_ocrbench,
 )
-from symbiotic_titan.generation.generator import Completion
+from symbiotic_titan.inference.generator import Completion
 
 COLUMNS = ("index", "image", "question", "answer", "category")
 VQA = "Scene Text-centric VQA"

@@ -6,13 +6,13 @@ import re
 import pytest
 from PIL import Image
 
-from symbiotic_titan.evaluation.prompt_suites import (
+from symbiotic_titan.evaluation.suites.prompts import (
     CompBenchOptions,
     GenevalOptions,
     run_compbench,
     run_geneval,
 )
-from symbiotic_titan.generation.pictures import Picture
+from symbiotic_titan.inference.images import Picture
 
 GENEVAL = [
     {

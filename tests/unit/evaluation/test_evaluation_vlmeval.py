@@ -7,7 +7,10 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from symbiotic_titan.generation.generator import Completion, Generator
+from symbiotic_titan.inference.generator import (
+    Completion,
+    Generator,
+)
 
 
 class BaseModel:
@@ -38,7 +41,7 @@ def model(monkeypatch):
     modules["vlmeval.vlm.base"].BaseModel = BaseModel
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    name = "symbiotic_titan.evaluation.vlmeval_model"
+    name = "symbiotic_titan.evaluation.suites.vlmeval"
     monkeypatch.delitem(sys.modules, name, raising=False)
     loaded = []
     monkeypatch.setattr(Generator, "load", lambda *a: loaded.append(a) or FakeGenerator())

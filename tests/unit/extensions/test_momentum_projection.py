@@ -4,13 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from symbiotic_titan import device
-
-device.prepare()
-
-from symbiotic_titan.config.optimizer import Optimizer  # noqa: E402
-from symbiotic_titan.extensions.momentum_projection import project  # noqa: E402
-from symbiotic_titan.optim.build import build_optimizers  # noqa: E402
+from symbiotic_titan.config.optimizer import Optimizer
+from symbiotic_titan.extensions.momentum_projection import project
+from symbiotic_titan.optim.build import build_optimizers
 
 RULES = [{"name": "shared", "match": ["^0"]}, {"name": "own", "match": [".*"]}]
 

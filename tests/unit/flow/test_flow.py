@@ -3,13 +3,14 @@
 import torch
 
 from symbiotic_titan.config.losses import Flow
-from symbiotic_titan.flow.path import interpolate, velocity_target
-from symbiotic_titan.flow.timesteps import (
+from symbiotic_titan.flow.path import (
     draw_noise_and_timesteps,
     draw_timesteps,
     first_token_of_image,
+    interpolate,
     row_generator,
     shift_timesteps,
+    velocity_target,
 )
 
 

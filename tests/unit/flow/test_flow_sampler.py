@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from symbiotic_titan.flow.path import interpolate, velocity_target
-from symbiotic_titan.flow.sampler import (
+from symbiotic_titan.flow.solver import (
     SAMPLERS,
     FlowSampling,
     follow,

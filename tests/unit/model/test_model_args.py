@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from symbiotic_titan.config.latents import Latents
+from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.model.args import one_pool, partition_groups
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.vit_args import VitArgs

@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from symbiotic_titan.model.attention import Attention
-from symbiotic_titan.model.feed_forward import FeedForward
-from symbiotic_titan.model.norm import RMSNorm
+from symbiotic_titan.model.layers import Attention, FeedForward, RMSNorm
 from symbiotic_titan.model.rope import frequencies, frequency_axes, rotary_tables, rotate
 
 

@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from symbiotic_titan.model.flow_head import FlowHead
-from symbiotic_titan.model.latent_embedding import LatentEmbedding, grid_positions, sinusoids
+from symbiotic_titan.model.latents import (
+    FlowHead,
+    LatentEmbedding,
+    grid_positions,
+    sinusoids,
+)
 from symbiotic_titan.model.masks import dense_mask, patch_rule
 from symbiotic_titan.model.vit import VisionTransformer, grid_sizes, patch_rotary, table_cells
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from symbiotic_titan.config.parameter_names import clean_name
+from symbiotic_titan.config.optimizer import clean_name
 from symbiotic_titan.model.initialize import initialize
 from symbiotic_titan.model.symbiotic import SymbioticModel
 

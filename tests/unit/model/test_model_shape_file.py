@@ -6,7 +6,10 @@ from dataclasses import replace
 import pytest
 
 from symbiotic_titan.model.flavors import FLAVORS
-from symbiotic_titan.model.shape_file import read_shape, write_shape
+from symbiotic_titan.model.model_config import (
+    read_shape,
+    write_shape,
+)
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from symbiotic_titan.moe.dispatch import LocalDispatcher
-from symbiotic_titan.moe.grouped_matmul import row_multiple
+from symbiotic_titan.moe.kernels import row_multiple
 
 SIZES = (3, 2)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from symbiotic_titan.moe.float8_matmul import emulated_float8_swiglu, round_to_float8
-from tests.unit.moe.moe_reference import swiglu
+from tests.helpers.moe_reference import swiglu
 
 COUNTS = [[48, 0, 16, 32], [0, 0], [16], [0, 5]]
 

@@ -9,14 +9,13 @@ from torch._dynamo.testing import CompileCounter
 from torchtitan.config.job_config import ActivationCheckpoint
 
 from symbiotic_titan.config.experts import Shielding
-from symbiotic_titan.moe.shared_expert import SharedExpert
+from symbiotic_titan.moe.experts import SharedExpert
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.parallel.activation_checkpoint import apply_activation_checkpoint
 from symbiotic_titan.sequence.batch import stack_rows
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
-from tests.unit.model.conftest import MIXED, OTHER, pack_row, tiny_args, tiny_model
-from tests.unit.moe.moe_reference import grads, make_args, make_layer, make_tokens, routed_output
-from tests.unit.moe.shield_reference import (
+from tests.helpers.moe_reference import grads, make_args, make_layer, make_tokens, routed_output
+from tests.helpers.shield_reference import (
     DEEP,
     MODES,
     SETS,
@@ -24,6 +23,7 @@ from tests.unit.moe.shield_reference import (
     plain_shared_expert,
     use_plain_shield,
 )
+from tests.helpers.tiny_models import MIXED, OTHER, pack_row, tiny_args, tiny_model
 
 
 class Moment(NamedTuple):

@@ -5,14 +5,14 @@ import threading
 import pytest
 import torch
 
-from symbiotic_titan.moe import expert_threads
-from symbiotic_titan.moe.grouped_matmul import (
+from symbiotic_titan.moe import kernels as expert_threads
+from symbiotic_titan.moe.kernels import (
     grouped_swiglu,
     row_multiple,
     swiglu_loop,
     swiglu_loop_backward,
 )
-from tests.unit.moe.moe_reference import swiglu
+from tests.helpers.moe_reference import swiglu
 
 CPU = torch.device("cpu")
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from symbiotic_titan.moe.layer import PartitionedMoE
+from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
-from tests.unit.moe.moe_reference import (
+from tests.helpers.moe_reference import (
     GROUPS,
     POOL,
     grads,

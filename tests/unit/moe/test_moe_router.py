@@ -6,7 +6,7 @@ import torch
 from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
 from symbiotic_titan.moe.router import Router
 from symbiotic_titan.sequence.modality import NUM_MODALITIES, PADDING, TEXT, VAE, VIT
-from tests.unit.moe.moe_reference import GROUPS, POOL, make_args, make_layer, make_tokens, route
+from tests.helpers.moe_reference import GROUPS, POOL, make_args, make_layer, make_tokens, route
 
 
 def make_router(**changes):

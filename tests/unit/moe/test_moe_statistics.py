@@ -2,7 +2,7 @@
 
 import torch
 
-from symbiotic_titan.moe.statistics import (
+from symbiotic_titan.moe.routing_metrics import (
     capacity_rate,
     count_std,
     idle_experts,

@@ -5,26 +5,21 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.config import LRScheduler
 
-from symbiotic_titan import device
-
-device.prepare()
-
-from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
-from torchtitan.config import LRScheduler  # noqa: E402
-
-from symbiotic_titan.config.experts import Shielding  # noqa: E402
-from symbiotic_titan.config.optimizer import Optimizer, ParamGroupRow  # noqa: E402
-from symbiotic_titan.optim.build import (  # noqa: E402
+from symbiotic_titan.config.experts import Shielding
+from symbiotic_titan.config.optimizer import Optimizer, ParamGroupRow
+from symbiotic_titan.optim.build import (
     OPTIMIZER_BUILDERS,
     build_optimizers,
     build_schedulers,
+    claim_parameters,
     freeze_parameters,
     param_group_optimizers,
     schedule_factor,
 )
-from symbiotic_titan.optim.param_groups import claim_parameters  # noqa: E402
-from symbiotic_titan.optim.shield_schedule import shield_scale  # noqa: E402
+from symbiotic_titan.optim.shield_schedule import shield_scale
 
 
 class Net(nn.Module):

@@ -11,7 +11,7 @@ from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.parallel.compile import apply_compile, compile_units
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
-from tests.unit.model.conftest import (
+from tests.helpers.tiny_models import (
     MIXED,
     OTHER,
     deep_args,

@@ -6,31 +6,30 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.model_converter import build_model_converters
 
-from symbiotic_titan.device import prepare
-
-prepare()  # before anything imports torchtitan
-
-from torchtitan.distributed import ParallelDims  # noqa: E402
-from torchtitan.protocols.model_converter import build_model_converters  # noqa: E402
-
-from symbiotic_titan.config.float8 import Float8  # noqa: E402
-from symbiotic_titan.config.job import JobConfig  # noqa: E402
-from symbiotic_titan.moe.experts import ExpertBank  # noqa: E402
-from symbiotic_titan.moe.float8_matmul import emulated_float8_swiglu  # noqa: E402
-from symbiotic_titan.moe.grouped_matmul import grouped_swiglu  # noqa: E402
-from symbiotic_titan.moe.layer import PartitionedMoE  # noqa: E402
-from symbiotic_titan.moe.partition import ExpertGroup  # noqa: E402
-from symbiotic_titan.parallel.compile import apply_compile  # noqa: E402
-from symbiotic_titan.parallel.float8 import (  # noqa: E402
+from symbiotic_titan.config.job import (
+    Float8,
+    JobConfig,
+)
+from symbiotic_titan.moe.experts import (
+    ExpertBank,
+    PartitionedMoE,
+)
+from symbiotic_titan.moe.float8_matmul import emulated_float8_swiglu
+from symbiotic_titan.moe.kernels import grouped_swiglu
+from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.parallel.compile import apply_compile
+from symbiotic_titan.parallel.float8 import (
     FLOAT8_MULTIPLE,
     convert_expert_banks,
     register_float8,
     scaled_float8_swiglu,
 )
-from symbiotic_titan.sequence.batch import stack_rows  # noqa: E402
-from symbiotic_titan.sequence.modality import TEXT, VAE, VIT  # noqa: E402
-from tests.unit.model.conftest import MIXED, OTHER, pack_row, tiny_args, tiny_model  # noqa: E402
+from symbiotic_titan.sequence.batch import stack_rows
+from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
+from tests.helpers.tiny_models import MIXED, OTHER, pack_row, tiny_args, tiny_model
 
 # Dynamo's own: it looks at .grad of what it traces and makes instances of autograd functions.
 pytestmark = pytest.mark.filterwarnings(

@@ -12,14 +12,23 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.config.job_config import ActivationCheckpoint
 
+from symbiotic_titan.commands import show_parallel
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.decoder import TransformerBlock
 from symbiotic_titan.model.flavors import FLAVORS
-from symbiotic_titan.model.norm import RMSNorm
+from symbiotic_titan.model.layers import RMSNorm
 from symbiotic_titan.model.rope import frequencies, frequency_axes, rotary_tables
-from symbiotic_titan.parallel import activation_checkpoint, activation_plan, fsdp, plan
-from tests.unit.model.query_models import with_queries
-from tools import show_parallel
+from symbiotic_titan.parallel import (
+    activation_checkpoint,
+    fsdp,
+)
+from symbiotic_titan.parallel import (
+    dry_run as plan,
+)
+from symbiotic_titan.parallel import (
+    dry_run_activations as activation_plan,
+)
+from tests.helpers.query_models import with_queries
 
 ROOT = Path(__file__).parents[3]
 BF16 = plan.Precision(kept=4, computed=2, reduced=4)

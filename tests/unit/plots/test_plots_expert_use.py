@@ -10,7 +10,7 @@ from symbiotic_titan.plots.expert_use import from_profile, from_run
 from symbiotic_titan.plots.logs import read_run
 from symbiotic_titan.plots.style import running_mean
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
-from tests.unit.plots.written_runs import Log, counts_of
+from tests.helpers.written_runs import Log, counts_of
 
 
 @pytest.fixture

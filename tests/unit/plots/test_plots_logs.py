@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from symbiotic_titan.plots.logs import default_labels, read_run, succeed
-from tests.unit.plots.written_runs import Log, counts_of
+from tests.helpers.written_runs import Log, counts_of
 
 
 def test_a_resumed_writer_replaces_what_came_after_its_first_step():

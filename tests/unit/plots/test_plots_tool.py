@@ -1,7 +1,6 @@
 """tools/plot.py as a user calls it: pictures, page, messages."""
 
 import base64
-import importlib.util
 import json
 import re
 import sys
@@ -10,14 +9,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from symbiotic_titan import cli
+from symbiotic_titan.commands import plot
 from symbiotic_titan.plots import curves
 from symbiotic_titan.plots.expert_figures import expert_counts, layer_imbalance
 from symbiotic_titan.plots.expert_use import from_run
 from symbiotic_titan.plots.logs import read_run
 from symbiotic_titan.plots.page import final_values
 from symbiotic_titan.plots.style import COLORS, MissingData
-from tests.unit.plots.written_runs import GROUPS, Log, write_full_run
-from tools import plot
+from tests.helpers.written_runs import GROUPS, Log, write_full_run
 
 ROOT = Path(__file__).parents[3]
 ON_PAGE, OTHERS = ("5b", "6b", "7", "10"), ("5a", "6c", "8", "9")
@@ -171,11 +171,8 @@ def test_without_data_nothing_is_written(tmp_path, capsys):
 
 def test_without_matplotlib_the_command_that_installs_it_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    packages = ("matplotlib.", "symbiotic_titan.plots")
+    packages = ("matplotlib.", "symbiotic_titan.plots", "symbiotic_titan.commands.plot")
     for name in [name for name in sys.modules if name.startswith(packages)]:
         monkeypatch.delitem(sys.modules, name)
-    spec = importlib.util.spec_from_file_location("plot_alone", ROOT / "tools" / "plot.py")
-    with pytest.raises(SystemExit) as end:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert end.value.code == 2
+    assert cli.main(["plot", "outputs/none"]) == 2
     assert "plotting needs matplotlib: " in capsys.readouterr().err

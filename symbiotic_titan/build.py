@@ -1,0 +1,127 @@
+"""From a config to the parts of a run: loader, tokenizer, loss, parallel model."""
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.data.loader import PackedLoader, build_loader
+from symbiotic_titan.data.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
+from symbiotic_titan.losses.terms import loss_terms, text_errors
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.optim.build import (
+    freeze_parameters,
+)
+from symbiotic_titan.parallel.parallelize import parallelize_symbiotic
+
+
+def _share_over_ranks(part: dict[int, Any]) -> list[dict[int, Any]]:
+    parts: list[dict[int, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+def build_dataloader(
+    *,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    job_config: JobConfig,
+    table: str = "[[data.sources]]",
+) -> PackedLoader:
+    """Packed rows of the configured mixture, with the geometry of the configured flavor. ``table``: where the user wrote it."""
+    workers = job_config.training.dataloader
+    return build_loader(
+        job_config.data,
+        **_rows_of(job_config, tokenizer, dp_rank, dp_world_size),
+        num_workers=workers.num_workers,
+        pin_memory=workers.pin_memory,
+        prefetch_factor=workers.prefetch_factor,
+        table=table,
+    )
+
+
+def _rows_of(
+    job_config: JobConfig, tokenizer: BaseTokenizer, dp_rank: int, dp_world_size: int
+) -> dict[str, Any]:
+    """Keywords of ``build_loader`` that say what a row is and which rows are this rank's."""
+    args = FLAVORS[job_config.model.flavor]
+    args.update_from_config(job_config)
+    return {
+        "latents": job_config.latents,
+        "geometry": args.geometry,
+        "rotary_layout": args.rotary_layout,
+        "tokenizer": tokenizer,
+        "seq_len": job_config.training.seq_len,
+        "local_batch_size": job_config.training.local_batch_size,
+        "global_batch_size": global_batch_size(job_config, dp_world_size),
+        "dp_rank": dp_rank,
+        "dp_world_size": dp_world_size,
+        "share": _share_over_ranks if dp_world_size > 1 else None,
+    }
+
+
+def build_tokenizer(job_config: JobConfig) -> ByteTokenizer | FileTokenizer:
+    """The tokenizer of [tokenizer].
+
+    Raises:
+        ValueError: its file cannot be used, or the flavor has fewer embeddings than it has ids.
+    """
+    tokenizer = open_tokenizer(job_config.tokenizer)
+    flavor = job_config.model.flavor
+    num_rows = FLAVORS[flavor].vocab_size
+    added = tokenizer.added
+    if tokenizer.vocab_size > num_rows:
+        raise ValueError(
+            f"[tokenizer]: {tokenizer.vocab_size} ids, among them {len(added)} special tokens that the file lacks, are more "
+            f"than the {num_rows} embeddings of model.flavor = {flavor!r}; choose a larger flavor, or a file with at most "
+            f"{num_rows - len(added)} ids"
+        )
+    logger.info(
+        f"tokenizer: {tokenizer.fingerprint}, {tokenizer.vocab_size} ids of {num_rows} embeddings"
+        + (f"; new behind the file's: {' '.join(added)}" if added else "")
+    )
+    return tokenizer
+
+
+def parallelize(
+    model: SymbioticModel, parallel_dims: ParallelDims, job_config: JobConfig
+) -> nn.Module:
+    """Freeze what the parameter groups say, then make the model parallel; FSDP looks at the flag when it shards."""
+    freeze_parameters(model, job_config.optimizer.param_groups)
+    return parallelize_symbiotic(model, parallel_dims, job_config)
+
+
+def build_loss(job_config: JobConfig, **kwargs: Any) -> Any:
+    """The sums and counts that the trainer weighs and divides."""
+    settings = job_config.compile
+    if not (settings.enable and "loss" in settings.components):
+        return loss_terms
+    # Compiled, the logits' float32 copy and the softmax are never written to memory.
+    compiled = torch.compile(text_errors, backend=settings.backend, fullgraph=True, dynamic=False)
+    return functools.partial(loss_terms, cross_entropy=compiled)
+
+
+def global_batch_size(config: JobConfig, num_data_ranks: int) -> int:
+    """Rows of one optimizer step over all ranks; -1 in the config means one micro-batch per rank."""
+    total = config.training.global_batch_size
+    return total if total > 0 else config.training.local_batch_size * num_data_ranks
+
+
+def model_args(config: JobConfig) -> ModelArgs:
+    """The shape of the config's model.
+
+    Raises:
+        ValueError: an unknown flavor, or sections that break its rules.
+    """
+    args = FLAVORS[config.model.flavor]
+    args.update_from_config(config)
+    return args

@@ -1,0 +1,1 @@
+"""The subcommands of ``symbiotic``, a module each."""

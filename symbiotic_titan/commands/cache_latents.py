@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""Encode the images to be generated once, so that training reads latents: sources of the tasks t2i and t2i_long.
+
+Examples:
+    tools/cache_latents.py train_configs/mini.toml --out latents --latents.codec flux --latents.path ae.safetensors
+    torchrun --nproc-per-node 8 tools/cache_latents.py CONFIG --out latents       each process encodes shards of its own
+
+Then train with the same config and --latents.cache latents. What is encoded follows from [latents], data.vae_pixels,
+data.max_aspect and the flavor; training refuses a cache that was made with others. Call it again after an interruption: shards
+that are finished are kept, on any number of processes.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from symbiotic_titan import device
+from symbiotic_titan.build import model_args
+from symbiotic_titan.codecs.build import build_codec
+from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.data.latent_cache import CACHED_TASKS, encoding_of, folder_of
+from symbiotic_titan.data.latent_writer import CacheWriter
+from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.pipeline import indexed
+
+
+class Progress:
+    """Counts samples, on standard error where somebody watches."""
+
+    def __init__(self) -> None:
+        self.name, self.total, self.done, self.bad = "", 0, 0, 0
+
+    def start(self, name: str, total: int) -> None:
+        self.name, self.total, self.done, self.bad = name, total, 0, 0
+
+    def advance(self, count: int, bad: int) -> None:
+        self.done += count
+        self.bad += bad
+        if sys.stderr.isatty():
+            end = "\n" if self.done == self.total else ""
+            print(f"\r{self.name}: {self.done}/{self.total}", end=end, file=sys.stderr, flush=True)
+
+
+def sources_of(config: JobConfig) -> list[tuple[str, int, DataSource]]:
+    """(table, number in it, source) of all sources whose images are cached.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tables = {"[[data.sources]]": config.data.sources}
+    if config.validation.enable:
+        tables["[[validation.sources]]"] = config.validation.sources
+    found = [
+        (table, number, source)
+        for table, sources in tables.items()
+        for number, source in enumerate(sources, start=1)
+        if source.task in CACHED_TASKS and source.weight > 0
+    ]
+    if not found:
+        raise ValueError(
+            f"[[data.sources]]: none has the task {' or '.join(CACHED_TASKS)}, whose images are cached"
+        )
+    return found
+
+
+def run(config: JobConfig, out: Path, rank: int, num_ranks: int, where: torch.device) -> None:
+    """Write this process's shards of every source.
+
+    Raises:
+        ValueError: a user's mistake.
+    """
+    latents = replace(config.latents, cache="")
+    geometry = model_args(config).geometry
+    encoding = encoding_of(config.data, latents, geometry)
+    codec = build_codec(latents, where)
+    progress = Progress()
+    for table, number, source in sources_of(config):
+        folder = folder_of(out, table, source)
+        shards = indexed(config.data, source, f"{table} #{number} ({source.name})")
+        own = [shard.num_samples for shard in shards[rank::num_ranks]]
+        progress.start(source.name, sum(own))
+        writer = CacheWriter(
+            config=config.data,
+            source=source,
+            images=GeneratedImages(config.data, latents, geometry, [source]),
+            codec=codec,
+            dtype=getattr(torch, latents.dtype),
+            advance=progress.advance,
+        )
+        writer.write(folder, encoding, shards, rank, num_ranks)
+        bad = f", {progress.bad} of them bad" if progress.bad else ""
+        print(f"{folder}: {len(own)} of {len(shards)} shards, {progress.done} samples{bad}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="TOML file of the run")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    options, overrides = parser.parse_known_args(arguments)
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    where = torch.device(device.device_type(), local_rank)
+    if where.type != "cpu":
+        torch.accelerator.set_device_index(where.index)
+    try:
+        config = load_job_config(["--job.config_file", options.config, *overrides])
+        import_extension(config)
+        run(config, options.out, rank, int(os.environ.get("WORLD_SIZE", "1")), where)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

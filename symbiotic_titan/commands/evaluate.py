@@ -1,0 +1,219 @@
+"""Measure checkpoints: suites of scores, each beside its chance level and its upper bound.
+
+Examples:
+    tools/evaluate.py outputs/mini --suite demo_world
+    tools/evaluate.py outputs/mini --suite demo_world --probe none --probe shared_only --compare
+    tools/evaluate.py outputs/mini/symbiotic outputs/mini/mot --compare --suite demo_world
+    tools/evaluate.py --suites
+
+A checkpoint is its folder, .../step-N, or that of a run, whose newest complete one is taken. Its config is the one that the run kept;
+--config names another, once for all checkpoints or once for each. Options of a suite follow as --suite_name.option value, those of the
+config as --section.key value.
+
+The table is printed, and everything is written below --out, a folder per checkpoint: <suite>.json, and <suite>/ with pictures and
+answers. A suite that was finished with the same settings is not run again, and images that were drawn are not drawn again. With
+--compare one table shows all, and OUT/comparison.json holds it.
+
+torchrun spreads a model that is too large for one device over several processes, as its config says.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import symbiotic_titan.demo.suite  # noqa: F401 (registers itself)
+import symbiotic_titan.evaluation.suites.builtin  # noqa: F401 (registers ours)
+from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.json_file import write_json
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.saved import saved_config
+from symbiotic_titan.data.formats.shard import BadSample
+from symbiotic_titan.evaluation.ablation import NONE
+from symbiotic_titan.evaluation.options import (
+    explained_options,
+    read_options,
+    split_suites,
+    take_sections,
+)
+from symbiotic_titan.evaluation.report import comparison_table
+from symbiotic_titan.evaluation.results import (
+    Chosen,
+    Result,
+    evaluate,
+    is_first_process,
+)
+from symbiotic_titan.evaluation.suite import (
+    SUITES,
+    Scores,
+)
+from symbiotic_titan.evaluation.target import Subject
+
+
+class Progress:
+    """A line on standard error where somebody watches: how many are done, and about how long the others take."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.start = time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        if sys.stderr.isatty():
+            end = "\n" if self.done == self.total else ""
+            line = f"\r{self.what}: {self.done}/{self.total}, {self.remaining():.0f} s left "
+            print(line, end=end, file=sys.stderr, flush=True)
+
+    def remaining(self) -> float:
+        """Seconds."""
+        passed = time.monotonic() - self.start
+        return passed / max(self.done, 1) * (self.total - self.done)
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The tool's own options, and those of suites and of the config."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT_OR_RUN")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        help="TOML file, once or for each; default: the config that each run kept",
+    )
+    parser.add_argument("--suite", action="append", default=[], metavar="NAME")
+    parser.add_argument("--suites", action="store_true", help="list suites and their options")
+    parser.add_argument(
+        "--probe",
+        action="append",
+        default=[],
+        help="none (default), shared_only, or without:GROUP, whose routed experts then give nothing; several are allowed",
+    )
+    parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), metavar="FOLDER")
+    parser.add_argument("--compare", action="store_true", help="one table, side by side")
+    sections, others = take_sections(sys.argv[1:] if arguments is None else arguments)
+    return parser.parse_intermixed_args(others), sections
+
+
+def read_configs(
+    given: Sequence[str], overrides: list[str], checkpoints: Sequence[Path]
+) -> list[JobConfig]:
+    """A config per checkpoint: those ``given``, or what their runs kept.
+
+    Raises:
+        ValueError: there are neither none nor one nor one for each, a run kept none, or one is wrong.
+    """
+    if not checkpoints:
+        raise ValueError("no checkpoint; name its folder, or that of a run")
+    paths = given or [str(saved_config(path)) for path in checkpoints]
+    count = len(checkpoints)
+    if len(paths) not in (1, count):
+        raise ValueError(
+            f"--config: must be given once, or once for each of the {count} checkpoints, got {len(paths)}"
+        )
+    configs = [load_job_config(["--job.config_file", path, *overrides]) for path in paths]
+    for config in configs:
+        import_extension(config)
+    return configs if len(configs) == count else [copy.deepcopy(configs[0]) for _ in range(count)]
+
+
+def choose_suites(names: Sequence[str], given: dict[str, dict[str, str]]) -> list[Chosen]:
+    """Suites with their options, each of which can run here.
+
+    Raises:
+        ValueError: none, an unknown one, one that is not installed, or a wrong option.
+    """
+    if not names:
+        raise ValueError(f"no suite; give --suite NAME, one of {', '.join(SUITES)}")
+    chosen = []
+    for name in dict.fromkeys(names):
+        SUITES[name].check_installed()
+        chosen.append(Chosen(SUITES[name], read_options(SUITES[name], given[name])))
+    return chosen
+
+
+def print_suites() -> None:
+    for name in SUITES:
+        suite = SUITES[name]
+        try:
+            suite.check_installed()
+            print(f"{name}: {suite.description}")
+        except ValueError:
+            print(f"{name}: {suite.description} (not installed: {suite.install})")
+        for option in explained_options(suite):
+            print(f"    --{name}.{option.name} {option.default}")
+            print(f"        {option.sentence}")
+
+
+def labelled(subjects: Sequence[Subject]) -> dict[str, Subject]:
+    """Subjects by label; where two have the same, by the names of their folders, which differ."""
+    labels = [subject.label for subject in subjects]
+    return {
+        label if labels.count(label) == 1 else subject.folder_name: subject
+        for label, subject in zip(labels, subjects, strict=True)
+    }
+
+
+def write_comparison(path: Path, columns: dict[str, Scores], chosen: Sequence[Chosen]) -> None:
+    settings: dict[str, Any] = {item.suite.name: item.settings() for item in chosen}
+    write_json(path, "comparison", {"settings": settings, "columns": columns})
+
+
+def report(label: str, results: Sequence[Result]) -> Scores:
+    """The scores of all suites; says where they lie."""
+    for result in results:
+        old = " (finished before)" if result.is_old else ""
+        print(f"{label}: {result.path}{old}", file=sys.stderr)
+    return {name: score for result in results for name, score in result.scores.items()}
+
+
+def run(options: argparse.Namespace, sections: list[str]) -> None:
+    """Raises ValueError for a user's mistake: all that can be seen beforehand, before the first suite runs."""
+    given, overrides = split_suites(sections, options.suite)
+    configs = read_configs(options.config, overrides, options.checkpoints)
+    chosen = choose_suites(options.suite, given)
+    probes = list(dict.fromkeys(options.probe)) or [NONE]
+    subjects = labelled(
+        [
+            subject
+            for config, path in zip(configs, options.checkpoints, strict=True)
+            for subject in Subject.find(config, path, probes)
+        ]
+    )
+    columns: dict[str, Scores] = {}
+    for label, subject in subjects.items():
+        results = evaluate(subject, chosen, options.out, Progress)
+        if not is_first_process():
+            continue
+        columns[label] = report(label, results)
+        if not options.compare:
+            print(f"\n{comparison_table({label: columns[label]})}\n")
+    if options.compare and is_first_process():
+        print(f"\n{comparison_table(columns)}\n")
+        write_comparison(options.out / "comparison.json", columns, chosen)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, sections = parse(arguments)
+    try:
+        if options.suites:
+            print_suites()
+        else:
+            run(options, sections)
+    except (OSError, ValueError, BadSample) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0

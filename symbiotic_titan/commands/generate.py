@@ -1,0 +1,176 @@
+"""Images and texts from a checkpoint.
+
+Examples:
+    tools/generate.py image --run outputs/debug --prompt "a red circle" --out outputs/images
+    tools/generate.py text  --checkpoint outputs/debug/checkpoint/step-400 \\
+                            --prompt "Which digit is this?" --image seven.png --out outputs/texts
+
+--run takes the newest complete checkpoint of a run. The config is the one that the run kept, unless --config names another; with
+--config alone the run is that of its job.dump_folder. Options of the config may follow, as --section.key value. What is drawn for a
+prompt depends on --seed and on its number.
+
+torchrun spreads a model that is too large for one device over several processes, as the config says.
+
+image writes one PNG per prompt, 0000.png and so on, with prompt, seed and settings in its text chunks. text prints what the model
+answers (--plain: how it goes on) and writes texts.jsonl.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from PIL import Image, UnidentifiedImageError
+
+from symbiotic_titan.config.saved import saved_config
+from symbiotic_titan.flow.solver import SAMPLERS
+from symbiotic_titan.inference.generator import Generator
+
+
+class Progress:
+    """Counts on standard error where somebody watches."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        if sys.stderr.isatty():
+            end = "\n" if self.done == self.total else ""
+            print(f"\r{self.what}: {self.done}/{self.total}", end=end, file=sys.stderr, flush=True)
+
+
+def prompts_of(options: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, then those of the file, one per line; empty lines are left out.
+
+    Raises:
+        ValueError: there is none.
+    """
+    prompts = list(options.prompt)
+    if options.prompts_file is not None:
+        lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt; give --prompt TEXT or --prompts-file FILE")
+    return prompts
+
+
+def open_image(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"--image {path}: is no image") from error
+
+
+def is_first_process() -> bool:
+    """Processes that share a model all draw the same."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def draw_images(generator: Generator, prompts: list[str], options: argparse.Namespace) -> None:
+    pictures = generator.images(
+        prompts,
+        steps=options.steps,
+        guidance=options.guidance,
+        sampler=options.sampler,
+        shift=options.shift,
+        seed=options.seed,
+        size=tuple(options.size) if options.size else None,
+        aspect=options.aspect,
+        batch_size=options.batch_size,
+        advance=Progress("steps", len(prompts) * options.steps),
+    )
+    if not is_first_process():
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures):
+        path = options.out / f"{number:04d}.png"
+        picture.save(path)
+        print(f"{path}: {picture.settings['prompt']}")
+
+
+def write_texts(generator: Generator, prompts: list[str], options: argparse.Namespace) -> None:
+    shown = [open_image(path) for path in options.image]
+    completions = generator.text(
+        prompts,
+        [shown] * len(prompts),
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        stop=options.stop,
+        seed=options.seed,
+        conversation=not options.plain,
+        batch_size=options.batch_size,
+        advance=Progress("prompts", len(prompts)),
+    )
+    if not is_first_process():
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "texts.jsonl").open("w", encoding="utf-8") as file:
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            row = {"index": number, "prompt": prompt, "text": completion.text}
+            row |= {"ending": completion.ending, "tokens": len(completion.ids)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            print(f"{prompt}\n  {completion.text}")
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The tool's own options, and the others, which are the config's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="image|text")
+    image = kinds.add_parser("image", help="draw images of captions")
+    text = kinds.add_parser("text", help="answer, or go on with, texts")
+    for part in (image, text):
+        part.add_argument("--config", help="TOML file; default: the config that the run kept")
+        where = part.add_mutually_exclusive_group()
+        where.add_argument("--checkpoint", type=Path, help="its folder, .../step-N")
+        where.add_argument("--run", type=Path, help="folder of a run; its newest checkpoint")
+        part.add_argument(
+            "--prompt", action="append", default=[], help="may be given several times"
+        )
+        part.add_argument("--prompts-file", type=Path, help="a prompt per line")
+        part.add_argument("--out", required=True, type=Path, help="folder to write into")
+        part.add_argument("--seed", type=int, default=0)
+        part.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default 8)")
+        part.add_argument("--uncached", action="store_true", help="no key-value cache: slow")
+    image.add_argument("--steps", type=int, default=50, help="of the sampler (default 50)")
+    image.add_argument("--guidance", type=float, default=3.0, help="1: none (default 3)")
+    image.add_argument("--sampler", choices=sorted(SAMPLERS), default="euler")
+    image.add_argument("--shift", type=float, help="of the timesteps (default: [flow]'s)")
+    size = image.add_mutually_exclusive_group()
+    size.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of a bucket")
+    size.add_argument("--aspect", help="width:height; the nearest bucket (default 1:1)")
+    text.add_argument("--image", type=Path, action="append", default=[], help="shown with each")
+    text.add_argument("--max-tokens", type=int, default=256)
+    text.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    text.add_argument("--top-p", type=float, default=1.0)
+    text.add_argument("--stop", action="append", default=[], help="a string that ends a text")
+    text.add_argument("--plain", action="store_true", help="no turns: go on with the prompt")
+    return parser.parse_known_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, overrides = parse(arguments)
+    try:
+        prompts = prompts_of(options)
+        trained = options.checkpoint or options.run
+        if trained is None and options.config is None:
+            raise ValueError("no model; give --run, --checkpoint or --config")
+        generator = Generator.load(
+            options.config or saved_config(trained),
+            trained,
+            overrides,
+            cached=not options.uncached,
+        )
+        act = draw_images if options.kind == "image" else write_texts
+        act(generator, prompts, options)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0

@@ -1,0 +1,145 @@
+"""Draws a run's training curves and expert use, or those of several runs together, into PNGs and one HTML page.
+
+Example: tools/plot.py outputs/symbiotic outputs/standard_moe --out outputs/plots
+
+A run is its dump folder. The figures carry the numbers that they have in arXiv 2604.07753:
+
+  5a  capacity rate                             7   imbalance ratio and standard deviation by layer
+  5b  text-to-image flow loss                   8   selections of every expert in one layer
+  6b  language loss, held out                   9   capacity rate by modality
+  6c  image-understanding loss, held out        10  tokens by modality
+
+6b and 6c show the training loss where a run has no held-out loss. 7 and 8 are drawn from the counts that runs log every
+metrics.routing_freq steps, or from a profile. A figure without data is skipped, with the reason.
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from symbiotic_titan.plots import curves, expert_figures
+from symbiotic_titan.plots.expert_use import ExpertUse, from_profile, from_run
+from symbiotic_titan.plots.logs import Run, default_labels, read_run
+from symbiotic_titan.plots.page import page
+from symbiotic_titan.plots.style import Drawing, MissingData
+
+CURVES: dict[str, Callable[[list[Run]], Drawing]] = {
+    "5a": curves.capacity_rate,
+    "5b": curves.flow_loss,
+    "6b": curves.language,
+    "6c": curves.image_understanding,
+    "9": curves.capacity_by_modality,
+    "10": curves.token_counts,
+}
+FIGURES = ("5a", "5b", "6b", "6c", "7", "8", "9", "10")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="dump folder of a run")
+    parser.add_argument("--out", type=Path, default=Path("outputs/plots"), help="folder to write")
+    parser.add_argument("--labels", nargs="+", help="names of the runs; default: of their folders")
+    parser.add_argument("--figures", nargs="+", help="which ones; default: all that can be drawn")
+    parser.add_argument("--profile", type=Path, help="JSON file whose counts figures 7 and 8 show")
+    parser.add_argument("--layer", type=int, help="of figure 8; default: the middle MoE layer")
+    parser.add_argument("--step", type=int, help="whose logged counts figures 7 and 8 show")
+    parser.add_argument(
+        "--window", type=int, default=4, help="without --step: how many of the last are summed"
+    )
+    return parser.parse_args(arguments)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError unless the options fit each other."""
+    for name in options.figures or ():
+        if name not in FIGURES:
+            raise ValueError(
+                f"--figures: unknown figure {name!r}; choose from {', '.join(FIGURES)}"
+            )
+    if not options.runs and not options.profile:
+        raise ValueError("name the dump folder of at least one run, or a file with --profile")
+    if options.labels and len(options.labels) != len(options.runs):
+        raise ValueError(
+            f"--labels: {len(options.labels)} names for {len(options.runs)} runs; give one for each"
+        )
+    if options.labels and len(set(options.labels)) < len(options.labels):
+        raise ValueError(f"--labels: names must differ, got {' '.join(options.labels)}")
+    if options.window < 1:
+        raise ValueError(f"--window: must be at least 1, got {options.window}")
+
+
+def chosen_figures(options: argparse.Namespace) -> list[str]:
+    """In the paper's order; a profile alone has no curves."""
+    chosen = options.figures or (FIGURES if options.runs else ("7", "8"))
+    return [name for name in FIGURES if name in chosen]
+
+
+def read_runs(options: argparse.Namespace) -> list[Run]:
+    labels = options.labels or default_labels(options.runs)
+    named = zip(options.runs, labels, strict=True)
+    return [read_run(folder, label, index) for index, (folder, label) in enumerate(named)]
+
+
+def expert_uses(options: argparse.Namespace, runs: list[Run]) -> list[ExpertUse]:
+    """The profile, or what the runs have logged."""
+    if options.profile:
+        return [from_profile(options.profile)]
+    found = [from_run(run, step=options.step, window=options.window) for run in runs]
+    return [use for use in found if use is not None]
+
+
+def draw(name: str, runs: list[Run], uses: list[ExpertUse], layer: int | None) -> Drawing:
+    if name == "7":
+        return expert_figures.layer_imbalance(uses)
+    if name == "8":
+        return expert_figures.expert_counts(uses, layer)
+    return CURVES[name](runs)
+
+
+def write(options: argparse.Namespace) -> None:
+    """Draw the figures and the page.
+
+    Raises:
+        ValueError: options or logs that cannot be used, or not one figure has data.
+    """
+    check(options)
+    runs = read_runs(options)
+    uses = expert_uses(options, runs)
+    pictures, skipped = [], []
+    for name in chosen_figures(options):
+        try:
+            drawing = draw(name, runs, uses, options.layer)
+        except MissingData as reason:
+            skipped.append(f"figure {name} is skipped: {reason}")
+            print(skipped[-1])
+            continue
+        png = io.BytesIO()
+        drawing.figure.savefig(png, format="png")
+        save(options.out / f"figure_{name}.png", png.getvalue())
+        for note in drawing.notes:
+            print(f"figure {name}: {note}")
+        pictures.append((drawing.title, png.getvalue(), drawing.notes))
+    if not pictures:
+        raise ValueError("there is nothing to draw")
+    heading = ", ".join([run.label for run in runs] or [use.label for use in uses])
+    save(options.out / "index.html", page(heading, runs, pictures, skipped).encode())
+
+
+def save(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    print(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        write(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

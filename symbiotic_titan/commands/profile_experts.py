@@ -1,0 +1,180 @@
+"""How often each expert of a checkpoint is chosen by text and by ViT tokens: what tools/convert.py plans a partition from.
+
+Example: tools/profile_experts.py --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-400 --out profile.json
+
+The checkpoint runs without gradients over the config's sources of text (task lm) and of questions about images (task mmu), mixed
+and packed as in training. Sources of images to be generated are left out: their tokens are not what is profiled. Per layer it
+prints the imbalance ratio (fullest expert / mean), the relative standard deviation, and how many of the most and of the least
+used experts text and ViT share. torchrun spreads it over processes, each with its own rows.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.json_file import check_file
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.hf.model import (
+    SOURCE,
+    open_model,
+)
+from symbiotic_titan.inference.held_out import (
+    packed_batches,
+    understanding_data,
+)
+from symbiotic_titan.inference.loaded_model import LoadedModel
+from symbiotic_titan.parallel.ranks import join_ranks
+from symbiotic_titan.partition.evaluate import (
+    describe_data,
+    lacks_encoder,
+    profile_model,
+    unpartitioned,
+)
+from symbiotic_titan.partition.profile import (
+    Profile,
+    layer_statistics,
+    too_few_tokens,
+)
+from symbiotic_titan.training.checks import check_job
+from symbiotic_titan.weights.compatibility import router_groups
+from symbiotic_titan.weights.reader import StoredModel
+
+T = TypeVar("T")
+
+# A model's vocabulary, as releases name its file.
+_TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json")
+
+
+def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The same items, counted on standard error where somebody watches."""
+    for done, item in enumerate(items, start=1):
+        yield item
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\r{what}: {done}/{total} batches", end=end, file=sys.stderr, flush=True)
+
+
+def tokenizer_file(checkpoint: Path) -> Path | None:
+    """The vocabulary of the released model that a checkpoint is or came from, where it has one."""
+    found = (
+        path
+        for folder in (checkpoint, checkpoint / SOURCE)
+        for pattern in _TOKENIZERS
+        for path in sorted(folder.glob(pattern))
+    )
+    return next(found, None)
+
+
+def warnings_for(config: JobConfig, stored: StoredModel, data: Data) -> list[str]:
+    """What is known before tokens are read to spoil the profile."""
+    warnings = []
+    file = tokenizer_file(stored.folder)
+    if config.tokenizer.kind == "bytes" and file is not None:
+        warnings.append(
+            f"{stored.folder} has a tokenizer, {file}, but tokenizer.kind = 'bytes' reads text as tokens that the model does not "
+            "know; set tokenizer.kind and tokenizer.path to that of the model"
+        )
+    if lacks_encoder(stored) and any(row.weight > 0 and row.task != "lm" for row in data.sources):
+        warnings.append(
+            f"{stored.folder} has no vit.* tensors: images pass an untrained encoder, so ViT tokens are not counted and experts "
+            "rank by text alone; sources of task lm suffice"
+        )
+    return warnings
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
+    """The profile, written to its file; None on all processes but the first.
+
+    Raises:
+        ValueError: a user's mistake.
+    """
+    if options.batches < 1:
+        raise ValueError(f"--batches: must be at least 1, got {options.batches}")
+    check_file(options.out, "--out")
+    config = load_job_config(["--job.config_file", options.config, *overrides])
+    import_extension(config)
+    stored = open_model(options.checkpoint)
+    if router_groups(stored.tensors) == {"all"}:
+        config = unpartitioned(config)  # that of the model it is to become serves as well
+    check_job(config)
+    ranks = join_ranks(config)
+    data = understanding_data(config, options.split)
+    for warning in warnings_for(config, stored, data) if ranks.rank == 0 else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    loaded = LoadedModel(config, options.checkpoint, ranks)
+    batches = packed_batches(config, data, options.batches, ranks, options.split)
+    rows = options.batches * config.training.local_batch_size * ranks.size
+    profile = profile_model(
+        loaded,
+        config,
+        with_progress(batches, options.batches, "profile"),
+        describe_data(config, data, options.split, rows),
+        ranks,
+    )
+    if ranks.rank != 0:
+        return None
+    profile.save(options.out)
+    return profile
+
+
+def print_profile(profile: Profile) -> None:
+    read = ", ".join(f"{count:,} {name}" for name, count in profile.tokens.items() if count)
+    print(f"{read} tokens, top-{profile.model.top_k} of {profile.counts.shape[-1]} experts\n")
+    rows = layer_statistics(profile)
+    names = list(rows[0])
+    print("  ".join(name.rjust(max(len(name), 9)) for name in names))
+    for row in rows:
+        print("  ".join(cell(row[name]).rjust(max(len(name), 9)) for name in names))
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="TOML file of the checkpoint's config, or of the partitioned model that is to be made of it",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="its folder, .../step-N, or that of a released model",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="file to write")
+    parser.add_argument("--batches", type=int, default=50, help="batches each process reads")
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation"),
+        default="train",
+        help="[[data.sources]] or [[validation.sources]]",
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        profile = run(options, overrides)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if profile is not None:
+        print_profile(profile)
+        if warning := too_few_tokens(profile):
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"\nwritten to {options.out}")
+    return 0

@@ -1,0 +1,78 @@
+"""[sampling]: pictures of fixed prompts, drawn while training.
+
+[latents]: what an image to be generated is made of, and where that is computed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Latents:
+    codec: Literal["pixel", "flux", "autoencoder_kl"] = "pixel"
+    """``pixel``: patches of pixels, scaled to [-1, 1]; for small runs, needs no autoencoder. ``flux``: torchtitan's Flux autoencoder.
+    ``autoencoder_kl``: one of diffusers, which must be installed. Their latents are the means, nothing is drawn."""
+
+    patch: int = 4
+    """Latent cells along one side of one sequence token (pixels, for the ``pixel`` codec)."""
+
+    path: str = ""
+    """Weights of the autoencoder: a safetensors file for ``flux``, a folder that diffusers wrote for ``autoencoder_kl``."""
+
+    scale: float | None = None
+    """Latents are scale * (mean - shift). Left out: what the autoencoder was released with."""
+
+    shift: float | None = None
+    """See ``scale``."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the autoencoder computes and in which a cache keeps its latents; the flow's own is float32 always."""
+
+    cache: str = ""
+    """Folder that tools/cache_latents.py wrote for this config. Images to be generated are then read from it, and nothing is
+    encoded while training."""
+
+    def __post_init__(self) -> None:
+        if self.patch < 1:
+            raise ValueError(f"latents.patch: must be at least 1, got {self.patch}")
+        if self.scale == 0:
+            raise ValueError("latents.scale: must not be zero, which would make all latents equal")
+
+
+@dataclass
+class Sampling:
+    enable: bool = False
+    """Whether to draw ``prompts`` and show the pictures in TensorBoard: before the first step, every ``freq`` steps and at the
+    last step"""
+
+    freq: int = 500
+    """Steps from one grid of pictures to the next"""
+
+    prompts: list[str] = field(default_factory=list)
+    """Captions; each gets a picture, with the same noise every time"""
+
+    aspect: str = "1:1"
+    """Width:height of the pictures; the nearest bucket of data.vae_pixels and data.max_aspect is taken"""
+
+    steps: int = 20
+    """Steps of the sampler"""
+
+    sampler: str = "euler"
+    """``euler``, or ``heun``, which takes two forwards a step"""
+
+    guidance: float = 3.0
+    """1 follows the caption as trained, more exaggerates what it changes and takes twice the rows"""
+
+    shift: float | None = None
+    """As flow.shift, which it is where left out"""
+
+    seed: int = 0
+    """Seed of the noise"""
+
+    batch_size: int = 8
+    """Pictures that one process draws at once. Several processes share the prompts"""
+
+    def __post_init__(self) -> None:
+        for name in ("freq", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling.{name}: must be at least 1, got {getattr(self, name)}")

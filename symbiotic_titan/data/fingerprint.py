@@ -1,0 +1,112 @@
+"""What a saved data state is tied to, and what to tell a user who resumes with something else.
+
+Tied are the order of the samples and the documents they become. Not tied are how rows are put together (packing, look-ahead,
+workers, ranks), what happens at a source's end, and which samples are bad: a run that stopped there goes on with the remedy.
+"""
+
+from hashlib import sha256
+from pathlib import PurePosixPath
+from typing import Any
+
+from symbiotic_titan.data.streams import LaneRecipe
+
+# Settings of [data] that decide what documents a sample becomes.
+DOCUMENT_KEYS = (
+    "vit_pixels",
+    "vit_min_pixels",
+    "vae_pixels",
+    "max_aspect",
+    "max_row_share",
+    "condition_dropout",
+)
+
+
+def identity_of(recipe: LaneRecipe) -> dict[str, Any]:
+    """JSON-able. Files count by name, size and number of samples, so that data may move to another folder."""
+    files = {
+        source.name: _hash_files(
+            [(PurePosixPath(s.path).name, s.num_bytes, s.num_samples) for s in shards]
+        )
+        for source, shards in zip(recipe.sources, recipe.shards, strict=True)
+    }
+    config = recipe.config
+    return {
+        "data.seed": config.seed,
+        "data.num_lanes": recipe.num_lanes,
+        "data.mixture_by": config.mixture_by,
+        "training.seq_len": recipe.size.num_tokens,
+        "tokenizer": recipe.tokenizer,
+        "sources": [source.name for source in recipe.sources],
+        "weights": [float(source.weight) for source in recipe.sources],
+        "files": files,
+        "tasks": {source.name: source.task for source in recipe.sources},
+        "keys": {source.name: dict(source.keys) for source in recipe.sources},
+        "too_long": {source.name: source.too_long_of(config) for source in recipe.sources},
+        **{f"data.{key}": getattr(config, key) for key in DOCUMENT_KEYS},
+    }
+
+
+def _hash_files(files: list[tuple[str, int, int]]) -> str:
+    return sha256(repr(files).encode()).hexdigest()[:16]
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise ValueError when the state was saved with other data or settings than the current ones.
+
+    A key that the state lacks is younger than the state, and taken as it is now.
+    """
+    saved = {"data.mixture_by": "samples"} | saved
+    document_keys = [f"data.{key}" for key in DOCUMENT_KEYS]
+    for key in (
+        "data.seed",
+        "data.num_lanes",
+        "data.mixture_by",
+        "training.seq_len",
+        *document_keys,
+    ):
+        if saved.get(key, current[key]) != current[key]:
+            _refuse(f"{key} was {saved[key]}, now it is {current[key]}", f"set {key} back")
+    tokenizer = saved.get("tokenizer", "bytes")  # states without the key are older than other kinds
+    if tokenizer != current["tokenizer"]:
+        _refuse(
+            f"the tokenizer (file, special tokens and turns) was {tokenizer}, now it is {current['tokenizer']}",
+            "set [tokenizer] and its file back",
+        )
+    for key in ("sources", "weights"):
+        if saved[key] != current[key]:
+            _refuse(
+                f"the {key} of [[data.sources]] were {saved[key]}, now they are {current[key]}",
+                "set them back",
+            )
+    for name, files in saved["files"].items():
+        if files != current["files"][name]:
+            _refuse(
+                f"source {name!r} has other shards than when the checkpoint was saved (names, sizes or numbers of samples)",
+                "put the same shards back",
+            )
+    _check_sources(saved, current)
+
+
+def _check_sources(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """What each source says besides its files, name and weight."""
+    for what, key in (("tasks", "task"), ("keys", "keys")):
+        for name, value in saved.get(what, {}).items():
+            if value != current[what][name]:
+                _refuse(
+                    f"the {key} of source {name!r} was {value}, now it is {current[what][name]}",
+                    "set it back",
+                )
+    for name, value in saved.get("too_long", {}).items():
+        # The other way round is the remedy for a sample that was too long; nothing that waits was cut.
+        if value == "truncate" != current["too_long"][name]:
+            _refuse(
+                f"too_long of source {name!r} was 'truncate', now it is {current['too_long'][name]!r}",
+                "set it back",
+            )
+
+
+def _refuse(what: str, remedy: str) -> None:
+    raise ValueError(
+        f"data state of the checkpoint: {what}; samples would be lost, repeated or changed. {remedy.capitalize()}, or start "
+        'the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
+    )

@@ -1,0 +1,301 @@
+"""Lanes: independent, endless streams of packed rows. Global row r belongs to lane r % num_lanes.
+
+A lane is a pure function of (config, seed, lane number). Its steps, one sample at a time until enough documents wait:
+
+    1. the mixture names the source                                       counts of this lane -> source
+    2. the lane's k-th sample of a source is number k * num_lanes + lane  -> index in the source's endless sequence
+    3. the order turns the index into shard and sample, the reader fetches it                       -> bytes
+    4. the sample becomes documents, which join the waiting ones; a bad sample is skipped or stops the run
+    5. the packing chooses documents among those waiting                                            -> one row
+
+A lane ends where step 2 leads beyond the first epoch of a source that stops the run (``data.at_end``). The documents that wait
+still become rows; from then on its rows are empty.
+
+The state after a row is a few counters and the names of the documents that wait; these are read again on resume.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.data.formats.shard import (
+    REASONS,
+    BadSample,
+    Shard,
+)
+from symbiotic_titan.data.mixture import Mixture
+from symbiotic_titan.data.order import SourceOrder
+from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize
+from symbiotic_titan.data.readers import Reader
+from symbiotic_titan.data.samples import Document, DocumentMaker
+from symbiotic_titan.sequence.batch import PackedBatch
+
+
+@dataclass(frozen=True)
+class LaneRecipe:
+    """All that decides a lane's rows, besides its number. Plain data: it travels to worker processes."""
+
+    config: Data
+    sources: list[DataSource]
+    shards: list[list[Shard]]
+    num_lanes: int
+    tokenizer: str
+    size: RowSize
+    maker: DocumentMaker
+    builder: RowBuilder
+
+
+class LaneState(TypedDict):
+    """A lane between two rows, JSON-able.
+
+    rows:      rows made so far.
+    scheduled: samples that the mixture has had of each source.
+    read:      samples read of each source; those beyond ``scheduled`` were skipped.
+    skipped:   how many of each source, by reason. (States of older versions lack this and the next four.)
+    in_a_row:  how many of each source since its last good one.
+    truncated: samples of each source whose text did not fit.
+    tokens:    of the samples that the mixture has had of each source.
+    ended:     the source whose end the lane has met, else -1. Once nothing waits, all further rows are empty.
+    waiting:   (source, index in its endless sequence, part) of each document that waits for its row.
+    """
+
+    rows: int
+    scheduled: list[int]
+    read: list[int]
+    skipped: list[dict[str, int]]
+    in_a_row: list[int]
+    truncated: list[int]
+    tokens: list[int]
+    ended: int
+    waiting: list[tuple[int, int, int]]
+
+
+class OpenSource:
+    """A source in the process that reads it: its order and its open files."""
+
+    def __init__(self, recipe: LaneRecipe, number: int) -> None:
+        self.config = recipe.sources[number]
+        self._maker = recipe.maker
+        sizes = [shard.num_samples for shard in recipe.shards[number]]
+        self._order = SourceOrder(recipe.config.seed, self.config.name, sizes)
+        self._reader = Reader(recipe.shards[number])
+        self._stops = self.config.at_end_of(recipe.config) == "stop"
+
+    def has(self, index: int) -> bool:
+        """Whether the run goes on at number ``index`` of the endless sequence."""
+        return not self._stops or index < self._order.num_samples
+
+    def documents(self, index: int) -> list[Document]:
+        """Documents of number ``index`` of the source's endless sequence; raises BadSample."""
+        return self._maker.make(self.config, self._reader.read(*self._order.locate(index)), index)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A document that waits for its row, and where it can be read again."""
+
+    source: int
+    index: int
+    part: int
+    document: Document
+
+
+class Lane:
+    """One lane, at the moment that ``state`` tells."""
+
+    def __init__(
+        self,
+        recipe: LaneRecipe,
+        sources: list[OpenSource],
+        mixture: Mixture,
+        number: int,
+        state: LaneState,
+    ) -> None:
+        self._recipe = recipe
+        self._sources = sources
+        self._mixture = mixture
+        self._number = number
+        self._num_rows = state["rows"]
+        self._scheduled = list(state["scheduled"])
+        self._read = list(state["read"])
+        self._skipped = [dict(reasons) for reasons in state["skipped"]]
+        self._in_a_row = list(state["in_a_row"])
+        self._truncated = list(state["truncated"])
+        self._tokens = list(state["tokens"])
+        self._ended = state["ended"]
+        self._waiting = _read_again(sources, state["waiting"])
+
+    def next_row(self) -> PackedBatch:
+        """The next row; raises ValueError for a bad sample, as data.bad_samples says."""
+        self._fill(self._recipe.config.lookahead)
+        documents = [waiting.document for waiting in self._waiting]
+        choose = PACKINGS[self._recipe.config.packing]
+        chosen = choose(documents, self._recipe.size) if documents else []
+        taken = set(chosen)
+        self._waiting = [w for i, w in enumerate(self._waiting) if i not in taken]
+        self._num_rows += 1
+        self._fill(1)  # so that the state tells whether this was the last row
+        return self._recipe.builder.build([documents[i] for i in chosen])
+
+    def state(self) -> LaneState:
+        """``Lane(..., state)`` goes on with exactly the rows that would have come next."""
+        return {
+            "rows": self._num_rows,
+            "scheduled": list(self._scheduled),
+            "read": list(self._read),
+            "skipped": [dict(reasons) for reasons in self._skipped],
+            "in_a_row": list(self._in_a_row),
+            "truncated": list(self._truncated),
+            "tokens": list(self._tokens),
+            "ended": self._ended,
+            "waiting": [(w.source, w.index, w.part) for w in self._waiting],
+        }
+
+    def _fill(self, number: int) -> None:
+        """Draw until ``number`` documents wait or the lane has ended."""
+        while len(self._waiting) < number and self._ended < 0:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Read one sample. After a bad one the mixture stays where it is, so the next comes from the same source."""
+        by_tokens = self._recipe.config.mixture_by == "tokens"
+        source = self._mixture.next(self._number, self._tokens if by_tokens else self._scheduled)
+        index = self._read[source] * self._recipe.num_lanes + self._number
+        if not self._sources[source].has(index):
+            self._ended = source
+            return
+        self._read[source] += 1
+        try:
+            documents = self._sources[source].documents(index)
+        except BadSample as error:
+            self._refuse_or_count(source, error)
+            return
+        self._scheduled[source] += 1
+        self._tokens[source] += sum(document.num_tokens for document in documents)
+        self._in_a_row[source] = 0
+        self._truncated[source] += any(document.truncated for document in documents)
+        self._waiting += [
+            Waiting(source, index, part, document) for part, document in enumerate(documents)
+        ]
+
+    def _refuse_or_count(self, source: int, error: BadSample) -> None:
+        config, data = self._sources[source].config, self._recipe.config
+        passed_over = error.reason == "too_long" and config.too_long_of(data) == "skip"
+        if config.bad_samples_of(data) == "raise" and not passed_over:
+            remedy = 'repair it, or set data.bad_samples = "skip"'
+            if error.reason == "too_long":
+                remedy = 'raise that limit, or set data.too_long = "skip" or "truncate"'
+            raise ValueError(f"{error} (source {config.name!r}); {remedy}") from error
+        count = self._skipped[source].get(error.reason, 0) + 1
+        self._skipped[source][error.reason] = count
+        if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a damaged shard must not fill the log
+            logging.getLogger(__name__).warning(
+                f"source {config.name!r}, lane {self._number}: skipped {count} samples so far as "
+                f"{error.reason!r}; the last one is {error}"
+            )
+        self._in_a_row[source] += 1
+        if self._in_a_row[source] > data.max_bad_in_a_row:
+            raise ValueError(
+                f"source {config.name!r}: skipped {self._in_a_row[source]} samples one behind another, more than "
+                f"data.max_bad_in_a_row = {data.max_bad_in_a_row}; the last one is {error}; repair the shards, correct the "
+                "source, or raise the limit"
+            )
+        if not passed_over:
+            check_skipped(self._recipe, [self.state()], f"; the last one is {error}")
+
+
+def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -> list[Waiting]:
+    """The documents of a saved state. The parts of one long text wait together: it is read once."""
+    samples: dict[tuple[int, int], list[Document]] = {}
+    for source, index, _ in places:
+        if (source, index) not in samples:
+            try:
+                samples[source, index] = sources[source].documents(index)
+            except BadSample as error:
+                raise ValueError(f"{error}; it was good when the checkpoint was saved") from error
+    if any(part >= len(samples[source, index]) for source, index, part in places):
+        raise ValueError(
+            "a text gives fewer rows than when the checkpoint was saved; its source or its keys were changed: set them back, "
+            'or start the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
+        )
+    return [Waiting(s, i, part, samples[s, i][part]) for s, i, part in places]
+
+
+def new_state(recipe: LaneRecipe) -> LaneState:
+    """State of a lane that has not begun."""
+    zeros = [0] * len(recipe.sources)
+    return {
+        "rows": 0,
+        "scheduled": zeros,
+        "read": zeros,
+        "skipped": [{} for _ in zeros],
+        "in_a_row": zeros,
+        "truncated": zeros,
+        "tokens": zeros,
+        "ended": -1,
+        "waiting": [],
+    }
+
+
+def resumed(recipe: LaneRecipe, saved: dict[str, Any]) -> LaneState:
+    """``saved``, with what was not counted when it was saved; a lane that met the end of a source which now repeats goes on."""
+    state: LaneState = new_state(recipe) | saved  # type: ignore[assignment, operator]
+    if state["ended"] >= 0 and recipe.sources[state["ended"]].at_end_of(recipe.config) == "repeat":
+        state["ended"] = -1
+    return state
+
+
+def ended_sources(recipe: LaneRecipe, states: list[LaneState]) -> list[str]:
+    """Names of the sources whose end the lanes of ``states`` have met; empty while any of them has a row left."""
+    if any(state["ended"] < 0 or state["waiting"] for state in states):
+        return []
+    return [recipe.sources[number].name for number in sorted({s["ended"] for s in states})]
+
+
+def open_mixture(recipe: LaneRecipe) -> Mixture:
+    """The schedule of the recipe's lanes."""
+    weights = [source.weight for source in recipe.sources]
+    return Mixture(weights, recipe.num_lanes, recipe.config.mixture_by)
+
+
+def num_skipped(recipe: LaneRecipe, states: list[LaneState]) -> list[int]:
+    """Bad samples skipped so far, per source: those read beyond those the mixture asked for, without those that
+    ``too_long = "skip"`` passes over."""
+    return [
+        sum(
+            state["read"][number]
+            - state["scheduled"][number]
+            - (state["skipped"][number].get("too_long", 0) if passes_over else 0)
+            for state in states
+        )
+        for number, passes_over in enumerate(
+            source.too_long_of(recipe.config) == "skip" for source in recipe.sources
+        )
+    ]
+
+
+def count_reasons(states: list[LaneState]) -> dict[str, int]:
+    """Samples skipped by reason, and samples truncated, over all sources; every reason is there."""
+    counts = dict.fromkeys((*REASONS, "truncated"), 0)
+    for state in states:
+        for reasons in state["skipped"]:
+            for reason, count in reasons.items():
+                counts[reason] += count
+        counts["truncated"] += sum(state["truncated"])
+    return counts
+
+
+def check_skipped(recipe: LaneRecipe, states: list[LaneState], last: str = "") -> None:
+    """Raise ValueError when more than data.max_bad_samples were skipped in the lanes of ``states``."""
+    counts, limit = num_skipped(recipe, states), recipe.config.max_bad_samples
+    if sum(counts) > limit:
+        named = ", ".join(
+            f"{source.name}: {count}"
+            for source, count in zip(recipe.sources, counts, strict=True)
+            if count
+        )
+        raise ValueError(
+            f"skipped {sum(counts)} bad samples ({named}), more than data.max_bad_samples = {limit}"
+            f"{last}; repair the shards or raise the limit"
+        )

@@ -1,0 +1,272 @@
+"""The suite ``demo_world``: what a model draws, answers, knows and predicts of the demo world's held-out files.
+
+    pictures/*            do they show what their captions say: see ``evaluation.demo_world``
+    answers/*             are answers to questions about images right: see ``evaluation.answers``
+    knowledge/*           multiple choice on facts of the training text: see ``evaluation.knowledge``
+    knowledge_heldout/*   the same on texts that were not trained on: how much of it is language, not knowledge
+    heldout/*             losses and shares of right tokens, by task: see ``validation``
+
+In its folder: pictures/*.png; pictures.png, some of them beside the real ones; answers.jsonl.
+"""
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+
+from symbiotic_titan.codecs.batch import BatchEncoder, carries_pixels
+from symbiotic_titan.data.images import nearest_bucket
+from symbiotic_titan.demo.captions import read_caption
+from symbiotic_titan.demo.held_out import (
+    PictureSample,
+    Split,
+    Task,
+    demo_source,
+    read_pictures,
+    read_questions,
+    read_texts,
+)
+from symbiotic_titan.demo.questions import answer_score
+from symbiotic_titan.demo.references import (
+    ChoiceItem,
+    choice_score,
+    knowledge_items,
+    read_items,
+)
+from symbiotic_titan.demo.scores import demo_world_score
+from symbiotic_titan.evaluation.results import is_first_process
+from symbiotic_titan.evaluation.suite import SUITES, Progress, Scores, Suite, measure
+from symbiotic_titan.evaluation.suites.drawing import (
+    DrawingSettings,
+    Wanted,
+    draw,
+)
+from symbiotic_titan.inference.generator import (
+    Advance,
+    Generator,
+)
+from symbiotic_titan.inference.held_out import (
+    held_out_data,
+    held_out_losses,
+    packed_batches,
+)
+from symbiotic_titan.inference.images import picture_grid
+from symbiotic_titan.parallel.ranks import DataRanks
+from symbiotic_titan.sequence.batch import PackedBatch
+
+T = TypeVar("T")
+
+TASKS: tuple[Task, ...] = ("lm", "mmu", "t2i", "t2i_long")
+# Pairs of pictures in the overview.
+NUM_SHOWN = 20
+# More than any answer of the demo world has bytes.
+MAX_ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class DemoWorldOptions(DrawingSettings):
+    """Options of the suite; 0 leaves a part out."""
+
+    data: str = "demo_data"
+    """Folder of the demo world"""
+
+    pictures: int = 60
+    """Held-out captions to draw, short and long, digits and scenes by turns"""
+
+    questions: int = 200
+    """Held-out questions about images to answer"""
+
+    knowledge: int = 150
+    """Multiple-choice items of the training text, and as many of the held-out text"""
+
+    knowledge_file: str | None = None
+    """JSONL file of items to use instead: question, choices, answer (the number of the right choice, from 0)"""
+
+    loss_rows: int = 64
+    """Rows of held-out samples, all tasks mixed, to measure losses on; whole batches are read"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pictures", "questions", "knowledge", "loss_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must be zero or positive, got {getattr(self, name)}")
+        if not (Path(self.data) / "heldout").is_dir():
+            raise ValueError(
+                f"data: no demo world in {self.data!r}; make it with tools/make_demo_data.py, or name its folder"
+            )
+        if self.knowledge_file is not None:
+            if not Path(self.knowledge_file).is_file():
+                raise ValueError(f"knowledge_file: no such file: {self.knowledge_file}")
+            read_items(Path(self.knowledge_file))
+
+
+def run_demo_world(
+    generator: Generator, options: DemoWorldOptions, folder: Path, progress: Progress
+) -> Scores:
+    """All parts that ``options`` ask for."""
+    parts = (
+        (options.pictures, score_pictures),
+        (options.questions, score_answers),
+        (options.knowledge, score_knowledge),
+        (options.loss_rows, held_out),
+    )
+    scores: Scores = {}
+    for number, part in parts:
+        if number:
+            scores |= part(generator, options, folder, progress)
+    return scores
+
+
+def score_pictures(
+    generator: Generator, options: DemoWorldOptions, folder: Path, progress: Progress
+) -> Scores:
+    """Each caption is drawn in the bucket of its real image."""
+    sources = [demo_source(Path(options.data), "heldout", task) for task in ("t2i", "t2i_long")]
+    tasks = [read_pictures(source) for source in sources]
+    samples = list(by_turns(by_turns(_strata(task)) for task in tasks))[: options.pictures]
+    wanted = [
+        Wanted(
+            sample.caption,
+            folder / "pictures" / f"{number:05d}.png",
+            nearest_bucket(sample.image.height, sample.image.width, generator.buckets),
+        )
+        for number, sample in enumerate(samples)
+    ]
+    images = draw(generator, wanted, options, progress)
+    if is_first_process():
+        shown = slice(min(NUM_SHOWN, len(images)))
+        pairs = [_beside(i, s.image) for i, s in zip(images[shown], samples[shown], strict=True)]
+        captions = [sample.caption for sample in samples[shown]]
+        picture_grid(_of_one_size(pairs), captions).save(folder / "pictures.png", optimize=True)
+    scores = demo_world_score(images, samples)
+    return {f"pictures/{name}": score for name, score in scores.items()}
+
+
+def _strata(samples: list[PictureSample]) -> list[list[PictureSample]]:
+    """Digits and scenes, each with its values, or numbers of things, by turns."""
+    digits: dict[int, list[PictureSample]] = defaultdict(list)
+    scenes: dict[int, list[PictureSample]] = defaultdict(list)
+    for sample in samples:
+        claims = read_caption(sample.caption)
+        if claims.digit is not None:
+            digits[claims.digit].append(sample)
+        else:
+            scenes[len(claims.things)].append(sample)
+    return [list(by_turns(kind[key] for key in sorted(kind))) for kind in (digits, scenes)]
+
+
+def by_turns(lists: Iterable[Iterable[T]]) -> Iterator[T]:
+    """The first of each, the second of each, and so on; those that have ended are passed over."""
+    ended = object()
+    turns = chain.from_iterable(zip_longest(*lists, fillvalue=ended))
+    return (item for item in turns if item is not ended)  # type: ignore[misc]
+
+
+def _beside(made: Image.Image, real: Image.Image) -> Image.Image:
+    """``made`` on the left, ``real`` on the right at its size."""
+    pair = Image.new("RGB", (2 * made.width, made.height))
+    pair.paste(made, (0, 0))
+    pair.paste(real.resize(made.size, Image.Resampling.BICUBIC), (made.width, 0))
+    return pair
+
+
+def _of_one_size(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """``images`` on white canvases as wide and high as any of them."""
+    size = max(i.width for i in images), max(i.height for i in images)
+    canvases = [Image.new("RGB", size, "white") for _ in images]
+    for canvas, image in zip(canvases, images, strict=True):
+        canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvases
+
+
+def score_answers(
+    generator: Generator, options: DemoWorldOptions, folder: Path, progress: Progress
+) -> Scores:
+    samples = read_questions(demo_source(Path(options.data), "heldout", "mmu"), options.questions)
+    completions = generator.text(
+        [sample.question for sample in samples],
+        [[sample.image] for sample in samples],
+        max_tokens=MAX_ANSWER_TOKENS,
+        batch_size=options.batch_size,
+        advance=progress("answers", len(samples)),
+    )
+    answers = [completion.text for completion in completions]
+    if is_first_process():
+        rows = [
+            {"question": sample.question, "answer": sample.answer, "given": given}
+            for sample, given in zip(samples, answers, strict=True)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "answers.jsonl").write_text(lines, encoding="utf-8")
+    return answer_score(answers, samples)
+
+
+def score_knowledge(
+    generator: Generator, options: DemoWorldOptions, folder: Path, progress: Progress
+) -> Scores:
+    def likelihoods(pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+        results = generator.log_likelihoods(
+            pairs, batch_size=options.batch_size, advance=progress("choices", len(pairs))
+        )
+        return [(result.sum, result.is_greedy) for result in results]
+
+    if options.knowledge_file is not None:
+        return choice_score(
+            read_items(Path(options.knowledge_file))[: options.knowledge], likelihoods
+        )
+    trained = choice_score(_items(options, "train"), likelihoods)
+    unseen = choice_score(_items(options, "heldout"), likelihoods)
+    heldout = {k.replace("knowledge/", "knowledge_heldout/"): v for k, v in unseen.items()}
+    return trained | heldout
+
+
+def _items(options: DemoWorldOptions, split: Split) -> list[ChoiceItem]:
+    texts = read_texts(demo_source(Path(options.data), split, "lm"))
+    return knowledge_items(texts, options.knowledge)
+
+
+def held_out(
+    generator: Generator, options: DemoWorldOptions, folder: Path, progress: Progress
+) -> Scores:
+    """Every process reads the same rows, and every model of this tokenizer and seq_len. ``number`` counts rows."""
+    config = copy.deepcopy(generator.config)
+    config.latents.cache = ""
+    config.validation.sources = [demo_source(Path(options.data), "heldout", t) for t in TASKS]
+    config.training.local_batch_size = config.training.global_batch_size = options.batch_size
+    num_batches = -(-options.loss_rows // options.batch_size)
+    alone = DataRanks(generator.device, 0, 1, None)
+    batches = packed_batches(config, held_out_data(config), num_batches, alone)
+    codec = generator.codec if carries_pixels(config.latents) else None
+    encode = BatchEncoder(codec, generator.geometry)
+    losses = held_out_losses(
+        generator.model,
+        _counted(map(encode, batches), progress("held-out batches", num_batches)),
+        config.flow,
+        autocast=generator.autocast,
+    )
+    number = num_batches * options.batch_size
+    return {f"heldout/{name}": measure(value, number=number) for name, value in losses.items()}
+
+
+def _counted(batches: Iterable[PackedBatch], advance: Advance) -> Iterator[PackedBatch]:
+    for batch in batches:
+        yield batch
+        advance(1)
+
+
+DEMO_WORLD = Suite(
+    name="demo_world",
+    description="pictures, answers, knowledge and losses on the demo world's held-out files",
+    options=DemoWorldOptions,
+    run=run_demo_world,
+    modules=("sklearn", "scipy"),
+    install="pip install scikit-learn",
+)
+
+SUITES.register(DEMO_WORLD.name, DEMO_WORLD)

@@ -1,0 +1,126 @@
+"""The suite ``clip_score``: torchmetrics' CLIPScore, by a CLIP model from a local folder.
+
+    clip_score/score   100 x cosine between a picture and its caption, mean (arXiv 2104.08718); chance: with the next caption
+
+In its folder: images/*.png, one for each caption.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from symbiotic_titan.evaluation.files import check_folder
+from symbiotic_titan.evaluation.suite import Progress, Scores, Suite, measure
+from symbiotic_titan.evaluation.suites.drawing import (
+    CaptionOptions,
+    draw_captions,
+    stacked,
+)
+from symbiotic_titan.inference.generator import (
+    Advance,
+    Generator,
+)
+
+
+@dataclass(frozen=True)
+class ClipScoreOptions(CaptionOptions):
+    """Options of the suite ``clip_score``."""
+
+    model: str = ""
+    """Folder of a CLIP model in the transformers layout: config.json, model.safetensors, tokenizer and preprocessor"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_folder("model", self.model, "the folder of a CLIP model")
+        if not (Path(self.model) / "config.json").is_file():
+            raise ValueError(f"model: {self.model} has no config.json, so it holds no CLIP model")
+
+
+def run_clip_score(
+    generator: Generator, options: ClipScoreOptions, folder: Path, progress: Progress
+) -> Scores:
+    """Raises ValueError for a CLIP model that cannot be read."""
+    clip = load_clip(options.model)
+    captions, images = draw_captions(generator, options, folder, progress)
+    score, chance = (
+        clip_score(
+            clip, images, texts, options.batch_size, generator.device, progress(what, len(images))
+        )
+        for what, texts in (("captions", captions), ("next captions", captions[1:] + captions[:1]))
+    )
+    return {"clip_score/score": measure(score, chance=chance, number=len(images))}
+
+
+class _Clip:
+    """A CLIP whose features are tensors, as torchmetrics wants them; transformers 5 gives objects."""
+
+    def __init__(self, clip: Any) -> None:
+        self._clip = clip
+        self.config = clip.config
+
+    def to(self, device: torch.device) -> "_Clip":
+        self._clip.to(device)
+        return self
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self._clip.get_image_features(pixel_values=pixel_values).pooler_output
+
+    def get_text_features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self._clip.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+
+
+# A CLIP, and what prepares texts and images for it.
+Clip = tuple[_Clip, Callable[..., Any]]
+
+
+def load_clip(folder: str) -> Clip:
+    """The CLIP model of a local folder; nothing is downloaded.
+
+    Raises:
+        ValueError: files are missing, or are not those of a CLIP model.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+        processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: holds no CLIP model that can be read ({error})") from error
+    # A caption that is too long keeps its end mark, from which CLIP takes its features.
+    return _Clip(model), partial(processor, truncation=True)
+
+
+@torch.no_grad()
+def clip_score(
+    clip: Clip,
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    batch_size: int,
+    device: torch.device,
+    advance: Advance,
+) -> float:
+    """Mean over the images, each with the caption at its place."""
+    from torchmetrics.multimodal.clip_score import CLIPScore
+
+    metric = CLIPScore(model_name_or_path=lambda: clip).to(device)
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        pixels = [stacked([image])[0].to(device) for image in batch]
+        metric.update(pixels, [*captions[start : start + batch_size]])
+        advance(len(batch))
+    return float(metric.compute())  # device sync
+
+
+CLIP_SCORE = Suite(
+    name="clip_score",
+    description="how well pictures fit their captions, by a local CLIP model",
+    options=ClipScoreOptions,
+    run=run_clip_score,
+    modules=("torchmetrics", "transformers"),
+    install="pip install torchmetrics transformers",
+)

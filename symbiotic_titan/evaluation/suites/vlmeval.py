@@ -1,0 +1,47 @@
+"""A model of VLMEvalKit: its messages, answered by a Generator.
+
+VLMEvalKit is installed from its repository. Importing it turns off the verification of TLS certificates for the whole process, so
+nothing else imports this module; docs/evaluation.md has a script that runs the kit with it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from PIL import Image
+from vlmeval.vlm.base import BaseModel
+
+from symbiotic_titan.evaluation.files import decoded
+from symbiotic_titan.inference.generator import Generator
+
+
+class Item(TypedDict):
+    """A part of a message: ``type`` is text, or image, whose ``value`` is the path of its file."""
+
+    type: str
+    value: str
+
+
+class SymbioticVLM(BaseModel):
+    """Shows the images of a message first, then says its texts, a line each; answers greedily."""
+
+    INTERLEAVE = False
+    allowed_types = ["text", "image"]
+
+    def __init__(
+        self, config: str, checkpoint: str | None = None, *, max_tokens: int = 512
+    ) -> None:
+        """``config`` and ``checkpoint`` as in ``Generator.load``."""
+        super().__init__()
+        self.generator = Generator.load(config, checkpoint)
+        self.max_tokens = max_tokens
+
+    def generate_inner(self, message: Sequence[Item], dataset: str | None = None) -> str:
+        texts = [item["value"] for item in message if item["type"] == "text"]
+        images = [_opened(item["value"]) for item in message if item["type"] == "image"]
+        [completion] = self.generator.text(["\n".join(texts)], [images], max_tokens=self.max_tokens)
+        return completion.text
+
+
+def _opened(path: str) -> Image.Image:
+    return decoded(Path(path).read_bytes(), path)

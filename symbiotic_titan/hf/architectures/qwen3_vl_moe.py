@@ -1,0 +1,276 @@
+"""Qwen3-VL with experts (arXiv 2511.21631): interleaved rotary of three axes, query and key norms before it, no shared expert, an
+image encoder with a table of positions, whose middle layers reach the decoder too (``deepstack``).
+
+Its decoder is causal over the tokens of an image as well.
+
+Letters: E experts, F hidden width, D width.
+"""
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any, Literal
+
+from symbiotic_titan.hf.architectures.base import (
+    Backbone,
+    Config,
+    Link,
+    Shape,
+)
+from symbiotic_titan.hf.architectures.weight_map import (
+    LATENTS,
+    ROTARY,
+    attention,
+    chain,
+    check_settings,
+    decoder,
+    described_by,
+    join,
+    patch_embedding,
+    rotary_settings,
+    same,
+    settings,
+    split,
+    swiglu,
+    transpose,
+    with_biases,
+    with_experts,
+)
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.vit_args import VitArgs
+
+# What transformers takes where config.json is silent.
+DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 4,
+    "num_experts": 60,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+VISION_DEFAULTS = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "hidden_act": "gelu_pytorch_tanh",
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 3584,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+_EXPRESSED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "norm_topk_prob": True,
+}
+ROTARY_DEFAULTS = {
+    "rope_type": "default",
+    "rope_theta": 500_000.0,
+    "mrope_section": [24, 20, 20],
+}
+VISION_ROTARY_DEFAULTS = {"rope_type": "axial", "rope_theta": 10_000.0}
+_ROTARY_EXPRESSED = {
+    "rope_type": "default",
+    "mrope_interleaved": True,
+    "partial_rotary_factor": 1.0,
+}
+_ACTIVATIONS: dict[str, Literal["gelu_tanh", "gelu"]] = {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+}
+# Settings with another default, or with none.
+_OTHERS = {**ROTARY, "head_dim": int, "num_local_experts": int, "tie_word_embeddings": bool}
+_BESIDE = {"text_config": Any, "vision_config": Any, "tie_word_embeddings": bool}
+
+
+def _text_settings(config: Config) -> dict[str, Any]:
+    """Transformers 5 writes ``num_local_experts`` where the released files say ``num_experts``."""
+    values = settings(config, "text_config", DEFAULTS, _EXPRESSED, _OTHERS)
+    values["num_experts"] = values.get("num_local_experts", values["num_experts"])
+    check_settings(config["text_config"], "text_config", {"num_experts": values["num_experts"]})
+    return values
+
+
+def num_dense_layers(values: Config) -> int:
+    """How many leading layers have no experts.
+
+    Raises:
+        ValueError: other layers than the leading ones have none.
+    """
+    step, named = values["decoder_sparse_step"], values["mlp_only_layers"]
+    layers = range(values["num_hidden_layers"])
+    dense = [i for i in layers if i in named or (i + 1) % step != 0]
+    if dense != list(range(len(dense))):
+        raise ValueError(
+            f"config.json: text_config.decoder_sparse_step = {step} and text_config.mlp_only_layers = {named} leave the layers "
+            f"{dense} without experts; this network expresses that of leading layers only"
+        )
+    return len(dense)
+
+
+def vit_args(config: Config, width: int) -> VitArgs:
+    """The image encoder of ``vision_config``, in front of a decoder of this ``width``."""
+    values = settings(config, "vision_config", VISION_DEFAULTS, others=ROTARY)
+    check_settings(values, "vision_config", {"out_hidden_size": width})
+    axial = {"rope_type": "axial"}
+    rotary = rotary_settings(values, "vision_config", VISION_ROTARY_DEFAULTS, axial)
+    activation, places = values["hidden_act"], values["num_position_embeddings"]
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"config.json: vision_config.hidden_act = {activation!r} is not expressed by this network, only "
+            f"{' and '.join(map(repr, _ACTIVATIONS))} are"
+        )
+    if isqrt(places) ** 2 != places:
+        raise ValueError(
+            f"config.json: vision_config.num_position_embeddings = {places} is no square; the table of positions has as many "
+            "rows as columns"
+        )
+    with described_by("vision_config"):
+        return VitArgs(
+            dim=values["hidden_size"],
+            num_layers=values["depth"],
+            num_heads=values["num_heads"],
+            hidden_dim=values["intermediate_size"],
+            patch=values["patch_size"],
+            merge=values["spatial_merge_size"],
+            channels=values["in_channels"],
+            rope_theta=float(rotary["rope_theta"]),
+            activation=_ACTIVATIONS[activation],
+            temporal_patch=values["temporal_patch_size"],
+            position_grid=isqrt(places),
+            deepstack=tuple(values["deepstack_visual_indexes"]),
+            image_resize="qwen",
+        )
+
+
+def model_args(config: Config) -> ModelArgs:
+    """See ``Backbone``."""
+    beside, values = settings(config, "", {}, others=_BESIDE), _text_settings(config)
+    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_EXPRESSED)
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    vit = vit_args(config, width)
+    with described_by("text_config"):
+        return ModelArgs(
+            vocab_size=values["vocab_size"],
+            dim=width,
+            num_layers=values["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=values["num_key_value_heads"],
+            head_dim=values.get("head_dim", width // heads),
+            num_dense_layers=num_dense_layers(values),
+            dense_hidden_dim=values["intermediate_size"],
+            num_experts=values["num_experts"],
+            top_k=values["num_experts_per_tok"],
+            expert_hidden_dim=values["moe_intermediate_size"],
+            shared_hidden_dim=0,
+            qkv_bias=values["attention_bias"],
+            o_bias=values["attention_bias"],
+            qk_norm="before",
+            norm_eps=values["rms_norm_eps"],
+            vit_attention="causal",
+            rope_theta=float(rotary["rope_theta"]),
+            mrope="interleaved",
+            mrope_sections=tuple(rotary["mrope_section"]),
+            tie_embeddings=beside.get("tie_word_embeddings", False),
+            vit=vit,
+            **LATENTS,
+        )
+
+
+def _experts(theirs: str, ours: str, args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
+    """The released files have (E, D, 2F) and (E, F, D), also where ``shapes`` are silent; what transformers 5 saves (E, 2F, D) and
+    (E, D, F). The two tensors together are never in doubt: 2F and F cannot both be D.
+
+    Raises:
+        ValueError: they have neither layout.
+    """
+    gate_up, down = f"{theirs}.gate_up_proj", f"{theirs}.down_proj"
+    d, f = args.dim, args.expert_hidden_dim
+    released = ((d, 2 * f), (f, d))
+    found = tuple(
+        shapes.get(name, (0, *shape))[1:]
+        for name, shape in zip((gate_up, down), released, strict=True)
+    )
+    if found == released:
+        return [
+            Link(
+                (gate_up,),
+                (f"{ours}.w1", f"{ours}.w3"),
+                load=chain(transpose, split(1)),
+                save=chain(join(1), transpose),
+            ),
+            Link((down,), (f"{ours}.w2",), transpose, transpose),
+        ]
+    if found != ((2 * f, d), (d, f)):
+        raise ValueError(
+            f"{gate_up} and down_proj have the shapes {found[0]} and {found[1]} per expert; the config says {released[0]} and "
+            f"{released[1]}, or both transposed"
+        )
+    return [
+        Link((gate_up,), (f"{ours}.w1", f"{ours}.w3"), split(1), join(1)),
+        Link((down,), (f"{ours}.w2",)),
+    ]
+
+
+def _vision(vit: VitArgs) -> list[Link]:
+    theirs, ours = "model.visual.", "vit."
+    out = patch_embedding(f"{theirs}patch_embed.proj", f"{ours}patch_embedding", vit, frames=True)
+    out += same(theirs, ours, ("pos_embed.weight", "position_embedding.weight"))
+    for layer in range(vit.num_layers):
+        out += with_biases(
+            f"{theirs}blocks.{layer}.",
+            f"{ours}layers.{layer}.",
+            ("norm1", "attention_norm"),
+            ("attn.qkv", "wqkv"),
+            ("attn.proj", "wo"),
+            ("norm2", "ffn_norm"),
+            ("mlp.linear_fc1", "w1"),
+            ("mlp.linear_fc2", "w2"),
+        )
+    mergers = {"merger.": "merger."}
+    for i, layer in enumerate(vit.deepstack):
+        mergers[f"deepstack_merger_list.{i}."] = f"deepstack_mergers.{layer}."
+    names = (("norm", "norm"), ("linear_fc1", "w1"), ("linear_fc2", "w2"))
+    for their, our in mergers.items():
+        out += with_biases(theirs + their, ours + our, *names)
+    return out
+
+
+def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
+    """See ``Backbone``."""
+
+    def layer(number: int, theirs: str, ours: str) -> list[Link]:
+        out = same(
+            theirs,
+            ours,
+            ("input_layernorm.weight", "attention_norm.weight"),
+            ("self_attn.q_norm.weight", "attention.q_norm.weight"),
+            ("self_attn.k_norm.weight", "attention.k_norm.weight"),
+            ("post_attention_layernorm.weight", "ffn_norm.weight"),
+        )
+        out += attention(f"{theirs}self_attn", f"{ours}attention", args)
+        if number < args.num_dense_layers:
+            return out + swiglu(f"{theirs}mlp", f"{ours}feed_forward")
+        out += same(theirs, ours, ("mlp.gate.weight", "moe.router.all.weight"))
+        return out + _experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", args, shapes)
+
+    return decoder("model.language_model.", args, layer) + _vision(args.vit)
+
+
+def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
+    """See ``Backbone.config``."""
+    names = ("num_experts", "num_local_experts")
+    return with_experts(config, model_args(config), args, "text_config", *names)
+
+
+QWEN3_VL_MOE = Backbone("qwen3_vl_moe", model_args, links, config_of)

@@ -1,0 +1,408 @@
+"""Generator: images and texts from a trained model, in a few lines.
+
+    generator = Generator.load("outputs/debug")
+    generator.images(["a red circle"], seed=1)[0].save("circle.png")
+    generator.text(["Which digit is this?"], images=[[Image.open("seven.png")]])[0].text
+
+What is drawn for a prompt depends on the seed and on the prompt's number, not on what is drawn beside it or on the batch size.
+Prompts are laid out as training lays out its documents: see ``generation.prompts``.
+"""
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from symbiotic_titan.build import build_tokenizer
+from symbiotic_titan.checkpoint.resume import choose_step, step_of
+from symbiotic_titan.codecs.build import build_codec
+from symbiotic_titan.codecs.codec import Codec
+from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.saved import saved_config
+from symbiotic_titan.data.images import aspect_buckets
+from symbiotic_titan.data.latents import to_image
+from symbiotic_titan.data.samples import Document
+from symbiotic_titan.data.tokenizer import Tokenizer
+from symbiotic_titan.flow.solver import FlowSampling
+from symbiotic_titan.inference.chunks import ChunkMaker
+from symbiotic_titan.inference.images import (
+    Canvas,
+    Picture,
+    Size,
+    cells_of,
+    choose_size,
+    draw_latents,
+    noise_of_images,
+)
+from symbiotic_titan.inference.loaded_model import LoadedModel
+from symbiotic_titan.inference.prompts import (
+    PromptMaker,
+    Text,
+    ids_of,
+)
+from symbiotic_titan.inference.session import (
+    Autocast,
+    Session,
+)
+from symbiotic_titan.inference.text import (
+    AnyOf,
+    Continuation,
+    Draw,
+    Ending,
+    Endings,
+    LogLikelihood,
+    TextSampling,
+    continue_prompts,
+    log_likelihoods_of,
+)
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.parallel.ranks import (
+    DataRanks,
+    join_ranks,
+)
+
+logger = logging.getLogger(__name__)
+
+# Without these a model has never drawn.
+_DRAWING_PARTS = ("latent_embedding.", "flow_head.")
+
+Advance = Callable[[int], None]
+
+
+def _no_progress(count: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote behind a prompt: ``ids`` without what ended them, ``text`` up to a string of ``stop``."""
+
+    text: str
+    ids: list[int]
+    ending: Ending
+
+
+class Generator:
+    """Draws and writes with ``model``, whose config is ``config``. Without gradients; no random state is touched.
+
+    autocast: in what precision the model computes. any_of: with several processes, see ``text``. cached: whether keys and values
+    of what was read are kept. checkpoint: where the weights are from, for the notes in pictures.
+
+    Several processes that share a model (FSDP, expert parallelism) must call the same methods with equally many prompts and the
+    same ``batch_size`` and sampler: then they do equally many forwards.
+    """
+
+    def __init__(
+        self,
+        model: SymbioticModel,
+        config: JobConfig,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        *,
+        autocast: Autocast = contextlib.nullcontext,
+        any_of: AnyOf = bool,
+        cached: bool = True,
+        checkpoint: str = "",
+    ) -> None:
+        self.model, self.config, self.tokenizer, self.device = model, config, tokenizer, device
+        self.geometry = model.args.geometry
+        self.cached = cached
+        self._autocast, self._any_of, self._checkpoint = autocast, any_of, checkpoint
+        self._prompts = PromptMaker(tokenizer, self.geometry, config.data, config.training.seq_len)
+        self._chunks = ChunkMaker(
+            self.geometry, model.args.rotary_layout, tokenizer.special, device
+        )
+
+    @classmethod
+    def load(
+        cls,
+        config: JobConfig | Path | str,
+        checkpoint: Path | str | None = None,
+        overrides: Sequence[str] = (),
+        *,
+        cached: bool = True,
+    ) -> "Generator":
+        """The config's model with the weights of ``checkpoint``: its folder, or that of a run, whose newest complete one is taken.
+        None stands for the config's own run.
+
+        config: the folder of a run or of one of its checkpoints, which is then the checkpoint; or a TOML file; or a config.
+        ``overrides`` are as on the command line (``--section.key``, value, ...).
+
+        Raises:
+            ValueError: a bad config, or no complete checkpoint of its model.
+        """
+        if not isinstance(config, JobConfig):
+            path = Path(config)
+            if path.is_dir():
+                checkpoint = checkpoint or path
+                path = saved_config(path)
+            config = load_job_config(["--job.config_file", str(path), *overrides])
+            import_extension(config)
+        config = copy.deepcopy(config)
+        config.model.attention_backend = "sdpa"  # FlexAttention would compile for every new length
+        ranks = join_ranks(config)
+        folder = find_checkpoint(checkpoint or config.job.dump_folder, config.checkpoint.folder)
+        loaded = LoadedModel(config, folder, ranks)
+        if not any(name.startswith(_DRAWING_PARTS) for name in loaded.stored.tensors):
+            logger.warning(f"checkpoint {folder} has no parts that draw: its images will be noise")
+        return cls(
+            loaded.model,
+            config,
+            build_tokenizer(config),
+            ranks.device,
+            autocast=lambda: loaded.autocast,
+            any_of=_any_of(ranks),
+            cached=cached,
+            checkpoint=str(folder),
+        )
+
+    @property
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """In what precision the model computes, for who runs it without this."""
+        return self._autocast()
+
+    @cached_property
+    def codec(self) -> Codec:
+        """Decodes latents; raises ValueError where its weights are missing."""
+        return build_codec(self.config.latents, self.device)
+
+    @cached_property
+    def buckets(self) -> list[Size]:
+        """Heights and widths in pixels that images may have: those of training."""
+        data = self.config.data
+        return aspect_buckets(data.vae_pixels, self.geometry.vae_token_pixels, data.max_aspect)
+
+    def images(
+        self,
+        prompts: Sequence[Text],
+        *,
+        steps: int = 50,
+        guidance: float = 3.0,
+        sampler: str = "euler",
+        shift: float | None = None,
+        seed: int = 0,
+        size: Size | None = None,
+        aspect: str | None = None,
+        batch_size: int = 8,
+        first_index: int = 0,
+        advance: Advance = _no_progress,
+    ) -> list[Picture]:
+        """A picture of each caption.
+
+        shift: None is [flow]'s. size: (height, width) of a bucket; aspect: "width:height", whose nearest bucket is taken; without
+        either it is a square. first_index: number of the first prompt, to draw some of many again. advance: is told how many images
+        came a step further.
+
+        Raises:
+            ValueError: a number or a name out of range, a caption longer than a row, or a codec without its weights.
+        """
+        shift = self.config.flow.shift if shift is None else shift
+        sampling = FlowSampling(steps, sampler, shift, guidance)
+        height, width = choose_size(size, aspect, self.buckets)
+        side = self.geometry.vae_token_pixels
+        canvas = Canvas(height // side, width // side)
+        captions = [self._prompts.image(prompt) for prompt in prompts]
+        self._prompts.check_room(captions, [canvas.num_tokens] * len(captions), "of its image")
+        _ = self.codec  # raises before anything is drawn
+        self._warn_of_guidance(sampling)
+        pictures = []
+        for batch in _batches(len(prompts), batch_size):
+            indices = [first_index + i for i in batch]
+            chosen = [captions[i] for i in batch]
+            cells = self._draw(chosen, indices, seed, canvas, sampling, advance)
+            for i, index, image_CHW in zip(batch, indices, self.codec.decode(cells), strict=True):
+                settings = {"prompt": prompts[i], "seed": seed, "index": index, **asdict(sampling)}
+                settings["checkpoint"] = self._checkpoint
+                pictures.append(Picture(to_image(image_CHW), settings))
+        return pictures
+
+    def _draw(
+        self,
+        captions: list[Document],
+        indices: list[int],
+        seed: int,
+        canvas: Canvas,
+        sampling: FlowSampling,
+        advance: Advance,
+    ) -> list[torch.Tensor]:
+        """Latent cells of an image per caption."""
+        latents_BLZ = draw_latents(
+            self._session(self.cached),
+            self._chunks,
+            captions,
+            self._prompts.image([]),
+            canvas,
+            noise_of_images(seed, indices, canvas, self.geometry).to(self.device),
+            sampling,
+            lambda: advance(len(captions)),
+        )
+        return cells_of(latents_BLZ, canvas, self.geometry)
+
+    def _warn_of_guidance(self, sampling: FlowSampling) -> None:
+        if sampling.is_guided and self.config.data.condition_dropout == 0:
+            logger.warning(
+                f"guidance = {sampling.guidance:g} reads images without a caption, which training with "
+                "data.condition_dropout = 0 never showed; draw with a guidance of 1"
+            )
+
+    def text(
+        self,
+        prompts: Sequence[Text],
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        conversation: bool = True,
+        batch_size: int = 8,
+        first_index: int = 0,
+        advance: Advance = _no_progress,
+    ) -> list[Completion]:
+        """What the model answers to each prompt, or with ``conversation = False`` how it goes on as plain text.
+
+        images: those shown with each prompt, before its text. It ends where the model ends its turn, has written a string of
+        ``stop`` or ``max_tokens`` tokens, or where the row is full (training.seq_len). It never begins an image. A temperature of 0
+        is greedy.
+
+        Raises:
+            ValueError: a number out of range, or a prompt longer than a row.
+        """
+        sampling = TextSampling(max_tokens, temperature, top_p)
+        documents = self._documents(prompts, images, conversation)
+        self._prompts.check_room(documents, [1] * len(documents), "of its answer")
+        most = [min(max_tokens, self._prompts.seq_len - d.num_tokens) for d in documents]
+        completions = []
+        for batch in _batches(len(prompts), batch_size):
+            rows = continue_prompts(
+                self._session(self.cached),
+                self._chunks,
+                [documents[i] for i in batch],
+                [most[i] for i in batch],
+                Draw(sampling, seed, [first_index + i for i in batch], self._no_text),
+                self._endings(stop),
+                self._any_of,
+            )
+            completions += [self._completion(row, stop) for row in rows]
+            advance(len(batch))
+        return completions
+
+    def log_likelihoods(
+        self,
+        pairs: Sequence[tuple[Text, Text]],
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        *,
+        conversation: bool = False,
+        batch_size: int = 8,
+        advance: Advance = _no_progress,
+    ) -> list[LogLikelihood]:
+        """How likely the second text of each pair is behind the first: as plain text, or with ``conversation`` as an answer.
+
+        Plain text is encoded as a whole and cut where the first text's own ids end.
+
+        Raises:
+            ValueError: a pair is longer than a row.
+        """
+        contexts, continuations = [], []
+        for context, continuation in pairs:
+            before, ids = ids_of(self.tokenizer, context), ids_of(self.tokenizer, continuation)
+            if isinstance(context, str) and isinstance(continuation, str) and not conversation:
+                whole = self.tokenizer.encode(context + continuation)
+                before, ids = whole[: len(before)], whole[len(before) :]
+            contexts.append(before)
+            continuations.append(ids)
+        documents = self._documents(contexts, images, conversation)
+        self._prompts.check_room(documents, [len(ids) for ids in continuations], "behind them")
+        results = []
+        for batch in _batches(len(pairs), batch_size):
+            results += log_likelihoods_of(
+                self._session(cached=False),  # nothing is read twice
+                self._chunks,
+                [documents[i] for i in batch],
+                [continuations[i] for i in batch],
+            )
+            advance(len(batch))
+        return results
+
+    def _session(self, cached: bool) -> Session:
+        return Session(self.model, cached=cached, autocast=self._autocast)
+
+    def _documents(
+        self,
+        prompts: Sequence[Text],
+        images: Sequence[Sequence[Image.Image]] | None,
+        conversation: bool,
+    ) -> list[Document]:
+        if images is None:
+            images = [()] * len(prompts)
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"images: must be a list of images for each of the {len(prompts)} prompts, got {len(images)} lists"
+            )
+        if conversation:
+            pairs = zip(prompts, images, strict=True)
+            return [self._prompts.conversation(prompt, seen) for prompt, seen in pairs]
+        if any(images):
+            raise ValueError("images: are shown in a conversation, not before plain text")
+        return [self._prompts.text(prompt) for prompt in prompts]
+
+    @cached_property
+    def _no_text(self) -> torch.Tensor:
+        """Ids that a text has not: images and what begins them, and embeddings of no token."""
+        special = self.tokenizer.special
+        unused = range(self.tokenizer.vocab_size, self.model.args.vocab_size)
+        ids = [special.vit_start, special.vit, special.vae_start, special.vae, *unused]
+        return torch.tensor(ids, device=self.device)
+
+    def _endings(self, stop: Sequence[str]) -> Endings:
+        tokenizer = self.tokenizer
+        return Endings(
+            sequences=(tokenizer.turn("assistant").suffix, [tokenizer.special.eos]),
+            is_stopped=lambda ids: bool(stop) and _holds_any(tokenizer.decode(ids), stop),
+        )
+
+    def _completion(self, row: Continuation, stop: Sequence[str]) -> Completion:
+        assert row.ending is not None
+        text = self.tokenizer.decode(row.ids)
+        ends = [text.index(string) for string in stop if string in text]
+        return Completion(text[: min(ends, default=None)], row.ids, row.ending)
+
+
+def _holds_any(text: str, strings: Sequence[str]) -> bool:
+    return any(string in text for string in strings)
+
+
+def _batches(count: int, batch_size: int) -> Iterator[range]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
+    for start in range(0, count, batch_size):
+        yield range(start, min(count, start + batch_size))
+
+
+def _any_of(ranks: DataRanks) -> AnyOf:
+    """Whether any process says True; a collective where there are several."""
+    if ranks.dims is None:
+        return bool
+    return lambda value: bool(ranks.sum(torch.tensor(float(value), device=ranks.device)) > 0)
+
+
+def find_checkpoint(path: Path | str, subfolder: str) -> Path:
+    """``path``, or the newest complete checkpoint where it is the folder of a run or of its checkpoints.
+
+    Raises:
+        ValueError: there are checkpoints, and none is complete.
+    """
+    path = Path(path)
+    for folder in (path / subfolder, path):
+        if folder.is_dir() and any(step_of(child) is not None for child in folder.iterdir()):
+            return folder / f"step-{choose_step(folder)[0]}"
+    return path

@@ -1,0 +1,162 @@
+"""Held-out data and the losses on it: the same rows, noise and timesteps at every measurement, on any number of ranks.
+
+Letters: J tasks.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
+from itertools import islice
+
+import torch
+from torch import nn
+
+from symbiotic_titan.build import (
+    build_dataloader,
+    build_tokenizer,
+)
+from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.losses import Flow
+from symbiotic_titan.flow.path import draw_noise_and_timesteps, interpolate, velocity_target
+from symbiotic_titan.losses.report import accuracies, correct_tokens, mean_losses
+from symbiotic_titan.losses.terms import LossTerms, loss_terms
+from symbiotic_titan.parallel.ranks import DataRanks
+from symbiotic_titan.sequence.batch import PackedBatch
+
+# Of the order of the held-out samples and of their noise, so that runs with other seeds compare too.
+SEED = 0
+# The step that noise is drawn for; training's first step is 1.
+NOISE_STEP = 0
+
+
+def held_out_losses(
+    model: nn.Module,
+    batches: Iterable[PackedBatch],
+    flow: Flow,
+    *,
+    first_rows: Iterable[int] | None = None,
+    loss_fn: Callable[..., LossTerms] = loss_terms,
+    autocast: contextlib.AbstractContextManager | None = None,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, float]:
+    """Mean losses of ``model`` over all rows of ``batches``, and the share of labelled tokens that it gets right, by name.
+
+    Names are the trainer's, ``text``, ``flow`` and ``by_task/*``, and ``accuracy/<task>``; what has no token is left out.
+    ``batches`` lie on the model's device. ``first_rows`` are the indices of their first rows among the held-out rows of all
+    ranks (None: they follow each other): a row's noise depends on its index alone. Under FSDP or expert parallelism every rank
+    must bring equally many batches. The model is put back into its mode.
+    """
+    was_training = model.training
+    model.eval()
+    sums: list[torch.Tensor] = []
+    try:
+        with torch.no_grad():
+            for first_row, batch in _numbered(batches, first_rows):
+                sums.append(_sums_of_batch(model, batch, flow, first_row, loss_fn, autocast))
+    finally:
+        model.train(was_training)
+    total = torch.stack(sums).sum(0)
+    if sum_over_ranks is not None:
+        total = sum_over_ranks(total)
+    *parts, correct_J = total.cpu().unbind()  # device sync
+    terms = LossTerms(*parts)
+    return mean_losses(terms) | accuracies(correct_J, terms.text_count)
+
+
+def _numbered(
+    batches: Iterable[PackedBatch], first_rows: Iterable[int] | None
+) -> Iterator[tuple[int, PackedBatch]]:
+    if first_rows is not None:
+        yield from zip(first_rows, batches, strict=True)
+        return
+    row = 0
+    for batch in batches:
+        yield row, batch
+        row += batch.tokens.shape[0]
+
+
+def _sums_of_batch(
+    model: nn.Module,
+    batch: PackedBatch,
+    flow: Flow,
+    first_row: int,
+    loss_fn: Callable[..., LossTerms],
+    autocast: contextlib.AbstractContextManager | None,
+) -> torch.Tensor:
+    """(5, J) float64: the fields of LossTerms in their order, then correct tokens."""
+    noise_BLZ, timesteps_BL = draw_noise_and_timesteps(
+        batch.vae_image,
+        batch.latents.shape[-1],
+        config=replace(flow, seed=SEED),
+        step=NOISE_STEP,
+        first_row=first_row,
+    )
+    noised_BLZ = interpolate(batch.latents, noise_BLZ, timesteps_BL)
+    shield_scale = torch.ones((), device=batch.tokens.device)  # acts on gradients alone
+    with autocast or contextlib.nullcontext():
+        output = model(batch, noised_BLZ, timesteps_BL, shield_scale)
+    target_BLZ = velocity_target(batch.latents, noise_BLZ)
+    terms = loss_fn(output.logits, output.velocity, target_BLZ, batch)
+    parts = [getattr(terms, f.name) for f in fields(LossTerms)]
+    return torch.stack([*parts, correct_tokens(output.logits, batch)]).double()
+
+
+def held_out_data(config: JobConfig) -> Data:
+    """[data] for the held-out sources: a fixed order, no caption dropped, and a lane for every row of a global batch.
+
+    What keeps training's batches mixed and what ends them is training's alone; a held-out source may still say ``at_end``.
+    """
+    return replace(
+        config.data,
+        sources=config.validation.sources,
+        seed=SEED,
+        num_lanes=0,
+        condition_dropout=0.0,
+        at_end="repeat",
+        max_row_share={},
+    )
+
+
+# Tasks whose tokens are text and images to be understood.
+UNDERSTANDING_TASKS = ("lm", "mmu")
+# Where a config says what each split reads.
+TABLES = {"train": "[[data.sources]]", "validation": "[[validation.sources]]"}
+
+
+def understanding_data(config: JobConfig, split: str) -> Data:
+    """[data] with the sources of ``split`` (``train``: [[data.sources]], ``validation``: [[validation.sources]]) that are text or
+    questions about images; the others have no weight. Rows have no room for images to be generated.
+
+    Raises:
+        ValueError: there is none.
+    """
+    data = held_out_data(config) if split == "validation" else config.data
+    sources = [
+        row if row.task in UNDERSTANDING_TASKS else replace(row, weight=0.0) for row in data.sources
+    ]
+    if not any(row.weight > 0 for row in sources):
+        raise ValueError(
+            f"{TABLES[split]}: none has the task {' or '.join(UNDERSTANDING_TASKS)}, which is what is read here; "
+            "add one, or choose another --split"
+        )
+    return replace(data, sources=sources, max_vae_tokens=1)
+
+
+def packed_batches(
+    config: JobConfig, data: Data, num_batches: int, ranks: DataRanks, split: str = "train"
+) -> Iterator[PackedBatch]:
+    """``num_batches`` batches of ``training.local_batch_size`` rows of ``data`` for this process, the same at every call. ``split``:
+    that of its sources, for messages."""
+    config = copy.deepcopy(config)
+    config.data = data
+    loader = build_dataloader(
+        dp_world_size=ranks.size,
+        dp_rank=ranks.rank,
+        tokenizer=build_tokenizer(config),
+        job_config=config,
+        table=TABLES[split],
+    )
+    for batch in islice(loader, num_batches):
+        yield batch.to(ranks.device)

@@ -1,0 +1,185 @@
+"""Text behind prompts, a token of every row at a time, and how likely given texts are.
+
+Letters: B rows, N continued tokens of a row, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from symbiotic_titan.data.samples import Document, TextSegment
+from symbiotic_titan.flow.path import keyed_generator
+from symbiotic_titan.inference.chunks import ChunkMaker
+from symbiotic_titan.inference.session import Session
+
+# Why a text ended: the model ended its turn, a string of the caller's came, or no more tokens were allowed.
+Ending = Literal["end", "stop", "length"]
+
+# Whether any row of any process goes on, from whether any of this process does.
+AnyOf = Callable[[bool], bool]
+
+
+@dataclass(frozen=True)
+class TextSampling:
+    """How a token is drawn. ``temperature`` 0 takes the likeliest one. ``top_p``: of the likeliest tokens so many that they have
+    this probability together (arXiv 1904.09751, section 3.1).
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "zero or positive"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+        )
+        for name, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"{name}: must be {rule}, got {getattr(self, name)}")
+
+
+class Draw:
+    """Chooses a token of every row, none of the ids ``banned``. A row's draws depend on (seed, its index) alone, not on the rows
+    beside it."""
+
+    def __init__(
+        self, sampling: TextSampling, seed: int, indices: Sequence[int], banned: torch.Tensor
+    ) -> None:
+        self._sampling = sampling
+        self._banned = banned
+        self._generators = [keyed_generator("text", seed, index) for index in indices]
+
+    def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """(B,) int64."""
+        logits_BV = logits_BV.index_fill(-1, self._banned, float("-inf"))
+        if self._sampling.temperature == 0:
+            return logits_BV.argmax(-1)
+        probability_BV = (logits_BV.double() / self._sampling.temperature).softmax(-1)
+        sorted_BV, token_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
+        cumulative_BV = sorted_BV.cumsum(-1)
+        in_nucleus_BV = cumulative_BV - sorted_BV < self._sampling.top_p
+        mass_B1 = (sorted_BV * in_nucleus_BV).sum(-1, keepdim=True)
+        uniform = [torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators]
+        target_B1 = torch.stack(uniform).to(mass_B1.device) * mass_B1
+        last_B1 = in_nucleus_BV.sum(-1, keepdim=True) - 1
+        rank_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).minimum(last_B1)
+        return token_BV.gather(-1, rank_B1).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Endings:
+    """What ends a text.
+
+    sequences   token ids that end a turn.
+    is_stopped  whether token ids hold what the caller stops at.
+    """
+
+    sequences: tuple[list[int], ...]
+    is_stopped: Callable[[list[int]], bool]
+
+    def length_before(self, ids: list[int]) -> int | None:
+        """How many ids stand before a sequence that ends ``ids``; None where none does."""
+        for sequence in self.sequences:
+            if ids[-len(sequence) :] == sequence:
+                return len(ids) - len(sequence)
+        return None
+
+
+@dataclass
+class Continuation:
+    """Token ids behind a prompt while they are drawn; without what ended them, once they have."""
+
+    ids: list[int]
+    most: int
+    ending: Ending | None = None
+
+    def add(self, token: int, endings: Endings) -> None:
+        self.ids.append(token)
+        length = endings.length_before(self.ids)
+        if length is not None:
+            self.ending = "end"
+            del self.ids[length:]
+        elif endings.is_stopped(self.ids):
+            self.ending = "stop"
+        elif len(self.ids) == self.most:
+            self.ending = "length"
+
+
+def continue_prompts(
+    session: Session,
+    chunks: ChunkMaker,
+    documents: Sequence[Document],
+    most: Sequence[int],
+    draw: Callable[[torch.Tensor], torch.Tensor],
+    endings: Endings,
+    any_of: AnyOf = bool,
+) -> list[Continuation]:
+    """What the model writes behind each prompt, at most ``most`` tokens.
+
+    ``draw``: (B, V) logits -> (B,) tokens. ``any_of``: with several processes, whether any of them says True; each does as many
+    forwards as the one that writes the most.
+    """
+    rows = [Continuation([], limit) for limit in most]
+    prompts = chunks.prompts(documents)
+    positions_B = prompts.positions
+    logits_BNV = session.read(prompts.batch, prompts.lengths.unsqueeze(1) - 1).logits
+    first_B1 = torch.zeros_like(prompts.lengths).unsqueeze(1)
+    while True:
+        tokens_B = draw(logits_BNV[:, 0])
+        for row, token in zip(rows, tokens_B.tolist(), strict=True):  # device sync
+            if row.ending is None:
+                row.add(token, endings)
+        active = [row.ending is None for row in rows]
+        if not any_of(any(active)):
+            return rows
+        active_B = torch.tensor(active, device=tokens_B.device)
+        chunk = chunks.tokens(tokens_B, positions_B, active_B)
+        logits_BNV = session.read(chunk, first_B1).logits
+        positions_B = positions_B + 1
+
+
+class LogLikelihood(NamedTuple):
+    """Sum of the log-probabilities of a continuation's tokens, and whether each of them is the likeliest one."""
+
+    sum: float
+    is_greedy: bool
+    num_tokens: int
+
+
+def log_likelihoods_of(
+    session: Session,
+    chunks: ChunkMaker,
+    documents: Sequence[Document],
+    continuations: Sequence[list[int]],
+) -> list[LogLikelihood]:
+    """How likely each continuation is behind its document; one forward."""
+    whole = [
+        Document(document.task, (*document.segments, TextSegment(ids)))
+        for document, ids in zip(documents, continuations, strict=True)
+    ]
+    prompts = chunks.prompts(whole)
+    device = prompts.lengths.device
+    longest = max(len(ids) for ids in continuations)
+    padded = [ids + [0] * (longest - len(ids)) for ids in continuations]
+    wanted_BN = torch.tensor(padded, dtype=torch.int64, device=device)
+    counts_B1 = torch.tensor([[len(ids)] for ids in continuations], device=device)
+    number_N = torch.arange(longest, device=device)
+    index_BN = (prompts.lengths.unsqueeze(1) - counts_B1 + number_N - 1).clamp(
+        max=prompts.batch.tokens.shape[1] - 1
+    )
+    logits_BNV = session.read(prompts.batch, index_BN).logits.float()
+    log_p_BN = logits_BNV.log_softmax(-1).gather(-1, wanted_BN.unsqueeze(-1)).squeeze(-1)
+    counted_BN = number_N < counts_B1
+    sums = (log_p_BN.double() * counted_BN).sum(-1).tolist()  # device sync
+    greedy = ((logits_BNV.argmax(-1) == wanted_BN) | ~counted_BN).all(-1).tolist()
+    return [
+        LogLikelihood(total, is_greedy, len(ids))
+        for total, is_greedy, ids in zip(sums, greedy, continuations, strict=True)
+    ]

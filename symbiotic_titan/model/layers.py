@@ -1,0 +1,113 @@
+"""Grouped-query attention with rotary positions, over a dense mask (SDPA) or a block mask (FlexAttention).
+
+Letters: B rows, T tokens, D width, H heads, J key/value heads, C head width.
+
+RMSNorm for every mixture of precisions.
+
+The dense feed-forward of a decoder block.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.kv_cache import LayerCache
+from symbiotic_titan.model.masks import AttentionMask
+from symbiotic_titan.model.rope import RotaryTables, rotate
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight in the dtype of ``x``; the mean square is taken in float32 (arXiv 1910.07467).
+
+    Under autocast queries and keys arrive in bfloat16 while the weight is float32. With one dtype the fused kernel applies.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, w2(silu(w1 x) * w3 x), without biases (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    # Uncompiled, FlexAttention materialises all scores.
+    return torch.compile(flex_attention)
+
+
+def attend(
+    q_BHTC: torch.Tensor, k_BJTC: torch.Tensor, v_BJTC: torch.Tensor, mask: AttentionMask
+) -> torch.Tensor:
+    """(B, T, H * C) attention output. The kind of ``mask`` chooses the kernel; J divides H. Keys and values may be of other tokens, and
+    of another number, than queries."""
+    grouped = q_BHTC.shape[1] != k_BJTC.shape[1]
+    if isinstance(mask, BlockMask):
+        assert q_BHTC.is_cuda or not q_BHTC.requires_grad, "FlexAttention has no backward on CPU"
+        kernel: Callable[..., torch.Tensor] = flex_attention
+        if (
+            q_BHTC.is_cuda and not torch.compiler.is_compiling()
+        ):  # a compiled layer takes it in whole
+            kernel = _compiled_flex_attention()
+        out_BHTC = kernel(q_BHTC, k_BJTC, v_BJTC, block_mask=mask, enable_gqa=grouped)
+    else:
+        if grouped and q_BHTC.is_cuda:
+            # On CUDA grouped queries under a mask fall to the kernel that stores all scores; repeated keys do not.
+            repeats, grouped = q_BHTC.shape[1] // k_BJTC.shape[1], False
+            k_BJTC, v_BJTC = (x.repeat_interleave(repeats, dim=1) for x in (k_BJTC, v_BJTC))
+        out_BHTC = F.scaled_dot_product_attention(
+            q_BHTC, k_BJTC, v_BJTC, attn_mask=mask, enable_gqa=grouped
+        )
+    return out_BHTC.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.interleaved = args.rotary_interleaved
+        self.qk_norm = args.qk_norm
+        heads, kv_heads = args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
+        self.wq = nn.Linear(args.dim, heads, bias=args.qkv_bias)
+        self.wk = nn.Linear(args.dim, kv_heads, bias=args.qkv_bias)
+        self.wv = nn.Linear(args.dim, kv_heads, bias=args.qkv_bias)
+        self.wo = nn.Linear(heads, args.dim, bias=args.o_bias)
+        if args.qk_norm != "none":
+            self.q_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
+            self.k_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: RotaryTables,
+        mask: AttentionMask,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        q_BHTC, k_BJTC, v_BJTC = (
+            projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.wq, self.wk, self.wv)
+        )
+        if self.qk_norm == "before":
+            q_BHTC, k_BJTC = self.q_norm(q_BHTC), self.k_norm(k_BJTC)
+        q_BHTC = rotate(q_BHTC, rotary, self.interleaved)
+        k_BJTC = rotate(k_BJTC, rotary, self.interleaved)
+        if self.qk_norm == "after":
+            q_BHTC, k_BJTC = self.q_norm(q_BHTC), self.k_norm(k_BJTC)
+        if cache is not None:
+            k_BJTC, v_BJTC = cache.joined(k_BJTC, v_BJTC)
+        return self.wo(attend(q_BHTC, k_BJTC, v_BJTC, mask))

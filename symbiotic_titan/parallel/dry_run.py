@@ -1,0 +1,336 @@
+"""What a parallel layout costs one rank: shard shapes, memory, bytes sent. Arithmetic on shapes; nothing is computed or sent.
+
+``sharded_parameters`` reads the model that ``parallelize`` made, on the meta device as well; all else are functions of what it
+returns. Bytes "sent" are those that leave a rank, in the usual ring or pairwise algorithms; "gathered" is what FSDP brings
+together on each rank for as long as a unit computes.
+
+Letters in formulas: n ranks of an axis, W bytes of the gathered weights, T tokens, K experts per token, D width.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+
+from symbiotic_titan.config.optimizer import clean_name
+
+# (pattern over clean names, kind of parameter): the first match decides.
+_KINDS = (
+    (r"^vit\.", "vit"),
+    (r"^(latent_embedding|flow_head)\.", "latent and flow"),
+    (r"^tok_embeddings\.", "embeddings"),
+    (r"^output\.", "output"),
+    (r"\.moe\.router\.", "router"),
+    (r"\.moe\.experts\.(\w+)\.", r"experts \1"),
+    (r"\.moe\.shared_experts\.", "shared experts"),
+    (r"\.feed_forward\.", "dense ffn"),
+    (r"norm\.", "norms"),
+    (r"\.attention\.", "attention"),
+)
+
+
+@dataclass(frozen=True)
+class ShardedParameter:
+    """One parameter and where it lies.
+
+    name, unit:   clean names of the parameter and of the FSDP unit it belongs to ("" is the root).
+    shape, local: the whole, and what this rank keeps.
+    gathered:     numbers of it on every rank while its unit computes, with FSDP's padding.
+    shard, replicate, expert: ranks of the axis that FSDP cuts it over, of HSDP's replicas, of expert parallelism.
+    """
+
+    name: str
+    unit: str
+    shape: tuple[int, ...]
+    local: tuple[int, ...]
+    gathered: int
+    shard: int
+    replicate: int
+    expert: int
+    trainable: bool
+
+    @property
+    def kind(self) -> str:
+        for pattern, kind in _KINDS:
+            found = re.search(pattern, self.name)
+            if found:
+                return found.expand(kind)
+        raise AssertionError(f"no kind for the parameter {self.name}")
+
+
+def sharded_parameters(model: nn.Module) -> list[ShardedParameter]:
+    """The parameters of a model, parallel or plain, in its order."""
+    units = [clean_name(name) for name, m in model.named_modules() if isinstance(m, FSDPModule)]
+    found = []
+    for name, parameter in model.named_parameters():
+        name = clean_name(name)
+        inside = [unit for unit in units if not unit or name.startswith(f"{unit}.")]
+        found.append(_sharded_parameter(name, max(inside, key=len, default=""), parameter))
+    return found
+
+
+def _sharded_parameter(name: str, unit: str, parameter: nn.Parameter) -> ShardedParameter:
+    shape = local = tuple(parameter.shape)
+    gathered, axes = list(shape), dict[str, int]()
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        assert mesh.mesh_dim_names is not None
+        axes = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+        local = tuple(parameter.to_local().shape)
+        # Only expert banks have this axis; it cuts between experts, and FSDP gathers one part.
+        gathered[0] //= axes.get("ep", 1)
+        for axis, placement in zip(mesh.mesh_dim_names, parameter.placements, strict=True):
+            if axis in ("fsdp", "efsdp"):
+                dim = placement.dim  # type: ignore[attr-defined]  # Shard or _StridedShard
+                gathered[dim] = -(-gathered[dim] // axes[axis]) * axes[axis]
+    return ShardedParameter(
+        name=name,
+        unit=unit,
+        shape=shape,
+        local=local,
+        gathered=prod(gathered),
+        shard=axes.get("fsdp", axes.get("efsdp", 1)),
+        replicate=axes.get("dp_replicate", 1),
+        expert=axes.get("ep", 1),
+        trainable=parameter.requires_grad,
+    )
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a number: where it is kept (weights, gradients, Adam), where it is computed, where gradients are summed."""
+
+    kept: int
+    computed: int
+    reduced: int
+
+    @classmethod
+    def of(cls, config: JobConfig) -> "Precision":
+        training = config.training
+        names = (training.dtype, training.mixed_precision_param, training.mixed_precision_reduce)
+        return cls(
+            *(torch.empty((), dtype=TORCH_DTYPE_MAP[n], device="meta").itemsize for n in names)
+        )
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes on one rank that stay from step to step."""
+
+    parameters: int
+    gradients: int
+    adam: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.adam
+
+
+def state_memory(parameters: Iterable[ShardedParameter], precision: Precision) -> StateMemory:
+    """Weights, sharded gradients and Adam's two moments, all in the dtype the weights are kept in."""
+    parameters = list(parameters)
+    held = precision.kept * sum(prod(p.local) for p in parameters)
+    trained = precision.kept * sum(prod(p.local) for p in parameters if p.trainable)
+    return StateMemory(held, trained, 2 * trained)
+
+
+def units_of(parameters: Iterable[ShardedParameter]) -> dict[str, list[ShardedParameter]]:
+    """FSDP unit -> its parameters."""
+    units: dict[str, list[ShardedParameter]] = {}
+    for parameter in parameters:
+        units.setdefault(parameter.unit, []).append(parameter)
+    return units
+
+
+def stage_of(unit: str) -> str:
+    """The block (of decoder or ViT) that a unit is gathered with; outside of blocks the unit itself."""
+    found = re.match(r"(vit\.)?layers\.\d+", unit)
+    return found[0] if found else unit
+
+
+@dataclass(frozen=True)
+class GatheredMemory:
+    """Bytes of gathered weights on one rank.
+
+    unit, unit_weights: the largest FSDP unit and its weights, in the dtype of the computation.
+    unit_gradients:     the buffer in which its gradients are summed.
+    peak:               the root and the two neighbouring blocks that hold most: the next block is gathered ahead. All weights
+                        with ``fsdp_reshard_after_forward = "never"``.
+    """
+
+    unit: str
+    unit_weights: int
+    unit_gradients: int
+    peak: int
+
+
+def gathered_memory(
+    parameters: Sequence[ShardedParameter], precision: Precision, reshard: str
+) -> GatheredMemory:
+    """What comes to ``state_memory`` while a step runs. Without FSDP, on one rank, the copies that autocast makes of all weights
+    and keeps for the backward."""
+    units = {
+        unit: precision.computed * sum(p.gathered for p in members)
+        for unit, members in units_of(parameters).items()
+    }
+    if all(p.shard == p.expert == 1 for p in parameters):
+        copies = sum(units.values()) if precision.computed != precision.kept else 0
+        return GatheredMemory("none", 0, 0, copies)
+    largest = max(units, key=lambda unit: units[unit])
+    stages: dict[str, int] = {}
+    for unit, size in units.items():
+        if unit:
+            stages[stage_of(unit)] = stages.get(stage_of(unit), 0) + size
+    # The model lists the token embeddings first; they run last before the decoder.
+    order = sorted(stages, key=lambda stage: (stage.startswith("layers."), stage[:3] == "tok"))
+    sizes = [0, *(stages[stage] for stage in order), 0]
+    neighbours = max(sum(pair) for pair in pairwise(sizes))
+    peak = sum(sizes) if reshard == "never" else neighbours
+    return GatheredMemory(
+        unit=largest or "root",
+        unit_weights=units[largest],
+        unit_gradients=units[largest] // precision.computed * precision.reduced,
+        peak=peak + units.get("", 0),
+    )
+
+
+# ---- communication ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that leave one rank.
+
+    gather_*:       FSDP's all-gathers of weights.
+    reduce_scatter: FSDP's sums of gradients.
+    all_reduce:     HSDP's sums over replicas.
+    exchange_*:     the expert-parallel all-to-alls, out and back; ``backward`` includes what is sent again when activation
+                    checkpointing recomputes the forward.
+    """
+
+    gather_forward: int = 0
+    gather_backward: int = 0
+    reduce_scatter: int = 0
+    all_reduce: int = 0
+    exchange_forward: int = 0
+    exchange_backward: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: int) -> "Traffic":
+        return Traffic(*(times * getattr(self, f.name) for f in fields(self)))
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def forward(self) -> "Traffic":
+        """The part that a forward without gradients has."""
+        return Traffic(gather_forward=self.gather_forward, exchange_forward=self.exchange_forward)
+
+
+def weight_traffic(
+    parameters: Iterable[ShardedParameter], precision: Precision, gathers_again: int
+) -> Traffic:
+    """One forward and backward of FSDP units: gathering W bytes sends (n - 1) / n * W, a reduce-scatter as much in its own
+    dtype, the replicas' all-reduce 2 (n - 1) / n of a shard. ``gathers_again``: how often the backward gathers them."""
+    gather = scatter = replicas = 0
+    for p in parameters:
+        leaving = p.gathered * (p.shard - 1) // p.shard
+        gather += leaving
+        if p.trainable:
+            scatter += leaving
+            replicas += 2 * (p.gathered // p.shard) * (p.replicate - 1) // p.replicate
+    return Traffic(
+        gather_forward=gather * precision.computed,
+        gather_backward=gather * precision.computed * gathers_again,
+        reduce_scatter=scatter * precision.reduced,
+        all_reduce=replicas * precision.reduced,
+    )
+
+
+def gathers_in_backward(stage: str, last_block: str, reshard: str) -> int:
+    """How often the backward gathers a stage; ``reshard`` is ``parallelism.fsdp_reshard_after_forward``. See ``fsdp``: the root
+    and the last block stay gathered by default, and with ``always`` the last block is gathered once too often."""
+    if reshard == "never" or stage == "tok_embeddings":
+        return 0
+    if reshard == "default":
+        return int(stage not in ("", last_block))
+    return 1 + (stage == last_block)
+
+
+def exchange_traffic(
+    num_copies: int, dim: int, degree: int, precision: Precision, *, recomputed: bool
+) -> Traffic:
+    """One MoE layer: ``num_copies`` (T * K) rows of width D go out and come back, in the forward and as gradients. With even
+    routing a share of (n - 1) / n leaves the rank; the token counts, 8 bytes an expert, are left out. ``recomputed``: the
+    forward's two exchanges run again in the backward."""
+    one_way = num_copies * dim * precision.computed * (degree - 1) // degree
+    return Traffic(
+        exchange_forward=2 * one_way, exchange_backward=2 * one_way * (2 if recomputed else 1)
+    )
+
+
+def traffic_by_stage(
+    parameters: Sequence[ShardedParameter],
+    precision: Precision,
+    reshard: str,
+    exchanges: Mapping[str, Traffic] = MappingProxyType({}),
+) -> dict[str, Traffic]:
+    """Stage (a block, or a unit outside of blocks; "" is the root) -> traffic of one forward and backward. ``exchanges``: those
+    of the stages that have experts."""
+    stages: dict[str, list[ShardedParameter]] = {}
+    for parameter in parameters:
+        stages.setdefault(stage_of(parameter.unit), []).append(parameter)
+    last_block = [stage for stage in stages if stage.startswith("layers.")][-1:]
+    traffic = {}
+    for stage, members in stages.items():
+        again = gathers_in_backward(stage, "".join(last_block), reshard)
+        traffic[stage] = weight_traffic(members, precision, again)
+        traffic[stage] += exchanges.get(stage, Traffic())
+    return traffic
+
+
+# ---- summaries --------------------------------------------------------------------------------------------------------------
+
+
+def pattern_of(name: str) -> str:
+    """``name`` with ``*`` for layer numbers; ``root`` for the empty name."""
+    return re.sub(r"\blayers\.\d+", "layers.*", name) or "root"
+
+
+def shape_rows(parameters: Iterable[ShardedParameter]) -> list[dict[str, Any]]:
+    """One row per kind, pattern of names and shape: the whole, this rank's shard, and how many there are."""
+    counts = Counter((p.kind, pattern_of(p.name), p.shape, p.local) for p in parameters)
+    columns = ("kind", "parameter", "shape", "local", "count")
+    return [dict(zip(columns, (*row, count), strict=True)) for row, count in counts.items()]
+
+
+def traffic_rows(stages: Mapping[str, Traffic]) -> list[dict[str, Any]]:
+    """One row per run of blocks with equal traffic, and how many they are."""
+    groups: dict[tuple[str, Traffic], list[str]] = {}
+    for stage, traffic in stages.items():
+        groups.setdefault((pattern_of(stage), traffic), []).append(stage or "root")
+    return [
+        {
+            "stage": names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}",
+            "count": len(names),
+            **asdict(traffic),
+        }
+        for (_, traffic), names in groups.items()
+    ]

@@ -1,0 +1,135 @@
+"""How many bytes of activations one rank holds, estimated from the config.
+
+Counted is what autograd saves between forward and backward on the CUDA path (fused attention, grouped matmuls), per token and
+in the dtype of the computation where nothing else is said. Not counted: index tensors, statistics of norms, temporaries of a
+kernel, the ViT's projector, what the allocator wastes. ``FORMULA`` says the same in one paragraph.
+
+Letters: T tokens of a micro-batch, D width, H and J query and key/value heads, C head width, K experts per token, F and S hidden
+widths of a routed and the shared (or dense) expert, E experts, V vocabulary, P ViT patches, W width of the ViT, b bytes of a
+computed number, L length of a row.
+"""
+
+from dataclasses import dataclass
+
+from torchtitan.config.job_config import ActivationCheckpoint
+
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.parallel.dry_run import Precision
+
+FORMULA = """\
+Saved per token; b bytes a number, D width, HC query and JC key/value channels, K of E experts of width F, shared or dense width S:
+  none       b(4D + 4HC + 3JC + 4S) + 4H, with routed experts b(2KD + 4KF) + 4D + 9E + 16K more, without QK norm b(HC + JC)
+             less; with sdpa b for every position of the row (the mask as numbers)
+  full       bD a block, and one block of `none` while it is recomputed
+  selective  op: b(2D + 2HC + JC + S) + 4H, with routed experts bK(2F + D) + 4E more, under expert parallelism 2bKD more, and one
+             block of `none`; a number N: every N-th block as `full`, the others as `none`
+  ViT        b(11W + 2F) a patch and block; with sdpa b for every patch of the row more
+  heads      logits bV, and 12V more while the loss is differentiated
+  masks      with sdpa one byte for every pair of positions, and of patches, of a row, and for every patch that a query may read"""
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Bytes on one rank.
+
+    decoder:    saved between forward and backward by all blocks of the decoder.
+    vit, masks: the same of the image encoder and of dense masks.
+    logits:     held from the forward to the end of the backward.
+    loss:       more, while the loss is differentiated.
+    recomputed: more, while one block is recomputed.
+    """
+
+    decoder: int
+    vit: int
+    masks: int
+    logits: int
+    loss: int
+    recomputed: int
+
+    @property
+    def peak(self) -> int:
+        """The loss is done before the first block is recomputed."""
+        return self.decoder + self.vit + self.masks + self.logits + max(self.loss, self.recomputed)
+
+
+def saved_by_block(args: ModelArgs, computed: int, length: int, *, has_experts: bool) -> int:
+    """Bytes per token that one decoder block saves without checkpointing, in rows of ``length``."""
+    heads, kv_heads = args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
+    # norm: in, out; queries and keys before their norm and after rotary, values; result, as computed and with heads joined.
+    numbers = 2 * args.dim + 2 * heads + 3 * kv_heads + 2 * heads
+    numbers += length if args.attention_backend == "sdpa" else 0
+    if args.qk_norm == "none":
+        numbers -= heads + kv_heads
+    numbers += 2 * args.dim  # norm: in, out
+    if not has_experts:
+        return computed * (numbers + 4 * args.dense_hidden_dim) + 4 * args.num_heads
+    # rows in and out of the banks; gate, up, activated gate, their product.
+    numbers += args.top_k * (2 * args.dim + 4 * args.expert_hidden_dim)
+    numbers += 4 * args.shared_hidden_dim
+    # float32 input, logits and scores, mask; indices and weights of the chosen.
+    router = 4 * args.dim + 9 * args.num_experts + 16 * args.top_k
+    return computed * numbers + router + 4 * args.num_heads
+
+
+def kept_per_op(args: ModelArgs, computed: int, *, has_experts: bool, expert_parallel: bool) -> int:
+    """Bytes per token that one block saves with per-op checkpointing: its input, every second matrix product (wq, wv, the
+    router's, w1 and w2 of the shared or dense expert), attention, the three grouped products, and what crossed the network."""
+    heads, kv_heads = args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
+    numbers = args.dim + 2 * heads + kv_heads
+    hidden_dim = args.shared_hidden_dim if has_experts else args.dense_hidden_dim
+    numbers += hidden_dim + args.dim if hidden_dim else 0
+    if not has_experts:
+        return computed * numbers + 4 * args.num_heads
+    numbers += args.top_k * (2 * args.expert_hidden_dim + args.dim)
+    numbers += 2 * args.top_k * args.dim if expert_parallel else 0
+    return computed * numbers + 4 * args.num_experts + 4 * args.num_heads
+
+
+def recomputed_blocks(config: ActivationCheckpoint, num_layers: int) -> list[bool]:
+    """Per block whether its whole forward, with its exchanges, runs again in the backward. Per-op saves the exchanges."""
+    if config.mode == "selective" and config.selective_ac_option != "op":
+        every = int(config.selective_ac_option)
+        return [every == 0 or (i + 1) % every == 0 for i in range(num_layers)]
+    return [config.mode == "full"] * num_layers
+
+
+def activation_memory(
+    config: JobConfig, args: ModelArgs, precision: Precision, *, expert_parallel: bool
+) -> ActivationMemory:
+    """The estimate for one micro-batch of full rows."""
+    training, checkpoint = config.training, config.activation_checkpoint
+    rows, length = training.local_batch_size, training.seq_len
+    tokens, b = rows * length, precision.computed
+    per_op = checkpoint.mode == "selective" and checkpoint.selective_ac_option == "op"
+    decoder = recomputed = 0
+    for layer, is_recomputed in enumerate(recomputed_blocks(checkpoint, args.num_layers)):
+        has_experts = layer >= args.num_dense_layers
+        everything = tokens * saved_by_block(args, b, length, has_experts=has_experts)
+        kept = everything
+        if is_recomputed:
+            kept = tokens * b * args.dim
+        elif per_op:
+            kept = tokens * kept_per_op(
+                args, b, has_experts=has_experts, expert_parallel=expert_parallel
+            )
+        decoder += kept
+        if is_recomputed or per_op:
+            recomputed = max(recomputed, everything)
+    data = config.data
+    vit_tokens, patches = args.geometry.vit_room(data.max_vit_tokens or length, data.seen_pixels)
+    hidden = 4 if args.vit.activation == "swiglu" else 2
+    vit_numbers, masks = 11 * args.vit.dim + hidden * args.vit.hidden_dim, 0
+    if args.attention_backend == "sdpa":
+        vit_numbers += patches
+        masks = rows * (length**2 + patches**2)
+        if args.vit.queries:
+            masks += rows * vit_tokens * patches
+    return ActivationMemory(
+        decoder=decoder,
+        vit=rows * patches * b * vit_numbers * args.vit.num_layers,
+        masks=masks,
+        logits=tokens * b * args.vocab_size,
+        loss=tokens * 12 * args.vocab_size,
+        recomputed=recomputed,
+    )

@@ -1,0 +1,219 @@
+"""A checkpoint whose experts are one pool -> the same model with its experts in groups, tensor by tensor.
+
+An expert keeps its weights and its row of the router (and its selection bias), so a token whose top-k lies in its group gets what
+it got before (arXiv 2604.07753, "knowledge-inherited initialisation"). Peak memory is two to three of the largest tensors.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.hf.model import (
+    keep_source,
+    open_model,
+    source_bytes,
+)
+from symbiotic_titan.model import model_config as shape_file
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.initialize import initialize
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.partition.conversion import (
+    Conversion,
+    plan_conversion,
+)
+from symbiotic_titan.partition.plan import (
+    Plan,
+    check_layers,
+)
+from symbiotic_titan.partition.profile import router_hash
+from symbiotic_titan.weights.compatibility import (
+    part_of,
+    router_groups,
+    tensors_of_model,
+)
+from symbiotic_titan.weights.dcp import write_model
+from symbiotic_titan.weights.new_folder import check_target
+from symbiotic_titan.weights.reader import (
+    StoredModel,
+    Watch,
+    nobody,
+    watched,
+)
+
+KIND = "partitioned checkpoint"
+RECORD = "conversion.json"
+
+
+def expert_slots(
+    plan: Plan | None, groups: tuple[ExpertGroup, ...]
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(layer, group) -> original experts; empty for one pool.
+
+    Raises:
+        ValueError: the plan is missing, not needed, or of other groups.
+    """
+    one_pool = [group.name for group in groups] == ["all"]
+    if one_pool and plan is None:
+        return {}
+    if one_pool and plan is not None and not plan.shared.shape[1]:
+        raise ValueError(
+            "--plan has no effect: the config has no [experts.partition] and no experts.new_shared_experts; leave it out or use "
+            "another config"
+        )
+    if plan is None:
+        raise ValueError(
+            "the config partitions the experts: --plan must say which expert goes where (tools/convert.py plan makes one)"
+        )
+    if plan.groups != groups:
+        raise ValueError(
+            f"the plan is of other groups than the config: it has {_describe(plan.groups)}, "
+            f"[experts.partition] has {_describe(groups)}; make a plan with this config"
+        )
+    if one_pool:
+        return {}
+    sizes = [group.num_experts for group in groups]
+    return {
+        (layer, group.name): tuple(experts.tolist())
+        for layer, row in zip(plan.layers, plan.order, strict=True)
+        for group, experts in zip(groups, row.split(sizes), strict=True)
+    }
+
+
+def shared_makers(plan: Plan | None, args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Layer -> original experts of which its shared expert is made; empty where the plan makes none.
+
+    Raises:
+        ValueError: the model's shared expert has another width.
+    """
+    if plan is None or not plan.shared.shape[1]:
+        return {}
+    number = plan.shared.shape[1]
+    if number * args.expert_hidden_dim != args.shared_hidden_dim:
+        raise ValueError(
+            f"the plan makes a shared expert of {number} routed ones, the config's model has one as wide as "
+            f"{args.shared_hidden_dim / args.expert_hidden_dim:g}; set experts.new_shared_experts = {number}, or make a plan with "
+            "this config"
+        )
+    return {layer: tuple(row.tolist()) for layer, row in zip(plan.layers, plan.shared, strict=True)}
+
+
+def _describe(groups: tuple[ExpertGroup, ...]) -> str:
+    return " + ".join(f"{group.name} {group.num_experts}" for group in groups)
+
+
+def _check_source(stored: StoredModel, plan: Plan | None) -> None:
+    groups = router_groups(stored.tensors)
+    if groups - {"all"}:
+        raise ValueError(
+            f"checkpoint {stored.folder} is already partitioned into {', '.join(sorted(groups))}; "
+            "start from the checkpoint before that"
+        )
+    if plan is not None and plan.model.routers != router_hash(stored):
+        raise ValueError(
+            f"the plan is of another model: its routers have hash {plan.model.routers} (flavor {plan.model.flavor}, step "
+            f"{plan.model.step}), those of {stored.folder} {router_hash(stored)}; profile this checkpoint"
+        )
+
+
+def partition_checkpoint(
+    source: Path,
+    args: ModelArgs,
+    plan: Plan | None,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    watch: Watch = nobody,
+) -> Conversion:
+    """Write the model that ``args`` shape, made from the checkpoint ``source``, as a checkpoint of the model alone.
+
+    Without groups it extracts the model (without its shared expert, where ``args`` have none).
+
+    Raises:
+        ValueError: ``source`` cannot become this model, the plan does not fit, or ``out`` exists.
+    """
+    check_target(out, overwrite=overwrite)
+    stored = open_model(source)
+    slots = expert_slots(plan, args.groups)
+    _check_source(stored, plan)
+    with torch.device("meta"):
+        model = SymbioticModel(args)
+    target = tensors_of_model(model)
+    if plan is not None:
+        check_layers(plan, {name.split(".moe.")[0] for name in target if ".moe." in name})
+    conversion = plan_conversion(stored.tensors, target, slots, shared_makers(plan, args))
+    values = _Values(stored, conversion, _initial_values(model, args, conversion))
+
+    def finish(folder: Path) -> None:
+        record = {
+            "source": str(source),
+            "step": stored.step,
+            "plan": None if plan is None else plan.values(),
+            "parameters": conversion.totals(),
+            "tensors": conversion.rows(),
+        }
+        write_json(folder / RECORD, KIND, record)
+        shape_file.write_shape(folder / shape_file.NAME, args)
+        keep_source(stored, folder)
+
+    value = watched(values, conversion.after, watch)
+    write_model(
+        out,
+        conversion.after,
+        value,
+        finish,
+        finish_bytes=source_bytes(stored),
+        overwrite=overwrite,
+    )
+    return conversion
+
+
+def plan_of_checkpoint(folder: Path) -> Plan | None:
+    """The plan that a checkpoint was partitioned by; None where experts are one pool or nobody wrote down how they were split."""
+    if not (folder / RECORD).is_file():
+        return None
+    plan = read_json(folder / RECORD, KIND, ("plan",))["plan"]
+    return None if plan is None else Plan.of_values(plan, str(folder / RECORD))
+
+
+def _initial_values(
+    model: SymbioticModel, args: ModelArgs, conversion: Conversion
+) -> dict[str, Tensor]:
+    """The new tensors; the rest of ``model`` stays on the meta device."""
+    new = {
+        n for n, origin in conversion.origins.items() if origin.kind == "new" and not origin.zeros
+    }
+    for part in {part_of(name) for name in new}:
+        model.get_submodule(part).to_empty(device="cpu")
+    initialize(model, seed=args.init_seed, only=new)
+    state = model.state_dict()
+    return {name: state[name] for name in new}
+
+
+class _Values:
+    """The values of each tensor of the new checkpoint. An old one is kept until another is asked for: its slices are neighbours."""
+
+    def __init__(
+        self, stored: StoredModel, conversion: Conversion, initial: Mapping[str, Tensor]
+    ) -> None:
+        self._stored = stored
+        self._conversion = conversion
+        self._initial = initial
+        self._last: tuple[str, Tensor] | None = None
+
+    def __call__(self, name: str) -> Tensor:
+        origin, kind = self._conversion.origins[name], self._conversion.after[name]
+        if origin.zeros:
+            return torch.zeros(kind.shape, dtype=kind.dtype)
+        if origin.name is None:
+            return self._initial[name].to(kind.dtype)
+        if origin.experts is None:
+            return self._stored.read(origin.name)
+        if self._last is None or self._last[0] != origin.name:
+            self._last = None  # freed before the next is read
+            self._last = (origin.name, self._stored.read(origin.name))
+        taken = self._last[1][list(origin.experts)]
+        return taken.flatten(0, 1) if origin.joined else taken

@@ -1,0 +1,98 @@
+"""The options of each command of tools/convert.py."""
+
+import argparse
+import re
+from pathlib import Path
+
+from symbiotic_titan.partition.plan import PARTITION_RULES
+
+_PARTITIONED = "TOML file with [experts.partition]"
+
+
+def model_out_options(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--out", required=True, type=Path, help=f"{what} to write")
+    command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+
+
+def dtype_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored"
+    )
+
+
+def from_hf_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--hf", required=True, type=Path, help="folder with config.json and safetensors"
+    )
+    model_out_options(command, "checkpoint")
+    dtype_option(command)
+    command.add_argument(
+        "--shape-only",
+        action="store_true",
+        help="write model.json without the model's tensors: the other commands read them from the folder",
+    )
+
+
+def plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, help=_PARTITIONED)
+    command.add_argument(
+        "--profile", required=True, type=Path, help="file of tools/profile_experts.py"
+    )
+    command.add_argument("--out", required=True, type=Path, help="file to write")
+    command.add_argument(
+        "--rule", help=f"instead of experts.partition_rule; ours: {', '.join(PARTITION_RULES)}"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of rules that draw lots")
+
+
+def partition_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, help=_PARTITIONED)
+    command.add_argument("--checkpoint", required=True, type=Path, help="checkpoint to start from")
+    command.add_argument("--plan", type=Path, help="file of the command plan")
+    model_out_options(command, "checkpoint")
+
+
+def check_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, help=_PARTITIONED)
+    command.add_argument("--checkpoint", required=True, type=Path, help="partitioned checkpoint")
+    command.add_argument("--original", type=Path, help="checkpoint before that")
+    command.add_argument(
+        "--original-config", help="its config; default: --config without [experts.partition]"
+    )
+    command.add_argument("--batches", type=int, default=25, help="batches each process reads")
+    command.add_argument(
+        "--split",
+        choices=("train", "validation"),
+        help="default: validation where the config has [[validation.sources]]",
+    )
+    command.add_argument("--json", type=Path, help="also write the report to this file")
+
+
+def to_hf_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", help="TOML file; default: the config that its run kept")
+    command.add_argument("--checkpoint", required=True, type=Path, help="checkpoint to write")
+    command.add_argument(
+        "--part",
+        choices=("understanding", "whole"),
+        required=True,
+        help="what text and ViT tokens use, as a model of the backbone; or all, for our own loader",
+    )
+    model_out_options(command, "folder")
+    dtype_option(command)
+    command.add_argument("--shard-size", default="5GB", help="largest file; default: 5GB")
+
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def byte_count(text: str) -> int:
+    """Bytes of a size such as 5GB or 500MB.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B", text)
+    size = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
+    if size == 0:
+        raise ValueError(f"--shard-size: must be a size such as 5GB or 500MB, got {text!r}")
+    return size

@@ -1,0 +1,332 @@
+"""How much of a model's understanding a partition keeps: expert counts before it, losses and in-group shares after it.
+
+Letters: L MoE layers, M modalities, E experts, T tokens, K experts per token.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from symbiotic_titan.build import build_tokenizer
+from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.experts import Shielding
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.evaluation.ablation import (
+    SHARED_ONLY,
+    probed,
+)
+from symbiotic_titan.inference.held_out import (
+    held_out_losses,
+    packed_batches,
+    understanding_data,
+)
+from symbiotic_titan.inference.loaded_model import LoadedModel
+from symbiotic_titan.moe.experts import PartitionedMoE
+from symbiotic_titan.moe.record import RoutingRecord, routing_totals
+from symbiotic_titan.moe.router import Routing, group_of_token
+from symbiotic_titan.parallel.ranks import DataRanks
+from symbiotic_titan.partition.apply import plan_of_checkpoint
+from symbiotic_titan.partition.plan import (
+    Plan,
+    check_layers,
+)
+from symbiotic_titan.partition.profile import (
+    ModelIdentity,
+    Profile,
+    router_hash,
+)
+from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES, VIT
+from symbiotic_titan.weights.compatibility import absent_parts
+from symbiotic_titan.weights.reader import StoredModel
+
+
+def moe_layers(model: nn.Module) -> dict[str, PartitionedMoE]:
+    """MoE layers by the name of their block, as in parameter names."""
+    named = {
+        name: getattr(block, "moe", None)
+        for name, block in model.get_submodule("layers").named_children()
+    }
+    return {f"layers.{name}": moe for name, moe in named.items() if moe is not None}
+
+
+def lacks_encoder(stored: StoredModel) -> bool:
+    """Whether the checkpoint has no image encoder: an untrained one then makes ViT tokens, and how they route is noise."""
+    return "vit" in absent_parts(stored.tensors)
+
+
+def describe_data(config: JobConfig, data: Data, split: str, num_rows: int) -> dict[str, Any]:
+    """What was read, for the readers of a report: where it came from, and what made tokens of it."""
+    return {
+        "split": split,
+        "tokenizer": build_tokenizer(config).fingerprint,
+        "vit_pixels": data.vit_pixels,
+        "sources": [
+            {"name": s.name, "task": s.task, "path": s.path, "weight": s.weight}
+            for s in data.sources
+            if s.weight > 0
+        ],
+        "rows": num_rows,
+        "seq_len": config.training.seq_len,
+    }
+
+
+def profile_model(
+    loaded: LoadedModel,
+    config: JobConfig,
+    batches: Iterable[PackedBatch],
+    data: dict[str, Any],
+    ranks: DataRanks,
+) -> Profile:
+    """Counts of every layer over ``batches``, of all processes; none of ViT where the checkpoint has no image encoder."""
+    layers = moe_layers(loaded.model)
+    if not layers:
+        raise ValueError(f"model.flavor = {config.model.flavor!r} has no MoE layer to profile")
+    counts_LME = torch.zeros(
+        len(layers), NUM_MODALITIES, loaded.args.num_experts, dtype=torch.int64, device=ranks.device
+    )
+    tokens_M = torch.zeros(NUM_MODALITIES, dtype=torch.int64, device=ranks.device)
+    for batch in batches:
+        counts_LME += routing_totals(loaded(batch).records).counts
+        tokens_M += batch.num_tokens()
+    if lacks_encoder(loaded.stored):
+        counts_LME[:, VIT], tokens_M[VIT] = 0, 0
+    tokens = ranks.sum(tokens_M).tolist()
+    return Profile(
+        model=ModelIdentity(
+            flavor=config.model.flavor,
+            step=loaded.stored.step,
+            routers=router_hash(loaded.stored),
+            groups={group.name: group.num_experts for group in loaded.args.groups},
+            top_k=loaded.args.top_k,
+        ),
+        layers=tuple(layers),
+        counts=ranks.sum(counts_LME).cpu(),
+        tokens=dict(zip(MODALITY_NAMES, tokens, strict=True)),
+        data=data,
+    )
+
+
+def text_losses(
+    loaded: LoadedModel, config: JobConfig, batches: Iterable[PackedBatch], ranks: DataRanks
+) -> dict[str, float]:
+    """``text`` and ``by_task/<task>_text`` losses and ``accuracy/<task>`` of the model over ``batches``, of all processes."""
+    return held_out_losses(
+        loaded.model, batches, config.flow, autocast=loaded.autocast, sum_over_ranks=ranks.sum
+    )
+
+
+class TokenShares:
+    """Counts tokens of which something holds, by layer and modality."""
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        shape = (num_layers, NUM_MODALITIES)
+        self._hits_LM = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._tokens_LM = torch.zeros_like(self._hits_LM)
+
+    def count(self, layer: int, hit_T: Tensor, modality_T: Tensor) -> None:
+        for m in range(NUM_MODALITIES):
+            self._hits_LM[layer, m] += (hit_T & (modality_T == m)).sum()
+            self._tokens_LM[layer, m] += (modality_T == m).sum()
+
+    def shares(self, ranks: DataRanks) -> dict[str, list[float]]:
+        """Modality -> share of its tokens by layer, over all processes; without those of which there was no token."""
+        hits_LM, tokens_LM = ranks.sum(self._hits_LM).cpu(), ranks.sum(self._tokens_LM).cpu()
+        return {
+            name: (hits_LM[:, m].double() / tokens_LM[:, m]).tolist()
+            for m, name in enumerate(MODALITY_NAMES)
+            if tokens_LM[:, m].all()
+        }
+
+
+class InsideShares(TokenShares):
+    """Counts, while an unpartitioned model runs, the tokens whose top-k all lie in the group that ``plan`` gives their modality:
+    the partitioned layer computes for them what this one does, but for how sums round."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        super().__init__(len(plan.layers), device)
+        self.plan = plan
+        sizes = torch.tensor([group.num_experts for group in plan.groups])
+        group_of_slot_E = torch.arange(len(sizes)).repeat_interleave(sizes)
+        self._owner_LE = group_of_slot_E[plan.order.argsort(-1)].to(device)
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Within it every forward of ``model`` is counted."""
+        layers = moe_layers(model)
+        check_layers(self.plan, layers)
+        handles = [
+            layers[name].router.register_forward_hook(partial(self._count, i))
+            for i, name in enumerate(self.plan.layers)
+        ]
+        with _removed(handles):
+            yield
+
+    def _count(
+        self, layer: int, router: nn.Module, arguments: tuple[Tensor, Tensor], routing: Routing
+    ) -> None:
+        _, modality_T = arguments
+        group_T = group_of_token(modality_T, self.plan.groups)
+        inside_T = (self._owner_LE[layer][routing.experts_TK] == group_T.unsqueeze(-1)).all(-1)
+        self.count(layer, inside_T, modality_T)
+
+
+# What a MoE layer is called with: tokens, their modalities, the shield's scale. And what it returns.
+_Arguments = tuple[Tensor, Tensor, Tensor]
+_Output = tuple[Tensor, RoutingRecord]
+
+
+class EqualShares(TokenShares):
+    """Counts the tokens for which ``layers`` of two models give the same bits where they get the same input: the second model's
+    layers are given what those of the first got. Inputs and outputs of one batch are kept on the CPU meanwhile."""
+
+    def __init__(self, layers: Sequence[str], device: torch.device) -> None:
+        super().__init__(len(layers), device)
+        self._layers = layers
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """Within it the first model runs a batch."""
+        moes = moe_layers(model)
+        handles = [
+            moes[name].register_forward_hook(partial(self._keep, i))
+            for i, name in enumerate(self._layers)
+        ]
+        with _removed(handles):
+            yield
+
+    @contextmanager
+    def comparing(self, model: nn.Module) -> Iterator[None]:
+        """Within it the second runs the same batch; what it gives is of no use."""
+        moes = moe_layers(model)
+        handles = []
+        for i, name in enumerate(self._layers):
+            handles.append(moes[name].register_forward_pre_hook(partial(self._replace, i)))
+            handles.append(moes[name].register_forward_hook(partial(self._compare, i)))
+        with _removed(handles):
+            yield
+
+    def _keep(self, layer: int, moe: nn.Module, arguments: _Arguments, output: _Output) -> None:
+        self._kept[layer] = arguments[0].cpu(), output[0].cpu()  # device sync
+
+    def _replace(self, layer: int, moe: nn.Module, arguments: _Arguments) -> _Arguments:
+        x_TD, modality_T, shield_scale = arguments
+        return self._kept[layer][0].to(x_TD.device), modality_T, shield_scale
+
+    def _compare(self, layer: int, moe: nn.Module, arguments: _Arguments, output: _Output) -> None:
+        _, before_TD = self._kept.pop(layer)
+        equal_T = (output[0] == before_TD.to(output[0].device)).all(-1)
+        self.count(layer, equal_T, arguments[1])
+
+
+@contextmanager
+def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class StepZeroReport:
+    """A checkpoint before its first step, on understanding data.
+
+    columns:      model -> name -> loss or accuracy. The first is ``original`` where one was given, then ``partitioned``, then
+                  ``shared_only``: the partitioned model with its routed experts masked.
+    layers, inside: of the original, modality -> share by layer of tokens whose top-k stays inside the plan's group.
+    equal:        modality -> share by layer of tokens for which the partitioned layer, given the original's input, gives the
+                  original's bits; of the first batch.
+    """
+
+    data: dict[str, Any]
+    columns: dict[str, dict[str, float]]
+    layers: tuple[str, ...]
+    inside: dict[str, list[float]]
+    equal: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """(partitioned - original) / original, by name."""
+        before = self.columns.get("original", {})
+        after = self.columns["partitioned"]
+        return {name: after[name] / value - 1 for name, value in before.items() if value}
+
+    def values(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**vars(self), "layers": list(self.layers), "differences": self.differences}
+
+
+def unpartitioned(config: JobConfig) -> JobConfig:
+    """The config of the model that ``config`` partitions: one pool, with the flavor's shared expert."""
+    config = copy.deepcopy(config)
+    config.experts.partition = {}
+    config.experts.shared = True
+    config.experts.new_shared_experts = 0
+    config.shielding = Shielding()  # there may be nothing to shield
+    return config
+
+
+def step_zero_report(
+    config: JobConfig,
+    checkpoint: Path,
+    ranks: DataRanks,
+    *,
+    original_config: JobConfig | None = None,
+    original: Path | None = None,
+    split: str | None = None,
+    num_batches: int,
+) -> StepZeroReport:
+    """Compare ``checkpoint`` with the checkpoint ``original`` that it was made from, on the same rows. One model at a time is in
+    memory. ``original_config`` None: ``config`` without its partition; ``split`` None: held-out sources where there are some.
+
+    Raises:
+        ValueError: a checkpoint is not of its config's model, or there is no understanding source.
+    """
+    split = split or ("validation" if config.validation.sources else "train")
+    data = understanding_data(config, split)
+    columns: dict[str, dict[str, float]] = {}
+
+    def losses_of(model: LoadedModel) -> dict[str, float]:
+        batches = packed_batches(config, data, num_batches, ranks, split)
+        return text_losses(model, config, batches, ranks)
+
+    def run_one_batch(model: LoadedModel) -> None:
+        for batch in packed_batches(config, data, 1, ranks, split):
+            model(batch)
+
+    plan = plan_of_checkpoint(checkpoint)
+    inside = InsideShares(plan, ranks.device) if plan and original else None
+    equal = EqualShares(plan.layers, ranks.device) if plan and original else None
+    if original is not None:
+        before = LoadedModel(original_config or unpartitioned(config), original, ranks)
+        with inside.watching(before.model) if inside else nullcontext():
+            columns["original"] = losses_of(before)
+        with equal.recording(before.model) if equal else nullcontext():
+            run_one_batch(before)
+        del before
+    after = LoadedModel(config, checkpoint, ranks)
+    columns["partitioned"] = losses_of(after)
+    if equal:
+        with equal.comparing(after.model):
+            run_one_batch(after)
+    if after.args.shared_hidden_dim:
+        with probed(after.model, SHARED_ONLY):
+            columns["shared_only"] = losses_of(after)
+    num_rows = num_batches * config.training.local_batch_size * ranks.size
+    return StepZeroReport(
+        data=describe_data(config, data, split, num_rows),
+        columns=columns,
+        layers=inside.plan.layers if inside else (),
+        inside=inside.shares(ranks) if inside else {},
+        equal=equal.shares(ranks) if equal else {},
+    )

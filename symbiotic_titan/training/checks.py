@@ -1,0 +1,392 @@
+"""What [sampling] asks for, checked before anything is built.
+
+Rules that span sections, checked before anything is built.
+"""
+
+import math
+import os
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+from torchtitan.config.job_config import DataLoader, Quantize
+from torchtitan.protocols import model_converter
+
+from symbiotic_titan.codecs.files import codec_info
+from symbiotic_titan.config.job import Float8, JobConfig
+from symbiotic_titan.data.images import aspect_buckets
+from symbiotic_titan.data.latents import generates
+from symbiotic_titan.data.tokenizer import open_tokenizer
+from symbiotic_titan.device import cuda_capability, device_type, supports_flex_attention
+from symbiotic_titan.flow.solver import FlowSampling
+from symbiotic_titan.inference.images import choose_size
+from symbiotic_titan.inference.prompts import PromptMaker
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.moe.partition import check_expert_parallel_degree
+from symbiotic_titan.optim.build import OPTIMIZER_BUILDERS
+from symbiotic_titan.optim.shield_schedule import check_schedule
+from symbiotic_titan.parallel import float8
+from symbiotic_titan.partition.plan import PARTITION_RULES
+from symbiotic_titan.sequence.geometry import ImageGeometry
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A torchtitan option that has no effect here unless it stays at ``allowed``."""
+
+    key: str
+    allowed: Any
+    remedy: str
+
+
+_UNSUPPORTED = (
+    Unsupported(
+        "parallelism.tensor_parallel_degree",
+        1,
+        "use parallelism.expert_parallel_degree and FSDP",
+    ),
+    Unsupported("parallelism.pipeline_parallel_degree", 1, "use FSDP and expert parallelism"),
+    Unsupported(
+        "parallelism.context_parallel_degree", 1, "use a shorter training.seq_len and more rows"
+    ),
+    Unsupported("parallelism.expert_tensor_parallel_degree", 1, "leave it at 1"),
+    Unsupported("parallelism.expert_parallel_comm_backend", "standard", "leave it at 'standard'"),
+    Unsupported("training.dataset", "c4_test", "name files in [[data.sources]]"),
+    Unsupported("training.dataset_path", None, "name files in [[data.sources]]"),
+    Unsupported(
+        "training.dataloader.persistent_workers", False, "workers live as long as the run here"
+    ),
+    Unsupported("validation.dataset", "c4_validation", "name files in [[validation.sources]]"),
+    Unsupported("validation.dataset_path", None, "name files in [[validation.sources]]"),
+    Unsupported("validation.local_batch_size", 8, "held-out rows come in batches like training's"),
+    Unsupported("validation.seq_len", 2048, "held-out rows are as long as training rows"),
+    Unsupported(
+        "validation.dataloader", DataLoader(), "held-out rows are made once, before training"
+    ),
+    Unsupported("fault_tolerance.enable", False, "resume from a checkpoint"),
+    Unsupported("memory_estimation.enable", False, "run a few steps with metrics on"),
+    Unsupported("optimizer.early_step_in_backward", False, "use gradient clipping as it is"),
+    Unsupported("checkpoint.last_save_in_hf", False, "save a distributed checkpoint"),
+    Unsupported(
+        "checkpoint.initial_load_in_hf",
+        False,
+        "leave it out; what checkpoint.initial_load_path is tells how it is read",
+    ),
+    Unsupported(
+        "checkpoint.create_seed_checkpoint", False, "weights do not depend on the ranks here"
+    ),
+    Unsupported(
+        "parallelism.enable_async_tensor_parallel", False, "there is no tensor parallelism"
+    ),
+    Unsupported("model.tokenizer_path", None, "name the file in tokenizer.path"),
+    Unsupported("comm.mode", "default", "for a dry run use tools/show_parallel.py"),
+    Unsupported("debug.moe_force_load_balance", False, "train with real routing"),
+)
+
+
+def _value(config: JobConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check_supported(config: JobConfig) -> None:
+    """Options of torchtitan that this trainer does not act on must stay at their defaults."""
+    for option in _UNSUPPORTED:
+        value = _value(config, option.key)
+        if value != option.allowed:
+            raise ValueError(
+                f"{option.key} = {value!r} is not supported by this trainer; {option.remedy}"
+            )
+    if config.activation_checkpoint.mode == "memory_budget":
+        raise ValueError(
+            "activation_checkpoint.mode = 'memory_budget' is not supported by this trainer; "
+            "use 'none', 'selective' or 'full'"
+        )
+    for component in config.compile.components:
+        if component not in ("model", "loss"):
+            raise ValueError(
+                f"compile.components: unknown component {component!r}; choose from model, loss"
+            )
+
+
+def check_numbers(config: JobConfig) -> None:
+    """Ranges of torchtitan's numbers, and no float of any section that is not finite."""
+    schedule = config.lr_scheduler
+    rules = (
+        ("metrics.log_freq", config.metrics.log_freq >= 1, "at least 1"),
+        ("lr_scheduler.warmup_steps", schedule.warmup_steps >= 0, "zero or positive"),
+        ("lr_scheduler.decay_ratio", 0.0 <= (schedule.decay_ratio or 0.0) <= 1.0, "in [0, 1]"),
+        ("lr_scheduler.min_lr_factor", 0.0 <= schedule.min_lr_factor <= 1.0, "in [0, 1]"),
+        ("training.max_norm", config.training.max_norm > 0, "positive"),
+    )
+    for key, holds, rule in rules:
+        if not holds:
+            raise ValueError(f"{key}: must be {rule}, got {_value(config, key)}")
+    option = config.activation_checkpoint.selective_ac_option
+    if option != "op" and not (option.isdigit() and int(option) > 0):
+        raise ValueError(
+            f"activation_checkpoint.selective_ac_option: must be 'op' or a positive number of layers, got {option!r}"
+        )
+    _check_finite("", config)
+
+
+def _check_finite(where: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: must be a finite number, got {value}")
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_finite(f"{where}.{name}" if where else name, item)
+    if isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check_finite(f"{where}[{i}]", item)
+
+
+def check_device(config: JobConfig, args: ModelArgs) -> None:
+    """What the device cannot do is said now, not at the first backward."""
+    if args.attention_backend == "flex" and not supports_flex_attention():
+        raise ValueError(
+            "attention_backend = 'flex' needs a CUDA device: FlexAttention has no backward on this one; use 'sdpa'"
+        )
+    if device_type() != "cpu":
+        return
+    if config.training.enable_cpu_offload:
+        raise ValueError(
+            "training.enable_cpu_offload = True needs an accelerator: on a CPU the weights are where they would go; remove it"
+        )
+    for key in ("profiling.enable_profiling", "profiling.enable_memory_snapshot"):
+        if _value(config, key):
+            raise ValueError(
+                f"{key} needs an accelerator; on a CPU measure with tools/bench/step.py"
+            )
+    if config.checkpoint.async_mode == "async_with_pinned_mem":
+        raise ValueError(
+            "checkpoint.async_mode = 'async_with_pinned_mem' needs an accelerator; use 'async'"
+        )
+
+
+def check_converters(config: JobConfig) -> None:
+    """Converters must be known, and a section about a converter must have one to speak of."""
+    chosen = config.model.converters
+    registered = model_converter._registry_model_converter_cls
+    known = sorted({float8.NAME, *(n for n in registered if not n.startswith("quantize."))})
+    for name in chosen:
+        if name not in known:
+            raise ValueError(
+                f"model.converters: unknown converter {name!r}; choose from {', '.join(known)}"
+            )
+        if chosen.count(name) > 1:
+            raise ValueError(f"model.converters: {name!r} is given twice; name it once")
+    if config.quantize != Quantize():
+        raise ValueError(
+            "[quantize] has no effect: it speaks to converters that do not know the expert banks; "
+            f"use model.converters = ['{float8.NAME}'] and [float8]"
+        )
+    if config.float8 != Float8() and float8.NAME not in chosen:
+        raise ValueError(
+            f"[float8] has no effect without its converter; set model.converters = ['{float8.NAME}'] or remove it"
+        )
+
+
+def check_float8(config: JobConfig, args: ModelArgs, world_size: int) -> None:
+    """What float8 cannot do with this model, its shield or this number of ranks."""
+    if float8.NAME not in config.model.converters:
+        return
+    options = config.float8
+    if options.all_gather:
+        check_float8_all_gather(config, world_size)
+    if config.shielding.enabled and config.shielding.mode == "weights":
+        raise ValueError(
+            "shielding.mode = 'weights' takes the shared experts' gradients apart, which their float8 layers cannot; "
+            "use shielding.mode = 'output' or train without float8"
+        )
+    for name in ("dim", "expert_hidden_dim"):
+        size = getattr(args, name)
+        if options.experts and size % float8.FLOAT8_MULTIPLE != 0:
+            raise ValueError(
+                f"float8.experts: {name} = {size} of flavor {config.model.flavor!r} is not a multiple of "
+                f"{float8.FLOAT8_MULTIPLE}; set float8.experts = false or choose another flavor"
+            )
+    if not options.emulate:
+        check_float8_device(config)
+
+
+def check_float8_all_gather(config: JobConfig, world_size: int) -> None:
+    """Weights travel in float8 between several GPUs, and nowhere else."""
+    if world_size == 1:
+        why = "nothing is gathered on one rank"
+    elif device_type() == "cpu":
+        why = "gloo, which connects CPUs, cannot send float8"
+    elif config.training.enable_cpu_offload:
+        why = "weights that training.enable_cpu_offload keeps on the CPU have no scales there"
+    else:
+        return
+    raise ValueError(f"float8.all_gather = true: {why}; set it to false")
+
+
+def check_float8_device(config: JobConfig) -> None:
+    """Float8 matmuls need a GPU that has them, and give bfloat16."""
+    options, capability = config.float8, cuda_capability()
+    if options.experts:  # a grouped kernel exists for these two generations only
+        needed, fits = "9.x or 10.x", capability is not None and capability[0] in (9, 10)
+    elif options.recipe == "tensorwise":
+        needed, fits = "8.9 or newer", capability is not None and capability >= (8, 9)
+    else:
+        needed, fits = "9.0 or newer", capability is not None and capability >= (9, 0)
+    if not fits:
+        found = "there is none" if capability is None else "this one has {}.{}".format(*capability)
+        raise ValueError(
+            f"model.converters = ['{float8.NAME}'] needs a CUDA device of compute capability {needed}, {found}; "
+            "set float8.emulate = true to try it here"
+        )
+    if config.training.mixed_precision_param != "bfloat16":
+        raise ValueError(
+            f"training.mixed_precision_param = {config.training.mixed_precision_param!r}: float8 matmuls give bfloat16; "
+            "set it to 'bfloat16', or float8.emulate = true"
+        )
+
+
+def check_parallelism(config: JobConfig, args: ModelArgs, world_size: int) -> None:
+    """Degrees must factor the number of ranks, the experts and the batch."""
+    p = config.parallelism
+    replicate, shard = p.data_parallel_replicate_degree, p.data_parallel_shard_degree
+    for key in ("data_parallel_replicate_degree", "expert_parallel_degree"):
+        if getattr(p, key) < 1:
+            raise ValueError(f"parallelism.{key}: must be at least 1, got {getattr(p, key)}")
+    if shard == -1:
+        shard = world_size // replicate
+    if shard < 1 or replicate * shard != world_size:
+        raise ValueError(
+            f"parallelism: data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree ({shard}) "
+            f"must equal the number of ranks ({world_size}); set the shard degree to -1 to use what is left"
+        )
+    if replicate > 1 and shard == 1:
+        raise ValueError(
+            f"parallelism.data_parallel_replicate_degree = {replicate}: replication without sharding is not supported; "
+            "use fewer replicas, so that each is sharded over at least 2 ranks"
+        )
+    if config.training.enable_cpu_offload and world_size == 1:
+        raise ValueError(
+            "training.enable_cpu_offload = True: FSDP does it, which one rank runs without; use at least 2 ranks or remove it"
+        )
+    if shard % p.expert_parallel_degree != 0:
+        raise ValueError(
+            f"parallelism.expert_parallel_degree = {p.expert_parallel_degree} does not divide the "
+            f"{shard} ranks that a replica is sharded over"
+        )
+    check_expert_parallel_degree(args.groups, p.expert_parallel_degree)
+    check_batch(config, world_size)
+
+
+def check_batch(config: JobConfig, num_data_ranks: int) -> None:
+    """The global batch must be whole micro-batches on every rank."""
+    local, total = config.training.local_batch_size, config.training.global_batch_size
+    if local < 1:
+        raise ValueError(f"training.local_batch_size: must be at least 1, got {local}")
+    if total > 0 and total % (local * num_data_ranks) != 0:
+        raise ValueError(
+            f"training.global_batch_size = {total} must be a multiple of training.local_batch_size ({local}) "
+            f"x data-parallel ranks ({num_data_ranks}) = {local * num_data_ranks}"
+        )
+
+
+def check_shielding(config: JobConfig, args: ModelArgs) -> None:
+    """Shielding acts on shared experts: asking for it without them is an error."""
+    check_schedule(config.shielding, config.training.steps)
+    if config.shielding.enabled and not args.shared_hidden_dim:
+        why, remedy = "experts.shared = false", "keep the shared expert"
+        if config.experts.shared:
+            why = f"model.flavor = {config.model.flavor!r}, which has no shared expert"
+            remedy = "give it one with experts.new_shared_experts"
+        raise ValueError(
+            f"[shielding] has no effect with {why}; set shielding.steps = 0 and shielding.after_scale = 1, or {remedy}"
+        )
+
+
+def check_start(config: JobConfig) -> None:
+    """Initial weights are read by the checkpointer."""
+    path, enabled = config.checkpoint.initial_load_path, config.checkpoint.enable
+    if path and not enabled:
+        raise ValueError(
+            f"checkpoint.initial_load_path = {path!r} has no effect with checkpoint.enable = false; set it to true, or remove "
+            "the path"
+        )
+
+
+def check_validation(config: JobConfig) -> None:
+    """Held-out losses need held-out data."""
+    if config.validation.enable and not config.validation.sources:
+        raise ValueError(
+            "validation.enable = true needs held-out data; name at least one source in [[validation.sources]], or set it to false"
+        )
+
+
+def check_job(config: JobConfig) -> None:
+    """All rules that span sections.
+
+    Raises:
+        ValueError: names key, value, rule and remedy.
+    """
+    check_supported(config)
+    check_numbers(config)
+    if config.model.name != "symbiotic":
+        raise ValueError(
+            f"model.name = {config.model.name!r}: this trainer trains 'symbiotic'; choose its size with model.flavor"
+        )
+    if config.training.steps < 1:
+        raise ValueError(f"training.steps: must be at least 1, got {config.training.steps}")
+    if not config.data.sources:
+        raise ValueError("[[data.sources]]: none given; name at least one source of samples")
+    _ = PARTITION_RULES[config.experts.partition_rule]  # raises where nobody registered it
+    _ = OPTIMIZER_BUILDERS[config.optimizer.builder]
+    check_validation(config)
+    check_start(config)
+    check_converters(config)
+    args = FLAVORS[config.model.flavor]
+    args.update_from_config(config)
+    check_shielding(config, args)
+    check_sampling(config, args.geometry)
+    check_device(config, args)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_parallelism(config, args, world_size)
+    check_float8(config, args, world_size)
+
+
+def check_sampling(config: JobConfig, geometry: ImageGeometry) -> None:
+    """Pass if the pictures can be drawn and shown, and if the run teaches the model to draw.
+
+    Raises:
+        ValueError: names the key.
+    """
+    sampling = config.sampling
+    if not sampling.enable:
+        return
+    why = None
+    if not sampling.prompts:
+        why = "there is nothing to draw; give captions in sampling.prompts"
+    elif not generates(config.data.sources):
+        why = "no source in [[data.sources]] has images to be generated; add one"
+    elif not config.metrics.enable_tensorboard:
+        why = "pictures are shown in TensorBoard; set metrics.enable_tensorboard = true"
+    if why is not None:
+        raise ValueError(f"sampling.enable = true: {why}, or set it to false")
+    codec_info(config.latents)  # raises where nothing could decode a picture
+    try:
+        _check_request(config, geometry)
+    except ValueError as error:
+        raise ValueError(f"[sampling] {error}") from None
+
+
+def _check_request(config: JobConfig, geometry: ImageGeometry) -> None:
+    sampling, data, side = config.sampling, config.data, geometry.vae_token_pixels
+    shift = config.flow.shift if sampling.shift is None else sampling.shift
+    FlowSampling(sampling.steps, sampling.sampler, shift, sampling.guidance)
+    buckets = aspect_buckets(data.vae_pixels, side, data.max_aspect)
+    height, width = choose_size(None, sampling.aspect, buckets)
+    maker = PromptMaker(open_tokenizer(config.tokenizer), geometry, data, config.training.seq_len)
+    captions = [maker.image(prompt) for prompt in sampling.prompts]
+    num_tokens = height // side * (width // side)
+    maker.check_room(captions, [num_tokens] * len(captions), "of its image")

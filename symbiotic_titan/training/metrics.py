@@ -1,0 +1,173 @@
+"""What is logged, under which name, and the console line of a step."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torchtitan.components.metrics import LoggerContainer, MetricsProcessor, TensorBoardLogger
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.flops import ModelCost
+from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.moe.routing_metrics import (
+    layer_statistics,
+    means_over_layers,
+    scalars_by_layer,
+    write_routing,
+)
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one logged step has to tell; all numbers are over all ranks.
+
+    losses       by name; ``total``, ``text``, ``flow``, ``balance`` and ``by_task/*``.
+    grad_norms   before clipping; ``all`` and one per parameter group.
+    rates        learning rate of each parameter group.
+    update_ratios  L2 norm of each group's last update over that of its weights.
+    assignments  (layers, modalities, E) routed assignments of the step; None without MoE layers.
+    fill         share of positions that are not padding.
+    skipped      samples since the run began; ``skipped``, ``skipped/<reason>``, ``truncated``.
+    tokens_seen  (modalities,) tokens since the start of training.
+    """
+
+    step: int
+    losses: dict[str, float]
+    grad_norms: dict[str, float]
+    rates: dict[str, float]
+    update_ratios: dict[str, float]
+    assignments: torch.Tensor | None
+    shield_scale: float
+    fill: float
+    skipped: dict[str, int]
+    tokens_seen: torch.Tensor
+
+
+class SymbioticMetrics(MetricsProcessor):
+    """torchtitan's loggers and memory monitor, with this project's metric names."""
+
+    time_last_log: float
+    ntokens_since_last_log: int
+
+    def __init__(
+        self,
+        job_config: JobConfig,
+        parallel_dims: ParallelDims,
+        groups: tuple[ExpertGroup, ...],
+        moe_layers: range,
+    ) -> None:
+        super().__init__(job_config, parallel_dims)
+        self.groups = groups
+        self.moe_layers = moe_layers
+        self.routing_freq = job_config.metrics.routing_freq
+        self.num_steps = job_config.training.steps
+        self.capacity_factor = job_config.experts.capacity_factor
+        self.last_logged_step: int | None = None
+        self.cost: ModelCost | None = None  # set by the trainer, which has the model
+        self.tokens_at_last_log = torch.zeros(NUM_MODALITIES, dtype=torch.int64)
+
+    def should_log(self, step: int) -> bool:
+        """As upstream, and the last step, and those with a full account of routing."""
+        return super().should_log(step) or step == self.num_steps or self.shows_routing(step)
+
+    def shows_routing(self, step: int) -> bool:
+        """Whether ``step`` gets a full account of routing, see ``metrics.routing_freq``."""
+        if self.routing_freq == 0:
+            return False
+        return step % self.routing_freq == 0 or step in (1, self.num_steps)
+
+    def flops_per_token(self, tokens_seen: torch.Tensor) -> float:
+        """Training FLOPs of a token, with the modalities' real shares since the last call."""
+        assert self.cost is not None
+        shares = (tokens_seen - self.tokens_at_last_log).tolist()
+        self.tokens_at_last_log = tokens_seen.clone()
+        return self.cost.training_flops_per_token(tuple(float(share) for share in shares))
+
+    def performance(self, step: int, tokens_seen: torch.Tensor) -> dict[str, float]:
+        """Throughput since the last call; model FLOPS utilisation only where the device's peak is known."""
+        elapsed = time.perf_counter() - self.time_last_log
+        num_steps = max(step - (self.last_logged_step or step - 1), 1)
+        tokens_per_second = self.ntokens_since_last_log / elapsed
+        loading = sum(self.data_loading_times)
+        per_device = tokens_per_second / self.parallel_dims.world_size
+        flops = self.flops_per_token(tokens_seen) * per_device
+        utilisation = 100 * flops / self.gpu_peak_flops
+        memory = self.device_memory_monitor.get_peak_stats()
+        metrics = {
+            "perf/tokens_per_second": tokens_per_second,
+            "perf/tflops_per_device": flops / 1e12,
+            "perf/step_seconds": elapsed / num_steps,
+            "perf/data_loading_percent": 100 * loading / elapsed,
+            "perf/memory_gib": memory.max_reserved_gib,
+        }
+        if utilisation == utilisation:  # nan where the peak is unknown
+            metrics["perf/mfu"] = utilisation
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.device_memory_monitor.reset_peak_stats()
+        self.time_last_log = time.perf_counter()
+        self.last_logged_step = step
+        return metrics
+
+    def log_step(self, report: StepReport) -> None:
+        """Write one step to TensorBoard (or W&B) and to the console."""
+        metrics = {f"loss/{name}": value for name, value in report.losses.items()}
+        metrics |= {f"grad_norm/{name}": value for name, value in report.grad_norms.items()}
+        metrics |= {f"lr/{name}": value for name, value in report.rates.items()}
+        metrics |= {f"update_ratio/{name}": value for name, value in report.update_ratios.items()}
+        if report.assignments is not None:
+            metrics |= self.routing(report.step, report.assignments)
+        metrics |= {
+            f"tokens/{name}": int(count)
+            for name, count in zip(MODALITY_NAMES, report.tokens_seen, strict=True)
+        }
+        metrics |= {"shield/scale": report.shield_scale}
+        metrics |= {"data/fill": report.fill}
+        metrics |= {f"data/{name}": count for name, count in report.skipped.items()}
+        metrics |= self.performance(report.step, report.tokens_seen)
+        self.logger.log(metrics, report.step)
+        self.log_console(report, metrics)
+
+    def routing(self, step: int, assignments: torch.Tensor) -> dict[str, float]:
+        """Scalars about the step's (layers, modalities, E) assignments; a full account goes to TensorBoard where one is due."""
+        counts = assignments.cpu()  # device sync
+        statistics = layer_statistics(counts, self.groups, self.capacity_factor)
+        metrics = means_over_layers(statistics)
+        if self.shows_routing(step):
+            metrics |= scalars_by_layer(statistics, self.moe_layers)
+            for writer in self.tensorboard_writers():
+                write_routing(writer, step, counts, self.groups, self.moe_layers)
+        return metrics
+
+    def tensorboard_writers(self) -> list[SummaryWriter]:
+        """None on ranks that do not log, and where TensorBoard is off."""
+        if not isinstance(self.logger, LoggerContainer):
+            return []
+        sinks = self.logger._loggers
+        return [sink.writer for sink in sinks if isinstance(sink, TensorBoardLogger)]
+
+    def log_console(self, report: StepReport, metrics: dict[str, float]) -> None:
+        color = self.color
+        capacity = metrics.get("routing/capacity_rate/all", float("nan"))
+        logger.info(
+            f"{color.red}step: {report.step:2}  "
+            f"{color.green}text: {report.losses['text']:7.4f}  flow: {report.losses['flow']:7.4f}  "
+            f"balance: {report.losses['balance']:6.3f}  "
+            f"{color.orange}capacity: {capacity:5.3f}  "
+            f"{color.yellow}grad_norm: {report.grad_norms['all']:8.4f}  "
+            f"{color.turquoise}memory: {metrics['perf/memory_gib']:5.2f}GiB  "
+            f"{color.blue}tokens/s: {metrics['perf/tokens_per_second']:,.0f}{color.reset}"
+        )
+
+
+def build_metrics(
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args: ModelArgs
+) -> SymbioticMetrics:
+    """Fills the train spec's metrics slot."""
+    moe_layers = range(model_args.num_dense_layers, model_args.num_layers)
+    return SymbioticMetrics(job_config, parallel_dims, model_args.groups, moe_layers)

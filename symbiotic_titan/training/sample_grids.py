@@ -1,0 +1,120 @@
+"""Pictures of fixed prompts while training, drawn by the model in training and shown as one grid in TensorBoard.
+
+Prompts and noise are the same every time, so a difference between two grids is the weights'. Nothing is drawn from a global
+generator and nothing the optimizer sees is touched: training with and without sampling is bitwise the same. Several processes
+share the prompts, and do equally many forwards.
+Letters: N pictures, H and W pixels.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torchtitan.tools.logging import logger
+
+from symbiotic_titan.codecs.codec import Codec
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.data.tokenizer import Tokenizer
+from symbiotic_titan.inference.generator import Generator
+from symbiotic_titan.inference.images import picture_grid
+from symbiotic_titan.inference.session import Autocast
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.parallel.ranks import DataRanks
+from symbiotic_titan.training.metrics import SymbioticMetrics
+from symbiotic_titan.training.stop import (
+    Interrupted,
+    aside,
+)
+
+
+class SampleGrids:
+    """Draws what [sampling] says. Every process calls it; those with a TensorBoard of their own write.
+
+    autocast: in what precision the model computes. stop_requested: a collective with one answer for all processes. codec: of
+    [latents]; built where it is None.
+
+    Raises:
+        ValueError: the codec's weights are missing.
+    """
+
+    def __init__(
+        self,
+        model: SymbioticModel,
+        config: JobConfig,
+        tokenizer: Tokenizer,
+        ranks: DataRanks,
+        metrics: SymbioticMetrics,
+        *,
+        autocast: Autocast,
+        stop_requested: Callable[[], bool],
+        codec: Codec | None = None,
+    ) -> None:
+        self._model, self._ranks, self._metrics = model, ranks, metrics
+        self._settings, self._num_steps = config.sampling, config.training.steps
+        self._stop_requested = stop_requested
+        self._generator = Generator(model, config, tokenizer, ranks.device, autocast=autocast)
+        if codec is not None:
+            self._generator.codec = codec
+        if self._settings.enable:
+            _ = self._generator.codec  # raises now, not at the first grid
+
+    def is_due(self, step: int) -> bool:
+        """Every ``sampling.freq`` steps, step 0 included, and at the last step."""
+        is_due = step % self._settings.freq == 0 or step == self._num_steps
+        return self._settings.enable and is_due
+
+    def draw_if_due(self, step: int) -> None:
+        """Draw and write the grid of ``step``. On a stop signal it ends behind the current step of the sampler, without a grid."""
+        if not self.is_due(step):
+            return
+        start = time.perf_counter()
+        with aside(self._model, self._metrics, f"sampling at step {step}"):
+            self._write(step, self._pictures())
+            color, seconds = self._metrics.color, time.perf_counter() - start
+            logger.info(
+                f"{color.yellow}sampling at step {step}:  {color.green}{len(self._settings.prompts)} pictures  "
+                f"{color.blue}{seconds:.1f} s{color.reset}"
+            )
+
+    def _pictures(self) -> np.ndarray:
+        """(N, H, W, 3) uint8: the pictures of all prompts, on every process."""
+        settings, ranks = self._settings, self._ranks
+        num_prompts = len(settings.prompts)
+        share = -(-num_prompts // ranks.size)
+        first = ranks.rank * share
+        # Who has fewer prompts than others draws some again, for as many forwards as theirs.
+        own = [settings.prompts[i % num_prompts] for i in range(first, first + share)]
+        drawn = self._generator.images(
+            own,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            sampler=settings.sampler,
+            shift=settings.shift,
+            seed=settings.seed,
+            aspect=settings.aspect,
+            batch_size=settings.batch_size,
+            first_index=first,
+            advance=self._check_stop,
+        )
+        drawn_NHW3 = torch.from_numpy(np.stack([np.asarray(p.image) for p in drawn]))
+        all_NHW3 = torch.zeros(
+            num_prompts, *drawn_NHW3.shape[1:], dtype=torch.uint8, device=ranks.device
+        )
+        place = slice(first, first + share)  # of the last ones fewer, or none
+        all_NHW3[place] = drawn_NHW3[: len(all_NHW3[place])].to(ranks.device)
+        return ranks.sum(all_NHW3).cpu().numpy()  # device sync
+
+    def _check_stop(self, count: int) -> None:
+        if self._stop_requested():
+            raise Interrupted
+
+    def _write(self, step: int, pictures_NHW3: np.ndarray) -> None:
+        writers = self._metrics.tensorboard_writers()
+        if not writers:
+            return
+        images = [Image.fromarray(picture_HW3) for picture_HW3 in pictures_NHW3]
+        grid_HW3 = np.asarray(picture_grid(images, self._settings.prompts))
+        for writer in writers:
+            writer.add_image("sampling/pictures", grid_HW3, step, dataformats="HWC")

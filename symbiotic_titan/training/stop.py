@@ -1,0 +1,59 @@
+"""Stopping on SIGTERM and SIGINT: the flag that the trainer reads at the end of a step."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+
+
+class StopRequest:
+    """Remembers the first stop signal. A second SIGINT interrupts at once, as a user who presses Ctrl-C twice expects."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def install(self) -> None:
+        """Handle SIGTERM and SIGINT in this process (main thread only)."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+
+class Interrupted(Exception):
+    """A stop signal came during a measurement."""
+
+
+@contextlib.contextmanager
+def aside(model: nn.Module, metrics: MetricsProcessor, what: str) -> Iterator[None]:
+    """A frame for ``what``, a measurement on the model in training. ``Interrupted`` ends it and is told; the time that passes is
+    not counted in the throughput, which is training's."""
+    utils.device_module.synchronize()  # device sync: the step's kernels are not this measurement's time
+    start = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    except Interrupted:
+        logger.info(f"{what} broken off: a stop signal came")
+    finally:
+        model.train(was_training)
+        _reshard(model)
+        metrics.time_last_log += time.perf_counter() - start
+
+
+def _reshard(model: nn.Module) -> None:
+    """Free the gathered weights that FSDP keeps behind a forward for the backward, which does not come here."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

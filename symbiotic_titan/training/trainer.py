@@ -1,0 +1,379 @@
+"""The trainer: batch -> noise -> model -> loss terms -> step.
+
+It is torchtitan's Trainer with one ``train_step`` of its own, because two losses have two normalisers and because routing
+records leave the model beside its predictions. What differs from upstream's step: targets are counted per task and divided
+once; noise is drawn per row; the balancing loss may need the whole step's expert counts; every step is checked for
+non-finite values before the weights change; a stop signal ends the run at a step's end with a checkpoint.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import operator
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
+from torchtitan.train import Trainer
+
+from symbiotic_titan.checkpoint.resume import holds
+from symbiotic_titan.checkpoint.start import choose_start, is_distributed, read_weights
+from symbiotic_titan.codecs.batch import build_batch_encoder
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.saved import SavedConfig
+from symbiotic_titan.data.latents import generates
+from symbiotic_titan.data.loader import PackedLoader
+from symbiotic_titan.data.tokenizer import Tokenizer
+from symbiotic_titan.flow.path import draw_noise_and_timesteps, interpolate, velocity_target
+from symbiotic_titan.losses.balance import balance_loss
+from symbiotic_titan.losses.step import (
+    MicroBatchResult,
+    StepTotals,
+    not_finite,
+    step_losses,
+    sum_results,
+)
+from symbiotic_titan.losses.terms import LossTerms
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.flops import model_cost
+from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
+from symbiotic_titan.moe.record import RoutingTotals, routing_totals
+from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
+from symbiotic_titan.optim.group_record import GroupRecord
+from symbiotic_titan.optim.shield_schedule import shield_scale
+from symbiotic_titan.parallel.ranks import data_ranks
+from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.sequence.modality import MODALITY_NAMES
+from symbiotic_titan.training.metrics import (
+    StepReport,
+    SymbioticMetrics,
+)
+from symbiotic_titan.training.sample_grids import SampleGrids
+from symbiotic_titan.training.stop import StopRequest
+from symbiotic_titan.training.validation import SymbioticValidator
+
+
+class SymbioticTrainer(Trainer):
+    """Trains the model of the train spec ``symbiotic`` from a checked JobConfig."""
+
+    job_config: JobConfig
+    metrics_processor: SymbioticMetrics  # type: ignore[assignment]
+    validator: SymbioticValidator
+
+    def __init__(self, job_config: JobConfig) -> None:
+        self.stop, self.saved_config = StopRequest(), SavedConfig(job_config)
+        self.tokens_seen = torch.zeros(len(MODALITY_NAMES), dtype=torch.int64)
+        with warnings.catch_warnings():
+            # In float32 on one process upstream makes an autocast that torch warns about and disables.
+            warnings.filterwarnings("ignore", message="In CPU autocast")
+            super().__init__(job_config)
+        if job_config.training.mixed_precision_param == "float32":
+            self.maybe_enable_amp = contextlib.nullcontext()
+        self.ranks = data_ranks(self.device, self.parallel_dims)
+        geometry = cast(ModelArgs, self.model_args).geometry
+        images = generates([*job_config.data.sources, *job_config.validation.sources])
+        self.encode = build_batch_encoder(job_config.latents, geometry, self.device, needed=images)
+        if job_config.validation.enable:
+            self.validator.connect(
+                self.to_device, self.maybe_enable_amp, self.sum_over_ranks, self.stop_requested
+            )
+        self.samples = SampleGrids(
+            cast(SymbioticModel, self.model_parts[0]),
+            job_config,
+            cast(Tokenizer, self.tokenizer),
+            self.ranks,
+            self.metrics_processor,
+            autocast=lambda: self.maybe_enable_amp,
+            stop_requested=self.stop_requested,
+            codec=self.encode.codec,
+        )
+        self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
+        self.shield_scale = torch.ones((), device=self.device)
+        seen = job_config.data.seen_pixels
+        self.metrics_processor.cost = model_cost(
+            self.model_parts[0],
+            cast(ModelArgs, self.model_args),
+            job_config.training.seq_len,
+            image_patches=geometry.vit_budget(seen)[1] if seen else None,
+        )
+
+    # ---- data ---------------------------------------------------------------------------------------------------------
+
+    def batch_generator(self, data_iterable: Iterable[PackedBatch]) -> Iterator[PackedBatch]:  # type: ignore[override]
+        """Batches from the loader, with the time that waiting for them took."""
+        iterator = iter(data_iterable)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration as end:
+                raise DataloaderExhaustedError from end
+            self.metrics_processor.data_loading_times.append(time.perf_counter() - start)
+            yield batch
+
+    def to_device(self, batch: PackedBatch) -> PackedBatch:
+        """``batch`` on the training device, images to be generated as latents."""
+        return self.encode(batch.to(self.device))
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` summed over the data ranks; the same on all of them."""
+        return self.ranks.sum(values)
+
+    # ---- one step -----------------------------------------------------------------------------------------------------
+
+    def first_row(self, micro_batch: int) -> int:
+        """Index, in the step's global batch, of the first row of this rank's ``micro_batch``."""
+        index = self.ranks.rank * self.gradient_accumulation_steps + micro_batch
+        return index * self.job_config.training.local_batch_size
+
+    def forward(self, batch: PackedBatch, micro_batch: int) -> tuple[ModelOutput, torch.Tensor]:
+        """(the model's output on a freshly noised batch, its (B, L, Z) velocity target)."""
+        noise_BLZ, timesteps_BL = draw_noise_and_timesteps(
+            batch.vae_image,
+            batch.latents.shape[-1],
+            config=self.job_config.flow,
+            step=self.step,
+            first_row=self.first_row(micro_batch),
+        )
+        noised_BLZ = interpolate(batch.latents, noise_BLZ, timesteps_BL)
+        with self.train_context(), self.maybe_enable_amp:
+            output = self.model_parts[0](batch, noised_BLZ, timesteps_BL, self.shield_scale)
+        return output, velocity_target(batch.latents, noise_BLZ)
+
+    def routing_of_step(self, batches: list[PackedBatch]) -> RoutingTotals:
+        """Expert counts of the whole step over all ranks, by a forward without gradients."""
+        with torch.no_grad():
+            totals = [
+                routing_totals(self.forward(batch, i)[0].records) for i, batch in enumerate(batches)
+            ]
+        return self.reduce_routing(totals)
+
+    def reduce_routing(self, totals: list[RoutingTotals]) -> RoutingTotals:
+        """Counts of several micro-batches, summed over them and over the data ranks."""
+        total = functools.reduce(operator.add, totals)
+        return RoutingTotals(
+            self.sum_over_ranks(total.counts), self.sum_over_ranks(total.num_tokens)
+        )
+
+    def balance_of(self, output: ModelOutput, step_routing: RoutingTotals | None) -> torch.Tensor:
+        """This micro-batch's share of the step's balancing loss."""
+        if not output.records:
+            return torch.zeros((), device=self.device)
+        if self.job_config.losses.balance_scope == "local":
+            num_micro_batches = self.gradient_accumulation_steps * self.ranks.size
+            return balance_loss(output.records) / num_micro_batches
+        if step_routing is None:
+            step_routing = self.reduce_routing([routing_totals(output.records)])
+        return balance_loss(output.records, step_routing)
+
+    def forward_backward(
+        self,
+        batch: PackedBatch,
+        micro_batch: int,
+        totals: StepTotals,
+        step_routing: RoutingTotals | None,
+    ) -> MicroBatchResult:
+        """The micro-batch's losses and counts, after its backward."""
+        output, target_BLZ = self.forward(batch, micro_batch)
+        terms: LossTerms = self.loss_fn(output.logits, output.velocity, target_BLZ, batch)
+        balance = self.balance_of(output, step_routing)
+        loss = totals.loss(terms, balance, self.job_config.losses)
+        loss.backward()
+        return MicroBatchResult(
+            text_sum=terms.text_sum.detach(),
+            flow_sum=terms.flow_sum.detach(),
+            balance=balance.detach(),
+            routing=routing_totals(output.records) if output.records else None,
+        )
+
+    def train_step(self, data_iterator: Iterator[PackedBatch]) -> None:  # type: ignore[override]
+        """One optimizer step over ``gradient_accumulation_steps`` micro-batches."""
+        if self.step == 1:  # of a new run, or from initial weights
+            if self.job_config.validation.enable:
+                self.validator.validate(self.model_parts, step=0)
+            self.samples.draw_if_due(step=0)
+        self.optimizers.zero_grad()
+        self.shield_scale.fill_(shield_scale(self.job_config.shielding, self.step))
+        batches = [
+            self.to_device(next(data_iterator)) for _ in range(self.gradient_accumulation_steps)
+        ]
+        totals = StepTotals.of_sum(self.sum_over_ranks(StepTotals.count(batches)))
+        needs_routing = self.job_config.losses.balance_scope == "global" and len(batches) > 1
+        step_routing = self.routing_of_step(batches) if needs_routing else None
+        results = [
+            self.forward_backward(batch, i, totals, step_routing) for i, batch in enumerate(batches)
+        ]
+        should_log = self.metrics_processor.should_log(self.step)
+        norms = group_grad_norms(self.optimizers.groups) if should_log else {}  # type: ignore[attr-defined]
+        grad_norm = dist_utils.clip_grad_norm_(
+            [p for p in self.model_parts[0].parameters() if p.requires_grad],
+            self.job_config.training.max_norm,
+            foreach=True,
+            ep_enabled=self.parallel_dims.ep_enabled,
+        )
+        total = self.sum_over_ranks(sum_results(results))
+        losses = step_losses(total, totals, self.job_config.losses)
+        self.check_finite(losses, float(grad_norm), results)
+        rates = {group["name"]: group["lr"] for group in self.optimizers.groups}  # type: ignore[attr-defined]
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step()
+        ratios = group_update_ratios(self.optimizers) if should_log else {}
+        self.lr_schedulers.step()
+        self.count_tokens(totals)
+        if should_log:
+            routing = [result.routing for result in results if result.routing is not None]
+            self.metrics_processor.log_step(
+                StepReport(
+                    step=self.step,
+                    losses=losses,
+                    grad_norms={"all": float(grad_norm), **norms},
+                    rates=rates,
+                    update_ratios=ratios,
+                    assignments=self.reduce_routing(routing).counts if routing else None,
+                    shield_scale=float(self.shield_scale),
+                    fill=float(totals.modality.sum() / totals.positions),
+                    skipped=self.count_skipped(),
+                    tokens_seen=self.tokens_seen,
+                )
+            )
+        self.samples.draw_if_due(self.step)
+
+    def count_skipped(self) -> dict[str, int]:
+        """Bad samples that all ranks have skipped since the run began: ``skipped``, and by reason those that there are.
+
+        Raises:
+            ValueError: more than the run tolerates. (A rank that alone has skipped too many stops in its loader.)
+        """
+        loader = cast(PackedLoader, self.dataloader)
+        own = {"skipped": loader.num_skipped} | {
+            name if name == "truncated" else f"skipped/{name}": count
+            for name, count in loader.skip_reasons.items()
+        }
+        totals = self.sum_over_ranks(torch.tensor(list(own.values()), device=self.device))
+        counts = dict(zip(own, totals.tolist(), strict=True))
+        skipped = counts["skipped"]
+        limit = self.job_config.data.max_bad_samples
+        if skipped > limit:
+            raise ValueError(
+                f"skipped {skipped} bad samples over all ranks, more than data.max_bad_samples = {limit}; "
+                "repair the shards or raise the limit"
+            )
+        return {name: count for name, count in counts.items() if count or name == "skipped"}
+
+    def count_tokens(self, totals: StepTotals) -> None:
+        """Add the step's tokens to the running totals."""
+        tokens = totals.modality.to("cpu", torch.int64)
+        self.tokens_seen += tokens
+        self.ntokens_seen = int(self.tokens_seen.sum())
+        self.metrics_processor.ntokens_since_last_log += int(tokens.sum())
+
+    def check_finite(
+        self, losses: dict[str, float], grad_norm: float, results: list[MicroBatchResult]
+    ) -> None:
+        """Stop before the weights change if a loss or the gradient norm is not finite. The last checkpoint stays."""
+        bad = not_finite(losses, grad_norm)
+        if not bad:
+            return
+        flags: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(flags, all(bool(result.is_finite) for result in results))
+        ranks = [rank for rank, finite in enumerate(flags) if not finite]
+        where = f"on ranks {ranks}" if ranks else "in the backward pass"
+        raise FloatingPointError(
+            f"step {self.step}: {', '.join(bad)} not finite, {where} ({bad}); the weights were not changed. "
+            "Resume from the last checkpoint with a lower learning rate or other data"
+        )
+
+    # ---- stopping, saving, resuming -----------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Resume from the newest complete checkpoint, train, and save when a signal asks to stop."""
+        self.stop.install()
+        self.choose_checkpoint()
+        if dist.get_rank() == 0:
+            self.saved_config.write()
+        super().train()
+
+    def choose_checkpoint(self) -> None:
+        """Point ``checkpoint.load_step`` at the newest complete checkpoint, and see that what will be loaded fits this run.
+
+        Raises:
+            ValueError: none is complete, or what is there, or what a new run is to begin with, is of another model.
+        """
+        config = self.job_config.checkpoint
+        if not config.enable:
+            return
+        folder = Path(self.job_config.job.dump_folder) / config.folder
+        start = choose_start(config, folder, self.model_parts[0])
+        if start is not None and not is_distributed(start):
+            logger.info(f"Loading the weights in {start}, safetensors.")
+            read_weights(start, self.model_parts[0])
+            self.checkpointer.initial_load_path = None
+        elif start is not None and not holds(start, "param_groups.json"):
+            # It is from before there was a record of the parameter groups.
+            excluded = self.checkpointer.exclude_from_loading
+            self.checkpointer.exclude_from_loading = [*excluded, "param_groups"]
+
+    def should_continue_training(self) -> bool:
+        """Whether to take another step; on a stop signal anywhere, or when the data has ended, all ranks save and stop."""
+        if not super().should_continue_training():
+            return False
+        reason = self.reason_to_stop() if self.step else None
+        if reason is None:
+            return True
+        config = self.job_config.checkpoint
+        if config.enable and not config.load_only:
+            logger.info(f"{reason}: saving a checkpoint at step {self.step} and stopping")
+            self.save_this_step()
+        else:
+            logger.warning(f"{reason}: stopping at step {self.step} without a checkpoint")
+        return False
+
+    def reason_to_stop(self) -> str | None:
+        """What ends the run before its last step, if anything; None on all ranks or on none of them."""
+        if self.stop_requested():
+            return self.stop.signal_name or "a stop signal on another rank"
+        loader = cast(PackedLoader, self.dataloader)
+        if not loader.can_end:
+            return None
+        ended = loader.ended_sources
+        rows_left = self.sum_over_ranks(torch.tensor(float(not ended), device=self.device))
+        return None if rows_left > 0 else f"data ended, all samples of {', '.join(ended)} were read"
+
+    def stop_requested(self) -> bool:
+        """Whether any rank received a stop signal."""
+        flag = torch.tensor(float(self.stop.signal_name is not None), device=self.device)
+        return bool(self.sum_over_ranks(flag) > 0)
+
+    def save_this_step(self) -> None:
+        """A full checkpoint of this step, unless the step was just saved; then only the end of that save is awaited."""
+        if self.step % self.job_config.checkpoint.interval == 0:
+            self.checkpointer._async_wait()
+            return
+        self.checkpointer.last_save_model_only = False
+        self.checkpointer.save(self.step, last_step=True)
+
+    def close(self) -> None:
+        """Close loggers and checkpointer, after a save that is under way has ended: also when the run ends by an exception."""
+        checkpointer = getattr(self, "checkpointer", None)
+        pending = getattr(checkpointer, "save_future", None)
+        if pending is not None:
+            # Bounded: after an error on one rank the others may be gone, and the save with them.
+            done, _ = concurrent.futures.wait([pending], timeout=120)
+            if not done:
+                logger.warning("the last asynchronous save did not end; its folder is incomplete")
+        super().close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "tokens_seen": self.tokens_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+        self.tokens_seen = state_dict["tokens_seen"]
+        self.ntokens_seen = int(self.tokens_seen.sum())

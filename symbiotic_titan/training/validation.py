@@ -1,0 +1,135 @@
+"""Held-out losses while training: the same rows, noise and timesteps at every validation, whatever the number of ranks.
+
+Rows are made once, before training, by the loader's own code, and stay in the host's memory. Timesteps follow the law of
+training, so that the numbers compare with the training losses; the seeds are fixed, so that a difference between two
+validations, or between two runs, is the weights' and not the draw's. Nothing is drawn from a global generator and nothing the
+optimizer sees is touched: training with and without validation is bitwise the same.
+Letters: J tasks.
+"""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.validate import BaseValidator
+from torchtitan.tools.logging import logger
+
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.data.loader import PackedLoader
+from symbiotic_titan.inference.held_out import held_out_losses
+from symbiotic_titan.losses.terms import LossTerms
+from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.training.stop import (
+    Interrupted,
+    aside,
+)
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """A rank's share of the held-out rows, on the CPU; ``first_rows[i]`` is the index of the first row of ``batches[i]`` over all ranks.
+
+    On another number of ranks the shares differ, but not the rows and their indices.
+    """
+
+    batches: list[PackedBatch]
+    first_rows: list[int]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(getattr(b, f.name).nbytes for b in self.batches for f in fields(b))
+
+
+def read_held_out(
+    loader: PackedLoader, steps: int, local_batch_size: int, dp_rank: int, dp_world_size: int
+) -> HeldOutRows:
+    """The rank's rows of ``steps`` global batches, as a ``loader`` with one lane per row of the global batch hands them out."""
+    rows_of_rank = len(loader.lanes)
+    per_step = rows_of_rank // local_batch_size
+    first_rows = [
+        step * rows_of_rank * dp_world_size + dp_rank * rows_of_rank + i * local_batch_size
+        for step in range(steps)
+        for i in range(per_step)
+    ]
+    return HeldOutRows(list(itertools.islice(loader, len(first_rows))), first_rows)
+
+
+class SymbioticValidator(BaseValidator):
+    """Fills the train spec's validator slot. The trainer connects it before the first validation."""
+
+    def __init__(
+        self,
+        job_config: JobConfig,
+        rows: HeldOutRows,
+        loss_fn: Callable[..., LossTerms],
+        metrics_processor: MetricsProcessor,
+    ) -> None:
+        super().__init__(job_config)
+        self.rows = rows
+        self.loss_fn = loss_fn
+        self.metrics_processor = metrics_processor
+
+    def connect(
+        self,
+        to_device: Callable[[PackedBatch], PackedBatch],
+        autocast: contextlib.AbstractContextManager,
+        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        """What only the trainer has. ``stop_requested`` is a collective with one answer for all ranks."""
+        self.to_device = to_device
+        self.autocast = autocast
+        self.sum_over_ranks = sum_over_ranks
+        self.stop_requested = stop_requested
+
+    def should_validate(self, step: int) -> bool:
+        """Every ``validation.freq`` steps, step 0 included, and at the last step."""
+        return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
+
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Measure and log. On a stop signal it ends behind the current batch, without a number."""
+        (model,) = model_parts
+        with aside(model, self.metrics_processor, f"validation at step {step}"):
+            start = time.perf_counter()
+            losses = held_out_losses(
+                model,
+                self._batches(),
+                self.job_config.flow,
+                first_rows=self.rows.first_rows,
+                loss_fn=self.loss_fn,
+                autocast=self.autocast,
+                sum_over_ranks=self.sum_over_ranks,
+            )
+            self._log(losses, step, time.perf_counter() - start)
+
+    def _batches(self) -> Iterator[PackedBatch]:
+        for batch in self.rows.batches:
+            if self.stop_requested():
+                raise Interrupted
+            yield self.to_device(batch)
+
+    def _log(self, losses: dict[str, float], step: int, seconds: float) -> None:
+        metrics = {f"validation/{name}": value for name, value in losses.items()}
+        self.metrics_processor.logger.log(metrics, step)
+        color = self.metrics_processor.color
+        totals = "  ".join(
+            f"{name}: {losses[name]:7.4f}" for name in ("text", "flow") if name in losses
+        )
+        correct = ", ".join(
+            f"{name.removeprefix('accuracy/')} {value:.3f}"
+            for name, value in losses.items()
+            if name.startswith("accuracy/")
+        )
+        logger.info(
+            f"{color.yellow}validation at step {step}:  {color.green}{totals}  "
+            f"{color.orange}accuracy: {correct}  {color.blue}{seconds:.1f} s{color.reset}"
+        )
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        if bad:
+            logger.warning(f"validation at step {step}: {', '.join(bad)} not finite")

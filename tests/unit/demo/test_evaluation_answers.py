@@ -1,0 +1,75 @@
+"""Answers are compared by what they say; chance is what can be had blind."""
+
+from random import Random
+
+import pytest
+from PIL import Image
+
+from symbiotic_titan.demo import (
+    digits,
+    scenes,
+)
+from symbiotic_titan.demo.held_out import QuestionSample
+from symbiotic_titan.demo.questions import (
+    KINDS,
+    answer_score,
+    kind_of,
+    normalised,
+)
+
+IMAGE = Image.new("RGB", (8, 8))
+
+
+def ask(*pairs):
+    return [QuestionSample(question, answer, IMAGE) for question, answer in pairs]
+
+
+def test_differences_that_mean_nothing_are_taken_off():
+    for answer in ("three", " Three.", "3", "three\n", "the three"):
+        assert normalised(answer) == "three"
+    assert normalised("Top  left!") == "top left"
+    assert normalised("top left") != normalised("bottom left")
+    assert normalised("") != normalised("no")
+
+
+def test_every_question_of_the_world_has_a_kind():
+    random = Random(0)
+    asked = {scenes.ask(scenes.draw_scene(random, False), random)[0] for _ in range(200)}
+    digit = digits.handwritten_digits(heldout=False)[0]
+    asked |= {digits.ask(digit, random)[0] for _ in range(20)}
+    assert {kind_of(question) for question in asked} == set(KINDS.values())
+    assert kind_of("Why?") == "other"
+
+
+def test_score_counts_right_answers_and_chance_the_most_frequent_of_each_kind():
+    samples = ask(
+        ("How many shapes are there?", "one"),
+        ("How many shapes are there?", "two"),
+        ("How many shapes are there?", "two"),
+        ("Is there anything red?", "yes"),
+    )
+    scores = answer_score(["1", "two", "four", "no"], samples)
+    everything = {"score": 0.5, "chance": 0.75, "upper_bound": 1.0, "number": 4}
+    assert scores["answers/all"] == everything
+    assert scores["answers/count"]["score"] == scores["answers/count"]["chance"] == 2 / 3
+    assert scores["answers/presence"] == {
+        "score": 0.0,
+        "chance": 1.0,
+        "upper_bound": 1.0,
+        "number": 1,
+    }
+
+
+def test_true_answers_reach_the_upper_bound():
+    random = Random(1)
+    samples = ask(*[scenes.ask(scenes.draw_scene(random, True), random) for _ in range(100)])
+    scores = answer_score([sample.answer for sample in samples], samples)
+    assert all(measure["score"] == measure["upper_bound"] == 1.0 for measure in scores.values())
+    assert 0.2 < scores["answers/all"]["chance"] < 0.6
+
+
+def test_every_question_needs_its_answer():
+    with pytest.raises(ValueError, match="got 1 answers to 2 questions"):
+        answer_score(["yes"], ask(("a?", "b"), ("c?", "d")))
+    with pytest.raises(ValueError, match="got 0 answers to 0 questions"):
+        answer_score([], [])

@@ -1,0 +1,181 @@
+"""Rules that span sections: what cannot work is refused before anything is built, with key, value, rule and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.training import checks
+from symbiotic_titan.training.checks import (
+    check_job,
+    check_parallelism,
+    check_shielding,
+)
+
+DEBUG = Path(__file__).parents[3] / "train_configs" / "debug.toml"
+
+
+def config_of(tmp_path, *overrides, old="", new=""):
+    text = DEBUG.read_text()
+    assert old in text
+    path = tmp_path / "job.toml"
+    path.write_text(text.replace(old, new) if old else text)
+    return load_job_config(["--job.config_file", str(path), *overrides])
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+
+# Ranks that a config is written for, where it is not one.
+RANKS = {
+    "debug_gpu": [1, 4],
+    "1b_a0.3b": [1, 8],
+    "30b_a3b": [8, 64, 256],
+    "aria_25b": [8, 64, 256],
+    "qwen3_vl_30b_a3b": [8, 64, 256],
+}
+
+
+@pytest.mark.parametrize("path", sorted(DEBUG.parent.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_configs_pass(path, monkeypatch):
+    config = load_job_config(["--job.config_file", str(path)])
+    if config.model.attention_backend == "flex":
+        with pytest.raises(ValueError, match="'flex' needs a CUDA device"):
+            check_job(config)
+        monkeypatch.setattr(checks, "supports_flex_attention", lambda: True)
+    for num_ranks in RANKS.get(path.stem, [1]):
+        monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+        check_job(config)
+
+
+def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "device_type", lambda: "cuda")
+    config = config_of(tmp_path, "--training.enable_cpu_offload")
+    with pytest.raises(ValueError, match="use at least 2 ranks"):
+        check_job(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_job(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("--model.flavor huge", "model.flavor: unknown flavor 'huge'; choose from debug, mini"),
+        ("--model.name llama3", "model.name = 'llama3': this trainer trains 'symbiotic'"),
+        ("--model.attention_backend flex", "'flex' needs a CUDA device"),
+        (
+            "--parallelism.tensor_parallel_degree 2",
+            "parallelism.tensor_parallel_degree = 2 is not supported by this trainer; use parallelism.expert_parallel",
+        ),
+        (
+            "--parallelism.expert_parallel_degree 2",
+            "parallelism.expert_parallel_degree = 2 does not divide the 1 ranks",
+        ),
+        ("--parallelism.expert_parallel_degree 0", "must be at least 1, got 0"),
+        ("--parallelism.data_parallel_shard_degree 3", "must equal the number of ranks (1)"),
+        (
+            "--training.global_batch_size 5",
+            "training.global_batch_size = 5 must be a multiple of training.local_batch_size (2)",
+        ),
+        ("--training.local_batch_size 0", "training.local_batch_size: must be at least 1, got 0"),
+        ("--training.steps 0", "training.steps: must be at least 1, got 0"),
+        ("--training.dataset c4", "training.dataset = 'c4' is not supported"),
+        ("--training.max_norm nan", "training.max_norm: must be positive, got nan"),
+        ("--flow.mean inf", "flow.mean: must be a finite number, got inf"),
+        ("--metrics.log_freq 0", "metrics.log_freq: must be at least 1, got 0"),
+        ("--lr_scheduler.warmup_steps -3", "lr_scheduler.warmup_steps: must be zero or positive"),
+        ("--lr_scheduler.decay_ratio 3", "lr_scheduler.decay_ratio: must be in [0, 1], got 3.0"),
+        (
+            "--activation_checkpoint.selective_ac_option foo",
+            "selective_ac_option: must be 'op' or a positive number of layers, got 'foo'",
+        ),
+        ("--checkpoint.create_seed_checkpoint", "checkpoint.create_seed_checkpoint = True is not"),
+        ("--comm.mode fake_backend", "comm.mode = 'fake_backend' is not supported"),
+        (
+            "--shielding.modalities vea",
+            "shielding.modalities: unknown modality 'vea'; choose from text",
+        ),
+        ("--experts.no_shared", "[shielding] has no effect with experts.shared = false"),
+        (
+            "--compile.enable --compile.components model,optimizer",
+            "compile.components: unknown component 'optimizer'; choose from model, loss",
+        ),
+        ("--activation_checkpoint.mode memory_budget", "'memory_budget' is not supported"),
+        ("--checkpoint.async_mode async_with_pinned_mem", "needs an accelerator; use 'async'"),
+        ("--profiling.enable_profiling", "profiling.enable_profiling needs an accelerator"),
+        (
+            "--training.enable_cpu_offload",
+            "training.enable_cpu_offload = True needs an accelerator",
+        ),
+    ],
+)
+def test_bad_overrides_are_refused(tmp_path, overrides, message):
+    with pytest.raises(ValueError) as error:
+        check_job(config_of(tmp_path, *overrides.split()))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "num_experts = 12",
+            "num_experts = 10",
+            "the groups hold 14 experts but flavor 'debug' has 16",
+        ),
+        (
+            'modalities = ["vae"]',
+            'modalities = ["vea"]',
+            "generation.modalities: unknown modality 'vea'",
+        ),
+        ('modalities = ["vae"]', 'modalities = ["vae", "text"]', "text"),
+        ('modalities = ["text", "vit"]', 'modalities = ["text"]', "vit"),
+        ("num_experts = 12", "num_experts = 15\n#", "top_k"),
+    ],
+)
+def test_partitions_that_overlap_or_do_not_cover_are_refused(tmp_path, old, new, message):
+    if "15" in new:
+        text = DEBUG.read_text().replace("num_experts = 4\n", "num_experts = 1\n")
+        path = tmp_path / "debug.toml"
+        path.write_text(text.replace(old, "num_experts = 15"))
+        config = load_job_config(["--job.config_file", str(path)])
+    else:
+        config = config_of(tmp_path, old=old, new=new)
+    with pytest.raises(ValueError) as error:
+        check_job(config)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        ("--parallelism.expert_parallel_degree 8", 8, "divide"),
+        ("--parallelism.expert_parallel_degree 3", 3, "divide"),
+        (
+            "--parallelism.data_parallel_replicate_degree 2",
+            2,
+            "replication without sharding is not supported",
+        ),
+        ("--parallelism.data_parallel_replicate_degree 2", 3, "must equal the number of ranks (3)"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused(tmp_path, overrides, world_size, message):
+    config = config_of(tmp_path, "--training.global_batch_size", "-1", *overrides.split())
+    args = FLAVORS["debug"]
+    args.update_from_config(config)
+    with pytest.raises(ValueError) as error:
+        check_parallelism(config, args, world_size)
+    assert message in str(error.value)
+
+
+def test_a_shield_needs_a_flavor_with_a_shared_expert_or_a_new_one(tmp_path):
+    config = config_of(tmp_path)
+    args = FLAVORS["Qwen3-VL-30B-A3B"]
+    config.model.flavor = "Qwen3-VL-30B-A3B"
+    with pytest.raises(ValueError, match="has no effect with model.flavor = 'Qwen3-VL-30B-A3B'"):
+        check_shielding(config, args)
+    args.shared_hidden_dim = args.expert_hidden_dim
+    check_shielding(config, args)

@@ -1,0 +1,134 @@
+"""Which steps are logged, and what a step leaves in TensorBoard."""
+
+import signal
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+from torchtitan.components.metrics import BaseLogger
+from torchtitan.distributed import ParallelDims
+
+from symbiotic_titan.config.job import JobConfig, Metrics
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
+from symbiotic_titan.training.metrics import (
+    StepReport,
+    SymbioticMetrics,
+)
+from symbiotic_titan.training.stop import StopRequest
+
+GROUPS = (ExpertGroup("und", (TEXT, VIT), 4), ExpertGroup("gen", (VAE,), 2))
+COUNTS = torch.tensor([[[4, 4, 2, 2, 0, 0], [0] * 6, [0, 0, 0, 0, 6, 2]]]).repeat(2, 1, 1)
+
+
+class NoCost:
+    """Stands in for the model's cost."""
+
+    def training_flops_per_token(self, shares):
+        return 1.0
+
+
+@pytest.fixture
+def make_metrics(tmp_path, monkeypatch):
+    """Metrics of a run of 40 steps of a model whose layers 1 and 2 have experts; options as on the command line."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+
+    def make(*options):
+        config: JobConfig = load_job_config(
+            ["--job.dump_folder", str(tmp_path), "--training.steps", "40", *options]
+        )
+        one_rank = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "etp"), 1)
+        dims = ParallelDims(**one_rank, world_size=1)
+        metrics = SymbioticMetrics(config, dims, GROUPS, moe_layers=range(1, 3))
+        metrics.cost = NoCost()
+        return metrics
+
+    return make
+
+
+def report(step):
+    return StepReport(
+        step=step,
+        losses={"text": 1.0, "flow": 2.0, "balance": 3.0},
+        grad_norms={"all": 1.0},
+        update_ratios={},
+        rates={},
+        assignments=COUNTS,
+        shield_scale=1.0,
+        fill=1.0,
+        skipped={"skipped": 0},
+        tokens_seen=torch.tensor([1, 0, 1]),
+    )
+
+
+def read_log(folder):
+    (file,) = folder.glob("tb/*/events.out.*")
+    return EventAccumulator(str(file)).Reload()
+
+
+def logged_steps(metrics):
+    return [step for step in range(1, 41) if metrics.should_log(step)]
+
+
+def test_an_account_of_routing_makes_its_step_a_logged_one(make_metrics):
+    metrics = make_metrics("--metrics.log_freq", "20", "--metrics.routing_freq", "15")
+    assert logged_steps(metrics) == [1, 15, 20, 30, 40]
+    assert [s for s in range(1, 41) if metrics.shows_routing(s)] == [1, 15, 30, 40]
+
+
+def test_without_accounts_of_routing_only_the_usual_steps_are_logged(make_metrics):
+    metrics = make_metrics("--metrics.log_freq", "20", "--metrics.routing_freq", "0")
+    assert logged_steps(metrics) == [1, 20, 40]
+    assert not any(metrics.shows_routing(step) for step in range(1, 41))
+
+
+def test_negative_distance_of_accounts_is_refused():
+    with pytest.raises(
+        ValueError, match=r"metrics.routing_freq: must be zero \(never\) or positive, got -1"
+    ):
+        Metrics(routing_freq=-1)
+
+
+def test_means_are_logged_always_and_layers_with_an_account(make_metrics, tmp_path):
+    metrics = make_metrics("--metrics.enable_tensorboard", "--metrics.routing_freq", "15")
+    for step in (1, 10, 15):
+        metrics.log_step(report(step))
+    metrics.close()
+    log = read_log(tmp_path)
+    assert [e.step for e in log.Scalars("routing/capacity_rate/vae")] == [1, 10, 15]
+    by_layer = log.Scalars("routing_by_layer/capacity_rate/vae/layer_02")
+    assert [(e.step, e.value) for e in by_layer] == [(1, 0.75), (15, 0.75)]
+    assert log.Tags()["images"] == ["routing/experts/text", "routing/experts/vae"]
+    assert [e.step for e in log.Images("routing/experts/vae")] == [1, 15]
+    tensors = log.Tensors("routing/counts")
+    assert [e.step for e in tensors] == [1, 15]
+    counts = make_ndarray(tensors[1].tensor_proto)
+    assert counts.dtype == "int32" and (counts == COUNTS.numpy()).all()
+
+
+def test_without_tensorboard_other_loggers_get_the_scalars(make_metrics):
+    class Sink(BaseLogger):
+        def log(self, metrics, step):
+            self.seen = metrics
+
+    metrics = make_metrics()
+    metrics.logger = sink = Sink()
+    metrics.log_step(report(1))
+    assert sink.seen["routing_by_layer/imbalance/text/layer_01"] == pytest.approx(4 / 3)
+
+
+def test_first_signal_is_remembered_and_a_second_interrupt_is_not_held_back():
+    stop = StopRequest()
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop.install()
+        assert stop.signal_name is None
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal_name == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
