@@ -9,7 +9,6 @@ A module of yours registers them when it is imported, and ``experimental.custom_
 from collections.abc import Callable
 from typing import TypeVar
 
-from symbiotic_titan.config.registry import Registry
 from symbiotic_titan.moe.scores import ROUTER_SCORES, RouterScore
 from symbiotic_titan.optim.build import OPTIMIZER_BUILDERS, OptimizerBuilder
 from symbiotic_titan.optim.shield_schedule import SHIELD_SCHEDULES, ShieldSchedule
@@ -17,6 +16,7 @@ from symbiotic_titan.partition.plan import (
     PARTITION_RULES,
     PartitionRule,
 )
+from symbiotic_titan.registry import Registry
 
 T = TypeVar("T")
 

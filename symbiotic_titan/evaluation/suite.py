@@ -23,11 +23,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
 
-from symbiotic_titan.config.registry import Registry
 from symbiotic_titan.inference.generator import (
     Advance,
     Generator,
 )
+from symbiotic_titan.registry import Registry
 
 
 class Measure(TypedDict):

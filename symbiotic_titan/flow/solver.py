@@ -12,11 +12,11 @@ from itertools import pairwise
 
 import torch
 
-from symbiotic_titan.config.registry import Registry
 from symbiotic_titan.flow.path import (
     keyed_generator,
     shift_timesteps,
 )
+from symbiotic_titan.registry import Registry
 
 # (state x_t, timestep t) -> derivative of x_t by t, of the state's shape.
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]

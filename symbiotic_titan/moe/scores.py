@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from symbiotic_titan.config.registry import Registry
+from symbiotic_titan.registry import Registry
 
 RouterScore = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(logits_TE float32, allowed_TE bool: the expert is in the token's group) -> (scores_TE, probabilities_TE), both float32.

@@ -20,7 +20,7 @@ from torchtitan.config import LRScheduler
 from torchtitan.distributed import ParallelDims
 
 from symbiotic_titan.config.optimizer import Optimizer, ParamGroupRow, clean_name
-from symbiotic_titan.config.registry import Registry
+from symbiotic_titan.registry import Registry
 
 
 def claim_parameters(names: Iterable[str], rules: list[ParamGroupRow]) -> dict[str, list[str]]:

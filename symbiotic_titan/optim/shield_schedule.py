@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from symbiotic_titan.config.experts import Shielding
-from symbiotic_titan.config.registry import Registry
+from symbiotic_titan.registry import Registry
 
 ShieldSchedule = Callable[[Shielding, int], float]
 """([shielding], step) -> scale in [0, 1], for the steps 1 to ``shielding.steps``; behind them ``after_scale`` holds. A pure

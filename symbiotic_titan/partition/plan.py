@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from symbiotic_titan.config.json_file import read_json, write_json
-from symbiotic_titan.config.registry import Registry
 from symbiotic_titan.config.rows import check_value, row_from_dict
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.partition.profile import (
@@ -24,6 +23,7 @@ from symbiotic_titan.partition.profile import (
     Profile,
     check_layer_names,
 )
+from symbiotic_titan.registry import Registry
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, TEXT, VIT, modality_ids
 from symbiotic_titan.weights.reader import some_of
 
