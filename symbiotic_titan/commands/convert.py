@@ -197,7 +197,7 @@ def exported_shape(
             raise ValueError(
                 f"{shape} has the model's shape, so there is no use for {' '.join(overrides)} without --config"
             )
-        return shape_file.read_shape(shape), "", []
+        return shape_file.read_model_config(shape), "", []
     path = options.config or str(saved_config(options.checkpoint))
     config = read_config(path, overrides)
     return model_args(config), config.model.flavor, files_of(config, path)

@@ -37,13 +37,13 @@ def heun_step(velocity: Velocity, x: torch.Tensor, t: float, following: float) -
 
 
 # Name -> one step of a solver.
-SAMPLERS: Registry[Step] = Registry("sampler")
-SAMPLERS.register("euler", euler_step)
-SAMPLERS.register("heun", heun_step)
+SOLVERS: Registry[Step] = Registry("sampler")
+SOLVERS.register("euler", euler_step)
+SOLVERS.register("heun", heun_step)
 
 
 @dataclass(frozen=True)
-class FlowSampling:
+class SolverOptions:
     """How an image is drawn. ``shift``: as at training, above 1 it spends more of the steps near the noise. ``guidance``: 1 follows
     the caption as trained, more exaggerates what it changes (arXiv 2207.12598).
 
@@ -57,7 +57,7 @@ class FlowSampling:
     guidance: float
 
     def __post_init__(self) -> None:
-        _ = SAMPLERS[self.sampler]  # raises where nobody registered it
+        _ = SOLVERS[self.sampler]  # raises where nobody registered it
         rules = (
             ("steps", self.steps >= 1, "at least 1"),
             ("shift", 0 < self.shift < math.inf, "positive"),
@@ -73,20 +73,20 @@ class FlowSampling:
         return self.guidance != 1.0
 
 
-def timesteps_of(steps: int, shift: float) -> list[float]:
+def time_grid(steps: int, shift: float) -> list[float]:
     """steps + 1 timesteps from 1 to 0: evenly spaced, then shifted as at training."""
     return shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
 
 
-def follow(
+def solve(
     velocity: Velocity,
     noise: torch.Tensor,
-    sampling: FlowSampling,
+    sampling: SolverOptions,
     after_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """The data that ``noise`` flows to. A pure function of its arguments; guidance is the velocity's own business."""
-    step, x = SAMPLERS[sampling.sampler], noise
-    for t, following in pairwise(timesteps_of(sampling.steps, sampling.shift)):
+    step, x = SOLVERS[sampling.sampler], noise
+    for t, following in pairwise(time_grid(sampling.steps, sampling.shift)):
         x = step(velocity, x, t, following)
         after_step()
     return x

@@ -215,7 +215,7 @@ def export_whole(
     kinds = values.tensors
     size = total_bytes(kinds.values()) + source_bytes(stored)
     with new_folder(out, overwrite=overwrite, num_bytes=size) as folder:
-        shape_file.write_shape(folder / shape_file.NAME, args)
+        shape_file.write_model_config(folder / shape_file.NAME, args)
         keep_source(stored, folder)
         write_folder(folder, kinds, watched(values.read, kinds, watch), shard_bytes)
     return Export(kinds, {}, [])

@@ -38,7 +38,7 @@ def import_model(
     """
 
     def finish(folder: Path) -> None:
-        shape_file.write_shape(folder / shape_file.NAME, stored.args)
+        shape_file.write_model_config(folder / shape_file.NAME, stored.args)
         keep_source(stored, folder)
 
     if shape_only:

@@ -31,7 +31,7 @@ from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latents import to_image
 from symbiotic_titan.data.samples import Document
 from symbiotic_titan.data.tokenizer import Tokenizer
-from symbiotic_titan.flow.solver import FlowSampling
+from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.images import (
     Canvas,
@@ -205,7 +205,7 @@ class Generator:
             ValueError: a number or a name out of range, a caption longer than a row, or a codec without its weights.
         """
         shift = self.config.flow.shift if shift is None else shift
-        sampling = FlowSampling(steps, sampler, shift, guidance)
+        sampling = SolverOptions(steps, sampler, shift, guidance)
         height, width = choose_size(size, aspect, self.buckets)
         side = self.geometry.vae_token_pixels
         canvas = Canvas(height // side, width // side)
@@ -230,7 +230,7 @@ class Generator:
         indices: list[int],
         seed: int,
         canvas: Canvas,
-        sampling: FlowSampling,
+        sampling: SolverOptions,
         advance: Advance,
     ) -> list[torch.Tensor]:
         """Latent cells of an image per caption."""
@@ -246,7 +246,7 @@ class Generator:
         )
         return cells_of(latents_BLZ, canvas, self.geometry)
 
-    def _warn_of_guidance(self, sampling: FlowSampling) -> None:
+    def _warn_of_guidance(self, sampling: SolverOptions) -> None:
         if sampling.is_guided and self.config.data.condition_dropout == 0:
             logger.warning(
                 f"guidance = {sampling.guidance:g} reads images without a caption, which training with "

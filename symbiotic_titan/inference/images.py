@@ -20,10 +20,10 @@ from PIL.PngImagePlugin import PngInfo
 from symbiotic_titan.data.images import nearest_bucket
 from symbiotic_titan.data.samples import Document
 from symbiotic_titan.flow.solver import (
-    FlowSampling,
-    follow,
+    SolverOptions,
     guided,
     noise_of_image,
+    solve,
 )
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.session import Session
@@ -115,7 +115,7 @@ def draw_latents(
     no_caption: Document,
     canvas: Canvas,
     noise_BLZ: torch.Tensor,
-    sampling: FlowSampling,
+    sampling: SolverOptions,
     after_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """(B, L, Z) float32 latents of an image per caption.
@@ -140,7 +140,7 @@ def draw_latents(
         conditional, unconditional = both.chunk(2)
         return guided(conditional, unconditional, sampling.guidance)
 
-    return follow(velocity, noise_BLZ, sampling, after_step)
+    return solve(velocity, noise_BLZ, sampling, after_step)
 
 
 def cells_of(

@@ -68,7 +68,7 @@ class Session:
                 logit_index_BN=logit_index_BN,
             )
         if keep and self._cache is not None:
-            self._cache.keep(chunk)
+            self._cache.append(chunk)
         elif keep:
             self._kept = batch
         return output

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.model_config import read_shape
+from symbiotic_titan.model.model_config import read_model_config
 from symbiotic_titan.model.vit_args import VitArgs
 
 
@@ -272,7 +272,7 @@ class Flavors(Mapping[str, ModelArgs]):
 
     def __getitem__(self, name: str) -> ModelArgs:
         if name.endswith(".json"):
-            return read_shape(Path(name))
+            return read_model_config(Path(name))
         if name not in self._builders:
             raise ValueError(
                 f"model.flavor: unknown flavor {name!r}; choose from {', '.join(self._builders)}, or name a model.json"

@@ -21,30 +21,30 @@ class LayerCache:
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
-    def joined(
-        self, k_BJTC: torch.Tensor, v_BJTC: torch.Tensor
+    def with_chunk(
+        self, k_BuTC: torch.Tensor, v_BuTC: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, J, S, C) keys and values: those kept and, behind them, a chunk's. The next call overwrites the chunk's unless
         ``keep`` comes between."""
-        self._keys, self._values = self._with(self._keys, k_BJTC), self._with(self._values, v_BJTC)
-        end = self._length + k_BJTC.shape[2]
+        self._keys, self._values = self._with(self._keys, k_BuTC), self._with(self._values, v_BuTC)
+        end = self._length + k_BuTC.shape[2]
         return self._keys[:, :, :end], self._values[:, :, :end]
 
-    def keep(self, num_columns: int) -> None:
+    def append(self, num_columns: int) -> None:
         """Keep the columns of the chunk that was joined last."""
         self._length += num_columns
 
-    def _with(self, held_BJSC: torch.Tensor | None, new_BJTC: torch.Tensor) -> torch.Tensor:
-        start, end = self._length, self._length + new_BJTC.shape[2]
-        if held_BJSC is None or held_BJSC.shape[2] < end:
-            size = list(new_BJTC.shape)
-            size[2] = end if held_BJSC is None else max(end, 2 * held_BJSC.shape[2])
-            larger_BJSC = new_BJTC.new_empty(size)
-            if held_BJSC is not None:
-                larger_BJSC[:, :, :start] = held_BJSC[:, :, :start]
-            held_BJSC = larger_BJSC
-        held_BJSC[:, :, start:end] = new_BJTC
-        return held_BJSC
+    def _with(self, held_BuNC: torch.Tensor | None, new_BuTC: torch.Tensor) -> torch.Tensor:
+        start, end = self._length, self._length + new_BuTC.shape[2]
+        if held_BuNC is None or held_BuNC.shape[2] < end:
+            size = list(new_BuTC.shape)
+            size[2] = end if held_BuNC is None else max(end, 2 * held_BuNC.shape[2])
+            larger_BuNC = new_BuTC.new_empty(size)
+            if held_BuNC is not None:
+                larger_BuNC[:, :, :start] = held_BuNC[:, :, :start]
+            held_BuNC = larger_BuNC
+        held_BuNC[:, :, start:end] = new_BuTC
+        return held_BuNC
 
 
 class KeyValueCache:
@@ -67,8 +67,8 @@ class KeyValueCache:
             return new
         return Columns(*(torch.cat(pair, dim=1) for pair in zip(self._columns, new, strict=True)))
 
-    def keep(self, chunk: PackedBatch) -> None:
+    def append(self, chunk: PackedBatch) -> None:
         """Keep the chunk that the model has just read."""
         self._columns = self.columns_with(chunk)
         for layer in self.layers:
-            layer.keep(chunk.tokens.shape[1])
+            layer.append(chunk.tokens.shape[1])

@@ -43,8 +43,8 @@ class LatentEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """((B, L, D) tokens, (B, L, D) timestep condition for the flow head). ``timesteps`` lie in [0, 1], float32."""
         dtype = self.patch_embedding.weight.dtype
-        time_BLS = sinusoids(1000.0 * timesteps_BL, self.timestep_width).to(dtype)
-        condition_BLD = self.timestep_w2(F.silu(self.timestep_w1(time_BLS)))
+        time_BLN = sinusoids(1000.0 * timesteps_BL, self.timestep_width).to(dtype)
+        condition_BLD = self.timestep_w2(F.silu(self.timestep_w1(time_BLN)))
         tokens_BLD = self.patch_embedding(noised_BLZ.to(dtype)) + condition_BLD
         place_BLD = grid_positions(coords_BLA, tokens_BLD.shape[-1]).to(dtype)
         return tokens_BLD + place_BLD, condition_BLD

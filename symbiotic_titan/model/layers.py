@@ -52,28 +52,28 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
 
 
 def attend(
-    q_BHTC: torch.Tensor, k_BJTC: torch.Tensor, v_BJTC: torch.Tensor, mask: AttentionMask
+    q_BUTC: torch.Tensor, k_BuTC: torch.Tensor, v_BuTC: torch.Tensor, mask: AttentionMask
 ) -> torch.Tensor:
     """(B, T, H * C) attention output. The kind of ``mask`` chooses the kernel; J divides H. Keys and values may be of other tokens, and
     of another number, than queries."""
-    grouped = q_BHTC.shape[1] != k_BJTC.shape[1]
+    grouped = q_BUTC.shape[1] != k_BuTC.shape[1]
     if isinstance(mask, BlockMask):
-        assert q_BHTC.is_cuda or not q_BHTC.requires_grad, "FlexAttention has no backward on CPU"
+        assert q_BUTC.is_cuda or not q_BUTC.requires_grad, "FlexAttention has no backward on CPU"
         kernel: Callable[..., torch.Tensor] = flex_attention
         if (
-            q_BHTC.is_cuda and not torch.compiler.is_compiling()
+            q_BUTC.is_cuda and not torch.compiler.is_compiling()
         ):  # a compiled layer takes it in whole
             kernel = _compiled_flex_attention()
-        out_BHTC = kernel(q_BHTC, k_BJTC, v_BJTC, block_mask=mask, enable_gqa=grouped)
+        out_BUTC = kernel(q_BUTC, k_BuTC, v_BuTC, block_mask=mask, enable_gqa=grouped)
     else:
-        if grouped and q_BHTC.is_cuda:
+        if grouped and q_BUTC.is_cuda:
             # On CUDA grouped queries under a mask fall to the kernel that stores all scores; repeated keys do not.
-            repeats, grouped = q_BHTC.shape[1] // k_BJTC.shape[1], False
-            k_BJTC, v_BJTC = (x.repeat_interleave(repeats, dim=1) for x in (k_BJTC, v_BJTC))
-        out_BHTC = F.scaled_dot_product_attention(
-            q_BHTC, k_BJTC, v_BJTC, attn_mask=mask, enable_gqa=grouped
+            repeats, grouped = q_BUTC.shape[1] // k_BuTC.shape[1], False
+            k_BuTC, v_BuTC = (x.repeat_interleave(repeats, dim=1) for x in (k_BuTC, v_BuTC))
+        out_BUTC = F.scaled_dot_product_attention(
+            q_BUTC, k_BuTC, v_BuTC, attn_mask=mask, enable_gqa=grouped
         )
-    return out_BHTC.transpose(1, 2).flatten(2)
+    return out_BUTC.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -98,16 +98,16 @@ class Attention(nn.Module):
         mask: AttentionMask,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        q_BHTC, k_BJTC, v_BJTC = (
+        q_BUTC, k_BuTC, v_BuTC = (
             projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.wq, self.wk, self.wv)
         )
         if self.qk_norm == "before":
-            q_BHTC, k_BJTC = self.q_norm(q_BHTC), self.k_norm(k_BJTC)
-        q_BHTC = rotate(q_BHTC, rotary, self.interleaved)
-        k_BJTC = rotate(k_BJTC, rotary, self.interleaved)
+            q_BUTC, k_BuTC = self.q_norm(q_BUTC), self.k_norm(k_BuTC)
+        q_BUTC = rotate(q_BUTC, rotary, self.interleaved)
+        k_BuTC = rotate(k_BuTC, rotary, self.interleaved)
         if self.qk_norm == "after":
-            q_BHTC, k_BJTC = self.q_norm(q_BHTC), self.k_norm(k_BJTC)
+            q_BUTC, k_BuTC = self.q_norm(q_BUTC), self.k_norm(k_BuTC)
         if cache is not None:
-            k_BJTC, v_BJTC = cache.joined(k_BJTC, v_BJTC)
-        return self.wo(attend(q_BHTC, k_BJTC, v_BJTC, mask))
+            k_BuTC, v_BuTC = cache.with_chunk(k_BuTC, v_BuTC)
+        return self.wo(attend(q_BUTC, k_BuTC, v_BuTC, mask))

@@ -73,13 +73,13 @@ def patch_rule(image_BP: torch.Tensor) -> MaskRule:
     return sees
 
 
-def query_rule(token_image_BV: torch.Tensor, patch_image_BP: torch.Tensor) -> MaskRule:
+def query_rule(token_image_BI: torch.Tensor, patch_image_BP: torch.Tensor) -> MaskRule:
     """A ViT token sees the patches of its image; an unused one (image -1) the first patch of the row, so that no row of the softmax
     is empty."""
 
     def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        used = token_image_BV[b, q] >= 0
-        return torch.where(used, token_image_BV[b, q] == patch_image_BP[b, k], k == 0)
+        used = token_image_BI[b, q] >= 0
+        return torch.where(used, token_image_BI[b, q] == patch_image_BP[b, k], k == 0)
 
     return sees
 
@@ -94,11 +94,11 @@ def dense_mask(
     """(B, 1, Q, K) bool for ``F.scaled_dot_product_attention``; True where the query sees the key; shape (B, Q). As many keys as
     queries where nothing else is said. Without the queries before ``first_query``."""
     rows, length = shape
-    query_Q = torch.arange(first_query, length, device=device)
-    key_K = torch.arange(length if num_keys is None else num_keys, device=device)
+    query_T = torch.arange(first_query, length, device=device)
+    key_N = torch.arange(length if num_keys is None else num_keys, device=device)
     index_B = torch.arange(rows, device=device)
     head = torch.zeros((), dtype=torch.long, device=device)
-    return rule(index_B[:, None, None], head, query_Q[:, None], key_K[None, :]).unsqueeze(1)
+    return rule(index_B[:, None, None], head, query_T[:, None], key_N[None, :]).unsqueeze(1)
 
 
 @cache

@@ -22,7 +22,7 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def write_shape(path: Path, args: ModelArgs) -> None:
+def write_model_config(path: Path, args: ModelArgs) -> None:
     """Write every field of ``args``, modalities by name."""
     groups = [
         {**asdict(group), "modalities": [MODALITY_NAMES[m] for m in group.modalities]}
@@ -33,8 +33,8 @@ def write_shape(path: Path, args: ModelArgs) -> None:
     write_json(path, KIND, {**values, "groups": groups, "shield_modalities": shield})
 
 
-def read_shape(path: Path) -> ModelArgs:
-    """What ``write_shape`` wrote.
+def read_model_config(path: Path) -> ModelArgs:
+    """What ``write_model_config`` wrote.
 
     Raises:
         ValueError: the file is missing or of another kind, or its values break a rule of ``ModelArgs``.

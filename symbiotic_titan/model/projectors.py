@@ -28,13 +28,13 @@ class PatchMerger(nn.Module):
         self.w1 = nn.Linear(joined, joined)
         self.w2 = nn.Linear(joined, dim)
 
-    def forward(self, x_BPW: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BPS: torch.Tensor) -> torch.Tensor:
         if not self.norm_joined:
-            x_BPW = self.norm(x_BPW)
-        joined_BVJ = x_BPW.unflatten(1, (-1, self.num_patches)).flatten(2)
+            x_BPS = self.norm(x_BPS)
+        joined_BIN = x_BPS.unflatten(1, (-1, self.num_patches)).flatten(2)
         if self.norm_joined:
-            joined_BVJ = self.norm(joined_BVJ)
-        return self.w2(F.gelu(self.w1(joined_BVJ)))
+            joined_BIN = self.norm(joined_BIN)
+        return self.w2(F.gelu(self.w1(joined_BIN)))
 
 
 class GatedMerger(nn.Module):
@@ -49,12 +49,12 @@ class GatedMerger(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=vit.norm_eps)
         self.feed_forward = FeedForward(dim, vit.projector_hidden_dim)
 
-    def forward(self, x_BPW: torch.Tensor) -> torch.Tensor:
-        x_BVD = self.join(x_BPW.unflatten(1, (-1, self.num_patches)).flatten(2))
-        return self.feed_forward(F.gelu(self.norm(self.project(x_BVD))))
+    def forward(self, x_BPS: torch.Tensor) -> torch.Tensor:
+        x_BID = self.join(x_BPS.unflatten(1, (-1, self.num_patches)).flatten(2))
+        return self.feed_forward(F.gelu(self.norm(self.project(x_BID))))
 
 
-class QueryPlaces(NamedTuple):
+class QueryIndices(NamedTuple):
     """Which query each ViT token is, and what it reads.
 
     number: (B, V) int64, the token's place within its image, from 0; any query's where a token is unused.
@@ -85,16 +85,16 @@ class QueryProjector(nn.Module):
         self.w1 = nn.Linear(width, dim, bias=False)
         self.w2 = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x_BPW: torch.Tensor, places: QueryPlaces) -> torch.Tensor:
-        x_BPW = self.patch_norm(x_BPW)
-        q_BVW = self.wq(self.query_norm(self.queries(places.number)))
-        q_BHVC, k_BHPC, v_BHPC = (
+    def forward(self, x_BPS: torch.Tensor, places: QueryIndices) -> torch.Tensor:
+        x_BPS = self.patch_norm(x_BPS)
+        q_BIS = self.wq(self.query_norm(self.queries(places.number)))
+        q_BUIC, k_BUPC, v_BUPC = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projected in (q_BVW, self.wk(x_BPW), self.wv(x_BPW))
+            for projected in (q_BIS, self.wk(x_BPS), self.wv(x_BPS))
         )
-        read_BVW = self.wo(attend(q_BHVC, k_BHPC, v_BHPC, places.mask))
-        hidden_BVD = F.gelu(self.w1(self.last_norm(read_BVW)), approximate="tanh")
-        return self.w2(hidden_BVD)
+        read_BIS = self.wo(attend(q_BUIC, k_BUPC, v_BUPC, places.mask))
+        hidden_BID = F.gelu(self.w1(self.last_norm(read_BIS)), approximate="tanh")
+        return self.w2(hidden_BID)
 
 
 def projector(vit: VitArgs, dim: int) -> nn.Module:

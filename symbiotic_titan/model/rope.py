@@ -60,19 +60,19 @@ def rotary_tables(
         return RotaryTables(angles_BTR.cos(), angles_BTR.sin())
 
 
-def rotate(x_BHTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> torch.Tensor:
+def rotate(x_BUTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> torch.Tensor:
     """``x`` with the first 2R of its C channels turned, the others untouched (partial rotary). Dtype as ``x``.
 
     Channel i is paired with channel i + R; with ``interleaved``, channel 2i with 2i + 1.
     """
     num = tables.cos.shape[-1]
     cos, sin = tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)
-    turned, rest = x_BHTC[..., : 2 * num].float(), x_BHTC[..., 2 * num :]
+    turned, rest = x_BUTC[..., : 2 * num].float(), x_BUTC[..., 2 * num :]
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
         a, b = turned[..., :num], turned[..., num:]
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    turned = turned.to(x_BHTC.dtype)
+    turned = turned.to(x_BUTC.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

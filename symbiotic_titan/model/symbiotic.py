@@ -28,7 +28,7 @@ from symbiotic_titan.model.masks import (
     query_rule,
     sequence_rule,
 )
-from symbiotic_titan.model.projectors import QueryPlaces
+from symbiotic_titan.model.projectors import QueryIndices
 from symbiotic_titan.model.rope import RotaryTables, frequencies, frequency_axes, rotary_tables
 from symbiotic_titan.model.vit import VisionTransformer, VitOutput, grid_sizes
 from symbiotic_titan.moe.record import RoutingRecord
@@ -80,11 +80,11 @@ def read_tokens(h_BTD: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
     return F.pad(h_BTD, (0, 0, 0, 1)).gather(1, index_BND)
 
 
-def places_within(image_BV: torch.Tensor) -> torch.Tensor:
+def index_within_image(image_BI: torch.Tensor) -> torch.Tensor:
     """(B, V): how many tokens of its image are before each token. The tokens of an image lie together, those of another follow."""
-    index_BV = torch.arange(image_BV.shape[1], device=image_BV.device).expand_as(image_BV)
-    starts_BV = image_BV != image_BV.roll(1, dims=1)
-    return index_BV - index_BV.where(starts_BV, 0).cummax(1).values
+    index_BI = torch.arange(image_BI.shape[1], device=image_BI.device).expand_as(image_BI)
+    starts_BI = image_BI != image_BI.roll(1, dims=1)
+    return index_BI - index_BI.where(starts_BI, 0).cummax(1).values
 
 
 class SymbioticModel(ModelProtocol):
@@ -139,12 +139,12 @@ class SymbioticModel(ModelProtocol):
         rotary, mask = self._rotary(batch.positions), self._row_mask(batch, cache)
         layer_caches = () if cache is None else cache.layers
         records = []
-        for block, features_BVD, layer_cache in zip_longest(
+        for block, features_BID, layer_cache in zip_longest(
             self.layers.values(), vit.deepstack, layer_caches
         ):
             h_BTD, record = block(h_BTD, rotary, mask, batch.modality, shield_scale, layer_cache)
-            if features_BVD is not None:
-                h_BTD = add_tokens(h_BTD, batch.vit_index, features_BVD)
+            if features_BID is not None:
+                h_BTD = add_tokens(h_BTD, batch.vit_index, features_BID)
             if record is not None:
                 records.append(record)
         velocity_BLZ = self.flow_head(read_tokens(h_BTD, batch.vae_index), condition_BLD)
@@ -164,17 +164,17 @@ class SymbioticModel(ModelProtocol):
         places = self._query_places(batch) if self.args.vit.queries else None
         return self.vit(batch.vit_patches, batch.vit_coords, sizes_BPA, mask, places)
 
-    def _query_places(self, batch: PackedBatch) -> QueryPlaces:
+    def _query_places(self, batch: PackedBatch) -> QueryIndices:
         """What each ViT token reads, where queries read the images."""
-        image_BV = F.pad(batch.span, (0, 1), value=-1).gather(1, batch.vit_index)
-        number_BV = places_within(image_BV).clamp(max=self.args.vit.queries[-1] - 1)
-        rule = query_rule(image_BV, batch.vit_image)
-        return QueryPlaces(number_BV, self._mask(rule, image_BV, batch.vit_image.shape[1]))
+        image_BI = F.pad(batch.span, (0, 1), value=-1).gather(1, batch.vit_index)
+        number_BI = index_within_image(image_BI).clamp(max=self.args.vit.queries[-1] - 1)
+        rule = query_rule(image_BI, batch.vit_image)
+        return QueryIndices(number_BI, self._mask(rule, image_BI, batch.vit_image.shape[1]))
 
     def _embed(
         self,
         batch: PackedBatch,
-        vit_BVD: torch.Tensor,
+        vit_BID: torch.Tensor,
         noised_BLZ: torch.Tensor,
         timesteps_BL: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +183,7 @@ class SymbioticModel(ModelProtocol):
             noised_BLZ, batch.vae_coords, timesteps_BL
         )
         h_BTD = self.tok_embeddings(batch.tokens)
-        h_BTD = write_tokens(h_BTD, batch.vit_index, vit_BVD)
+        h_BTD = write_tokens(h_BTD, batch.vit_index, vit_BID)
         h_BTD = write_tokens(h_BTD, batch.vae_index, latents_BLD)
         # As the other blocks' inputs: another stride would compile the first block's attention a second time.
         return h_BTD.contiguous(), condition_BLD

@@ -17,7 +17,7 @@ from torch import nn
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.layers import RMSNorm, attend
 from symbiotic_titan.model.masks import AttentionMask
-from symbiotic_titan.model.projectors import PatchMerger, QueryPlaces, projector
+from symbiotic_titan.model.projectors import PatchMerger, QueryIndices, projector
 from symbiotic_titan.model.rope import RotaryTables, frequencies, rotary_tables, rotate
 from symbiotic_titan.model.vit_args import PositionReading, VitArgs
 
@@ -48,7 +48,7 @@ def cubic_weights(distance: torch.Tensor) -> torch.Tensor:
     return torch.where(d <= 1, inner, outer).masked_fill(d >= 2, 0.0)
 
 
-def table_cells(
+def table_entries(
     coords_BPA: torch.Tensor,
     sizes_BPA: torch.Tensor,
     side: int,
@@ -63,20 +63,20 @@ def table_cells(
         edges = torch.arange(1 / side, 1.0, 1 / side, device=coords_BPA.device)
         starts_BPA = coords_BPA * (1.0 / sizes_BPA)
         row_BP, column_BP = torch.bucketize(starts_BPA, edges, right=True).unbind(-1)
-        cells_BPX = (row_BP * side + column_BP).unsqueeze(-1)
-        return cells_BPX, torch.ones_like(cells_BPX, dtype=torch.float32)
+        cells_BPN = (row_BP * side + column_BP).unsqueeze(-1)
+        return cells_BPN, torch.ones_like(cells_BPN, dtype=torch.float32)
     if reading == "bilinear":
         at_BPA = coords_BPA * (side - 1) / (sizes_BPA - 1).clamp(min=1)
-        near_BPAX = torch.stack([at_BPA.floor() + i for i in (0, 1)], dim=-1)
-        weights_BPAX = 1 - (at_BPA.unsqueeze(-1) - near_BPAX).abs()
+        near_BPAN = torch.stack([at_BPA.floor() + i for i in (0, 1)], dim=-1)
+        weights_BPAN = 1 - (at_BPA.unsqueeze(-1) - near_BPAN).abs()
     else:
         at_BPA = (coords_BPA + 0.5) * side / sizes_BPA - 0.5
-        near_BPAX = torch.stack([at_BPA.floor() + i for i in (-1, 0, 1, 2)], dim=-1)
-        weights_BPAX = cubic_weights((at_BPA.unsqueeze(-1) - near_BPAX).abs())
-    row_BPX, column_BPX = near_BPAX.long().clamp(0, side - 1).unbind(2)
-    cells = row_BPX.unsqueeze(-1) * side + column_BPX.unsqueeze(-2)
-    row_weights_BPX, column_weights_BPX = weights_BPAX.unbind(2)
-    weights = row_weights_BPX.unsqueeze(-1) * column_weights_BPX.unsqueeze(-2)
+        near_BPAN = torch.stack([at_BPA.floor() + i for i in (-1, 0, 1, 2)], dim=-1)
+        weights_BPAN = cubic_weights((at_BPA.unsqueeze(-1) - near_BPAN).abs())
+    row_BPN, column_BPN = near_BPAN.long().clamp(0, side - 1).unbind(2)
+    cells = row_BPN.unsqueeze(-1) * side + column_BPN.unsqueeze(-2)
+    row_weights_BPN, column_weights_BPN = weights_BPAN.unbind(2)
+    weights = row_weights_BPN.unsqueeze(-1) * column_weights_BPN.unsqueeze(-2)
     return cells.flatten(2), weights.flatten(2)
 
 
@@ -95,20 +95,20 @@ class VitBlock(nn.Module):
             self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=args.bias)
 
     def forward(
-        self, x_BPW: torch.Tensor, rotary: RotaryTables | None, mask: AttentionMask
+        self, x_BPS: torch.Tensor, rotary: RotaryTables | None, mask: AttentionMask
     ) -> torch.Tensor:
-        qkv_BPHC = self.wqkv(self.attention_norm(x_BPW)).unflatten(-1, (-1, self.head_dim))
-        q_BHPC, k_BHPC, v_BHPC = qkv_BPHC.transpose(1, 2).chunk(3, dim=1)
+        qkv_BPUC = self.wqkv(self.attention_norm(x_BPS)).unflatten(-1, (-1, self.head_dim))
+        q_BUPC, k_BUPC, v_BUPC = qkv_BPUC.transpose(1, 2).chunk(3, dim=1)
         if rotary is not None:
-            q_BHPC, k_BHPC = rotate(q_BHPC, rotary, False), rotate(k_BHPC, rotary, False)
-        x_BPW = x_BPW + self.wo(attend(q_BHPC, k_BHPC, v_BHPC, mask))
-        return x_BPW + self.w2(self._hidden(self.ffn_norm(x_BPW)))
+            q_BUPC, k_BUPC = rotate(q_BUPC, rotary, False), rotate(k_BUPC, rotary, False)
+        x_BPS = x_BPS + self.wo(attend(q_BUPC, k_BUPC, v_BUPC, mask))
+        return x_BPS + self.w2(self._hidden(self.ffn_norm(x_BPS)))
 
-    def _hidden(self, x_BPW: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, x_BPS: torch.Tensor) -> torch.Tensor:
         if self.activation == "swiglu":
-            return F.silu(self.w1(x_BPW)) * self.w3(x_BPW)
+            return F.silu(self.w1(x_BPS)) * self.w3(x_BPS)
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        return F.gelu(self.w1(x_BPW), approximate=approximate)
+        return F.gelu(self.w1(x_BPS), approximate=approximate)
 
 
 class VitOutput(NamedTuple):
@@ -146,22 +146,22 @@ class VisionTransformer(nn.Module):
         coords_BPA: torch.Tensor,
         sizes_BPA: torch.Tensor,
         mask: AttentionMask,
-        places: QueryPlaces | None = None,
+        places: QueryIndices | None = None,
     ) -> VitOutput:
         """``sizes``: rows and columns of the image that each patch is of. ``places``: where queries read it."""
-        x_BPW = self._embed(patches_BPQ, coords_BPA, sizes_BPA)
+        x_BPS = self._embed(patches_BPQ, coords_BPA, sizes_BPA)
         rotary = None
         if self.args.rope_theta:
             rotary = patch_rotary(coords_BPA, self.args.head_dim, self.args.rope_theta)
         deepstack = []
         for name, block in self.layers.items():
-            x_BPW = block(x_BPW, rotary, mask)
+            x_BPS = block(x_BPS, rotary, mask)
             if name in self.deepstack_mergers:
-                deepstack.append(self.deepstack_mergers[name](x_BPW))
+                deepstack.append(self.deepstack_mergers[name](x_BPS))
         if self.args.outer_norms:
-            x_BPW = self.last_norm(x_BPW)
-        tokens_BVD = self.merger(x_BPW) if places is None else self.merger(x_BPW, places)
-        return VitOutput(tokens_BVD, tuple(deepstack))
+            x_BPS = self.last_norm(x_BPS)
+        tokens_BID = self.merger(x_BPS) if places is None else self.merger(x_BPS, places)
+        return VitOutput(tokens_BID, tuple(deepstack))
 
     def _embed(
         self, patches_BPQ: torch.Tensor, coords_BPA: torch.Tensor, sizes_BPA: torch.Tensor
@@ -172,14 +172,14 @@ class VisionTransformer(nn.Module):
             # Each colour's frames one behind the other, as the kernel of a 3-D convolution has them.
             frame = patches_BPQ.unflatten(-1, (self.channels, 1, -1))
             patches_BPQ = frame.expand(-1, -1, -1, frames, -1).flatten(2)
-        x_BPW = self.patch_embedding(patches_BPQ)
+        x_BPS = self.patch_embedding(patches_BPQ)
         if self.args.outer_norms:
-            x_BPW = self.patch_norm(x_BPW)
+            x_BPS = self.patch_norm(x_BPS)
         if not side:
-            return x_BPW
+            return x_BPS
         reading = self.args.position_reading
-        cells_BPX, weights_BPX = table_cells(coords_BPA, sizes_BPA, side, reading)
-        read = zip(cells_BPX.unbind(-1), weights_BPX.unbind(-1), strict=True)
+        cells_BPN, weights_BPN = table_entries(coords_BPA, sizes_BPA, side, reading)
+        read = zip(cells_BPN.unbind(-1), weights_BPN.unbind(-1), strict=True)
         # One cell after the other: all at once would be as many times the size of x.
-        place_BPW = sum(self.position_embedding(cell) * weight[..., None] for cell, weight in read)
-        return x_BPW + place_BPW.to(x_BPW.dtype)
+        place_BPS = sum(self.position_embedding(cell) * weight[..., None] for cell, weight in read)
+        return x_BPS + place_BPS.to(x_BPS.dtype)

@@ -1,10 +1,10 @@
 """Sort copies of tokens by expert, and put the experts' outputs back.
 
 1. R = T*K copies are sorted once, stable, by the slot of their expert; padding sorts last and is cut off.
-2. ``rows_of_copies`` gathers the tokens into that order, one tensor per bank (a run of consecutive slots). Where the bank
+2. ``permute`` gathers the tokens into that order, one tensor per bank (a run of consecutive slots). Where the bank
    asks for it, zero rows round each expert's share up to whole blocks (``padded_counts``).
 3. The banks compute.
-4. ``sum_of_copies``: every token gathers its K rows and adds them, weighted.
+4. ``unpermute``: every token gathers its K rows and adds them, weighted.
 
 Both gathers are autograd functions, because each one's backward is the other: a gather and a sum over K in a fixed order.
 What autograd would do on its own is a scatter-add, which is slow on a CPU and not deterministic on a GPU.
@@ -29,7 +29,7 @@ _TOKENS_PER_PIECE = 128
 
 
 @dataclass(frozen=True)
-class BankRows:
+class RowLayout:
     """Which copies one bank's rows are.
 
     source_n   (n,) int64    the token of each copy, sorted by slot.
@@ -47,7 +47,7 @@ class BankRows:
 
 
 @dataclass(frozen=True)
-class BankSize:
+class RowCounts:
     """Numbers of one bank on the host: its copies, and its rows (copies and zero rows)."""
 
     copies: int
@@ -65,23 +65,23 @@ def padded_counts(counts: Tensor, x_TD: Tensor, block_rows: int) -> Tensor:
     return (counts + (multiple - 1)) // multiple * multiple
 
 
-def spread_rows(counts_S: Tensor, padded_S: Tensor, size: BankSize) -> tuple[Tensor, Tensor]:
+def spread_rows(counts_e: Tensor, padded_e: Tensor, size: RowCounts) -> tuple[Tensor, Tensor]:
     """(row of each copy (n,), copies before each row (N,)) when every slot's copies are followed by its zero rows."""
-    before_S = (padded_S - counts_S).cumsum(0) - (padded_S - counts_S)
-    zero_rows_before_n = before_S.repeat_interleave(counts_S, output_size=size.copies)
-    row_n = zero_rows_before_n + torch.arange(size.copies, device=counts_S.device)
-    is_copy_N = torch.zeros(size.rows, dtype=torch.int64, device=counts_S.device)
+    before_e = (padded_e - counts_e).cumsum(0) - (padded_e - counts_e)
+    zero_rows_before_n = before_e.repeat_interleave(counts_e, output_size=size.copies)
+    row_n = zero_rows_before_n + torch.arange(size.copies, device=counts_e.device)
+    is_copy_N = torch.zeros(size.rows, dtype=torch.int64, device=counts_e.device)
     is_copy_N[row_n] = 1
     return row_n, is_copy_N.cumsum(0) - is_copy_N
 
 
-def plan_rows(
+def lay_out_rows(
     slots_TK: Tensor,
     bank_T: Tensor,
     counts: tuple[Tensor, ...],
     padded: tuple[Tensor, ...],
-    sizes: list[BankSize],
-) -> tuple[BankRows, ...]:
+    sizes: list[RowCounts],
+) -> tuple[RowLayout, ...]:
     """Where every copy goes, for all banks.
 
     slots_TK: slot of each copy's expert; of padding, anything behind all slots. Slots of bank 0 come first, then bank 1's.
@@ -89,18 +89,18 @@ def plan_rows(
     counts, padded: per bank, copies of each slot, and the same rounded up.
     """
     top_k = slots_TK.shape[1]
-    order_R = torch.argsort(slots_TK.flatten(), stable=True)
-    rank_R = torch.empty_like(order_R)  # inverse of the permutation
-    rank_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    rank_TK = rank_R.view_as(slots_TK)
+    order_N = torch.argsort(slots_TK.flatten(), stable=True)
+    rank_N = torch.empty_like(order_N)  # inverse of the permutation
+    rank_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    rank_TK = rank_N.view_as(slots_TK)
     token_by_bank_T = torch.argsort(bank_T, stable=True)
     plans, copy, token = [], 0, 0
-    for counts_S, padded_S, size in zip(counts, padded, sizes, strict=True):
-        row_n, offsets_N = spread_rows(counts_S, padded_S, size)
+    for counts_e, padded_e, size in zip(counts, padded, sizes, strict=True):
+        row_n, offsets_N = spread_rows(counts_e, padded_e, size)
         token_t = token_by_bank_T[token : token + size.copies // top_k]
         plans.append(
-            BankRows(
-                source_n=order_R[copy : copy + size.copies] // top_k,
+            RowLayout(
+                source_n=order_N[copy : copy + size.copies] // top_k,
                 row_n=row_n,
                 offsets_N=offsets_N,
                 token_t=token_t,
@@ -121,14 +121,14 @@ def _bags(index: Tensor, x: Tensor, offsets: Tensor | None, weights: Tensor | No
     return F.embedding_bag(index, x, offsets, mode="sum", per_sample_weights=weights)
 
 
-def _gather(x_TD: Tensor, plan: BankRows, weight_n: Tensor | None = None) -> Tensor:
+def _gather(x_TD: Tensor, plan: RowLayout, weight_n: Tensor | None = None) -> Tensor:
     """(N, D): the token of each row, times its weight; zero rows are 0."""
     return _bags(plan.source_n, x_TD, plan.offsets_N, weight_n)
 
 
 def _collect(
     rows: tuple[Tensor, ...],
-    plans: tuple[BankRows, ...],
+    plans: tuple[RowLayout, ...],
     weights_TK: Tensor | None,
     num_tokens: int,
 ) -> Tensor:
@@ -157,7 +157,7 @@ def _dots(rows_ND: Tensor, row_tK: Tensor, grad_tD: Tensor) -> Tensor:
 
 class _RowsOfCopies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, plans: tuple[BankRows, ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_TD: Tensor, plans: tuple[RowLayout, ...]) -> tuple[Tensor, ...]:
         ctx.plans, ctx.num_tokens = plans, x_TD.shape[0]
         return tuple(_gather(x_TD, plan) for plan in plans)
 
@@ -172,7 +172,7 @@ class _SumOfCopies(torch.autograd.Function):
     def forward(
         ctx: Any,
         weights_TK: Tensor | None,
-        plans: tuple[BankRows, ...],
+        plans: tuple[RowLayout, ...],
         num_tokens: int,
         *rows: Tensor,
     ) -> Tensor:
@@ -200,15 +200,15 @@ class _SumOfCopies(torch.autograd.Function):
         return grad_weights_TK, None, None, *grads
 
 
-def rows_of_copies(x_TD: Tensor, plans: tuple[BankRows, ...]) -> tuple[Tensor, ...]:
+def permute(x_TD: Tensor, plans: tuple[RowLayout, ...]) -> tuple[Tensor, ...]:
     """One (N, D) tensor per bank: the tokens of its copies, sorted by slot, with zero rows between. Differentiable."""
     return _RowsOfCopies.apply(x_TD, plans)
 
 
-def sum_of_copies(
+def unpermute(
     rows: tuple[Tensor, ...],
     weights_TK: Tensor | None,
-    plans: tuple[BankRows, ...],
+    plans: tuple[RowLayout, ...],
     num_tokens: int,
 ) -> Tensor:
     """(T, D): each token's weighted sum over its K rows; exactly 0 for padding. Differentiable in rows and weights.
@@ -231,7 +231,7 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    """Brings copies to the experts and their outputs back. It holds no state between: ``send_back`` and ``combine`` take the
+    """Brings copies to the experts and their outputs back. It holds no state between: ``start_combine`` and ``combine`` take the
     plan that ``dispatch`` returned. What runs between these two hides the transfer."""
 
     def dispatch(
@@ -249,17 +249,17 @@ class Dispatcher(Protocol):
         counts_E: copies of each expert on this rank, without padding. block_rows: see ``padded_counts``.
         """
 
-    def send_back(self, rows: tuple[Tensor, ...], plan: Any) -> tuple[Tensor, ...]:
+    def start_combine(self, rows: tuple[Tensor, ...], plan: Any) -> tuple[Tensor, ...]:
         """Start the way back. ``rows``: one output per bank, laid out as its input was. The result is for ``combine`` only."""
 
     def combine(self, sent: tuple[Tensor, ...], weights_TK: Tensor, plan: Any) -> Tensor:
-        """(T, D): the weighted sum of each token's copies, from what ``send_back`` returned."""
+        """(T, D): the weighted sum of each token's copies, from what ``start_combine`` returned."""
 
 
-def bank_sizes(counts: tuple[Tensor, ...], padded: tuple[Tensor, ...]) -> list[BankSize]:
+def row_counts(counts: tuple[Tensor, ...], padded: tuple[Tensor, ...]) -> list[RowCounts]:
     """Copies and rows of every bank, copied to the host."""
     sums = torch.stack([c.sum() for c in (*counts, *padded)]).tolist()  # device sync
-    return [BankSize(*pair) for pair in zip(sums[: len(counts)], sums[len(counts) :], strict=True)]
+    return [RowCounts(*pair) for pair in zip(sums[: len(counts)], sums[len(counts) :], strict=True)]
 
 
 class LocalDispatcher:
@@ -273,19 +273,21 @@ class LocalDispatcher:
         counts_E: Tensor,
         group_sizes: tuple[int, ...],
         block_rows: int = 0,
-    ) -> tuple[Dispatched, tuple[BankRows, ...]]:
+    ) -> tuple[Dispatched, tuple[RowLayout, ...]]:
         counts = counts_E.split(group_sizes)
         padded = padded_counts(counts_E, x_TD, block_rows).split(group_sizes)
-        sizes = bank_sizes(counts, padded)
+        sizes = row_counts(counts, padded)
         is_padding_T1 = (group_T == len(group_sizes)).unsqueeze(-1)
         slots_TK = experts_TK.masked_fill(is_padding_T1, sum(group_sizes))
-        plan = plan_rows(slots_TK, group_T, counts, padded, sizes)
-        return Dispatched(rows_of_copies(x_TD, plan), padded), plan
+        plan = lay_out_rows(slots_TK, group_T, counts, padded, sizes)
+        return Dispatched(permute(x_TD, plan), padded), plan
 
-    def send_back(self, rows: tuple[Tensor, ...], plan: tuple[BankRows, ...]) -> tuple[Tensor, ...]:
+    def start_combine(
+        self, rows: tuple[Tensor, ...], plan: tuple[RowLayout, ...]
+    ) -> tuple[Tensor, ...]:
         return rows
 
     def combine(
-        self, sent: tuple[Tensor, ...], weights_TK: Tensor, plan: tuple[BankRows, ...]
+        self, sent: tuple[Tensor, ...], weights_TK: Tensor, plan: tuple[RowLayout, ...]
     ) -> Tensor:
-        return sum_of_copies(sent, weights_TK, plan, weights_TK.shape[0])
+        return unpermute(sent, weights_TK, plan, weights_TK.shape[0])

@@ -36,7 +36,7 @@ from symbiotic_titan.moe.router import Router, is_any_modality
 SwiGLUKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class ExpertBank(nn.Module):
+class GroupedExperts(nn.Module):
     """SwiGLU experts ``w2(silu(w1 x) * w3 x)`` with stacked weights: w1, w3 (E, F, D) and w2 (E, D, F).
 
     Values are uninitialised, as everywhere: they are set when the whole model is.
@@ -110,7 +110,7 @@ class PartitionedMoE(nn.Module):
         self.router = Router(args)
         self.experts = nn.ModuleDict(
             {
-                group.name: ExpertBank(group.num_experts, args.dim, args.hidden_dim)
+                group.name: GroupedExperts(group.num_experts, args.dim, args.hidden_dim)
                 for group in args.groups
             }
         )
@@ -141,7 +141,7 @@ class PartitionedMoE(nn.Module):
                 self.experts.values(), dispatched.rows, dispatched.counts, strict=True
             )
         )
-        sent = self.dispatcher.send_back(rows, plan)
+        sent = self.dispatcher.start_combine(rows, plan)
         # Between: under expert parallelism the shared expert computes while the rows travel.
         shared_TD = None
         if self.shared_experts is not None:

@@ -62,11 +62,11 @@ def allowed_experts(group_T: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
 
 def count_assignments(experts_TK: Tensor, modality_T: Tensor, num_experts: int) -> Tensor:
     """(M, E) int64: copies per modality and expert. Integer adds: the same in any order, so deterministic on any device."""
-    index_R = (modality_T.unsqueeze(-1) * num_experts + experts_TK).flatten()
+    index_N = (modality_T.unsqueeze(-1) * num_experts + experts_TK).flatten()
     counts = torch.zeros(
-        (NUM_MODALITIES + 1) * num_experts, dtype=torch.int64, device=index_R.device
+        (NUM_MODALITIES + 1) * num_experts, dtype=torch.int64, device=index_N.device
     )
-    counts = counts.scatter_add(0, index_R, torch.ones_like(index_R))
+    counts = counts.scatter_add(0, index_N, torch.ones_like(index_N))
     return counts.view(NUM_MODALITIES + 1, num_experts)[:NUM_MODALITIES]
 
 

@@ -79,7 +79,7 @@ LAYERS_TAG = "routing/layers"  # (L,) number of each MoE layer, as in parameter 
 
 
 def layer_statistics(
-    counts_LME: Tensor, groups: tuple[ExpertGroup, ...], capacity_factor: float
+    counts_YME: Tensor, groups: tuple[ExpertGroup, ...], capacity_factor: float
 ) -> dict[str, Tensor]:
     """``statistic/modality`` -> (L,), for modalities that have tokens, on the CPU.
 
@@ -87,37 +87,37 @@ def layer_statistics(
     experts share its tokens evenly. ``all`` is the mean over groups, weighted by their assignments (idle experts: the sum).
     ``overlap/text_vit`` is how many of the k most used experts two modalities of one group have in common, see ``overlap_size``.
     """
-    by_group = counts_LME.cpu().split([group.num_experts for group in groups], dim=-1)
+    by_group = counts_YME.cpu().split([group.num_experts for group in groups], dim=-1)
     statistics: dict[str, Tensor] = {}
     together = []
-    for group, counts_LME in zip(groups, by_group, strict=True):
-        present = [m for m in sorted(group.modalities) if counts_LME[:, m].sum() > 0]
+    for group, counts_YME in zip(groups, by_group, strict=True):
+        present = [m for m in sorted(group.modalities) if counts_YME[:, m].sum() > 0]
         for modality in present:
-            use = _expert_use(counts_LME[:, modality], capacity_factor)
+            use = _expert_use(counts_YME[:, modality], capacity_factor)
             name = MODALITY_NAMES[modality]
             statistics |= {f"{key}/{name}": values for key, values in use.items()}
-        statistics |= _overlaps(counts_LME, present)
+        statistics |= _overlaps(counts_YME, present)
         if present:
-            counts_LE = counts_LME.sum(1)
-            together.append((_expert_use(counts_LE, capacity_factor), counts_LE.sum(-1)))
+            counts_YE = counts_YME.sum(1)
+            together.append((_expert_use(counts_YE, capacity_factor), counts_YE.sum(-1)))
     return statistics | _over_groups(together)
 
 
-def _expert_use(counts_LE: Tensor, capacity_factor: float) -> dict[str, Tensor]:
+def _expert_use(counts_YE: Tensor, capacity_factor: float) -> dict[str, Tensor]:
     return {
-        "capacity_rate": capacity_rate(counts_LE, capacity_factor),
-        "imbalance": imbalance_ratio(counts_LE),
-        "deviation": relative_deviation(counts_LE),
-        "idle_experts": idle_experts(counts_LE).float(),
+        "capacity_rate": capacity_rate(counts_YE, capacity_factor),
+        "imbalance": imbalance_ratio(counts_YE),
+        "deviation": relative_deviation(counts_YE),
+        "idle_experts": idle_experts(counts_YE).float(),
     }
 
 
-def _overlaps(counts_LME: Tensor, modalities: list[int]) -> dict[str, Tensor]:
+def _overlaps(counts_YME: Tensor, modalities: list[int]) -> dict[str, Tensor]:
     """For every two of ``modalities``, which share the group's experts."""
-    k = overlap_size(counts_LME.shape[-1])
+    k = overlap_size(counts_YME.shape[-1])
     return {
         f"overlap/{MODALITY_NAMES[a]}_{MODALITY_NAMES[b]}": top_overlap(
-            counts_LME[:, a], counts_LME[:, b], k
+            counts_YME[:, a], counts_YME[:, b], k
         ).float()
         for a, b in combinations(modalities, 2)
         if k > 0
@@ -128,12 +128,12 @@ def _over_groups(uses: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tens
     """``statistic/all`` from (statistics, (L,) assignments) of every group that has tokens."""
     if not uses:
         return {}
-    totals = sum((total_L for _, total_L in uses), torch.zeros(()))
+    totals = sum((total_Y for _, total_Y in uses), torch.zeros(()))
     return {
         f"{key}/all": sum(
             (
-                use[key] * (1.0 if key == "idle_experts" else total_L / totals)
-                for use, total_L in uses
+                use[key] * (1.0 if key == "idle_experts" else total_Y / totals)
+                for use, total_Y in uses
             ),
             torch.zeros(()),
         )
@@ -143,15 +143,15 @@ def _over_groups(uses: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tens
 
 def means_over_layers(statistics: Mapping[str, Tensor]) -> dict[str, float]:
     """``routing/<statistic>/<modality>``."""
-    return {f"routing/{key}": float(values_L.mean()) for key, values_L in statistics.items()}
+    return {f"routing/{key}": float(values_Y.mean()) for key, values_Y in statistics.items()}
 
 
 def scalars_by_layer(statistics: Mapping[str, Tensor], layers: Sequence[int]) -> dict[str, float]:
     """``routing_by_layer/<statistic>/<modality>/layer_NN``, NN as in the names of the layer's parameters."""
     return {
         f"routing_by_layer/{key}/layer_{layer:02}": value
-        for key, values_L in statistics.items()
-        for layer, value in zip(layers, values_L.tolist(), strict=True)
+        for key, values_Y in statistics.items()
+        for layer, value in zip(layers, values_Y.tolist(), strict=True)
     }
 
 
@@ -166,16 +166,16 @@ def reachable_experts(groups: tuple[ExpertGroup, ...]) -> Tensor:
     return torch.cat(columns, dim=1)
 
 
-def heat_map(counts_LE: Tensor) -> Tensor:
+def heat_map(counts_YE: Tensor) -> Tensor:
     """(1, 16 L, 8 E) image in [0, 1]: layers down, experts across; white is the layer's most used expert."""
-    shares_LE = counts_LE / counts_LE.amax(1, keepdim=True).clamp(min=1)
-    return shares_LE.repeat_interleave(16, 0).repeat_interleave(8, 1).unsqueeze(0)
+    shares_YE = counts_YE / counts_YE.amax(1, keepdim=True).clamp(min=1)
+    return shares_YE.repeat_interleave(16, 0).repeat_interleave(8, 1).unsqueeze(0)
 
 
 def write_routing(
     writer: SummaryWriter,
     step: int,
-    counts_LME: Tensor,
+    counts_YME: Tensor,
     groups: tuple[ExpertGroup, ...],
     layers: Sequence[int],
 ) -> None:
@@ -183,11 +183,11 @@ def write_routing(
 
     Measured with 47 layers of 128 experts: 38 kB of counts and 58 kB of images; the scalars of every layer are 63 kB.
     """
-    counts_LME = counts_LME.cpu()
-    writer.add_tensor(COUNTS_TAG, counts_LME.to(torch.int32), step)
+    counts_YME = counts_YME.cpu()
+    writer.add_tensor(COUNTS_TAG, counts_YME.to(torch.int32), step)
     writer.add_tensor(REACHABLE_TAG, reachable_experts(groups), step)
     writer.add_tensor(LAYERS_TAG, torch.tensor(list(layers), dtype=torch.int32), step)
     for modality, name in enumerate(MODALITY_NAMES):
-        if counts_LME[:, modality].sum() > 0:
-            image = heat_map(counts_LME[:, modality])
+        if counts_YME[:, modality].sum() > 0:
+            image = heat_map(counts_YME[:, modality])
             writer.add_image(f"routing/experts/{name}", image, step)

@@ -17,13 +17,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from symbiotic_titan.moe.dispatch import (
-    BankRows,
-    BankSize,
     Dispatched,
+    RowCounts,
+    RowLayout,
+    lay_out_rows,
     padded_counts,
-    plan_rows,
-    rows_of_copies,
-    sum_of_copies,
+    permute,
+    unpermute,
 )
 from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
@@ -32,15 +32,15 @@ from symbiotic_titan.moe.partition import check_expert_parallel_degree
 def experts_by_slot(group_sizes: tuple[int, ...], degree: int, device: torch.device) -> Tensor:
     """(E,) int64: the expert in each slot. Rank r's slots are the r-th of ``degree`` equal parts."""
     ends = list(accumulate(group_sizes))
-    shares_We = [
+    shares_Xe = [
         torch.arange(end - size, end, device=device).view(degree, size // degree)
         for size, end in zip(group_sizes, ends, strict=True)
     ]
-    return torch.cat(shares_We, dim=1).flatten()
+    return torch.cat(shares_Xe, dim=1).flatten()
 
 
 @dataclass(frozen=True)
-class AllToAllPlan:
+class AllToAllLayout:
     """Everything ``combine`` needs to undo ``dispatch``.
 
     copies:         rows of the sent tensor, which is sorted by slot.
@@ -48,8 +48,8 @@ class AllToAllPlan:
     send, receive:  rows to and from each rank.
     """
 
-    copies: tuple[BankRows, ...]
-    received: tuple[BankRows, ...]
+    copies: tuple[RowLayout, ...]
+    received: tuple[RowLayout, ...]
     send: list[int]
     receive: list[int]
 
@@ -73,40 +73,41 @@ class AllToAllDispatcher:
         counts_E: Tensor,
         group_sizes: tuple[int, ...],
         block_rows: int = 0,
-    ) -> tuple[Dispatched, AllToAllPlan]:
+    ) -> tuple[Dispatched, AllToAllLayout]:
         shares = [size // self.degree for size in group_sizes]
         expert_of_slot_E = experts_by_slot(group_sizes, self.degree, x_TD.device)
         sent_E = counts_E[expert_of_slot_E]
-        received_We = collectives.all_to_all_single(sent_E, None, None, self.group).view(
+        received_Xe = collectives.all_to_all_single(sent_E, None, None, self.group).view(
             self.degree, -1
         )
-        counts = received_We.sum(0).split(shares)
-        padded = padded_counts(received_We.sum(0), x_TD, block_rows).split(shares)
-        numbers = [sent_E.view(self.degree, -1).sum(1), received_We.sum(1)]
+        counts = received_Xe.sum(0).split(shares)
+        padded = padded_counts(received_Xe.sum(0), x_TD, block_rows).split(shares)
+        numbers = [sent_E.view(self.degree, -1).sum(1), received_Xe.sum(1)]
         numbers += [torch.stack([c.sum() for c in counts]), torch.stack([c.sum() for c in padded])]
         host = torch.cat(numbers).tolist()  # device sync
         send, receive = host[: self.degree], host[self.degree : 2 * self.degree]
         banks = host[2 * self.degree :]
         sizes = [
-            BankSize(*pair) for pair in zip(banks[: len(shares)], banks[len(shares) :], strict=True)
+            RowCounts(*pair)
+            for pair in zip(banks[: len(shares)], banks[len(shares) :], strict=True)
         ]
 
-        copies = self._plan_send(
+        copies = self._sent_layout(
             experts_TK, group_T, sent_E, expert_of_slot_E, len(shares), sum(send)
         )
-        received = self._plan_received(received_We, shares, counts, padded, sizes, sum(receive))
-        (sent_rows,) = rows_of_copies(x_TD, copies)
+        received = self._received_layout(received_Xe, shares, counts, padded, sizes, sum(receive))
+        (sent_rows,) = permute(x_TD, copies)
         rows_ND = collectives.wait_tensor(self._exchange(sent_rows, receive, send))
-        plan = AllToAllPlan(copies, received, send, receive)
-        return Dispatched(rows_of_copies(rows_ND, received), padded), plan
+        plan = AllToAllLayout(copies, received, send, receive)
+        return Dispatched(permute(rows_ND, received), padded), plan
 
-    def send_back(self, rows: tuple[Tensor, ...], plan: AllToAllPlan) -> tuple[Tensor, ...]:
-        rows_ND = sum_of_copies(rows, None, plan.received, sum(plan.receive))
+    def start_combine(self, rows: tuple[Tensor, ...], plan: AllToAllLayout) -> tuple[Tensor, ...]:
+        rows_ND = unpermute(rows, None, plan.received, sum(plan.receive))
         return (self._exchange(rows_ND, plan.send, plan.receive),)
 
-    def combine(self, sent: tuple[Tensor, ...], weights_TK: Tensor, plan: AllToAllPlan) -> Tensor:
+    def combine(self, sent: tuple[Tensor, ...], weights_TK: Tensor, plan: AllToAllLayout) -> Tensor:
         back_ND = collectives.wait_tensor(sent[0])
-        return sum_of_copies((back_ND,), weights_TK, plan.copies, weights_TK.shape[0])
+        return unpermute((back_ND,), weights_TK, plan.copies, weights_TK.shape[0])
 
     def _exchange(self, rows_ND: Tensor, receive: list[int], send: list[int]) -> Tensor:
         """Start an all-to-all; its result must be waited for before it is read."""
@@ -114,7 +115,7 @@ class AllToAllDispatcher:
             rows_ND.contiguous(), receive, send, self.group
         )
 
-    def _plan_send(
+    def _sent_layout(
         self,
         experts_TK: Tensor,
         group_T: Tensor,
@@ -122,36 +123,36 @@ class AllToAllDispatcher:
         expert_of_slot_E: Tensor,
         num_groups: int,
         num_copies: int,
-    ) -> tuple[BankRows, ...]:
+    ) -> tuple[RowLayout, ...]:
         """All slots of all ranks as one bank without zero rows."""
         slot_of_expert_E = torch.argsort(expert_of_slot_E)
         is_padding_T = group_T == num_groups
         slots_TK = slot_of_expert_E[experts_TK].masked_fill(
             is_padding_T.unsqueeze(-1), sent_E.shape[0]
         )
-        size = BankSize(num_copies, num_copies)
-        return plan_rows(slots_TK, is_padding_T.long(), (sent_E,), (sent_E,), [size])
+        size = RowCounts(num_copies, num_copies)
+        return lay_out_rows(slots_TK, is_padding_T.long(), (sent_E,), (sent_E,), [size])
 
-    def _plan_received(
+    def _received_layout(
         self,
-        received_We: Tensor,
+        received_Xe: Tensor,
         shares: list[int],
         counts: tuple[Tensor, ...],
         padded: tuple[Tensor, ...],
-        sizes: list[BankSize],
+        sizes: list[RowCounts],
         num_rows: int,
-    ) -> tuple[BankRows, ...]:
+    ) -> tuple[RowLayout, ...]:
         """Received rows are sorted by (source rank, slot); the banks want them sorted by slot, sources in order."""
-        device = received_We.device
-        slot_We = torch.arange(sum(shares), device=device).expand_as(received_We)
-        bank_We = torch.cat(
+        device = received_Xe.device
+        slot_Xe = torch.arange(sum(shares), device=device).expand_as(received_Xe)
+        bank_Xe = torch.cat(
             [torch.full((share,), bank, device=device) for bank, share in enumerate(shares)]
-        ).expand_as(received_We)
-        repeats = received_We.flatten()
+        ).expand_as(received_Xe)
+        repeats = received_Xe.flatten()
         slot_N, bank_N = (
-            t.flatten().repeat_interleave(repeats, output_size=num_rows) for t in (slot_We, bank_We)
+            t.flatten().repeat_interleave(repeats, output_size=num_rows) for t in (slot_Xe, bank_Xe)
         )
-        return plan_rows(slot_N.unsqueeze(-1), bank_N, counts, padded, sizes)
+        return lay_out_rows(slot_N.unsqueeze(-1), bank_N, counts, padded, sizes)
 
 
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -22,7 +22,7 @@ from torchtitan.protocols import model_converter as upstream
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.moe.experts import ExpertBank, PartitionedMoE, SwiGLUKernel
+from symbiotic_titan.moe.experts import GroupedExperts, PartitionedMoE, SwiGLUKernel
 from symbiotic_titan.moe.float8_matmul import emulated_float8_swiglu
 
 if TYPE_CHECKING:
@@ -90,12 +90,12 @@ def convert_linear_layers(model: nn.Module, config: "Float8LinearConfig") -> tup
     return len(fitting), sorted(linear_layers.keys() - fitting)
 
 
-def convert_expert_banks(model: nn.Module, emulate: bool) -> int:
+def convert_grouped_experts(model: nn.Module, emulate: bool) -> int:
     """Number of banks converted in place."""
     kernel = emulated_float8_swiglu if emulate else scaled_float8_swiglu()
     num_banks = 0
     for module in model.modules():
-        if isinstance(module, ExpertBank):
+        if isinstance(module, GroupedExperts):
             module.swiglu = kernel
             num_banks += 1
         elif isinstance(module, PartitionedMoE) and not emulate:
@@ -112,7 +112,9 @@ class Float8Converter(upstream.ModelConverter):
 
     def convert(self, model: nn.Module) -> None:
         num_linear, skipped = convert_linear_layers(model, self.linear_config)
-        num_banks = convert_expert_banks(model, self.options.emulate) if self.options.experts else 0
+        num_banks = (
+            convert_grouped_experts(model, self.options.emulate) if self.options.experts else 0
+        )
         how = "emulated" if self.options.emulate else "on the GPU"
         logger.info(
             f"float8, {how}: {num_linear} linear layers ({self.options.recipe}), {num_banks} expert banks"

@@ -24,7 +24,7 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.moe.experts import ExpertBank, PartitionedMoE
+from symbiotic_titan.moe.experts import GroupedExperts, PartitionedMoE
 from symbiotic_titan.moe.kernels import local_tensor
 
 # ``parallelism.fsdp_reshard_after_forward`` -> whether weights are freed behind the forward: (of the units, of the last block and
@@ -55,7 +55,7 @@ def sum_gradients(model: nn.Module, device_type: str) -> None:
                 module.set_force_sum_reduction_for_comms(True)
 
 
-def cut_of_bank(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+def expert_shard_placement(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
     """Where FSDP cuts an expert weight (E, rows, columns) over ``num_ranks``: between experts where each rank gets equally
     many (None, FSDP's default), else inside every expert. Four experts over 32 ranks would be gathered as 32 otherwise."""
 
@@ -121,7 +121,7 @@ def apply_fsdp(
     }
     dense = {**options, "mesh": data_mesh(parallel_dims)}
     banks = {**options, "mesh": expert_mesh(parallel_dims)}
-    banks["shard_placement_fn"] = cut_of_bank(banks["mesh"].shape[-1])
+    banks["shard_placement_fn"] = expert_shard_placement(banks["mesh"].shape[-1])
 
     for part in (*model.vit.layers.values(), model.vit, model.latent_embedding):
         fully_shard(part, reshard_after_forward=free, **dense)
@@ -132,7 +132,7 @@ def apply_fsdp(
     for block in model.layers.values():
         free_block = free_end if block is last else free
         for part in units_inside(block):
-            where = banks if isinstance(part, ExpertBank) else dense
+            where = banks if isinstance(part, GroupedExperts) else dense
             fully_shard(part, reshard_after_forward=free_block, **where)
         fully_shard(block, reshard_after_forward=free_block, **dense)
     fully_shard(model, reshard_after_forward=free_end, **dense)

@@ -156,7 +156,7 @@ def partition_checkpoint(
             "tensors": conversion.rows(),
         }
         write_json(folder / RECORD, KIND, record)
-        shape_file.write_shape(folder / shape_file.NAME, args)
+        shape_file.write_model_config(folder / shape_file.NAME, args)
         keep_source(stored, folder)
 
     value = watched(values, conversion.after, watch)

@@ -17,7 +17,7 @@ from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.tokenizer import open_tokenizer
 from symbiotic_titan.device import cuda_capability, device_type, supports_flex_attention
-from symbiotic_titan.flow.solver import FlowSampling
+from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.inference.images import choose_size
 from symbiotic_titan.inference.prompts import PromptMaker
 from symbiotic_titan.model.args import ModelArgs
@@ -383,7 +383,7 @@ def check_sampling(config: JobConfig, geometry: ImageGeometry) -> None:
 def _check_request(config: JobConfig, geometry: ImageGeometry) -> None:
     sampling, data, side = config.sampling, config.data, geometry.vae_token_pixels
     shift = config.flow.shift if sampling.shift is None else sampling.shift
-    FlowSampling(sampling.steps, sampling.sampler, shift, sampling.guidance)
+    SolverOptions(sampling.steps, sampling.sampler, shift, sampling.guidance)
     buckets = aspect_buckets(data.vae_pixels, side, data.max_aspect)
     height, width = choose_size(None, sampling.aspect, buckets)
     maker = PromptMaker(open_tokenizer(config.tokenizer), geometry, data, config.training.seq_len)

@@ -89,7 +89,7 @@ def on_rank(rank, case, patch):
         config.experts.partition["understanding"].num_experts = 13
         config.experts.partition["generation"].num_experts = 3
     if case == "odd_experts_padded":
-        patch.setattr(fsdp, "cut_of_bank", lambda num_ranks: lambda weight: None)
+        patch.setattr(fsdp, "expert_shard_placement", lambda num_ranks: lambda weight: None)
     model, args = build(config, **VIT if case.startswith("deepstack") else {})
     wire = Wire(patch)
     ahead = []

@@ -13,7 +13,7 @@ from symbiotic_titan.commands import convert
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.model.flavors import FLAVORS
-from symbiotic_titan.model.model_config import write_shape
+from symbiotic_titan.model.model_config import write_model_config
 from tests.helpers.launch import (
     NUM_STEPS,
     ROOT,
@@ -121,7 +121,7 @@ def test_a_model_whose_queries_read_the_images_trains_alike_on_one_process_and_o
     tmp_path, demo
 ):
     """Six queries an image instead of a token for each of its squares; the two are compiled and share the experts."""
-    write_shape(tmp_path / "model.json", with_queries(FLAVORS["debug"], {8: 6}))
+    write_model_config(tmp_path / "model.json", with_queries(FLAVORS["debug"], {8: 6}))
     settings = {"training__steps": NUM_STEPS, "model__flavor": tmp_path / "model.json"}
     one = launch(tmp_path / "one", demo, **settings)
     two = launch(

@@ -26,7 +26,7 @@ from symbiotic_titan.build import (
 from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.flow.solver import FlowSampling
+from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.images import (
     Canvas,
@@ -64,7 +64,7 @@ def contenders(config: JobConfig, options: argparse.Namespace) -> dict[str, Call
     side = int((config.data.vae_pixels // geometry.vae_token_pixels**2) ** 0.5)
     canvas, indices = Canvas(side, side), range(options.batch)
     noise_BLZ = noise_of_images(0, indices, canvas, geometry).to(where)
-    sampling = FlowSampling(options.steps, "euler", 1.0, guidance=3.0)
+    sampling = SolverOptions(options.steps, "euler", 1.0, guidance=3.0)
     captions, questions = ([make(CAPTION)] * options.batch for make in (maker.image, maker.text))
     nothing = torch.empty(0, dtype=torch.int64, device=where)
     never = Endings(sequences=(), is_stopped=lambda ids: False)

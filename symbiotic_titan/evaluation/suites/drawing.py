@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from symbiotic_titan.evaluation.files import check_file, check_limit, read_prompts
 from symbiotic_titan.evaluation.results import is_first_process
 from symbiotic_titan.evaluation.suite import Progress
-from symbiotic_titan.flow.solver import FlowSampling
+from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.images import Picture, Size
 
@@ -51,7 +51,7 @@ class DrawingSettings:
     """Images, or texts, at a time"""
 
     def __post_init__(self) -> None:
-        FlowSampling(self.steps, self.sampler, 1.0, self.guidance)
+        SolverOptions(self.steps, self.sampler, 1.0, self.guidance)
         if self.batch_size < 1:
             raise ValueError(f"batch_size: must be at least 1, got {self.batch_size}")
 

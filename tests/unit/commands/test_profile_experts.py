@@ -41,7 +41,7 @@ def imported(tmp_path_factory):
     import_model(stored, folder / "import")
     vit = replace(stored.args.vit, dim=16, num_layers=1, num_heads=2, hidden_dim=32)
     shape = folder / "import" / shape_file.NAME
-    shape_file.write_shape(shape, replace(stored.args, vit=vit))
+    shape_file.write_model_config(shape, replace(stored.args, vit=vit))
     return folder, ["--config", str(folder / "debug.toml"), "--model.flavor", str(shape)]
 
 

@@ -5,12 +5,12 @@ import torch
 
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.solver import (
-    SAMPLERS,
-    FlowSampling,
-    follow,
+    SOLVERS,
+    SolverOptions,
     guided,
     noise_of_image,
-    timesteps_of,
+    solve,
+    time_grid,
 )
 
 MEAN, STD = 1.5, 0.5
@@ -30,7 +30,7 @@ def exact_data(noise):
 
 def error_of(sampler, steps, shift=1.0):
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    drawn = follow(gaussian_velocity, noise, FlowSampling(steps, sampler, shift, 1.0))
+    drawn = solve(gaussian_velocity, noise, SolverOptions(steps, sampler, shift, 1.0))
     return float((drawn - exact_data(noise)).abs().max())
 
 
@@ -48,9 +48,9 @@ def test_heun_is_nearer_than_euler_with_as_many_velocities():
 
 def test_a_straight_path_is_followed_exactly_in_one_step():
     data, noise = torch.randn(4, 6), torch.randn(4, 6)
-    for sampler in SAMPLERS:
-        drawn = follow(
-            lambda x, t: velocity_target(data, noise), noise, FlowSampling(1, sampler, 1, 1)
+    for sampler in SOLVERS:
+        drawn = solve(
+            lambda x, t: velocity_target(data, noise), noise, SolverOptions(1, sampler, 1, 1)
         )
         torch.testing.assert_close(drawn, data)
 
@@ -63,22 +63,22 @@ def test_the_state_at_a_timestep_is_what_training_shows_the_model_there():
         seen.append((x, t))
         return velocity_target(data, noise)
 
-    follow(velocity, noise, FlowSampling(5, "euler", 2.0, 1.0))
+    solve(velocity, noise, SolverOptions(5, "euler", 2.0, 1.0))
     assert seen[0][1] == 1.0
     for x, t in seen:
         torch.testing.assert_close(x, interpolate(data, noise, torch.full((1, 3), t)))
 
 
 def test_timesteps_fall_from_noise_to_data_and_a_shift_keeps_them_near_the_noise():
-    assert timesteps_of(4, 1.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
-    shifted = timesteps_of(4, 3.0)
+    assert time_grid(4, 1.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    shifted = time_grid(4, 3.0)
     assert shifted[0] == 1.0 and shifted[-1] == 0.0
     assert shifted[1:4] == pytest.approx([0.9, 0.75, 0.5])
 
 
 def test_every_step_is_told():
     told = []
-    follow(gaussian_velocity, torch.zeros(2), FlowSampling(7, "heun", 1, 1), lambda: told.append(1))
+    solve(gaussian_velocity, torch.zeros(2), SolverOptions(7, "heun", 1, 1), lambda: told.append(1))
     assert len(told) == 7
 
 
@@ -111,4 +111,4 @@ def test_noise_is_a_function_of_seed_and_index():
 )
 def test_a_setting_out_of_range_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        FlowSampling(*settings)
+        SolverOptions(*settings)

@@ -18,7 +18,7 @@ from symbiotic_titan.hf.architectures import aria
 from symbiotic_titan.hf.architectures.aria import ARIA
 from symbiotic_titan.hf.model import HuggingFaceModel
 from symbiotic_titan.model.flavors import FLAVORS
-from symbiotic_titan.model.vit import table_cells
+from symbiotic_titan.model.vit import table_entries
 from tests.helpers.decoder_parity import (
     assert_equal_tensors,
     loaded,
@@ -154,7 +154,7 @@ def test_places_of_patches_are_those_of_the_released_table(length):
             expected = embeddings(pixels, mask).view(length, length)[:, :short]
             coords_1PA = torch.cartesian_prod(torch.arange(length), torch.arange(short))[None]
             sizes_1PA = torch.tensor([length, short]).expand_as(coords_1PA)
-            cells_1PX, weights_1PX = table_cells(coords_1PA, sizes_1PA, 70, "floor")
+            cells_1PX, weights_1PX = table_entries(coords_1PA, sizes_1PA, 70, "floor")
             assert torch.equal(cells_1PX.view(length, short), expected.long())
             assert (weights_1PX == 1).all()
 

@@ -15,7 +15,7 @@ from symbiotic_titan.data.samples import Document, VaeSegment
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.solver import (
     noise_of_image,
-    timesteps_of,
+    time_grid,
 )
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.images import (
@@ -69,7 +69,7 @@ def test_a_seed_reproduces_and_another_does_not(generator):
 def euler_by_hand(model, training_row, guidance, steps):
     """The plain loop: whole rows of training, each branch in a forward of its own, no cache."""
     x_LZ = noise_of_image(3, 0, 64, 48)
-    for t, following in zip(timesteps_of(steps, 1.0), timesteps_of(steps, 1.0)[1:], strict=False):
+    for t, following in zip(time_grid(steps, 1.0), time_grid(steps, 1.0)[1:], strict=False):
         velocities = []
         for row in training_row:
             times = torch.full(row.vae_image.shape, t)

@@ -17,7 +17,7 @@ from symbiotic_titan.model.latents import (
     sinusoids,
 )
 from symbiotic_titan.model.masks import dense_mask, patch_rule
-from symbiotic_titan.model.vit import VisionTransformer, grid_sizes, patch_rotary, table_cells
+from symbiotic_titan.model.vit import VisionTransformer, grid_sizes, patch_rotary, table_entries
 
 
 def random_module(module, seed=0):
@@ -35,14 +35,14 @@ def plain_normed(x, norm):
     )
 
 
-def plain_turned(x_PW, coords, theta):
+def plain_turned(x_PS, coords, theta):
     """One head: the first half of its pairs of channels turned by the patch's row, the second half by its column."""
-    out = x_PW.clone()
-    num = x_PW.shape[-1] // 4
+    out = x_PS.clone()
+    num = x_PS.shape[-1] // 4
     for p, place in enumerate(coords.tolist()):
         for i in range(2 * num):
             angle = place[i // num] * theta ** (-(i % num) / num)
-            turned = complex(x_PW[p, i], x_PW[p, i + 2 * num]) * complex(
+            turned = complex(x_PS[p, i], x_PS[p, i + 2 * num]) * complex(
                 math.cos(angle), math.sin(angle)
             )
             out[p, i], out[p, i + 2 * num] = turned.real, turned.imag
@@ -51,20 +51,20 @@ def plain_turned(x_PW, coords, theta):
 
 def plain_encoder(vit, args, patches_PQ, coords):
     """One image by itself: no mask, head by head."""
-    x_PW = patches_PQ @ vit.patch_embedding.weight.T + vit.patch_embedding.bias
+    x_PS = patches_PQ @ vit.patch_embedding.weight.T + vit.patch_embedding.bias
     for block in vit.layers.values():
-        qkv = plain_normed(x_PW, block.attention_norm) @ block.wqkv.weight.T + block.wqkv.bias
+        qkv = plain_normed(x_PS, block.attention_norm) @ block.wqkv.weight.T + block.wqkv.bias
         heads = []
         for q, k, v in zip(
             *(part.split(args.vit.head_dim, -1) for part in qkv.chunk(3, -1)), strict=True
         ):
             q, k = (plain_turned(a, coords, args.vit.rope_theta) for a in (q, k))
             heads.append((q @ k.T / args.vit.head_dim**0.5).softmax(-1) @ v)
-        x_PW = x_PW + torch.cat(heads, -1) @ block.wo.weight.T + block.wo.bias
-        hidden = plain_normed(x_PW, block.ffn_norm) @ block.w1.weight.T + block.w1.bias
-        x_PW = x_PW + nn.GELU("tanh")(hidden) @ block.w2.weight.T + block.w2.bias
+        x_PS = x_PS + torch.cat(heads, -1) @ block.wo.weight.T + block.wo.bias
+        hidden = plain_normed(x_PS, block.ffn_norm) @ block.w1.weight.T + block.w1.bias
+        x_PS = x_PS + nn.GELU("tanh")(hidden) @ block.w2.weight.T + block.w2.bias
     merger, window = vit.merger, args.vit.merge**2
-    normed = plain_normed(x_PW, merger.norm)
+    normed = plain_normed(x_PS, merger.norm)
     joined = torch.stack(
         [torch.cat(list(normed[i : i + window])) for i in range(0, len(normed), window)]
     )
@@ -119,9 +119,9 @@ def test_table_is_resampled_corner_on_corner(size):
     side = 5
     table_1WSS = torch.randn(1, 7, side, side, generator=torch.Generator().manual_seed(0))
     coords_1PA = torch.cartesian_prod(*map(torch.arange, size)).unsqueeze(0)
-    cells, weights = table_cells(coords_1PA, torch.tensor(size).expand_as(coords_1PA), side)
-    rows_XW = table_1WSS[0].flatten(1).T
-    got = (rows_XW[cells[0]] * weights[0].unsqueeze(-1)).sum(1)
+    cells, weights = table_entries(coords_1PA, torch.tensor(size).expand_as(coords_1PA), side)
+    rows_NS = table_1WSS[0].flatten(1).T
+    got = (rows_NS[cells[0]] * weights[0].unsqueeze(-1)).sum(1)
     expected = F.interpolate(table_1WSS, size, mode="bilinear", align_corners=True)
     torch.testing.assert_close(got, expected[0].flatten(1).T, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, len(got)))

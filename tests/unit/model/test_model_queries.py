@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.masks import dense_mask, query_rule
-from symbiotic_titan.model.projectors import QueryPlaces, QueryProjector
-from symbiotic_titan.model.symbiotic import SymbioticModel, places_within
+from symbiotic_titan.model.projectors import QueryIndices, QueryProjector
+from symbiotic_titan.model.symbiotic import SymbioticModel, index_within_image
 from symbiotic_titan.sequence.batch import stack_rows
 from symbiotic_titan.sequence.modality import VIT
 
@@ -37,10 +37,10 @@ def batch(query_args, pack):
     return stack_rows([pack(DOCUMENTS, query_args), pack(OTHER, query_args, seed=7)])
 
 
-def plain_projector(projector, x_PW, number):
+def plain_projector(projector, x_PS, number):
     """``number`` queries read one image, with torch's own attention over what the first layers make of both."""
-    heads = x_PW.shape[-1] // projector.head_dim
-    attention = nn.MultiheadAttention(x_PW.shape[-1], heads, batch_first=True)
+    heads = x_PS.shape[-1] // projector.head_dim
+    attention = nn.MultiheadAttention(x_PS.shape[-1], heads, batch_first=True)
     inner = [part[1] for part in (projector.wq, projector.wk, projector.wv)]
     attention.load_state_dict(
         {
@@ -50,11 +50,11 @@ def plain_projector(projector, x_PW, number):
             "out_proj.bias": projector.wo[0].bias,
         }
     )
-    queries_VW = projector.wq[0](projector.query_norm(projector.queries.weight[:number]))
-    normed_PW = projector.patch_norm(x_PW)
-    keys_PW, values_PW = projector.wk[0](normed_PW), projector.wv[0](normed_PW)
-    read_VW = attention(queries_VW[None], keys_PW[None], values_PW[None])[0][0]
-    hidden = projector.w1(projector.last_norm(projector.wo[1](read_VW)))
+    queries_IS = projector.wq[0](projector.query_norm(projector.queries.weight[:number]))
+    normed_PS = projector.patch_norm(x_PS)
+    keys_PS, values_PS = projector.wk[0](normed_PS), projector.wv[0](normed_PS)
+    read_IS = attention(queries_IS[None], keys_PS[None], values_PS[None])[0][0]
+    hidden = projector.w1(projector.last_norm(projector.wo[1](read_IS)))
     return projector.w2(nn.GELU("tanh")(hidden))
 
 
@@ -64,30 +64,30 @@ def test_projector_equals_each_image_by_itself_with_torch_s_attention(query_args
     projector = QueryProjector(vit, query_args.dim)
     for parameter in projector.parameters():
         parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
-    x_BPW = torch.randn(1, 18, vit.dim, generator=torch.Generator().manual_seed(0))
+    x_BPS = torch.randn(1, 18, vit.dim, generator=torch.Generator().manual_seed(0))
     patch_image_BP = torch.tensor([[4] * 12 + [6] * 4 + [-1] * 2])
-    token_image_BV = torch.tensor([[4] * 5 + [6] * 3 + [-1]])
+    token_image_BI = torch.tensor([[4] * 5 + [6] * 3 + [-1]])
     mask = dense_mask(
-        query_rule(token_image_BV, patch_image_BP), token_image_BV.shape, x_BPW.device, num_keys=18
+        query_rule(token_image_BI, patch_image_BP), token_image_BI.shape, x_BPS.device, num_keys=18
     )
-    found = projector(x_BPW, QueryPlaces(places_within(token_image_BV), mask))[0]
-    torch.testing.assert_close(found[:5], plain_projector(projector, x_BPW[0, :12], 5), **CLOSE)
-    torch.testing.assert_close(found[5:8], plain_projector(projector, x_BPW[0, 12:16], 3), **CLOSE)
+    found = projector(x_BPS, QueryIndices(index_within_image(token_image_BI), mask))[0]
+    torch.testing.assert_close(found[:5], plain_projector(projector, x_BPS[0, :12], 5), **CLOSE)
+    torch.testing.assert_close(found[5:8], plain_projector(projector, x_BPS[0, 12:16], 3), **CLOSE)
     assert found.isfinite().all()
 
 
 def test_places_begin_anew_with_every_image():
     images = [[4, 4, 4, 2, 2, 7, -1, -1], [3, 3, 3, 3, 3, 3, 3, 3], [-1] * 8]
     places = [[0, 1, 2, 0, 1, 0, 0, 1], list(range(8)), list(range(8))]
-    assert places_within(torch.tensor(images)).tolist() == places
-    assert places_within(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0)
+    assert index_within_image(torch.tensor(images)).tolist() == places
+    assert index_within_image(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0)
 
 
 def test_a_token_sees_the_patches_of_its_image_and_an_unused_one_one_patch():
-    token_image_BV = torch.tensor([[0, 0, 3, -1], [-1, -1, -1, -1]])
+    token_image_BI = torch.tensor([[0, 0, 3, -1], [-1, -1, -1, -1]])
     patch_image_BP = torch.tensor([[0, 0, 0, 3, -1], [-1, -1, -1, -1, -1]])
-    rule = query_rule(token_image_BV, patch_image_BP)
-    mask = dense_mask(rule, token_image_BV.shape, token_image_BV.device, num_keys=5)
+    rule = query_rule(token_image_BI, patch_image_BP)
+    mask = dense_mask(rule, token_image_BI.shape, token_image_BI.device, num_keys=5)
     first = [1, 0, 0, 0, 0]
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], first]
     assert mask[1, 0].int().tolist() == [first] * 4
@@ -170,7 +170,7 @@ def test_the_cost_of_an_image_is_that_of_the_products_that_torch_counts(query_ar
     patches = side**2
     model = SymbioticModel(args)
     coords_1PA = torch.cartesian_prod(torch.arange(side), torch.arange(side))[None]
-    places = QueryPlaces(
+    places = QueryIndices(
         torch.arange(queries)[None], torch.ones(1, 1, queries, patches, dtype=torch.bool)
     )
     whole = torch.ones(1, 1, patches, patches, dtype=torch.bool)

@@ -65,27 +65,27 @@ def test_each_frequency_reads_the_axis_of_the_backbone(kind, sections):
 def test_rotation_equals_plain_complex_product(interleaved, width):
     axes, theta = [0, 1, 2, 0], 100.0
     positions_BTA = torch.randint(0, 50, (2, 5, 3))
-    x_BHTC = torch.randn(2, 3, 5, width)
+    x_BUTC = torch.randn(2, 3, 5, width)
     tables = rotary_tables(positions_BTA, torch.tensor(axes), frequencies(4, theta, CPU))
-    got = rotate(x_BHTC, tables, interleaved)
+    got = rotate(x_BUTC, tables, interleaved)
     for b in range(2):
         for h in range(3):
             for t in range(5):
                 expected = plain_rotation(
-                    x_BHTC[b, h, t].tolist(), positions_BTA[b, t].tolist(), axes, theta, interleaved
+                    x_BUTC[b, h, t].tolist(), positions_BTA[b, t].tolist(), axes, theta, interleaved
                 )
                 torch.testing.assert_close(got[b, h, t].tolist(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_partial_rotary_leaves_the_other_channels_untouched():
-    x_BHTC = torch.randn(1, 2, 6, 16)
+    x_BUTC = torch.randn(1, 2, 6, 16)
     positions = torch.arange(6).view(1, 6, 1).expand(1, 6, 3)
     tables = rotary_tables(
         positions, torch.zeros(4, dtype=torch.long), frequencies(4, 10_000.0, CPU)
     )
-    got = rotate(x_BHTC, tables, interleaved=False)
-    assert torch.equal(got[..., 8:], x_BHTC[..., 8:])
-    assert not torch.equal(got[..., 1:, :8], x_BHTC[..., 1:, :8])
+    got = rotate(x_BUTC, tables, interleaved=False)
+    assert torch.equal(got[..., 8:], x_BUTC[..., 8:])
+    assert not torch.equal(got[..., 1:, :8], x_BUTC[..., 1:, :8])
 
 
 def test_scores_depend_on_the_difference_of_positions_alone():

@@ -7,8 +7,8 @@ import pytest
 
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.model_config import (
-    read_shape,
-    write_shape,
+    read_model_config,
+    write_model_config,
 )
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
@@ -18,14 +18,14 @@ SPLIT = (ExpertGroup("understanding", (TEXT, VIT), 12), ExpertGroup("generation"
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_every_flavor_comes_back_equal(tmp_path, flavor):
-    write_shape(tmp_path / "model.json", FLAVORS[flavor])
+    write_model_config(tmp_path / "model.json", FLAVORS[flavor])
     assert FLAVORS[str(tmp_path / "model.json")] == FLAVORS[flavor]
 
 
 def test_groups_and_shield_are_written_by_name(tmp_path):
     args = replace(FLAVORS["debug"], groups=SPLIT, shield_modalities=(VAE,), shield_mode="weights")
-    write_shape(tmp_path / "model.json", args)
-    assert read_shape(tmp_path / "model.json") == args
+    write_model_config(tmp_path / "model.json", args)
+    assert read_model_config(tmp_path / "model.json") == args
     values = json.loads((tmp_path / "model.json").read_text())
     assert values["groups"][0]["modalities"] == ["text", "vit"]
     assert values["shield_modalities"] == ["vae"] and "_enforced" not in values
@@ -35,7 +35,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     path = tmp_path / "model.json"
 
     def message(**changes) -> str:
-        write_shape(path, FLAVORS["debug"])
+        write_model_config(path, FLAVORS["debug"])
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
         with pytest.raises(ValueError) as caught:
             _ = FLAVORS[str(path)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from symbiotic_titan.model.vit import table_cells
+from symbiotic_titan.model.vit import table_entries
 
 
 @pytest.mark.parametrize("rows, columns", [(2, 8), (6, 2), (1, 1), (5, 5), (14, 11)])
@@ -15,7 +15,7 @@ def test_bicubic_reading_of_the_table_is_that_of_grid_sample(rows, columns):
     table = torch.randn(side**2, 3, generator=generator)
     coords = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).unsqueeze(0)
     sizes = torch.tensor([rows, columns]).expand_as(coords)
-    cells, weights = table_cells(coords, sizes, side, "bicubic")
+    cells, weights = table_entries(coords, sizes, side, "bicubic")
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
     found = (table[cells] * weights.unsqueeze(-1)).sum(-2)
     at = ((coords + 0.5) / sizes * 2 - 1).flip(-1).unsqueeze(1)

@@ -24,8 +24,8 @@ def assignments(text, vit, vae):
     return torch.tensor([[text, vit, vae]])
 
 
-def means(counts_LME, groups=GROUPS, capacity_factor=1.0):
-    return means_over_layers(layer_statistics(counts_LME, groups, capacity_factor))
+def means(counts_YME, groups=GROUPS, capacity_factor=1.0):
+    return means_over_layers(layer_statistics(counts_YME, groups, capacity_factor))
 
 
 def test_experts_are_compared_with_their_own_group():
@@ -127,8 +127,8 @@ def test_every_layer_is_as_a_plain_loop_says(groups):
     found = layer_statistics(torch.tensor(layers), groups, 1.25)
     expected = [plain_layer(layer, groups, 1.25) for layer in layers]
     assert found.keys() == expected[0].keys()
-    for key, values_L in found.items():
-        assert values_L.tolist() == pytest.approx([layer[key] for layer in expected]), key
+    for key, values_Y in found.items():
+        assert values_Y.tolist() == pytest.approx([layer[key] for layer in expected]), key
 
 
 def test_overlap_is_measured_only_where_both_reach_the_same_experts():

@@ -114,5 +114,5 @@ def test_every_matmul_of_a_block_is_in_a_unit():
     units = {f"{type(u.owner).__name__}.{u.attribute}" for u in compile_units(model)}
     assert units == {
         "VitBlock.forward", "TransformerBlock.attend", "TransformerBlock.feed",
-        "Router.forward", "ExpertBank.swiglu", "SharedExpert.forward",
+        "Router.forward", "GroupedExperts.swiglu", "SharedExpert.forward",
     }  # fmt: skip

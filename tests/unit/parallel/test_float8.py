@@ -14,7 +14,7 @@ from symbiotic_titan.config.job import (
     JobConfig,
 )
 from symbiotic_titan.moe.experts import (
-    ExpertBank,
+    GroupedExperts,
     PartitionedMoE,
 )
 from symbiotic_titan.moe.float8_matmul import emulated_float8_swiglu
@@ -23,7 +23,7 @@ from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.parallel.compile import apply_compile
 from symbiotic_titan.parallel.float8 import (
     FLOAT8_MULTIPLE,
-    convert_expert_banks,
+    convert_grouped_experts,
     register_float8,
     scaled_float8_swiglu,
 )
@@ -83,14 +83,14 @@ def test_converted_are_the_big_layers_of_the_decoder_and_nothing_else():
     for name in ("router", "vit.", "flow_head.", "latent_embedding."):
         assert any(name in p for p, _ in model.named_parameters())
         assert not any(name in converted for converted in converted_names(model))
-    banks = [m for m in model.modules() if isinstance(m, ExpertBank)]
+    banks = [m for m in model.modules() if isinstance(m, GroupedExperts)]
     assert len(banks) == 2 and all(bank.swiglu is emulated_float8_swiglu for bank in banks)
 
 
 def test_experts_false_leaves_the_banks_alone():
     model = tiny_model(make_args())
     convert(model, experts=False)
-    banks = [m for m in model.modules() if isinstance(m, ExpertBank)]
+    banks = [m for m in model.modules() if isinstance(m, GroupedExperts)]
     assert all(bank.swiglu is grouped_swiglu for bank in banks)
     assert converted_names(model)
 
@@ -154,7 +154,7 @@ def test_every_expert_gets_whole_blocks_of_rows_where_the_kernel_asks():
         return grouped_swiglu(*operands)
 
     for module in model.modules():
-        if isinstance(module, ExpertBank):
+        if isinstance(module, GroupedExperts):
             module.swiglu = watched
         if isinstance(module, PartitionedMoE):
             module.block_rows = FLOAT8_MULTIPLE
@@ -168,7 +168,7 @@ def test_every_expert_gets_whole_blocks_of_rows_where_the_kernel_asks():
 def test_the_kernel_on_a_gpu_asks_for_blocks_of_rows():
     for emulate, block_rows in ((True, 0), (False, FLOAT8_MULTIPLE)):
         model = tiny_model(make_args())
-        assert convert_expert_banks(model, emulate) == 2
+        assert convert_grouped_experts(model, emulate) == 2
         assert model.layers["1"].moe.block_rows == block_rows
 
 
