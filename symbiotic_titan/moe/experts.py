@@ -1,14 +1,6 @@
-"""One group's routed experts.
+"""PartitionedMoE: router -> dispatch -> grouped experts -> combine, plus the shared expert that every token visits.
 
-Letters: N rows sorted by expert, D width, F hidden width, E experts of the group (e of them on this rank).
-
-The expert that every token visits, behind the gradient shield.
-
-Letters: T tokens, D width.
-
-PartitionedMoE: router -> dispatch -> experts -> combine, plus the shared expert.
-
-Letters: T tokens, D width, K experts per token.
+Shape letters: sequence/shapes.py. N are rows sorted by expert.
 """
 
 from collections.abc import Callable
@@ -37,12 +29,12 @@ SwiGLUKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class GroupedExperts(nn.Module):
-    """SwiGLU experts ``w2(silu(w1 x) * w3 x)`` with stacked weights: w1, w3 (E, F, D) and w2 (E, D, F).
+    """One group's SwiGLU experts ``w2(silu(w1 x) * w3 x)`` with stacked weights: w1, w3 (E, F, D) and w2 (E, D, F).
 
-    Values are uninitialised, as everywhere: they are set when the whole model is.
+    Values are uninitialised here, as in every module; ``model.initialize`` sets them.
     """
 
-    swiglu: SwiGLUKernel  # replaced as a whole by what converts or compiles the model
+    swiglu: SwiGLUKernel  # the float8 converter and torch.compile replace it
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -59,10 +51,9 @@ class GroupedExperts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """SwiGLU ``w2(silu(w1 x) * w3 x)``, optionally times ``sigmoid(gate x)``.
+    """SwiGLU ``w2(silu(w1 x) * w3 x)``, optionally times ``sigmoid(gate x)``, whose gradient can be shielded from some modalities.
 
-    In ``weights`` mode the layers' weights are used directly, so a float8 conversion of these linear layers has no effect
-    there.
+    In the shield's ``weights`` mode the layers' weights are used directly, so converting these linear layers to float8 has no effect.
     """
 
     def __init__(self, args: MoEArgs) -> None:
@@ -75,7 +66,7 @@ class SharedExpert(nn.Module):
         self._shield_mode = args.shield_mode
 
     def forward(self, x_TD: Tensor, modality_T: Tensor, shield_scale: Tensor) -> Tensor:
-        """(T, D). ``shield_scale``: 0-dim, factor on the gradient of shielded tokens; 1 is no shield."""
+        """(T, D). ``shield_scale``: 0-dim tensor, factor on the gradient of shielded tokens; 1 means no shield."""
         if not self._shield_modalities:
             return self._swiglu(x_TD, lambda layer, y: layer(y))
         shielded_T = is_any_modality(modality_T, self._shield_modalities)
@@ -84,7 +75,7 @@ class SharedExpert(nn.Module):
             return scale_gradient(self._swiglu(x_TD, lambda layer, y: layer(y)), factors_T)
 
         def linear(layer: nn.Linear, y: Tensor) -> Tensor:
-            dtype = compute_dtype(y)
+            dtype = compute_dtype(y)  # autocast does not see into our autograd function
             return scaled_weight_linear(y.to(dtype), layer.weight.to(dtype), factors_T)
 
         return self._swiglu(x_TD, linear)
@@ -95,14 +86,14 @@ class SharedExpert(nn.Module):
 
 
 class PartitionedMoE(nn.Module):
-    """A mixture of experts whose tokens route inside the group of their modality (arXiv 2604.07753).
+    """A mixture of experts in which a token is routed inside the group of its modality (arXiv 2604.07753).
 
     Parameters: ``router.<g>.weight``, ``experts.<g>.{w1,w2,w3}``, ``shared_experts.{w1,w2,w3}.weight`` and, with a gate,
-    ``shared_experts.gate.weight``. Their values are uninitialised: they are set when the whole model is.
+    ``shared_experts.gate.weight``.
     """
 
-    dispatcher: Dispatcher  # replaced as a whole by expert parallelism
-    block_rows: int  # not 0 where the banks' kernel wants rows in blocks: see ``padded_counts``
+    dispatcher: Dispatcher  # expert parallelism replaces it
+    block_rows: int  # not 0 if the experts' kernel needs rows in blocks: see ``padded_counts``
 
     def __init__(self, args: MoEArgs) -> None:
         super().__init__()
@@ -123,11 +114,12 @@ class PartitionedMoE(nn.Module):
     ) -> tuple[Tensor, RoutingRecord]:
         """((T, D) in the dtype of ``x_TD``, record).
 
-        modality_T: integers of ``sequence.modality``. Padding is routed nowhere and counted nowhere; its routed output is 0.
-        shield_scale: 0-dim float tensor, factor on the gradient of shielded tokens in the shared expert; 1 is no shield.
+        modality_T: integers of ``sequence.modality``. Padding is neither routed nor counted; its routed output is 0.
+        shield_scale: 0-dim float tensor, factor on the gradient of shielded tokens in the shared expert; 1 means no shield.
         """
         routing = self.router(x_TD, modality_T)
-        dispatched, plan = self.dispatcher.dispatch(
+        # The record's counts exclude padding, as the dispatcher's do.
+        dispatched, layout = self.dispatcher.dispatch(
             x_TD.to(compute_dtype(x_TD)),
             routing.experts_TK,
             routing.group_T,
@@ -136,15 +128,15 @@ class PartitionedMoE(nn.Module):
             self.block_rows,
         )
         rows = tuple(
-            bank(rows_ND, counts_e)
-            for bank, rows_ND, counts_e in zip(
+            experts(rows_ND, counts_e)
+            for experts, rows_ND, counts_e in zip(
                 self.experts.values(), dispatched.rows, dispatched.counts, strict=True
             )
         )
-        sent = self.dispatcher.start_combine(rows, plan)
-        # Between: under expert parallelism the shared expert computes while the rows travel.
+        sent = self.dispatcher.start_combine(rows, layout)
+        # Under expert parallelism the shared expert computes here while the rows travel back.
         shared_TD = None
         if self.shared_experts is not None:
             shared_TD = self.shared_experts(x_TD, modality_T, shield_scale).to(x_TD.dtype)
-        out_TD = self.dispatcher.combine(sent, routing.weights_TK, plan).to(x_TD.dtype)
+        out_TD = self.dispatcher.combine(sent, routing.weights_TK, layout).to(x_TD.dtype)
         return out_TD if shared_TD is None else out_TD + shared_TD, routing.record

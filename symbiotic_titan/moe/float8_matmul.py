@@ -1,11 +1,11 @@
-"""SwiGLU of many experts with float8 matmuls, emulated: what the kernel on a GPU gives, up to the order of its sums.
+"""SwiGLU of many experts with emulated float8 matmuls: equal to the GPU's kernel up to the order of its sums. For tests, not speed.
 
 Both operands of every matmul, in forward and backward, are rounded to float8 (e4m3) with one scale per slice along the
 dimension that is summed over. For a weight's gradient that dimension is an expert's rows, so each expert has its own scales.
 Scales are powers of two, as in torchao's rowwise recipe: the rounded numbers are exact in bfloat16 and in float32, and
 multiplying them there is what the float8 kernel does.
 
-It serves tests, not speed. Letters: N rows, D width in, F width out, E experts.
+Shape letters: sequence/shapes.py. N are rows sorted by expert, D is the width in, F the width out.
 """
 
 from typing import Any
@@ -16,27 +16,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _FLOAT8 = torch.float8_e4m3fn
-_SMALLEST_AMAX = 1e-12  # torchao's: a slice of zeros has a scale
+_SMALLEST_AMAX = 1e-12  # as in torchao: keeps the scale of a slice of zeros finite
 
 
 def round_to_float8(x: Tensor, dim: int) -> Tensor:
-    """``x`` as float8 keeps it, in its own dtype: relative error up to 1/16 of each number and 2^-18 of its slice's largest.
-    One scale for each slice along ``dim``."""
+    """``x`` rounded to float8 values, in its own dtype, with one scale for each slice along ``dim``.
+
+    The error is at most 1/16 of a number or 2^-18 of the largest number of its slice.
+    """
     largest = torch.finfo(_FLOAT8).max
     amax = x.abs().amax(dim, keepdim=True).double().clamp(min=_SMALLEST_AMAX)
     scale = (largest / amax).float().log2().floor().exp2()
-    scaled = (x.float() * scale).clamp(-largest, largest)  # up to torch 2.11 the cast overflows
+    scaled = (x.float() * scale).clamp(
+        -largest, largest
+    )  # torch 2.11 and older overflow to NaN instead of saturating
     return (scaled.to(_FLOAT8).float() / scale).to(x.dtype)
 
 
-# Custom ops, so that a compiled layer sees one call and not a loop over experts.
+# Custom ops, so that torch.compile sees one call instead of a loop over experts whose length depends on the data.
 @torch.library.custom_op("symbiotic_titan::float8_grouped_linear", mutates_args=())
 def float8_grouped_linear(rows_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """(N, F): each expert's rows times its weight, both rounded along D."""
     counts = counts_E.tolist()  # device sync, except on a CPU
     out_NF = rows_ND.new_empty(rows_ND.shape[0], weight_EFD.shape[1])
-    pieces = (rows_ND.split(counts), weight_EFD.unbind(), out_NF.split(counts))
-    for x, weight, out in zip(*pieces, strict=True):
+    parts = (rows_ND.split(counts), weight_EFD.unbind(), out_NF.split(counts))
+    for x, weight, out in zip(*parts, strict=True):
         torch.mm(round_to_float8(x, 1), round_to_float8(weight, 1).t(), out=out)
     return out_NF
 
@@ -53,12 +57,12 @@ def float8_grouped_linear_backward(
     """Gradients of rows (operands rounded along F) and weight (operands rounded along each expert's rows)."""
     counts = counts_E.tolist()  # device sync, except on a CPU
     grad_rows_ND, grad_weight_EFD = torch.empty_like(rows_ND), torch.zeros_like(weight_EFD)
-    pieces = (
+    parts = (
         *(t.split(counts) for t in (grad_NF, rows_ND, grad_rows_ND)),
         *(w.unbind() for w in (weight_EFD, grad_weight_EFD)),
     )
-    for grad, x, grad_x, weight, grad_weight in zip(*pieces, strict=True):
-        if x.shape[0] == 0:
+    for grad, x, grad_x, weight, grad_weight in zip(*parts, strict=True):
+        if x.shape[0] == 0:  # no maximum over no rows; the weight's gradient is zero already
             continue
         torch.mm(round_to_float8(grad, 1), round_to_float8(weight, 0), out=grad_x)
         torch.mm(round_to_float8(grad, 0).t(), round_to_float8(x, 0), out=grad_weight)
@@ -85,7 +89,7 @@ class _Float8GroupedLinear(torch.autograd.Function):
 def emulated_float8_swiglu(
     rows_ND: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, counts_E: Tensor
 ) -> Tensor:
-    """(N, D): as ``grouped_matmul.grouped_swiglu``, whose arguments it takes, with the three matmuls in emulated float8."""
+    """(N, D): ``kernels.grouped_swiglu`` with the three matmuls in emulated float8."""
     gate_NF = _Float8GroupedLinear.apply(rows_ND, w1_EFD, counts_E)
     up_NF = _Float8GroupedLinear.apply(rows_ND, w3_EFD, counts_E)
     return _Float8GroupedLinear.apply(F.silu(gate_NF) * up_NF, w2_EDF, counts_E)

@@ -1,14 +1,14 @@
 """Scale the gradient of chosen tokens: identity forward, per-token factor backward.
 
-Two readings of shielding (arXiv 2604.07753 leaves it open), both bit-identical to no shield in the forward pass:
+arXiv 2604.07753 leaves open which gradient is shielded, so there are two modes. Neither changes the forward pass by a bit:
 
 - ``output``: ``scale_gradient`` on the shared expert's output. Neither its weights nor the token's own input receives
   more than ``scale`` times the gradient through it.
 - ``weights``: ``scaled_weight_linear`` in place of each of its linear layers. Only the weights' gradient is scaled.
 
-The scale is a tensor, so that a new value each step recompiles nothing.
+The scale is a tensor, so that a new value at every step does not recompile anything.
 
-Letters: T tokens, D width in, F width out.
+Shape letters: sequence/shapes.py. D is the width in, F the width out.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         (factors_T,) = ctx.saved_tensors
-        # The factor stays float32: 0.1 is none of bfloat16's numbers.
+        # The factor stays float32, because bfloat16 cannot represent most scales (0.1, say); only the product is rounded.
         return (grad_TD * factors_T.unsqueeze(-1)).to(grad_TD.dtype), None
 
 
@@ -48,6 +48,7 @@ class _ScaledWeightLinear(torch.autograd.Function):
         grad_x_TD = grad_TF @ weight_FD if ctx.needs_input_grad[0] else None
         grad_weight_FD = None
         if ctx.needs_input_grad[1]:
+            # Scaled before the matmul, which sums over tokens: afterwards a token's share can no longer be told apart.
             scaled_TF = (grad_TF * factors_T.unsqueeze(-1)).to(grad_TF.dtype)
             grad_weight_FD = scaled_TF.t() @ x_TD
         return grad_x_TD, grad_weight_FD, None
@@ -61,6 +62,6 @@ def scale_gradient(x_TD: Tensor, factors_T: Tensor) -> Tensor:
 def scaled_weight_linear(x_TD: Tensor, weight_FD: Tensor, factors_T: Tensor) -> Tensor:
     """(T, F): ``x @ weight.T`` with the full gradient to x and the per-token scaled gradient to the weight.
 
-    Costs one elementwise pass over the output gradient more than a plain linear layer.
+    It costs one more elementwise pass over the output gradient than a plain linear layer.
     """
     return _ScaledWeightLinear.apply(x_TD, weight_FD, factors_T)

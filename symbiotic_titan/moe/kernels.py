@@ -1,21 +1,16 @@
-"""SwiGLU of many experts over rows sorted by expert: the one place that knows which kernel is fastest where.
+"""SwiGLU of many experts over rows sorted by expert: the one module that knows which kernel is fastest on which device.
 
-``row_multiple`` says to what multiple the dispatcher must round each expert's rows up (with zero rows), ``grouped_swiglu``
-computes. CUDA uses ``F.grouped_mm`` where the device has it. Everything else loops over the experts inside one autograd
-function, which keeps the loop's gradients out of autograd (indexing a stacked weight costs a full-size zero gradient per
-expert) and its intermediates in cache. What was tried and measured is in the comments; ``tools/bench/moe.py`` repeats it.
+``row_multiple`` is the multiple to which the dispatcher must round each expert's rows up (with rows of zeros); ``grouped_swiglu``
+computes. CUDA uses ``F.grouped_mm`` on devices that have it. Everything else loops over the experts inside one autograd
+function, which keeps the loop's gradients out of autograd (indexing a stacked weight costs a full-size gradient of zeros per
+expert) and its intermediates in cache.
 
-Letters: N rows, D width, F hidden width, E experts on this rank.
+On a CPU every thread takes whole experts. An expert's matmuls are small: splitting each over the threads would cost a wake-up and a
+barrier every 50 microseconds, while whole experts cost one start and one join per call. Measured on 2 cores, T=4096, D=F=512, E=128,
+K=8, bf16: the matmuls of one pass 16 ms against 21 ms. Which thread computes an expert changes nothing in its numbers: each matmul
+runs on one thread in either case. ``tools/bench/moe.py`` repeats the measurements.
 
-The dtype and the storage that an explicit matmul must use.
-
-Whole experts on parallel CPU threads.
-
-An expert's matmuls are small: splitting each over the threads costs a wake-up and a barrier every 50 microseconds. Giving
-every thread whole experts costs one start and one join per bank, and an expert's intermediates stay in one core's cache.
-Measured on 2 cores, T=4096, D=F=512, E=128, K=8, bf16: the matmuls of one pass 16 ms against 21 ms.
-
-Which thread computes an expert changes nothing in its numbers: each matmul runs on one thread in any case.
+Shape letters: sequence/shapes.py. N are rows sorted by expert, E the experts on this rank.
 """
 
 from collections.abc import Callable
@@ -31,8 +26,10 @@ from torch.distributed.tensor import DTensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would compute a matmul of ``x`` in; ``x.dtype`` without autocast. Grouped matmuls and our autograd
-    functions are on no autocast list, so they ask."""
+    """The dtype in which autocast would compute a matmul of ``x``; ``x.dtype`` without autocast.
+
+    Autocast does not know grouped matmuls nor our autograd functions, so their callers cast explicitly.
+    """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -40,7 +37,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
-    """This rank's shard of a parameter; the parameter itself where nothing sharded it. The gradient stays a shard."""
+    """This rank's shard of a parameter, or the parameter itself if it is not sharded. The gradient stays a shard."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -49,21 +46,21 @@ _MIN_WORK_PER_THREAD = 1 << 26
 
 
 def _ranges(costs: list[int], num_ranges: int) -> list[tuple[int, int]]:
-    """Consecutive pieces, cut where the costs reach each next share of the total."""
+    """Consecutive tasks, cut where the running cost reaches each next share of the total."""
     total, seen, first = sum(costs), 0, 0
     ranges: list[tuple[int, int]] = []
-    for piece, cost in enumerate(costs):
+    for task, cost in enumerate(costs):
         seen += cost
         if seen * num_ranges >= total * (len(ranges) + 1) and len(ranges) < num_ranges - 1:
-            ranges.append((first, piece + 1))
-            first = piece + 1
+            ranges.append((first, task + 1))
+            first = task + 1
     return [*ranges, (first, len(costs))]
 
 
 def in_threads(work: Callable[[int, int], None], costs: list[int], device: torch.device) -> None:
-    """Call ``work(first, last)`` for ranges of pieces that cover all of ``costs`` (multiply-adds of each piece) once.
+    """Call ``work(first, last)`` for ranges that together cover every task once. ``costs``: multiply-adds of each task.
 
-    On a CPU the ranges run at the same time, on as many threads as torch may use, and torch uses one thread inside each.
+    On a CPU the ranges run concurrently, on as many threads as torch may use, and torch uses one thread inside each.
     ``work`` must not record gradients. An exception in any range is raised here, after all ranges have ended.
     """
     if device.type != "cpu":
@@ -73,11 +70,11 @@ def in_threads(work: Callable[[int, int], None], costs: list[int], device: torch
     inference = torch.is_inference_mode_enabled()
 
     def run(first: int, last: int) -> None:
-        # Both modes belong to a thread, and a new thread starts with gradients on.
+        # Both modes are thread-local, and a new thread starts with gradients enabled.
         with torch.inference_mode(inference), torch.no_grad():
             work(first, last)
 
-    torch.set_num_threads(1)  # for this thread and for those that start now
+    torch.set_num_threads(1)  # of this thread; threads that start now inherit it
     try:
         with ThreadPoolExecutor(max_workers=max(1, len(elsewhere))) as pool:
             futures = [pool.submit(run, *bounds) for bounds in elsewhere]
@@ -88,29 +85,29 @@ def in_threads(work: Callable[[int, int], None], costs: list[int], device: torch
         torch.set_num_threads(threads)
 
 
-# oneDNN compiles a kernel for every new row count of a bf16 matmul (3 to 8 ms each, 1024 kept), and row counts change with
-# every batch. Whole tiles also run 1.3 times faster than ragged ones. fp32 goes through MKL, which has neither problem.
+# oneDNN compiles a kernel for every new row count of a bf16 matmul (3 to 8 ms each, 1024 are cached), and row counts change
+# with every batch. Whole tiles also run 1.3 times faster than ragged ones. fp32 goes through MKL, which has neither problem.
 _CPU_TILE_ROWS = 32
 
 # bf16 experts with equal counts share a batched matmul while their rows fit a core's cache: for small experts (64 rows,
-# D = F = 256) calling torch costs as much as computing, and this takes 15 % off; large ones gain 2 %. Not in float32: there
-# it gains nothing, and an expert's bits would depend on its neighbours' counts.
+# D = F = 256) calling torch costs as much as computing, and batching saves 15 %; large experts gain 2 %. Not in float32: it gains
+# nothing there, and an expert's result would depend, in the last bit, on its neighbours' counts.
 _RUN_ROWS = 1024
 
 
 def row_multiple(device: torch.device, dtype: torch.dtype) -> int:
-    """Each expert's rows must be a multiple of this; 1 is no constraint."""
+    """Each expert's number of rows must be a multiple of this."""
     return _CPU_TILE_ROWS if device.type == "cpu" and dtype.itemsize == 2 else 1
 
 
 @torch.compiler.assume_constant_result
 def _is_hopper_or_newer(device_index: int) -> bool:
-    """Compute capability 9.0 or more. Asked while a compiled layer is traced, where a call into the driver breaks the graph."""
+    """Compute capability 9.0 or more. A constant while a compiled layer is traced: a call into the driver would break the graph."""
     return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 def _has_grouped_mm(rows_ND: Tensor, hidden_dim: int) -> bool:
-    """The device has the fused kernel for these operands: bf16, compute capability 9.0, rows of whole 16 bytes."""
+    """Whether ``F.grouped_mm`` takes these operands: bf16, compute capability 9.0, rows that are multiples of 16 bytes."""
     return (
         rows_ND.device.type == "cuda"
         and rows_ND.dtype == torch.bfloat16
@@ -125,8 +122,8 @@ def grouped_swiglu(
 ) -> Tensor:
     """(N, D): ``w2(silu(w1 x) * w3 x)`` with each expert's weights on its rows. Differentiable.
 
-    All operands have one dtype. ``counts_E``: int64, rows of each expert, multiples of ``row_multiple``; they sum to N. An
-    expert without rows gets a gradient of zeros.
+    All operands have the same dtype. ``counts_E``: int64, rows of each expert, multiples of ``row_multiple`` that sum to N. The
+    gradient of an expert without rows is zero.
     """
     if _has_grouped_mm(rows_ND, w1_EFD.shape[1]):
         offsets_E = counts_E.cumsum(0).to(torch.int32)
@@ -148,6 +145,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        # Frozen experts skip three of the six matmuls.
         weights_need_grad = any(ctx.needs_input_grad[1:4])
         grad_rows_ND, *grad_weights = swiglu_loop_backward(
             grad_ND.contiguous(), *ctx.saved_tensors, weights_need_grad
@@ -169,7 +167,7 @@ class _Run:
 
     @property
     def experts(self) -> int | slice:
-        """Index into stacked weights; a single expert's is a matrix, as ``mm`` is faster than ``bmm`` of one."""
+        """Index into stacked weights; an int for a single expert, because ``mm`` is faster than a ``bmm`` of one."""
         return self.first if self.last == self.first + 1 else slice(self.first, self.last)
 
 
@@ -188,25 +186,26 @@ def _equal_runs(counts: list[int], dtype: torch.dtype) -> list[_Run]:
 
 def _by_run(x_ND: Tensor, runs: list[_Run]) -> list[Tensor]:
     """One view per run: (rows, D) for a single expert, else (experts of the run, rows, D)."""
-    pieces = x_ND.split([run.total_rows for run in runs])
+    parts = x_ND.split([run.total_rows for run in runs])
     return [
-        piece if isinstance(run.experts, int) else piece.unflatten(0, (-1, run.rows))
-        for piece, run in zip(pieces, runs, strict=True)
+        part if isinstance(run.experts, int) else part.unflatten(0, (-1, run.rows))
+        for part, run in zip(parts, runs, strict=True)
     ]
 
 
 def _scratch(like_NF: Tensor, runs: list[_Run]) -> Tensor:
-    """A flat buffer for the (rows, F) of any of the runs."""
+    """A flat buffer large enough for the (rows, F) intermediates of any one of ``runs``."""
     most_rows = max((run.total_rows for run in runs), default=0)
     return like_NF.new_empty(most_rows * like_NF.shape[1])
 
 
-# Custom ops, so that a compiled layer sees one call and not a loop over experts and threads.
+# Custom ops, so that torch.compile sees one call instead of a loop over experts and threads whose length depends on the data, and
+# so that per-op activation checkpointing can save the result. Fakes and backward are separate for the same reason.
 @torch.library.custom_op("symbiotic_titan::swiglu_loop", mutates_args=())
 def swiglu_loop(
     rows_ND: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, counts_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out (N, D), and for the backward pass gate = w1 x and up = w3 x, both (N, F)."""
+    """(out (N, D), gate = w1 x (N, F), up = w3 x (N, F)); the last two are saved for the backward."""
     counts = counts_E.tolist()  # device sync, except on a CPU
     runs = _equal_runs(counts, rows_ND.dtype)
     out_ND = torch.empty_like(rows_ND)
@@ -250,7 +249,7 @@ def swiglu_loop_backward(
     up_NF: Tensor,
     weights_need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows, w1, w2 and w3; the last three are empty unless asked for."""
+    """Gradients of rows, w1, w2 and w3; the last three are empty unless ``weights_need_grad``."""
     counts = counts_E.tolist()  # device sync, except on a CPU
     runs = _equal_runs(counts, rows_ND.dtype)
     grad_rows_ND = torch.empty_like(rows_ND)
@@ -258,6 +257,7 @@ def swiglu_loop_backward(
         torch.empty_like(w) if weights_need_grad else w.new_empty(0)
         for w in (w1_EFD, w2_EDF, w3_EFD)
     ]
+    # Runs leave out experts without rows, so their part of the uninitialised gradients is cleared here.
     for expert in [e for e, rows in enumerate(counts) if rows == 0 and weights_need_grad]:
         for grad_w in grad_weights:
             grad_w[expert].zero_()
@@ -274,6 +274,7 @@ def swiglu_loop_backward(
             if weights_need_grad:
                 torch.mul(activated, up, out=hidden)
                 torch.matmul(grad.mT, hidden, out=grad_weights[1][experts])
+            # From here on the three buffers are reused: the activation becomes the gradient of up, then hidden that of gate.
             grad_up = activated.mul_(grad_hidden)
             grad_gate = torch.ops.aten.silu_backward.grad_input(
                 grad_hidden.mul_(up), gate, grad_input=hidden
@@ -282,6 +283,7 @@ def swiglu_loop_backward(
                 torch.matmul(grad_gate.mT, x, out=grad_weights[0][experts])
                 torch.matmul(grad_up.mT, x, out=grad_weights[2][experts])
             torch.matmul(grad_gate, w1_EFD[experts], out=grad_x)
+            # One kernel adds the second product in place instead of allocating (rows, D) for it.
             add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
             add_product(grad_x, grad_up, w3_EFD[experts], out=grad_x)
 

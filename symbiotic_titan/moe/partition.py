@@ -1,7 +1,7 @@
 """Which experts belong to which group, and which modalities route there.
 
 Experts are numbered in group-major order: all of group 0, then all of group 1. Under expert parallelism a *slot* is an
-expert's place in rank-major order: rank 0 holds the first 1/ep of every group, rank 1 the second, so that what a rank owns
+expert's index in rank-major order: rank 0 holds the first 1/ep of every group, rank 1 the second, so that what a rank owns
 is one contiguous range of slots.
 """
 
@@ -20,7 +20,7 @@ SHIELD_MODES = ("output", "weights")
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """One row of the partition.
+    """Experts that only tokens of some modalities are routed to.
 
     name:        part of parameter names (``router.<name>.weight``, ``experts.<name>.w1``).
     modalities:  integers of ``sequence.modality`` whose tokens route inside this group.
@@ -34,15 +34,15 @@ class ExpertGroup:
 
 @dataclass(frozen=True)
 class MoEArgs:
-    """Everything that shapes one partitioned MoE layer. One group with every modality is the standard MoE.
+    """Hyperparameters of one partitioned MoE layer. One group with every modality is the standard MoE.
 
     dim, hidden_dim:   width of a token and of a routed expert.
     top_k:             experts per token, inside its group.
-    score_function:    a name of ``moe.scores``, such as ``softmax`` over the group's experts.
-    selection_bias:    a bias per expert is added for the choice of the top-k only, never to a weight.
+    score_function:    a name registered in ``moe.scores``, such as ``softmax`` over the group's experts.
+    selection_bias:    add a bias per expert when the top-k are chosen; weights do not see it (arXiv 2408.15664).
     normalize_weights: divide the top-k weights by their sum.
     route_scale:       factor on the weights, after that.
-    shared_hidden_dim: width of the shared expert; 0 is no shared expert.
+    shared_hidden_dim: width of the shared expert; 0 means no shared expert.
     shared_gate:       a sigmoid gate per token on the shared expert's output.
     shield_modalities: tokens whose gradient in the shared expert is scaled, see ``moe.gradient_shield``.
     shield_mode:       ``output`` or ``weights``.
@@ -138,7 +138,7 @@ def _check_modalities(groups: Sequence[ExpertGroup]) -> None:
 
 
 def _check_choices(args: MoEArgs) -> None:
-    _ = ROUTER_SCORES[args.score_function]  # raises where nobody registered it
+    _ = ROUTER_SCORES[args.score_function]  # raises if the name is not registered
     if args.shield_mode not in SHIELD_MODES:
         raise ValueError(
             f"shield_mode must be one of {', '.join(SHIELD_MODES)}, got {args.shield_mode!r}"

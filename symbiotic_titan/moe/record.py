@@ -1,6 +1,7 @@
-"""RoutingRecord: what a layer returns besides its output.
+"""RoutingRecord: what a MoE layer returns besides its output.
 
-Letters: M modalities, E experts of the layer in group-major order, G groups, L layers.
+Records are returned, not stored on the module: activation checkpointing runs a layer's forward twice, and a stored count would be
+added twice. Shape letters: sequence/shapes.py.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """How one layer routed one batch. Padding is in none of the numbers.
+    """How one layer routed one batch, padding excluded.
 
     counts     (M, E) int64         assignments per modality and expert; a token makes top_k of them.
     prob_sum   G x (E_g,) float32   sum over the group's tokens of the router's probability for each of its experts
@@ -30,8 +31,8 @@ class RoutingRecord:
 class RoutingTotals:
     """Counts of all layers, ready to be summed over ranks and micro-batches (both are plain sums).
 
-    counts     (L, M, E) int64
-    num_tokens (L, G) int64
+    counts     (Y, M, E) int64
+    num_tokens (Y, G) int64
     """
 
     counts: Tensor
@@ -49,6 +50,6 @@ def routing_totals(records: Sequence[RoutingRecord]) -> RoutingTotals:
     )
 
 
-# Activation checkpointing and FSDP look for tensors with pytree: they must see through the dataclasses.
+# Activation checkpointing and FSDP find tensors with pytree; registered, they see into the dataclasses.
 pytree.register_dataclass(RoutingRecord)
 pytree.register_dataclass(RoutingTotals)

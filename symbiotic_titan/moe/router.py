@@ -1,7 +1,4 @@
-"""Scores and top-k inside a token's group.
-
-Letters: T tokens, D width, E experts of all groups in group-major order, K experts per token, G groups, M modalities.
-"""
+"""Scores and top-k inside a token's group. Shape letters: sequence/shapes.py."""
 
 from dataclasses import dataclass
 
@@ -21,7 +18,7 @@ class Routing:
     experts_TK (T, K) int64    expert of each copy, group-major numbering; meaningless for padding.
     weights_TK (T, K) float32  weight of each copy.
     group_T    (T,) int64      the token's group; G for padding.
-    record                     what the layer reports.
+    record                     counts and probabilities for losses and metrics.
     """
 
     experts_TK: Tensor
@@ -31,8 +28,8 @@ class Routing:
 
 
 def is_any_modality(modality_T: Tensor, modalities: tuple[int, ...]) -> Tensor:
-    """(T,) bool: the token's modality is one of ``modalities``. Comparisons only: no table that could live on the wrong
-    device or be lost when a model is built on ``meta``."""
+    """(T,) bool: the token's modality is one of ``modalities``."""
+    # Comparisons instead of a look-up table, which could be on the wrong device or be lost when a model is built on ``meta``.
     hit_T = torch.zeros_like(modality_T, dtype=torch.bool)
     for modality in modalities:
         hit_T = hit_T | (modality_T == modality)
@@ -48,8 +45,7 @@ def group_of_token(modality_T: Tensor, groups: tuple[ExpertGroup, ...]) -> Tenso
 
 
 def allowed_experts(group_T: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
-    """(T, E) bool: experts inside the token's group. A padding token may see all, so that its scores stay finite; nothing
-    reads them."""
+    """(T, E) bool: experts inside the token's group. Padding is allowed all, so that its scores stay finite; nothing reads them."""
     padding_T1 = (group_T == len(group_sizes)).unsqueeze(-1)
     return torch.cat(
         [
@@ -61,7 +57,9 @@ def allowed_experts(group_T: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
 
 
 def count_assignments(experts_TK: Tensor, modality_T: Tensor, num_experts: int) -> Tensor:
-    """(M, E) int64: copies per modality and expert. Integer adds: the same in any order, so deterministic on any device."""
+    """(M, E) int64: copies per modality and expert."""
+    # scatter_add of integers: the sum does not depend on the order, so it is deterministic on any device. Unlike bincount it has a
+    # static output shape, so it does not break a compiled graph. Padding counts into an extra row, which is cut off.
     index_N = (modality_T.unsqueeze(-1) * num_experts + experts_TK).flatten()
     counts = torch.zeros(
         (NUM_MODALITIES + 1) * num_experts, dtype=torch.int64, device=index_N.device
@@ -71,7 +69,7 @@ def count_assignments(experts_TK: Tensor, modality_T: Tensor, num_experts: int) 
 
 
 class GroupRouter(nn.Module):
-    """One group's rows of the router: ``weight (E_g, D)`` and, for the choice only, a float32 buffer ``bias (E_g,)``."""
+    """One group's part of the router: ``weight (E, D)`` and, for choosing only, a float32 buffer ``bias (E,)``."""
 
     bias: Tensor | None
 
@@ -83,11 +81,10 @@ class GroupRouter(nn.Module):
 
 
 class Router(nn.ModuleDict):
-    """One ``GroupRouter`` per group; scores in float32 whatever autocast says. (FSDP's mixed precision hands the weights over
-    rounded, as it does all weights.)
+    """One ``GroupRouter`` per group. Scores are computed in float32, also under autocast.
 
-    All groups are scored in one matmul and masked: cheaper than gathering each group's tokens, and a token's scores are the
-    same numbers however the experts are partitioned.
+    All groups are scored in one matmul and masked: that is cheaper than gathering each group's tokens, and a token's scores are
+    the same numbers however the experts are partitioned.
     """
 
     def __init__(self, args: MoEArgs) -> None:
@@ -106,6 +103,8 @@ class Router(nn.ModuleDict):
     def forward(self, x_TD: Tensor, modality_T: Tensor) -> Routing:
         args = self._args
         group_T = group_of_token(modality_T, args.groups)
+        # In bfloat16 nearly equal scores would tie and top-k would follow rounding. (Under FSDP's mixed precision the weights have
+        # been rounded already, as all weights are.)
         with torch.autocast(x_TD.device.type, enabled=False):
             weight_ED = torch.cat([router.weight for router in self._groups()]).float()
             logits_TE = x_TD.float() @ weight_ED.t()
@@ -113,7 +112,8 @@ class Router(nn.ModuleDict):
             scores_TE, probabilities_TE = self._scores(logits_TE, allowed_TE)
             experts_TK = self._choose(scores_TE, allowed_TE)
             weights_TK = self._weights(logits_TE, scores_TE, experts_TK)
-            # One vector-matrix product: a token has probability 0 outside its group, and padding counts 0.
+            # One vector-matrix product sums each group's own tokens: a token has probability 0 outside its group, and padding
+            # has weight 0.
             routed_T = (group_T < len(args.groups)).float()
             prob_sum_E = routed_T @ probabilities_TE
         counts = count_assignments(experts_TK, modality_T, args.num_experts)
@@ -126,7 +126,7 @@ class Router(nn.ModuleDict):
         return Routing(experts_TK, weights_TK, group_T, record)
 
     def _choose(self, scores_TE: Tensor, allowed_TE: Tensor) -> Tensor:
-        choice_TE = scores_TE.detach()
+        choice_TE = scores_TE.detach()  # top-k has no gradient; weights get theirs in ``_weights``
         if self._args.selection_bias:
             biases = [router.bias for router in self._groups() if router.bias is not None]
             choice_TE = choice_TE + torch.cat(biases).float()
@@ -136,8 +136,8 @@ class Router(nn.ModuleDict):
 
     def _weights(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
         if self._args.score_function == "softmax" and self._args.normalize_weights:
-            # The softmax over the chosen logits *is* the renormalised softmax, and does not see the experts that were not
-            # chosen: a token gets the same bits from a partition as from one pool.
+            # The softmax over the chosen logits equals the renormalised softmax and never reads the experts that were not chosen,
+            # so a token gets the same bits from a partition as from one pool of experts.
             weights_TK = logits_TE.gather(-1, experts_TK).softmax(-1)
         else:
             weights_TK = scores_TE.gather(-1, experts_TK)

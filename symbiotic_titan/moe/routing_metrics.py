@@ -1,11 +1,9 @@
-"""Routing made visible: one step's expert counts as numbers per layer, their means, heat maps, and tensors to plot from.
+"""Routing statistics of one step, computed from expert counts: numbers per layer, their means, heat maps, and tensors to plot from.
 
-Letters: L MoE layers, M modalities, E experts; a suffix E also stands for the experts of one group.
+Pure functions without gradient. Those at the top take counts (..., E), assignments per expert: a record's ``counts`` gives one number
+per modality, its ``counts.sum(0)`` one for all. Pass the counts of one group to look inside it.
 
-Numbers about routing, from counts. Pure functions without gradient.
-
-Letters: E experts. Every function takes counts (..., E), assignments per expert: a record's ``counts`` gives one number per
-modality, its ``counts.sum(0)`` one for all. Pass the counts of one group to look inside it.
+Shape letters: sequence/shapes.py. E may be the experts of one group.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +18,9 @@ from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
 
 
 def capacity_rate(counts_E: Tensor, capacity_factor: float = 1.0) -> Tensor:
-    """(...,) float32 in [0, 1]: share of assignments that fit when no expert takes more than its fair share.
+    """(...,) float32 in [0, 1]: share of assignments that fit if every expert is limited to its capacity.
 
-    Capacity is ceil(assignments / E * factor) per expert. NaN where there are no assignments: nothing was measured.
+    Capacity is ceil(assignments / E * factor) per expert. NaN without assignments.
     """
     total = counts_E.sum(-1)
     capacity = torch.ceil(total.double() / counts_E.shape[-1] * capacity_factor).unsqueeze(-1)
@@ -30,13 +28,13 @@ def capacity_rate(counts_E: Tensor, capacity_factor: float = 1.0) -> Tensor:
 
 
 def imbalance_ratio(counts_E: Tensor) -> Tensor:
-    """(...,) float32 >= 1: fullest expert / mean expert; 1 is uniform. NaN without assignments."""
+    """(...,) float32 >= 1: assignments of the busiest expert / mean over experts; 1 is uniform. NaN without assignments."""
     counts_E = counts_E.double()
     return (counts_E.amax(-1) / counts_E.mean(-1)).float()
 
 
 def idle_experts(counts_E: Tensor) -> Tensor:
-    """(...,) int64: experts that got nothing."""
+    """(...,) int64: number of experts without assignments."""
     return (counts_E == 0).sum(-1)
 
 
@@ -48,7 +46,7 @@ def count_std(counts_E: Tensor) -> Tensor:
 def relative_deviation(counts_E: Tensor) -> Tensor:
     """(...,) float32 >= 0: standard deviation / mean of the counts. NaN without assignments.
 
-    The standard deviation of raw counts grows with the tokens of a step; divided by the mean, steps and runs compare.
+    The standard deviation of raw counts grows with the tokens of a step; divided by the mean, steps and runs are comparable.
     """
     counts_E = counts_E.double()
     return (counts_E.std(-1, correction=0) / counts_E.mean(-1)).float()
@@ -57,7 +55,7 @@ def relative_deviation(counts_E: Tensor) -> Tensor:
 def overlap_size(num_experts: int) -> int:
     """How many top experts of ``num_experts`` to compare: 8 as in arXiv 2604.07753, Figure 8, but at most a quarter of them.
 
-    Two sets of k drawn by chance have k * k / num_experts in common: of sets up to a quarter, at most a quarter.
+    Two random sets of k share k * k / num_experts members: at most a quarter of k, so an overlap above that is not chance.
     """
     return min(8, num_experts // 4)
 
@@ -72,16 +70,16 @@ def top_overlap(counts_a_E: Tensor, counts_b_E: Tensor, k: int) -> Tensor:
     return (top_a.unsqueeze(-1) == top_b.unsqueeze(-2)).sum((-2, -1))
 
 
-# Tensors in TensorBoard from which tools/plot.py draws.
-COUNTS_TAG = "routing/counts"  # (L, M, E) assignments of the step
+# Tensors in TensorBoard that tools/plot.py reads.
+COUNTS_TAG = "routing/counts"  # (Y, M, E) assignments of the step
 REACHABLE_TAG = "routing/reachable"  # (M, E) whether a modality's tokens can reach an expert
-LAYERS_TAG = "routing/layers"  # (L,) number of each MoE layer, as in parameter names
+LAYERS_TAG = "routing/layers"  # (Y,) number of each MoE layer, as in parameter names
 
 
 def layer_statistics(
     counts_YME: Tensor, groups: tuple[ExpertGroup, ...], capacity_factor: float
 ) -> dict[str, Tensor]:
-    """``statistic/modality`` -> (L,), for modalities that have tokens, on the CPU.
+    """``statistic/modality`` -> (Y,), for modalities that have tokens, on the CPU.
 
     Experts are compared with those of their own group: a token cannot reach the others, so a group is uniform when its own
     experts share its tokens evenly. ``all`` is the mean over groups, weighted by their assignments (idle experts: the sum).
@@ -125,7 +123,7 @@ def _overlaps(counts_YME: Tensor, modalities: list[int]) -> dict[str, Tensor]:
 
 
 def _over_groups(uses: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tensor]:
-    """``statistic/all`` from (statistics, (L,) assignments) of every group that has tokens."""
+    """``statistic/all`` from (statistics, (Y,) assignments) of every group that has tokens."""
     if not uses:
         return {}
     totals = sum((total_Y for _, total_Y in uses), torch.zeros(()))
@@ -167,7 +165,7 @@ def reachable_experts(groups: tuple[ExpertGroup, ...]) -> Tensor:
 
 
 def heat_map(counts_YE: Tensor) -> Tensor:
-    """(1, 16 L, 8 E) image in [0, 1]: layers down, experts across; white is the layer's most used expert."""
+    """(1, 16 Y, 8 E) image in [0, 1]: one row per layer, one column per expert; white is the layer's most used expert."""
     shares_YE = counts_YE / counts_YE.amax(1, keepdim=True).clamp(min=1)
     return shares_YE.repeat_interleave(16, 0).repeat_interleave(8, 1).unsqueeze(0)
 
@@ -179,7 +177,7 @@ def write_routing(
     groups: tuple[ExpertGroup, ...],
     layers: Sequence[int],
 ) -> None:
-    """The step's counts, what is needed to read them, and one heat map per modality that has tokens.
+    """Log the step's counts, the tensors needed to interpret them, and one heat map per modality that has tokens.
 
     Measured with 47 layers of 128 experts: 38 kB of counts and 58 kB of images; the scalars of every layer are 63 kB.
     """

@@ -1,10 +1,9 @@
-"""Experts of every group sharded over one mesh axis, and the dispatcher that brings copies to them.
+"""Experts of every group sharded over one mesh axis, and the dispatcher that brings copies of tokens to them.
 
 The experts of a rank are one contiguous range of *slots*: its share of group 0, then its share of group 1, and so on. Copies
-sorted by slot are therefore sorted by rank, and one all-to-all out and one back serve any number of groups.
+sorted by slot are therefore sorted by rank, so one all-to-all out and one back serve any number of groups.
 
-Letters: T tokens, D width, K experts per token, E experts, e experts on one rank (all groups), W ranks of the axis, N rows
-received.
+Shape letters: sequence/shapes.py. N are the rows that this rank receives.
 """
 
 from dataclasses import dataclass
@@ -43,9 +42,9 @@ def experts_by_slot(group_sizes: tuple[int, ...], degree: int, device: torch.dev
 class AllToAllLayout:
     """Everything ``combine`` needs to undo ``dispatch``.
 
-    copies:         rows of the sent tensor, which is sorted by slot.
-    received:       rows of the banks, a received row taken as a token with one copy.
-    send, receive:  rows to and from each rank.
+    copies:         rows of the tensor that this rank sends, sorted by slot.
+    received:       rows of each group, where a received row counts as a token with one copy.
+    send, receive:  numbers of rows to and from each rank.
     """
 
     copies: tuple[RowLayout, ...]
@@ -57,7 +56,8 @@ class AllToAllLayout:
 class AllToAllDispatcher:
     """Every rank of ``mesh`` (one axis) owns an equal share of every group.
 
-    Every collective runs on every call, whatever a rank has to send: none, tokens of one group only, or padding only.
+    Every collective runs on every call, whether a rank has tokens of all groups, of one, or padding only: a rank that skipped one
+    would leave the others waiting.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -77,19 +77,21 @@ class AllToAllDispatcher:
         shares = [size // self.degree for size in group_sizes]
         expert_of_slot_E = experts_by_slot(group_sizes, self.degree, x_TD.device)
         sent_E = counts_E[expert_of_slot_E]
+        # Counts travel before rows: a receiver must know how many rows of each of its experts come from each rank.
         received_Xe = collectives.all_to_all_single(sent_E, None, None, self.group).view(
             self.degree, -1
         )
         counts = received_Xe.sum(0).split(shares)
         padded = padded_counts(received_Xe.sum(0), x_TD, block_rows).split(shares)
+        # The host needs the sizes of all tensors that follow. Joined into one tensor they cost one wait for the device, not four.
         numbers = [sent_E.view(self.degree, -1).sum(1), received_Xe.sum(1)]
         numbers += [torch.stack([c.sum() for c in counts]), torch.stack([c.sum() for c in padded])]
         host = torch.cat(numbers).tolist()  # device sync
         send, receive = host[: self.degree], host[self.degree : 2 * self.degree]
-        banks = host[2 * self.degree :]
+        groups = host[2 * self.degree :]
         sizes = [
             RowCounts(*pair)
-            for pair in zip(banks[: len(shares)], banks[len(shares) :], strict=True)
+            for pair in zip(groups[: len(shares)], groups[len(shares) :], strict=True)
         ]
 
         copies = self._sent_layout(
@@ -98,16 +100,20 @@ class AllToAllDispatcher:
         received = self._received_layout(received_Xe, shares, counts, padded, sizes, sum(receive))
         (sent_rows,) = permute(x_TD, copies)
         rows_ND = collectives.wait_tensor(self._exchange(sent_rows, receive, send))
-        plan = AllToAllLayout(copies, received, send, receive)
-        return Dispatched(permute(rows_ND, received), padded), plan
+        layout = AllToAllLayout(copies, received, send, receive)
+        return Dispatched(permute(rows_ND, received), padded), layout
 
-    def start_combine(self, rows: tuple[Tensor, ...], plan: AllToAllLayout) -> tuple[Tensor, ...]:
-        rows_ND = unpermute(rows, None, plan.received, sum(plan.receive))
-        return (self._exchange(rows_ND, plan.send, plan.receive),)
+    def start_combine(self, rows: tuple[Tensor, ...], layout: AllToAllLayout) -> tuple[Tensor, ...]:
+        rows_ND = unpermute(rows, None, layout.received, sum(layout.receive))
+        # Not waited for: the shared expert computes while the rows travel.
+        return (self._exchange(rows_ND, layout.send, layout.receive),)
 
-    def combine(self, sent: tuple[Tensor, ...], weights_TK: Tensor, plan: AllToAllLayout) -> Tensor:
+    def combine(
+        self, sent: tuple[Tensor, ...], weights_TK: Tensor, layout: AllToAllLayout
+    ) -> Tensor:
         back_ND = collectives.wait_tensor(sent[0])
-        return unpermute((back_ND,), weights_TK, plan.copies, weights_TK.shape[0])
+        # Weighted here, on the token's own rank, so that router weights need not travel.
+        return unpermute((back_ND,), weights_TK, layout.copies, weights_TK.shape[0])
 
     def _exchange(self, rows_ND: Tensor, receive: list[int], send: list[int]) -> Tensor:
         """Start an all-to-all; its result must be waited for before it is read."""
@@ -124,7 +130,7 @@ class AllToAllDispatcher:
         num_groups: int,
         num_copies: int,
     ) -> tuple[RowLayout, ...]:
-        """All slots of all ranks as one bank without zero rows."""
+        """All slots of all ranks as one group, without rows of zeros: those are added by the receiver, not sent."""
         slot_of_expert_E = torch.argsort(expert_of_slot_E)
         is_padding_T = group_T == num_groups
         slots_TK = slot_of_expert_E[experts_TK].masked_fill(
@@ -142,21 +148,22 @@ class AllToAllDispatcher:
         sizes: list[RowCounts],
         num_rows: int,
     ) -> tuple[RowLayout, ...]:
-        """Received rows are sorted by (source rank, slot); the banks want them sorted by slot, sources in order."""
+        """Received rows are sorted by (source rank, slot); the experts need them sorted by slot, then by source rank."""
         device = received_Xe.device
         slot_Xe = torch.arange(sum(shares), device=device).expand_as(received_Xe)
-        bank_Xe = torch.cat(
-            [torch.full((share,), bank, device=device) for bank, share in enumerate(shares)]
+        group_Xe = torch.cat(
+            [torch.full((share,), group, device=device) for group, share in enumerate(shares)]
         ).expand_as(received_Xe)
         repeats = received_Xe.flatten()
-        slot_N, bank_N = (
-            t.flatten().repeat_interleave(repeats, output_size=num_rows) for t in (slot_Xe, bank_Xe)
+        slot_N, group_N = (
+            t.flatten().repeat_interleave(repeats, output_size=num_rows)
+            for t in (slot_Xe, group_Xe)
         )
-        return lay_out_rows(slot_N.unsqueeze(-1), bank_N, counts, padded, sizes)
+        return lay_out_rows(slot_N.unsqueeze(-1), group_N, counts, padded, sizes)
 
 
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard the expert banks of every ``PartitionedMoE`` in ``model`` over ``mesh`` and give each layer the dispatcher.
+    """Shard the grouped experts of every ``PartitionedMoE`` in ``model`` over ``mesh`` and give each layer the dispatcher.
 
     Parameters become DTensors ``Shard(0)``; each rank keeps its part of the values it has, nothing is sent.
 
@@ -167,12 +174,12 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         if not isinstance(layer, PartitionedMoE):
             continue
         check_expert_parallel_degree(layer.args.groups, mesh.size())
-        for bank in layer.experts.values():
-            for name, parameter in list(bank.named_parameters(recurse=False)):
+        for experts in layer.experts.values():
+            for name, parameter in list(experts.named_parameters(recurse=False)):
                 sharded = distribute_tensor(
                     parameter.detach(), mesh, [Shard(0)], src_data_rank=None
                 )
-                bank.register_parameter(
+                experts.register_parameter(
                     name, nn.Parameter(sharded, requires_grad=parameter.requires_grad)
                 )
         layer.dispatcher = AllToAllDispatcher(mesh)
