@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from symbiotic_titan.config.registry import Registry
+from symbiotic_titan.registry import Registry
 from tests.helpers.structure import (
     PACKAGE,
     ROOT,
@@ -41,11 +41,14 @@ FLOORS: tuple[dict[str, str], ...] = (
     {
         "device": "the one place that decides the device and prepares torchtitan for a CPU",
         "moved": "old import paths that the documentation named, with a warning",
-        "config": "one dataclass per config section; registries; loading, checking and saving a config",
+        "registry": "parts that a config chooses by name",
     },
     {
-        "sequence": "the contract between data and model: modalities, packed batch, positions, geometry",
+        "sequence": "the contract between data and model: tasks, modalities, packed batch, positions",
         "data.formats": "random access to samples in tar shards, JSONL and Parquet",
+    },
+    {"config": "one dataclass per config section; loading, checking and saving a config"},
+    {
         "flow": "the flow-matching path, timesteps, noise and the ODE solver",
         "optim": "parameter groups with their schedules and norms; the shield schedule",
     },
