@@ -15,13 +15,13 @@ import io
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
 from math import ceil, floor, isqrt, log, sqrt
 
 import numpy as np
 import torch
 from PIL import Image
 
+from symbiotic_titan.data.documents import VitSegment
 from symbiotic_titan.sequence.geometry import ImageGeometry
 
 # What Pillow's decoders raise on damaged files.
@@ -179,22 +179,6 @@ def vit_size(
         return fit_size(height, width, max_pixels, step, min_pixels)
     widen = geometry.vit_resize == "glm"
     return backbone_size(height, width, max_pixels, step, min_pixels, widen=widen)
-
-
-@dataclass(frozen=True)
-class VitSegment:
-    """An image to be understood.
-
-    patches: (P, Q) float32, normalised by the geometry's mean and standard deviation, in merge-window order: the patches of one
-             token are adjacent; tokens, and patches within a token, are in row-major order.
-    rows, columns: of tokens.
-    grid:    rows and columns of patches.
-    """
-
-    patches: torch.Tensor
-    rows: int
-    columns: int
-    grid: tuple[int, int]
 
 
 def vit_patches(

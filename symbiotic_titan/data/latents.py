@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from symbiotic_titan.codecs.batch import carries_pixels
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
+from symbiotic_titan.data.documents import TokenForm
 from symbiotic_titan.data.images import aspect_buckets, nearest_bucket, resize_and_crop
 from symbiotic_titan.sequence.geometry import ImageGeometry, patchify
 
@@ -28,14 +29,6 @@ GENERATION_TASKS = ("t2i", "t2i_long")
 # Of a sample's latents in a cache, and the name of the one tensor in them.
 CACHED_EXTENSION = "safetensors"
 _TENSOR = "latents"
-
-
-@dataclass(frozen=True)
-class TokenForm:
-    """What one token of an image to be generated is in a row: so many numbers of this type."""
-
-    num_values: int
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

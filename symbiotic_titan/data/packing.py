@@ -10,9 +10,14 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from symbiotic_titan.data.images import VitSegment, vit_patch_coords
-from symbiotic_titan.data.latents import TokenForm
-from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
+from symbiotic_titan.data.documents import (
+    Document,
+    TextSegment,
+    TokenForm,
+    VaeSegment,
+    VitSegment,
+)
+from symbiotic_titan.data.images import vit_patch_coords
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import ImageGeometry, coords
 from symbiotic_titan.sequence.modality import (

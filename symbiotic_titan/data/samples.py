@@ -13,14 +13,20 @@ is ignored.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
-import torch
 from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data.conversations import Picture, Piece, Speech, segments_of, speeches_of
+from symbiotic_titan.data.documents import (
+    Document,
+    Segment,
+    TextSegment,
+    VaeSegment,
+    VitSegment,
+    drop_overlap,
+)
 from symbiotic_titan.data.fields import (
     Fields,
     way_of,
@@ -32,7 +38,6 @@ from symbiotic_titan.data.formats.shard import (
 from symbiotic_titan.data.images import (
     DECODE_ERRORS,
     ImageSizeError,
-    VitSegment,
     decode_image,
     vit_patches,
 )
@@ -48,57 +53,6 @@ def image_document_overhead(tokenizer: Tokenizer) -> int:
     user, assistant = tokenizer.turn("user"), tokenizer.turn("assistant")
     around_text = (tokenizer.opening, *user, tokenizer.separator, *assistant)
     return sum(len(ids) for ids in around_text) + 2
-
-
-def ids_behind(last: list[int], ids: list[int]) -> list[int]:
-    """What of ``ids`` is still to come behind ``last``: a mark that ends a turn and begins the next one stands once."""
-    return ids[len(last) :] if ids[: len(last)] == last else ids
-
-
-@dataclass(frozen=True)
-class TextSegment:
-    """Token ids; ``trained``: each of them is the label of the token before it."""
-
-    ids: list[int]
-    trained: bool = False
-
-
-@dataclass(frozen=True)
-class VaeSegment:
-    """An image to be generated: (L, Z) clean latents, or pixels that become latents, of ``rows`` x ``columns`` tokens."""
-
-    latents: torch.Tensor
-    rows: int
-    columns: int
-
-
-Segment = TextSegment | VitSegment | VaeSegment
-
-
-@dataclass(frozen=True)
-class Document:
-    """Segments that attend to each other; ``task`` indexes TASK_NAMES. ``truncated``: its text went on."""
-
-    task: int
-    segments: tuple[Segment, ...]
-    truncated: bool = False
-
-    @cached_property
-    def num_vit_tokens(self) -> int:
-        return sum(s.rows * s.columns for s in self.segments if isinstance(s, VitSegment))
-
-    @cached_property
-    def num_vit_patches(self) -> int:
-        return sum(len(s.patches) for s in self.segments if isinstance(s, VitSegment))
-
-    @cached_property
-    def num_vae_tokens(self) -> int:
-        return sum(s.rows * s.columns for s in self.segments if isinstance(s, VaeSegment))
-
-    @cached_property
-    def num_tokens(self) -> int:
-        text = sum(len(s.ids) for s in self.segments if isinstance(s, TextSegment))
-        return text + self.num_vit_tokens + self.num_vae_tokens
 
 
 class DocumentMaker:
@@ -167,9 +121,9 @@ class DocumentMaker:
         if self._drops_condition(source, index):
             caption = []
         return [
-            TextSegment([*tokenizer.opening, *ids_behind(tokenizer.opening, user.prefix)]),
+            TextSegment([*tokenizer.opening, *drop_overlap(tokenizer.opening, user.prefix)]),
             TextSegment(caption, trained=True),
-            TextSegment([*user.suffix, *ids_behind(user.suffix, before)]),
+            TextSegment([*user.suffix, *drop_overlap(user.suffix, before)]),
             TextSegment([special.vae_start], trained=True),
             self._cached(fields) if self._images.is_cached else self._generated(fields.image()),
             TextSegment([special.vae_end]),
@@ -185,7 +139,7 @@ class DocumentMaker:
             except ValueError as error:
                 raise BadSample("conversation", str(error)) from error
             before = [*(self._tokenizer.separator if number else []), *turn.prefix]
-            segments.append(TextSegment(ids_behind(last, before)))
+            segments.append(TextSegment(drop_overlap(last, before)))
             for piece in speech.pieces:
                 if source.task == "mmu" and isinstance(piece, Picture) and piece.generated:
                     raise BadSample(

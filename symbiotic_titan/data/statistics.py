@@ -13,16 +13,21 @@ import torch
 
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.conversations import Picture, segments_of, speeches_of
+from symbiotic_titan.data.documents import (
+    Document,
+    TextSegment,
+    VaeSegment,
+    VitSegment,
+)
 from symbiotic_titan.data.fields import (
     Fields,
     way_of,
 )
 from symbiotic_titan.data.formats.shard import BadSample
-from symbiotic_titan.data.images import VitSegment, decode_image
+from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.readers import Reader
-from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, MODALITY_NAMES, PADDING, TASK_NAMES

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.formats.shard import (
     REASONS,
     BadSample,
@@ -28,7 +29,7 @@ from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize
 from symbiotic_titan.data.readers import Reader
-from symbiotic_titan.data.samples import Document, DocumentMaker
+from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.sequence.batch import PackedBatch
 
 

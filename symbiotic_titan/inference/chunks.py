@@ -13,9 +13,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from symbiotic_titan.data.images import VitSegment
+from symbiotic_titan.data.documents import Document, VitSegment
 from symbiotic_titan.data.packing import RowBuilder, RowSize
-from symbiotic_titan.data.samples import Document
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 from symbiotic_titan.sequence.geometry import ImageGeometry, coords
 from symbiotic_titan.sequence.modality import (

@@ -27,9 +27,9 @@ from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config
+from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latents import to_image
-from symbiotic_titan.data.samples import Document
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.inference.chunks import ChunkMaker

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.images import nearest_bucket
-from symbiotic_titan.data.samples import Document
 from symbiotic_titan.flow.solver import (
     SolverOptions,
     guided,

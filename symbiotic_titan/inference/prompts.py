@@ -11,8 +11,17 @@ from dataclasses import dataclass
 from PIL import Image
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.data.images import ImageSizeError, VitSegment, vit_patches
-from symbiotic_titan.data.samples import Document, Segment, TextSegment, ids_behind
+from symbiotic_titan.data.documents import (
+    Document,
+    Segment,
+    TextSegment,
+    VitSegment,
+    drop_overlap,
+)
+from symbiotic_titan.data.images import (
+    ImageSizeError,
+    vit_patches,
+)
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import NO_TASK
@@ -49,14 +58,14 @@ class PromptMaker:
         tokenizer, special = self.tokenizer, self.tokenizer.special
         opening = tokenizer.opening
         user, assistant = tokenizer.turn("user"), tokenizer.turn("assistant")
-        segments: list[Segment] = [TextSegment([*opening, *ids_behind(opening, user.prefix)])]
+        segments: list[Segment] = [TextSegment([*opening, *drop_overlap(opening, user.prefix)])]
         for image in images:
             segments += [
                 TextSegment([special.vit_start]),
                 self._seen(image),
                 TextSegment([special.vit_end]),
             ]
-        between = ids_behind(user.suffix, [*tokenizer.separator, *assistant.prefix])
+        between = drop_overlap(user.suffix, [*tokenizer.separator, *assistant.prefix])
         end = [*ids_of(tokenizer, question), *user.suffix, *between]
         return Document(NO_TASK, (*segments, TextSegment(end)))
 

@@ -9,7 +9,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from symbiotic_titan.data.samples import Document, TextSegment
+from symbiotic_titan.data.documents import (
+    Document,
+    TextSegment,
+)
 from symbiotic_titan.flow.path import keyed_generator
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.session import Session

@@ -55,6 +55,7 @@ from symbiotic_titan.data import (
 from symbiotic_titan.data import (
     streams as lanes,
 )
+from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.fields import IMAGE_EXTENSIONS
 from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.latents import GeneratedImages
@@ -66,7 +67,7 @@ from symbiotic_titan.data.loader import (
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.packing import RowBuilder
 from symbiotic_titan.data.readers import Reader
-from symbiotic_titan.data.samples import Document, DocumentMaker
+from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.streams import (
     Lane,
     LaneRecipe,

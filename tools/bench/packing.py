@@ -38,9 +38,13 @@ from symbiotic_titan.build import (
     build_tokenizer,
 )
 from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.data.documents import (
+    Document,
+    TextSegment,
+    VaeSegment,
+)
 from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize
-from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
 from symbiotic_titan.data.streams import (
     LaneRecipe,
     OpenSource,

@@ -5,8 +5,11 @@ from collections import Counter
 
 import pytest
 
+from symbiotic_titan.data.documents import (
+    Document,
+    TextSegment,
+)
 from symbiotic_titan.data.packing import RowSize
-from symbiotic_titan.data.samples import Document, TextSegment
 from tools.bench import packing
 
 

@@ -13,9 +13,13 @@ import torch
 from PIL import Image
 
 from symbiotic_titan.commands import show_batch
+from symbiotic_titan.data.documents import (
+    Document,
+    TextSegment,
+    VaeSegment,
+)
 from symbiotic_titan.data.images import vit_patches
 from symbiotic_titan.data.packing import RowBuilder, RowSize
-from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.model.masks import build_dense_mask
 from symbiotic_titan.sequence.geometry import ImageGeometry, patchify

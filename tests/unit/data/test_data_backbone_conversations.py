@@ -21,13 +21,14 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeMod
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.config.tokenizer import Tokenizer as TokenizerSection
+from symbiotic_titan.data.documents import TextSegment
 from symbiotic_titan.data.formats.shard import (
     BadSample,
     Sample,
 )
 from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.packing import RowBuilder, RowSize
-from symbiotic_titan.data.samples import DocumentMaker, TextSegment
+from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.tokenizer import open_tokenizer
 from symbiotic_titan.sequence.modality import VIT
 from tests.helpers.released_processors import (

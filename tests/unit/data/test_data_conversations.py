@@ -9,13 +9,13 @@ from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
+from symbiotic_titan.data.documents import TextSegment, VitSegment
 from symbiotic_titan.data.formats.shard import (
     BadSample,
     Sample,
 )
-from symbiotic_titan.data.images import VitSegment
 from symbiotic_titan.data.latents import GeneratedImages
-from symbiotic_titan.data.samples import DocumentMaker, TextSegment
+from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 

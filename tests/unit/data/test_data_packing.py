@@ -4,9 +4,13 @@ from random import Random
 import pytest
 import torch
 
-from symbiotic_titan.data.images import VitSegment
+from symbiotic_titan.data.documents import (
+    Document,
+    TextSegment,
+    VaeSegment,
+    VitSegment,
+)
 from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize, fullest, longest_first
-from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, PADDING, TEXT, VAE, VIT

@@ -6,8 +6,11 @@ from random import Random
 import pytest
 
 from symbiotic_titan.config.data import Data
+from symbiotic_titan.data.documents import (
+    Document,
+    TextSegment,
+)
 from symbiotic_titan.data.packing import PACKINGS, RowSize
-from symbiotic_titan.data.samples import Document, TextSegment
 from symbiotic_titan.sequence.modality import PADDING, TASK_NAMES
 from tests.unit.data.test_data_packing import random_document
 

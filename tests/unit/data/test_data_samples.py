@@ -7,13 +7,15 @@ from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
+from symbiotic_titan.data.documents import (
+    TextSegment,
+    VaeSegment,
+)
 from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.readers import Sample
 from symbiotic_titan.data.samples import (
     BadSample,
     DocumentMaker,
-    TextSegment,
-    VaeSegment,
     VitSegment,
     image_document_overhead,
 )

@@ -6,9 +6,9 @@ from itertools import islice
 import pytest
 from PIL import Image
 
-from symbiotic_titan.data.images import VitSegment, resize_and_crop
+from symbiotic_titan.data.documents import VaeSegment, VitSegment
+from symbiotic_titan.data.images import resize_and_crop
 from symbiotic_titan.data.mixture import Mixture
-from symbiotic_titan.data.samples import VaeSegment
 from symbiotic_titan.data.statistics import (
     ImageUse,
     Table,

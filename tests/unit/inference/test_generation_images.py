@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 
 from symbiotic_titan.build import model_args
+from symbiotic_titan.data.documents import (
+    Document,
+    VaeSegment,
+)
 from symbiotic_titan.data.latents import to_cells
 from symbiotic_titan.data.packing import RowBuilder, RowSize
-from symbiotic_titan.data.samples import Document, VaeSegment
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.solver import (
     noise_of_image,

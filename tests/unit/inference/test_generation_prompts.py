@@ -3,8 +3,11 @@
 import pytest
 
 from symbiotic_titan.config.tokenizer import Tokenizer
-from symbiotic_titan.data.images import VitSegment
-from symbiotic_titan.data.samples import TextSegment, VaeSegment
+from symbiotic_titan.data.documents import (
+    TextSegment,
+    VaeSegment,
+    VitSegment,
+)
 from symbiotic_titan.data.tokenizer import ByteTokenizer, open_tokenizer
 from symbiotic_titan.inference.prompts import PromptMaker
 from tests.helpers.pictures import encoded, picture

@@ -9,8 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from symbiotic_titan.data.documents import (
+    Document,
+    TextSegment,
+    VaeSegment,
+)
 from symbiotic_titan.data.packing import RowBuilder, RowSize
-from symbiotic_titan.data.samples import Document, TextSegment, VaeSegment
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.session import Session
 from symbiotic_titan.model.kv_cache import LayerCache

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from symbiotic_titan.data.documents import (
+    Document,
+    TextSegment,
+)
 from symbiotic_titan.data.packing import RowBuilder, RowSize
-from symbiotic_titan.data.samples import Document, TextSegment
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.prompts import PromptMaker
 from symbiotic_titan.inference.session import Session
