@@ -19,6 +19,7 @@ from symbiotic_titan.checkpoint.resume import (
 )
 from symbiotic_titan.config.optimizer import clean_name
 from symbiotic_titan.hf.model import open_model
+from symbiotic_titan.process import is_first_process
 from symbiotic_titan.weights.safetensors import has_weights
 
 
@@ -69,7 +70,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _set_all_aside(damaged: dict[Path, str]) -> None:
     """Name the checkpoints that are passed over, and rename them once every rank has looked."""
     dist.barrier()
-    if dist.get_rank() == 0:
+    if is_first_process():
         for path, damage in damaged.items():
             logger.warning(
                 f"checkpoint {path} is skipped and renamed to {set_aside(path).name}: {damage}"

@@ -12,7 +12,6 @@ that are finished are kept, on any number of processes.
 
 import argparse
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,23 +28,17 @@ from symbiotic_titan.data.latent_cache import CACHED_TASKS, encoding_of, folder_
 from symbiotic_titan.data.latent_writer import CacheWriter
 from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.pipeline import indexed
+from symbiotic_titan.process import Counter, exit_status
 
 
-class Progress:
-    """Counts samples, on standard error where somebody watches."""
+class SampleCounter(Counter):
+    """Counts bad samples as well."""
 
-    def __init__(self) -> None:
-        self.name, self.total, self.done, self.bad = "", 0, 0, 0
-
-    def start(self, name: str, total: int) -> None:
-        self.name, self.total, self.done, self.bad = name, total, 0, 0
+    num_bad = 0
 
     def advance(self, count: int, bad: int) -> None:
-        self.done += count
-        self.bad += bad
-        if sys.stderr.isatty():
-            end = "\n" if self.done == self.total else ""
-            print(f"\r{self.name}: {self.done}/{self.total}", end=end, file=sys.stderr, flush=True)
+        self.num_bad += bad
+        self(count)
 
 
 def sources_of(config: JobConfig) -> list[tuple[str, int, DataSource]]:
@@ -80,23 +73,22 @@ def run(config: JobConfig, out: Path, rank: int, num_ranks: int, where: torch.de
     geometry = model_args(config).geometry
     encoding = encoding_of(config.data, latents, geometry)
     codec = build_codec(latents, where)
-    progress = Progress()
     for table, number, source in sources_of(config):
         folder = folder_of(out, table, source)
         shards = indexed(config.data, source, f"{table} #{number} ({source.name})")
         own = [shard.num_samples for shard in shards[rank::num_ranks]]
-        progress.start(source.name, sum(own))
+        counter = SampleCounter(source.name, sum(own))
         writer = CacheWriter(
             config=config.data,
             source=source,
             images=GeneratedImages(config.data, latents, geometry, [source]),
             codec=codec,
             dtype=getattr(torch, latents.dtype),
-            advance=progress.advance,
+            advance=counter.advance,
         )
         writer.write(folder, encoding, shards, rank, num_ranks)
-        bad = f", {progress.bad} of them bad" if progress.bad else ""
-        print(f"{folder}: {len(own)} of {len(shards)} shards, {progress.done} samples{bad}")
+        bad = f", {counter.num_bad} of them bad" if counter.num_bad else ""
+        print(f"{folder}: {len(own)} of {len(shards)} shards, {counter.done} samples{bad}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,11 +102,12 @@ def main(arguments: list[str] | None = None) -> int:
     where = torch.device(device.device_type(), local_rank)
     if where.type != "cpu":
         torch.accelerator.set_device_index(where.index)
-    try:
+
+    def encode() -> None:
         config = load_job_config(["--job.config_file", options.config, *overrides])
         import_extension(config)
         run(config, options.out, rank, int(os.environ.get("WORLD_SIZE", "1")), where)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(
+        encode, interrupted=f"interrupted; finished shards are kept in {options.out}"
+    )

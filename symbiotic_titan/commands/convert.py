@@ -26,13 +26,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torchtitan.config import TORCH_DTYPE_MAP
 
 from symbiotic_titan.build import model_args
 from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.files import check_file, write_json
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.json_file import check_file, write_json
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.hf.export import (
@@ -82,6 +81,7 @@ from symbiotic_titan.partition.tables import (
     parts_table,
     step_zero_table,
 )
+from symbiotic_titan.process import exit_status, show_progress
 from symbiotic_titan.training.checks import check_job
 from symbiotic_titan.weights.reader import some_of
 
@@ -99,11 +99,8 @@ def files_of(config: JobConfig, *paths: str | None) -> list[str | None]:
 
 
 def show_bytes(done: int, total: int) -> None:
-    """A counter on standard error where somebody watches."""
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        text = f"\r{done / 2**30:.2f} of {total / 2**30:.2f} GiB"
-        print(text, end=end, file=sys.stderr, flush=True)
+    """A progress callback."""
+    show_progress(f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB", is_last=done == total)
 
 
 @contextmanager
@@ -335,17 +332,10 @@ def check_processes(function: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser().parse_known_args(arguments)
-    try:
+
+    def run() -> None:
         check_processes(options.function)
         options.function(options, overrides)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        kept = f"; nothing of {options.out} was kept" if "out" in options else ""
-        print(f"interrupted{kept}", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+
+    kept = f"; nothing of {options.out} was kept" if "out" in options else ""
+    return exit_status(run, interrupted=f"interrupted{kept}")

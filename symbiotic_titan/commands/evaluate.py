@@ -20,18 +20,15 @@ torchrun spreads a model that is too large for one device over several processes
 import argparse
 import copy
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 import symbiotic_titan.demo.suite  # noqa: F401 (registers itself)
 import symbiotic_titan.evaluation.suites.builtin  # noqa: F401 (registers ours)
 from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.files import write_json
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.json_file import write_json
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.data.formats.shard import BadSample
@@ -47,33 +44,13 @@ from symbiotic_titan.evaluation.results import (
     Chosen,
     Result,
     evaluate,
-    is_first_process,
 )
 from symbiotic_titan.evaluation.suite import (
     SUITES,
     Scores,
 )
 from symbiotic_titan.evaluation.target import Subject
-
-
-class Progress:
-    """A line on standard error where somebody watches: how many are done, and about how long the others take."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.start = time.monotonic()
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        if sys.stderr.isatty():
-            end = "\n" if self.done == self.total else ""
-            line = f"\r{self.what}: {self.done}/{self.total}, {self.remaining():.0f} s left "
-            print(line, end=end, file=sys.stderr, flush=True)
-
-    def remaining(self) -> float:
-        """Seconds."""
-        passed = time.monotonic() - self.start
-        return passed / max(self.done, 1) * (self.total - self.done)
+from symbiotic_titan.process import Counter, exit_status, is_first_process
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -189,7 +166,7 @@ def run(options: argparse.Namespace, sections: list[str]) -> None:
     )
     columns: dict[str, Scores] = {}
     for label, subject in subjects.items():
-        results = evaluate(subject, chosen, options.out, Progress)
+        results = evaluate(subject, chosen, options.out, Counter)
         if not is_first_process():
             continue
         columns[label] = report(label, results)
@@ -202,18 +179,8 @@ def run(options: argparse.Namespace, sections: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options, sections = parse(arguments)
-    try:
-        if options.suites:
-            print_suites()
-        else:
-            run(options, sections)
-    except (OSError, ValueError, BadSample) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    return exit_status(
+        print_suites if options.suites else lambda: run(options, sections),
+        (OSError, ValueError, BadSample),
+        "stopped; the same command goes on from here",
+    )

@@ -17,28 +17,14 @@ answers (--plain: how it goes on) and writes texts.jsonl.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-import torch.distributed as dist
 from PIL import Image, UnidentifiedImageError
 
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.flow.solver import SOLVERS
 from symbiotic_titan.inference.generator import Generator
-
-
-class Progress:
-    """Counts on standard error where somebody watches."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        if sys.stderr.isatty():
-            end = "\n" if self.done == self.total else ""
-            print(f"\r{self.what}: {self.done}/{self.total}", end=end, file=sys.stderr, flush=True)
+from symbiotic_titan.process import Counter, exit_status, is_first_process
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:
@@ -63,12 +49,7 @@ def open_image(path: Path) -> Image.Image:
         raise ValueError(f"--image {path}: is no image") from error
 
 
-def is_first_process() -> bool:
-    """Processes that share a model all draw the same."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def draw_images(generator: Generator, prompts: list[str], options: argparse.Namespace) -> None:
+def generate_images(generator: Generator, prompts: list[str], options: argparse.Namespace) -> None:
     pictures = generator.images(
         prompts,
         steps=options.steps,
@@ -79,7 +60,7 @@ def draw_images(generator: Generator, prompts: list[str], options: argparse.Name
         size=tuple(options.size) if options.size else None,
         aspect=options.aspect,
         batch_size=options.batch_size,
-        advance=Progress("steps", len(prompts) * options.steps),
+        advance=Counter("image steps", len(prompts) * options.steps),
     )
     if not is_first_process():
         return
@@ -90,7 +71,7 @@ def draw_images(generator: Generator, prompts: list[str], options: argparse.Name
         print(f"{path}: {picture.settings['prompt']}")
 
 
-def write_texts(generator: Generator, prompts: list[str], options: argparse.Namespace) -> None:
+def generate_texts(generator: Generator, prompts: list[str], options: argparse.Namespace) -> None:
     shown = [open_image(path) for path in options.image]
     completions = generator.text(
         prompts,
@@ -102,7 +83,7 @@ def write_texts(generator: Generator, prompts: list[str], options: argparse.Name
         seed=options.seed,
         conversation=not options.plain,
         batch_size=options.batch_size,
-        advance=Progress("prompts", len(prompts)),
+        advance=Counter("prompts", len(prompts)),
     )
     if not is_first_process():
         return
@@ -152,25 +133,19 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(arguments)
 
 
+def run(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Raises ValueError for a user's mistake."""
+    prompts = prompts_of(options)
+    trained = options.checkpoint or options.run
+    if trained is None and options.config is None:
+        raise ValueError("no model; give --run, --checkpoint or --config")
+    generator = Generator.load(
+        options.config or saved_config(trained), trained, overrides, cached=not options.uncached
+    )
+    act = generate_images if options.kind == "image" else generate_texts
+    act(generator, prompts, options)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options, overrides = parse(arguments)
-    try:
-        prompts = prompts_of(options)
-        trained = options.checkpoint or options.run
-        if trained is None and options.config is None:
-            raise ValueError("no model; give --run, --checkpoint or --config")
-        generator = Generator.load(
-            options.config or saved_config(trained),
-            trained,
-            overrides,
-            cached=not options.uncached,
-        )
-        act = draw_images if options.kind == "image" else write_texts
-        act(generator, prompts, options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    return exit_status(lambda: run(options, overrides))

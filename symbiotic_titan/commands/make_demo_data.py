@@ -7,9 +7,7 @@ Example:
 
 import argparse
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from symbiotic_titan.demo.write import (
@@ -17,6 +15,7 @@ from symbiotic_titan.demo.write import (
     WORLD_SIZES,
     write_world,
 )
+from symbiotic_titan.process import Counter, exit_status
 
 WRITTEN = (*SPLITS, "manifest.json")
 
@@ -32,13 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--force", action="store_true", help="replace a demo world that is already there"
     )
     options = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         _check_out(options.out, options.force)
         _write(options.out, options.seed, options.size)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(run)
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -61,23 +59,11 @@ def _write(out: Path, seed: int, size: str) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         world = Path(scratch) / "world"
         world.mkdir()
-        write_world(world, seed, WORLD_SIZES[size], _progress(WORLD_SIZES[size].num_samples))
+        write_world(
+            world, seed, WORLD_SIZES[size], Counter("samples", WORLD_SIZES[size].num_samples)
+        )
         if out.exists():
             shutil.rmtree(out)
         world.rename(out)
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {num_bytes / 1e6:.1f} MB")
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    """A counter on standard error, silent where no one watches."""
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if sys.stderr.isatty():
-            end = "\n" if done >= total else ""
-            print(f"\r{done}/{total} samples", end=end, file=sys.stderr, flush=True)
-
-    return advance

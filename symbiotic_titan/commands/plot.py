@@ -15,7 +15,6 @@ metrics.routing_freq steps, or from a profile. A figure without data is skipped,
 
 import argparse
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from symbiotic_titan.plots.expert_use import ExpertUse, from_profile, from_run
 from symbiotic_titan.plots.logs import Run, default_labels, read_run
 from symbiotic_titan.plots.page import page
 from symbiotic_titan.plots.style import Drawing, MissingData
+from symbiotic_titan.process import exit_status
 
 CURVES: dict[str, Callable[[list[Run]], Drawing]] = {
     "5a": curves.capacity_rate,
@@ -137,9 +137,4 @@ def save(path: Path, content: bytes) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        write(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: write(options))

@@ -10,16 +10,15 @@ used experts text and ViT share. torchrun spreads it over processes, each with i
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.files import check_file
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.json_file import check_file
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.hf.model import (
     SOURCE,
@@ -42,23 +41,13 @@ from symbiotic_titan.partition.profile import (
     layer_statistics,
     too_few_tokens,
 )
+from symbiotic_titan.process import Counter
 from symbiotic_titan.training.checks import check_job
 from symbiotic_titan.weights.compatibility import router_groups
 from symbiotic_titan.weights.reader import StoredModel
 
-T = TypeVar("T")
-
 # A model's vocabulary, as releases name its file.
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json")
-
-
-def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The same items, counted on standard error where somebody watches."""
-    for done, item in enumerate(items, start=1):
-        yield item
-        if sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            print(f"\r{what}: {done}/{total} batches", end=end, file=sys.stderr, flush=True)
 
 
 def tokenizer_file(checkpoint: Path) -> Path | None:
@@ -114,7 +103,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
     profile = profile_model(
         loaded,
         config,
-        with_progress(batches, options.batches, "profile"),
+        Counter("batches", options.batches).over(batches),
         describe_data(config, data, options.split, rows),
         ranks,
     )

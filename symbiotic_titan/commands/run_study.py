@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from symbiotic_titan.config.extends import merged_table, read_layers
+from symbiotic_titan.process import exit_status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -199,9 +200,4 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check-only", action="store_true", help="train no run but the start")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
-    try:
-        run_study(options)
-    except (RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run_study(options), (RuntimeError, ValueError))

@@ -14,7 +14,6 @@ import argparse
 import base64
 import html
 import io
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from symbiotic_titan.data.statistics import Table, tables_of
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.masks import build_dense_mask
+from symbiotic_titan.process import exit_status
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import (
     ImageGeometry,
@@ -362,6 +362,20 @@ def open_data(config: JobConfig) -> tuple[PackedLoader, Tokenizer, ImageGeometry
     return loader, tokenizer, args.geometry
 
 
+def run(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Raises ValueError for a user's mistake."""
+    config = load_job_config(["--job.config_file", options.config, *overrides])
+    loader, tokenizer, geometry = open_data(config)
+    batches = list(islice(loader, options.batches))
+    shown = rows_to_show(batches, options.row)
+    summary = summary_of(batches)
+    tables = tables_of(loader, geometry, [row for b in batches for row in rows_of(b)])
+    text = page(options.config, summary, tables, shown, tokenizer, geometry)
+    options.out.write_text(text, encoding="utf-8")
+    lines = [line for table in tables for line in table.text()]
+    print("\n".join([*summary, *lines, f"{options.out}: {len(shown)} rows"]))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -375,18 +389,4 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if options.batches < 1:
         parser.error(f"--batches must be at least 1, got {options.batches}")
-    try:
-        config = load_job_config(["--job.config_file", options.config, *overrides])
-        loader, tokenizer, geometry = open_data(config)
-        batches = list(islice(loader, options.batches))
-        shown = rows_to_show(batches, options.row)
-        summary = summary_of(batches)
-        tables = tables_of(loader, geometry, [row for b in batches for row in rows_of(b)])
-        text = page(options.config, summary, tables, shown, tokenizer, geometry)
-        options.out.write_text(text, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    lines = [line for table in tables for line in table.text()]
-    print("\n".join([*summary, *lines, f"{options.out}: {len(shown)} rows"]))
-    return 0
+    return exit_status(lambda: run(options, overrides))

@@ -9,7 +9,6 @@ printed can itself be used as a config file. A comment says which file set a val
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -22,6 +21,7 @@ from symbiotic_titan.config.saved import (
     value_text,
     without_none,
 )
+from symbiotic_titan.process import exit_status
 
 COMMAND_LINE = "command line"
 MISSING = object()
@@ -110,12 +110,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--diff", metavar="CONFIG", help="what differs in this one, key by key")
     options, overrides = parser.parse_known_args(arguments)
-    try:
+
+    def run() -> None:
         if options.diff:
             print(difference_text(options.config, options.diff, overrides))
         else:
             print(config_text(options.config, overrides, options.changed))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(run)

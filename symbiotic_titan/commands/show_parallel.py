@@ -11,7 +11,6 @@ whose formula is printed. With training.enable_cpu_offload the state is the host
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from math import prod
@@ -39,6 +38,7 @@ from symbiotic_titan.parallel import (
     dry_run_activations as activation_plan,
 )
 from symbiotic_titan.parallel.parallelize import parallel_dims_of
+from symbiotic_titan.process import exit_status
 from symbiotic_titan.training.checks import check_parallelism
 
 GIB = 2**30
@@ -178,6 +178,18 @@ def print_report(values: dict[str, Any]) -> None:
     print("  in a step: " + "  ".join(f"{name} {cell(size)}" for name, size in step.items()))
 
 
+def run(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Raises ValueError for a user's mistake."""
+    config = load_job_config(["--job.config_file", options.config, *overrides])
+    import_extension(config)
+    reports = [report(config, num_ranks) for num_ranks in options.ranks]
+    for values in reports:
+        print_report(values)
+    print(f"\nActivations are an estimate. {activation_plan.FORMULA}")
+    if options.json:
+        print(json.dumps({"config": options.config, "reports": reports}))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -186,16 +198,4 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8], help="numbers of ranks")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options, overrides = parser.parse_known_args(arguments)
-    try:
-        config = load_job_config(["--job.config_file", options.config, *overrides])
-        import_extension(config)
-        reports = [report(config, num_ranks) for num_ranks in options.ranks]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for values in reports:
-        print_report(values)
-    print(f"\nActivations are an estimate. {activation_plan.FORMULA}")
-    if options.json:
-        print(json.dumps({"config": options.config, "reports": reports}))
-    return 0
+    return exit_status(lambda: run(options, overrides))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from symbiotic_titan.config.files import replacing
 from symbiotic_titan.config.job import JobConfig
 
 COMMENT_COLUMN = 44
@@ -99,11 +100,9 @@ class SavedConfig:
         self._path = Path(config.job.dump_folder) / NAME
 
     def write(self) -> None:
-        """Write, or replace what an earlier start of the run wrote; the file is never half there."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_name(NAME + ".incomplete")
-        unfinished.write_text(self._text, encoding="utf-8")
-        unfinished.replace(self._path)
+        """Write the file, or replace the one that an earlier start of the run wrote."""
+        with replacing(self._path, ".incomplete") as unfinished:
+            unfinished.write_text(self._text, encoding="utf-8")
 
 
 def saved_config(path: Path) -> Path:

@@ -6,17 +6,16 @@ where it was, with any number of processes.
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from symbiotic_titan.codecs.codec import Codec
 from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.config.files import replacing
 from symbiotic_titan.data.fields import Fields
 from symbiotic_titan.data.formats.shard import (
     BadSample,
@@ -119,33 +118,20 @@ def _put_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
             f"{folder}: holds latents of other files (names, sizes or numbers of samples); name another --out, or remove it"
         )
     if found is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = manifest.text().encode()
-        _write_whole(folder / MANIFEST, lambda file: file.write(text), suffix=f".partial-{rank}")
+        with replacing(folder / MANIFEST, f".partial-{rank}") as unfinished:
+            unfinished.write_text(manifest.text(), encoding="utf-8")
 
 
 def _write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    def write(file: Any) -> None:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for name, data in members:
-                member = tarfile.TarInfo(name)  # no time and no owner: the same bytes every time
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-    _write_whole(path, write)
-
-
-def _write_whole(path: Path, write: Callable[[Any], Any], suffix: str = ".partial") -> None:
-    """``path`` with what ``write`` writes; it appears when that is on the disk. What a killed process leaves is written over."""
-    temporary = path.with_name(path.name + suffix)
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # One process writes this shard, so the next attempt overwrites what a killed one left.
+    with (
+        replacing(path, ".partial") as unfinished,
+        tarfile.open(unfinished, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for name, data in members:
+            member = tarfile.TarInfo(name)  # no time and no owner: the same bytes every time
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def _key(sample: Sample | BadSample, number: int) -> str:

@@ -40,7 +40,6 @@ from symbiotic_titan.demo.references import (
     read_items,
 )
 from symbiotic_titan.demo.scores import demo_world_score
-from symbiotic_titan.evaluation.results import is_first_process
 from symbiotic_titan.evaluation.suite import SUITES, Progress, Scores, Suite, measure
 from symbiotic_titan.evaluation.suites.drawing import (
     DrawingSettings,
@@ -58,6 +57,7 @@ from symbiotic_titan.inference.held_out import (
 )
 from symbiotic_titan.inference.images import picture_grid
 from symbiotic_titan.parallel.ranks import DataRanks
+from symbiotic_titan.process import is_first_process
 from symbiotic_titan.sequence.batch import PackedBatch
 
 T = TypeVar("T")

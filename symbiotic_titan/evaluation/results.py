@@ -6,7 +6,6 @@ OUT/<run>-step-N-<identity>/<suite>/        what the suite writes: pictures, ans
 Which of several processes writes: those that share a model all come to the same results.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.config.files import read_json, write_json
 from symbiotic_titan.evaluation.ablation import probed
 from symbiotic_titan.evaluation.suite import Progress, Scores, Suite
 from symbiotic_titan.evaluation.target import (
@@ -22,12 +21,7 @@ from symbiotic_titan.evaluation.target import (
     files_hash,
 )
 from symbiotic_titan.inference.generator import Generator
-
-
-def is_first_process() -> bool:
-    """As torchrun says; also before the processes have found each other."""
-    return int(os.environ.get("RANK", "0")) == 0
-
+from symbiotic_titan.process import is_first_process
 
 KIND = "evaluation"
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.config.files import read_json, write_json
 from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.hf.architectures.base import (
     Arrange,

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.config.files import read_json, write_json
 from symbiotic_titan.config.rows import check_value, row_from_dict
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.vit_args import VitArgs

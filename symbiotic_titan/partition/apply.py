@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.config.files import read_json, write_json
 from symbiotic_titan.hf.model import (
     keep_source,
     open_model,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.config.files import read_json, write_json
 from symbiotic_titan.config.rows import check_value, row_from_dict
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.partition.profile import (

@@ -49,6 +49,7 @@ from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_rat
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.parallel.ranks import data_ranks
+from symbiotic_titan.process import is_first_process
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
 from symbiotic_titan.training.metrics import (
@@ -296,7 +297,7 @@ class SymbioticTrainer(Trainer):
         """Resume from the newest complete checkpoint, train, and save when a signal asks to stop."""
         self.stop.install()
         self.choose_checkpoint()
-        if dist.get_rank() == 0:
+        if is_first_process():
             self.saved_config.write()
         super().train()
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from symbiotic_titan.config.json_file import read_json, write_json
+from symbiotic_titan.config.files import read_json, write_json
 
 # Below every folder that was written here: what lies in it. A release has all that ours have but this, and it may be the only copy.
 MARK = ".symbiotic_titan"

@@ -9,19 +9,17 @@ Several processes may write at once: each writes a file of its own, which gets i
 """
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 from fsspec.core import url_to_fs
 from safetensors.numpy import load, save
 
+from symbiotic_titan.config.files import replacing
 from symbiotic_titan.data.formats.byte_ranges import (
     Extents,
     Lines,
@@ -35,19 +33,6 @@ def version_of(path: str) -> str:
     # Some file systems' own keys leave out what they know of the version, a web server's entity tag for one.
     parts = (path, filesystem.ukey(name), sorted(map(str, filesystem.info(name).items())))
     return sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which becomes ``target`` at the end, and nothing when that is not reached."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as out:
-            yield out
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # Part of the files' names: raise it with every change to what is in them.
@@ -84,7 +69,7 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        with written_whole(path) as out:
+        with replacing(path) as unfinished, unfinished.open("wb") as out:
             out.write(sha256(content).digest())
             out.write(content)
     except OSError as error:

@@ -8,10 +8,8 @@ from typing import Any
 import fsspec
 from fsspec.compression import compr
 
-from symbiotic_titan.data.formats.index_cache import (
-    version_of,
-    written_whole,
-)
+from symbiotic_titan.config.files import replacing
+from symbiotic_titan.data.formats.index_cache import version_of
 
 # Ending of a file -> what fsspec calls its compression.
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
@@ -55,7 +53,7 @@ def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
 
 def _unpack(path: str, compression: Any, target: Path, damage: Path) -> None:
     """Write ``target``, whole or, where ``path`` is damaged, up to there and ``damage`` beside it."""
-    with written_whole(target) as out:
+    with replacing(target) as unfinished, unfinished.open("wb") as out:
         error = _copy(path, compression, out)
         if error:
             damage.write_text(f"cannot be unpacked to its end ({error}); copy or write it again")

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from symbiotic_titan.config.files import replacing
 from symbiotic_titan.evaluation.files import check_file, check_limit, read_prompts
-from symbiotic_titan.evaluation.results import is_first_process
 from symbiotic_titan.evaluation.suite import Progress
 from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.images import Picture, Size
+from symbiotic_titan.process import is_first_process
 
 # The text chunk of a PNG that says how it was drawn, to tell whether it is the one wanted.
 _NOTE = "evaluation"
@@ -149,12 +150,9 @@ def _read(item: _Numbered, settings: DrawingSettings) -> Image.Image | None:
 def _write(item: _Numbered, settings: DrawingSettings, picture: Picture) -> None:
     if not is_first_process():
         return
-    path = item.wanted.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".incomplete")
     noted = Picture(picture.image, {**picture.settings, _NOTE: item.note(settings)})
-    noted.save(unfinished)
-    unfinished.replace(path)
+    with replacing(item.wanted.path, ".incomplete") as unfinished:
+        noted.save(unfinished)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic_titan.evaluation.files import check_folder, check_limit
-from symbiotic_titan.evaluation.results import is_first_process
 from symbiotic_titan.evaluation.suite import Progress, Scores, Suite, measure
 from symbiotic_titan.inference.generator import Generator
+from symbiotic_titan.process import is_first_process
 
 # Of what lm-eval returns: all that is short.
 REPORTED = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "n-samples")

@@ -21,9 +21,9 @@ from pathlib import Path
 from PIL import Image
 
 from symbiotic_titan.evaluation.files import check_file, check_limit, decoded
-from symbiotic_titan.evaluation.results import is_first_process
 from symbiotic_titan.evaluation.suite import Progress, Scores, Suite, measure
 from symbiotic_titan.inference.generator import Generator
+from symbiotic_titan.process import is_first_process
 
 COLUMNS = ("index", "image", "question", "answer", "category")
 FORMULA = "Handwritten Mathematical Expression Recognition"

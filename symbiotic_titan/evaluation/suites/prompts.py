@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic_titan.evaluation.files import check_file, check_limit, read_prompts
-from symbiotic_titan.evaluation.results import is_first_process
 from symbiotic_titan.evaluation.suite import Progress, Scores, Suite, measure
 from symbiotic_titan.evaluation.suites.drawing import (
     DrawingSettings,
@@ -22,6 +21,7 @@ from symbiotic_titan.evaluation.suites.drawing import (
     draw,
 )
 from symbiotic_titan.inference.generator import Generator
+from symbiotic_titan.process import is_first_process
 
 GENEVAL_COLUMNS = ("tag", "prompt", "include")
 # What separates prompt and number in a file name, and what no file name can have.

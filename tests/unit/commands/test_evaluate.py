@@ -19,9 +19,7 @@ from symbiotic_titan.demo.write import (
     WorldSize,
     write_world,
 )
-from symbiotic_titan.evaluation import results
 from symbiotic_titan.evaluation.suite import SUITES, Suite, measure
-from symbiotic_titan.evaluation.suites import drawing
 from symbiotic_titan.evaluation.suites.drawing import (
     DrawingSettings,
     Wanted,
@@ -310,8 +308,6 @@ def test_a_run_that_is_stopped_says_that_it_can_go_on(run_folder, tmp_path, monk
 
 
 def test_only_the_first_of_several_processes_writes(run_folder, tmp_path, runs, monkeypatch):
-    monkeypatch.setattr(evaluate, "is_first_process", lambda: False)
-    monkeypatch.setattr(results, "is_first_process", lambda: False)
-    monkeypatch.setattr(drawing, "is_first_process", lambda: False)
+    monkeypatch.setenv("RANK", "1")
     assert run(run_folder, "--suite", "drawn", "--compare", "--out", tmp_path) == 0
     assert len(runs) == 1 and not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -191,7 +191,7 @@ def test_tool_writes_a_world_and_replaces_it_only_by_force(tool, tmp_path, capsy
     out = tmp_path / "new" / "demo_data"
     assert tool.main(["--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: ")
-    assert tool.main(["--out", str(out)]) == 1
+    assert tool.main(["--out", str(out)]) == 2
     message = f"error: --out {out}: exists and is not empty; pass --force to replace it\n"
     assert capsys.readouterr().err == message
     before = content(out)
@@ -202,20 +202,20 @@ def test_tool_writes_a_world_and_replaces_it_only_by_force(tool, tmp_path, capsy
 
 def test_tool_never_replaces_what_it_did_not_write(tool, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("")
-    assert tool.main(["--out", str(tmp_path), "--force"]) == 1
+    assert tool.main(["--out", str(tmp_path), "--force"]) == 2
     assert "holds 'thesis.tex', which is no part of a demo world" in capsys.readouterr().err
-    assert tool.main(["--out", str(tmp_path / "thesis.tex")]) == 1
+    assert tool.main(["--out", str(tmp_path / "thesis.tex")]) == 2
     assert "is a file; name a folder" in capsys.readouterr().err
 
 
 def test_missing_scikit_learn_is_named(tool, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert tool.main(["--out", str(tmp_path / "demo_data")]) == 1
+    assert tool.main(["--out", str(tmp_path / "demo_data")]) == 2
     assert "install it: pip install scikit-learn" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_python_without_its_sources_is_named(tool, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("symbiotic_titan.demo.docstrings._modules", list)
-    assert tool.main(["--out", str(tmp_path / "demo_data")]) == 1
+    assert tool.main(["--out", str(tmp_path / "demo_data")]) == 2
     assert "has no source files of its standard library" in capsys.readouterr().err

@@ -1,10 +1,10 @@
-"""A JSON file is there whole or not at all, and that it cannot be written is told beforehand."""
+"""A file is written whole or not at all, and what cannot be written is reported beforehand."""
 
 import json
 
 import pytest
 
-from symbiotic_titan.config.json_file import check_file, write_json
+from symbiotic_titan.config.files import check_file, replacing, write_json
 
 
 @pytest.mark.parametrize("make", ["folder", "below a file", "below nothing"])
@@ -34,3 +34,17 @@ def test_a_file_in_folders_to_come_can_be_written(tmp_path):
     write_json(path, "test", {"a": 1})
     assert json.loads(path.read_text()) == {"kind": "test", "a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("suffix", [None, ".incomplete"])
+def test_a_file_is_replaced_only_when_the_new_one_is_complete(tmp_path, suffix):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path, suffix) as unfinished:
+        unfinished.write_text("ne")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with replacing(path, suffix) as unfinished:
+        unfinished.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

@@ -1,12 +1,36 @@
-"""JSON files that one tool writes and another reads; each says what it is, so that a mix-up is named."""
+"""Files that are written whole or not at all, and JSON files that name their own kind, so that a mix-up is reported."""
 
 import errno
 import json
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+
+@contextmanager
+def replacing(path: Path, suffix: str | None = None) -> Iterator[Path]:
+    """A temporary file name beside ``path``: what is written there becomes ``path`` when the block ends without an error, and is
+    removed otherwise. Readers see the old file or the new one, never a part of it.
+
+    suffix: of the temporary name. By default it is unique, so several processes may write one file at a time and the last one
+    wins. With a fixed suffix the next attempt overwrites what a killed process left, but there must be one writer only.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + (suffix or f".incomplete-{uuid4().hex}"))
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(
+                file.fileno()
+            )  # else a crash of the machine can leave an empty file under the final name
+        unfinished.replace(path)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def check_file(path: Path, option: str) -> None:
@@ -33,17 +57,12 @@ def write_json(path: Path, kind: str, values: dict[str, Any]) -> None:
     Raises:
         OSError: names the file, of which nothing is kept.
     """
-    unfinished = path.with_name(f"{path.name}.incomplete-{os.getpid()}")
     text = json.dumps({"kind": kind, **values}, indent=1) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(f"writing {path} failed: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def read_json(path: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:

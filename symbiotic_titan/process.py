@@ -1,0 +1,72 @@
+"""What a command knows of its own process: its rank, the terminal, and how it ends on a user's mistake."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+MISTAKE = 2
+INTERRUPTED = 130
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and prints: rank 0, also before the process group exists."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def show_progress(line: str, *, is_last: bool) -> None:
+    """Overwrite the current line of standard error; silent where that is not a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{line}", end="\n" if is_last else "", file=sys.stderr, flush=True)
+
+
+class Counter:
+    """A progress callback: ``advance = Counter("answers", 40); advance(8)`` shows ``answers: 8/40, 12 s left``."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self._start = time.monotonic()
+
+    def __call__(self, count: int = 1) -> None:
+        self.done += count
+        line = f"{self.what}: {self.done}/{self.total}, {self.seconds_left():.0f} s left "
+        show_progress(line, is_last=self.done >= self.total)
+
+    def seconds_left(self) -> float:
+        """At the mean speed so far."""
+        passed = time.monotonic() - self._start
+        return passed / max(self.done, 1) * (self.total - self.done)
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items; each counts once it has been used."""
+        for item in items:
+            yield item
+            self()
+
+
+def exit_status(
+    command: Callable[[], None],
+    mistakes: tuple[type[Exception], ...] = (OSError, ValueError),
+    interrupted: str = "interrupted",
+) -> int:
+    """Run ``command``: status 0, or 2 and one line for a user's mistake (one of ``mistakes``), or 130 after Ctrl-C."""
+    try:
+        command()
+    except mistakes as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
+    else:
+        return 0
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
