@@ -41,14 +41,15 @@ FLOORS: tuple[dict[str, str], ...] = (
     {
         "device": "the one place that decides the device and prepares torchtitan for a CPU",
         "moved": "old import paths that the documentation named, with a warning",
+        "process": "its rank, the terminal, and how a command ends on a user's mistake",
         "registry": "parts that a config chooses by name",
     },
     {
         "sequence": "the contract between data and model: tasks, modalities, packed batch, positions",
-        "data.formats": "random access to samples in tar shards, JSONL and Parquet",
     },
     {"config": "one dataclass per config section; loading, checking and saving a config"},
     {
+        "data.formats": "random access to samples in tar shards, JSONL and Parquet",
         "flow": "the flow-matching path, timesteps, noise and the ODE solver",
         "optim": "parameter groups with their schedules and norms; the shield schedule",
     },
