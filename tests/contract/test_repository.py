@@ -27,7 +27,7 @@ def repository_files() -> list[Path]:
 
 
 def text_files() -> list[Path]:
-    binary = {".png", ".jpg", ".tar", ".parquet", ".npz", ".pt", ".safetensors"}
+    binary = {".png", ".jpg", ".tar", ".parquet", ".npz", ".pt", ".safetensors", ".xz"}
     return [path for path in repository_files() if path.suffix not in binary]
 
 
