@@ -1,6 +1,5 @@
 """From a config to the parts of a run: loader, tokenizer, loss, parallel model."""
 
-import functools
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torchtitan.tools.logging import logger
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.data.loader import PackedLoader, build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
-from symbiotic_titan.losses.terms import loss_terms, text_errors
+from symbiotic_titan.losses.step import LossFunction
+from symbiotic_titan.losses.terms import text_errors
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.symbiotic import SymbioticModel
@@ -100,14 +100,14 @@ def parallelize(
     return parallelize_symbiotic(model, parallel_dims, job_config)
 
 
-def build_loss(job_config: JobConfig, **kwargs: Any) -> Any:
-    """The sums and counts that the trainer weighs and divides."""
+def build_loss(job_config: JobConfig, **kwargs: Any) -> LossFunction:
+    """The terms of [losses], which the trainer sums over micro-batches and ranks."""
     settings = job_config.compile
     if not (settings.enable and "loss" in settings.components):
-        return loss_terms
+        return LossFunction(job_config.losses)
     # Compiled, the logits' float32 copy and the softmax are never written to memory.
     compiled = torch.compile(text_errors, backend=settings.backend, fullgraph=True, dynamic=False)
-    return functools.partial(loss_terms, cross_entropy=compiled)
+    return LossFunction(job_config.losses, cross_entropy=compiled)
 
 
 def global_batch_size(config: JobConfig, num_data_ranks: int) -> int:

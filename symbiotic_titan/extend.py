@@ -7,8 +7,10 @@ A module of yours registers them when it is imported, and ``experimental.custom_
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from symbiotic_titan.config.losses import LOSS_TERMS, LossTerm
+from symbiotic_titan.config.optimizer import LR_DECAYS, LRDecay
 from symbiotic_titan.moe.scores import ROUTER_SCORES, RouterScore
 from symbiotic_titan.optim.build import OPTIMIZER_BUILDERS, OptimizerBuilder
 from symbiotic_titan.optim.shield_schedule import SHIELD_SCHEDULES, ShieldSchedule
@@ -38,6 +40,27 @@ def register_shield_schedule(name: str) -> Callable[[ShieldSchedule], ShieldSche
 def register_router_score(name: str) -> Callable[[RouterScore], RouterScore]:
     """Decorator: ``experts.score_function = name`` chooses this function for every router."""
     return _into(ROUTER_SCORES, name)
+
+
+def register_lr_decay(name: str) -> Callable[[LRDecay], LRDecay]:
+    """Decorator: ``lr_scheduler.decay_type = name`` chooses this function, for all groups or for one of them."""
+    return _into(LR_DECAYS, name)
+
+
+def register_loss_term(
+    name: str, *, weight: float, help: str = "", count: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function is a term of the loss, with the weight ``losses.<name>``, the metric ``loss/<name>`` and, where
+    ``count`` is given, ``loss/by_task/<task>_<name>``.
+
+    weight: where the config says none. help: the sentence in --help. The function and ``count``: see ``config.losses.LossTerm``.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        LOSS_TERMS.register(name, LossTerm(weight, help, function, count))
+        return function
+
+    return register
 
 
 def register_optimizer_builder(name: str) -> Callable[[OptimizerBuilder], OptimizerBuilder]:

@@ -14,7 +14,6 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.tools.logging import init_logger, logger
 
-from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.training.checks import check_job
@@ -43,7 +42,6 @@ def run(args: list[str]) -> None:
     if "LOCAL_RANK" not in os.environ and "--help" not in args:
         raise ValueError("no rank is set: start training with ./run_train.sh or torchrun")
     config = load_job_config(args)
-    import_extension(config)
     register()
     check_job(config)
     try:

@@ -21,7 +21,6 @@ from symbiotic_titan import device
 from symbiotic_titan.build import model_args
 from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.config.data import DataSource
-from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.data.latent_cache import CACHED_TASKS, encoding_of, folder_of
@@ -105,7 +104,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     def encode() -> None:
         config = load_job_config(["--job.config_file", options.config, *overrides])
-        import_extension(config)
         run(config, options.out, rank, int(os.environ.get("WORLD_SIZE", "1")), where)
 
     return exit_status(

@@ -29,7 +29,6 @@ from typing import Any
 from torchtitan.config import TORCH_DTYPE_MAP
 
 from symbiotic_titan.build import model_args
-from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.files import check_file, write_json
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
@@ -88,7 +87,6 @@ from symbiotic_titan.weights.reader import some_of
 
 def read_config(path: str, overrides: list[str]) -> JobConfig:
     config = load_job_config(["--job.config_file", path, *overrides])
-    import_extension(config)
     return config
 
 

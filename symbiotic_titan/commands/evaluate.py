@@ -26,7 +26,6 @@ from typing import Any
 
 import symbiotic_titan.demo.suite  # noqa: F401 (registers itself)
 import symbiotic_titan.evaluation.suites.builtin  # noqa: F401 (registers ours)
-from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.files import write_json
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
@@ -96,8 +95,6 @@ def read_configs(
             f"--config: must be given once, or once for each of the {count} checkpoints, got {len(paths)}"
         )
     configs = [load_job_config(["--job.config_file", path, *overrides]) for path in paths]
-    for config in configs:
-        import_extension(config)
     return configs if len(configs) == count else [copy.deepcopy(configs[0]) for _ in range(count)]
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch.distributed as dist
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.files import check_file
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
@@ -88,7 +87,6 @@ def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
         raise ValueError(f"--batches: must be at least 1, got {options.batches}")
     check_file(options.out, "--out")
     config = load_job_config(["--job.config_file", options.config, *overrides])
-    import_extension(config)
     stored = open_model(options.checkpoint)
     if router_groups(stored.tensors) == {"all"}:
         config = unpartitioned(config)  # that of the model it is to become serves as well

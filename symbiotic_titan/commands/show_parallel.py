@@ -26,7 +26,6 @@ from symbiotic_titan.build import (
     model_args,
     parallelize,
 )
-from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.args import ModelArgs
@@ -181,7 +180,6 @@ def print_report(values: dict[str, Any]) -> None:
 def run(options: argparse.Namespace, overrides: list[str]) -> None:
     """Raises ValueError for a user's mistake."""
     config = load_job_config(["--job.config_file", options.config, *overrides])
-    import_extension(config)
     reports = [report(config, num_ranks) for num_ranks in options.ranks]
     for values in reports:
         print_report(values)

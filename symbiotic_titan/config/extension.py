@@ -4,20 +4,17 @@ import importlib
 import os
 import sys
 
-from symbiotic_titan.config.job import JobConfig
 
+def import_extension(name: str) -> None:
+    """Import the module ``name``, the value of ``experimental.custom_import``; the current directory is searched too.
 
-def import_extension(config: JobConfig) -> None:
-    """Import the module that ``experimental.custom_import`` names, if it does; the current directory is searched too.
+    ``load_job_config`` calls it before it looks at anything else of a config, so that what the module registers can be chosen there.
 
     Whatever else the module's own code raises keeps its traceback: it is the module's author who can use it.
 
     Raises:
         ValueError: it is no module's name, there is no such module, or it cannot be parsed or imports what does not exist.
     """
-    name = config.experimental.custom_import
-    if not name:
-        return
     where = f"experimental.custom_import = {name!r}"
     if not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(

@@ -5,12 +5,13 @@
 [validation] and [[validation.sources]]: losses on held-out data while training.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
 from torchtitan.config import JobConfig as UpstreamJobConfig
 from torchtitan.config.job_config import Checkpoint as UpstreamCheckpoint
+from torchtitan.config.job_config import LRScheduler as UpstreamLRScheduler
 from torchtitan.config.job_config import Metrics as UpstreamMetrics
 from torchtitan.config.job_config import Model as UpstreamModel
 from torchtitan.config.job_config import Validation as UpstreamValidation
@@ -18,9 +19,10 @@ from torchtitan.config.job_config import Validation as UpstreamValidation
 from symbiotic_titan.config.data import Data, source_rows
 from symbiotic_titan.config.experts import Experts, Shielding
 from symbiotic_titan.config.generation import Latents, Sampling
-from symbiotic_titan.config.losses import Flow, Losses
-from symbiotic_titan.config.optimizer import Optimizer
+from symbiotic_titan.config.losses import LOSS_TERMS, Flow, Losses, LossSettings, losses_class
+from symbiotic_titan.config.optimizer import LR_DECAYS, Optimizer
 from symbiotic_titan.config.tokenizer import Tokenizer
+from symbiotic_titan.registry import choice
 
 
 @dataclass
@@ -114,6 +116,12 @@ class Metrics(UpstreamMetrics):
 
 
 @dataclass
+class LRScheduler(UpstreamLRScheduler):
+    decay_type: str = choice(LR_DECAYS, "linear")  # type: ignore[assignment]
+    """Line along which the rate falls in its last part"""
+
+
+@dataclass
 class JobConfig(UpstreamJobConfig):
     model: Model = field(default_factory=Model)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -121,7 +129,8 @@ class JobConfig(UpstreamJobConfig):
     optimizer: Optimizer = field(default_factory=Optimizer)
     experts: Experts = field(default_factory=Experts)
     shielding: Shielding = field(default_factory=Shielding)
-    losses: Losses = field(default_factory=Losses)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    losses: LossSettings = field(default_factory=lambda: losses_class()())
     flow: Flow = field(default_factory=Flow)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     data: Data = field(default_factory=Data)
@@ -129,3 +138,12 @@ class JobConfig(UpstreamJobConfig):
     float8: Float8 = field(default_factory=Float8)
     validation: Validation = field(default_factory=Validation)
     sampling: Sampling = field(default_factory=Sampling)
+
+
+def job_config_class() -> type[JobConfig]:
+    """JobConfig as it is read: [losses] has a weight for every term that is registered by now."""
+    losses = Losses if {f.name for f in fields(Losses)} >= set(LOSS_TERMS) else losses_class()
+    section = ("losses", losses, field(default_factory=losses))
+    cls = make_dataclass("JobConfig", [section], bases=(JobConfig,))
+    cls.__module__ = __name__
+    return cls

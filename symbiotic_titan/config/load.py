@@ -10,15 +10,17 @@ from typing import Any, get_type_hints
 from torchtitan.config import ConfigManager
 
 from symbiotic_titan.config import extends
-from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.job import JobConfig, job_config_class
 from symbiotic_titan.config.rows import check_value, unknown_key_message
+from symbiotic_titan.registry import offer_choices, registry_of
 
 
 def option_of(args: list[str], name: str) -> str | None:
-    """Value of the option ``--job.<name>`` among ``args``, spelt with underscores or hyphens."""
+    """Value of the option ``--<name>`` (``section.key``) among ``args``, spelt with underscores or hyphens."""
     for i, arg in enumerate(args):
         key, _, value = arg.partition("=")
-        if key.replace("-", "_") == f"__job.{name}":
+        if key.replace("-", "_") == f"__{name}":
             return value or (args[i + 1] if i + 1 < len(args) else None)
     return None
 
@@ -32,32 +34,35 @@ def check_table(cls: type, table: Any, where: str = "") -> None:
     if not isinstance(table, dict):
         raise ValueError(f"{where}: must be a table [{where}], got {table!r}")
     hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
+    known = {f.name: f for f in fields(cls)}
     for key, value in table.items():
         if key == extends.KEY and key not in known:
             raise ValueError(
                 f"{where}.{key}: a whole file extends others, not a section; put it above the first [section]"
             )
         if key not in known:
-            raise ValueError(unknown_key_message(where or "config file", key, known))
+            raise ValueError(unknown_key_message(where or "config file", key, list(known)))
         name = f"{where}.{key}" if where else key
+        registry = registry_of(known[key])
         if is_dataclass(hints[key]):
             check_table(hints[key], value, name)  # type: ignore[arg-type]
+        elif registry is not None and isinstance(value, str):
+            registry.check(name, value)
         else:
             check_value(name, value, hints[key])
 
 
-def check_layers(layers: list[extends.Layer], *, only_ours: bool) -> None:
+def check_layers(layers: list[extends.Layer], cls: type[JobConfig], *, only_ours: bool) -> None:
     """Check what each file says, so that a message can name the file; with ``only_ours`` other sections are passed over.
 
     Raises:
         ValueError: names the file where there are several, the key, the value and the rule.
     """
-    ours = {f.name for f in fields(JobConfig)}
+    ours = {f.name for f in fields(cls)}
     for layer in layers:
         table = {key: v for key, v in layer.table.items() if key in ours or not only_ours}
         try:
-            check_table(JobConfig, table)
+            check_table(cls, table)
         except ValueError as error:
             raise ValueError(f"{layer.path}: {error}" if len(layers) > 1 else str(error)) from None
 
@@ -82,10 +87,21 @@ def load_job_config(args: list[str]) -> JobConfig:
     Raises:
         ValueError: a bad file, key, type or value; the message names it.
     """
-    path = option_of(args, "config_file")
+    path = option_of(args, "job.config_file")
     layers = extends.read_layers(path) if path is not None else []
     table = extends.merged_table(layers)
-    job = table.get("job")
-    module = job.get("custom_config_module") if isinstance(job, dict) else None
-    check_layers(layers, only_ours=bool(option_of(args, "custom_config_module") or module))
-    return MergedConfigManager(JobConfig, table).parse_args(args)  # type: ignore[return-value]
+    extension = _chosen(args, table, "experimental.custom_import")
+    if extension:
+        import_extension(extension)  # first of all: it may register what the config chooses
+    cls = job_config_class()
+    offer_choices(cls)
+    check_layers(layers, cls, only_ours=bool(_chosen(args, table, "job.custom_config_module")))
+    return MergedConfigManager(cls, table).parse_args(args)  # type: ignore[return-value]
+
+
+def _chosen(args: list[str], table: dict[str, Any], name: str) -> str | None:
+    """What the command line, or else the files, say for ``section.key`` if it is a text."""
+    section, _, key = name.partition(".")
+    rows = table.get(section)
+    value = option_of(args, name) or (rows.get(key) if isinstance(rows, dict) else None)
+    return value if isinstance(value, str) else None

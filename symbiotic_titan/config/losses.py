@@ -1,30 +1,114 @@
 """[losses] and [flow]: the terms of the loss and the flow-matching path."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from symbiotic_titan.registry import Registry, load_part
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term of the loss, as [losses] knows it.
+
+    weight  default of its key in [losses].
+    help    the sentence about that key in --help.
+    value   (StepInputs) -> Tensor, differentiable: with ``count`` the (J,) sums over a micro-batch's targets by task, else () the
+            micro-batch's share of the step's value. See ``losses.terms``.
+    count   (PackedBatch) -> (J,) float Tensor, targets by task, known before the forward. The step's sums are divided by the step's
+            count over all ranks and micro-batches, so accumulation and sharding do not change the loss.
+
+    Either function may be given as an address, ``"package.module:function"``, which is imported when it is needed.
+    """
+
+    weight: float
+    help: str
+    value: Callable[..., Any] | str
+    count: Callable[..., Any] | str | None = None
+
+    def value_function(self) -> Callable[..., Any]:
+        return load_part(self.value) if isinstance(self.value, str) else self.value
+
+    def count_function(self) -> Callable[..., Any] | None:
+        return load_part(self.count) if isinstance(self.count, str) else self.count
+
+
+# In the order in which terms are added up.
+LOSS_TERMS: Registry[LossTerm] = Registry("losses")
+
+_TERMS = "symbiotic_titan.losses.terms"
+LOSS_TERMS.register(
+    "text",
+    LossTerm(
+        1.0,
+        "Weight of the next-token cross entropy.",
+        f"{_TERMS}:text_sums",
+        f"{_TERMS}:label_counts",
+    ),
+)
+LOSS_TERMS.register(
+    "flow",
+    LossTerm(
+        1.0,
+        "Weight of the flow-matching error.",
+        f"{_TERMS}:flow_sums",
+        f"{_TERMS}:latent_counts",
+    ),
+)
+LOSS_TERMS.register(
+    "balance",
+    LossTerm(0.01, "Weight of the load-balancing loss.", "symbiotic_titan.losses.balance:balance"),
+)
 
 
 @dataclass
-class Losses:
-    text: float = 1.0
-    """Weight of the next-token cross entropy."""
-
-    flow: float = 1.0
-    """Weight of the flow-matching error."""
-
-    balance: float = 0.01
-    """Weight of the load-balancing loss."""
+class LossSettings:
+    """What [losses] says besides the weights of the terms."""
 
     balance_scope: Literal["local", "global"] = "local"
     """Over which tokens expert shares are counted: those of one micro-batch on one rank, or all of the step. ``global`` with
     gradient accumulation runs every micro-batch's forward once more, without gradients, to know the shares beforehand."""
 
     def __post_init__(self) -> None:
-        for name in ("text", "flow", "balance"):
+        for name in self.terms():
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"losses.{name}: must be zero or positive, got {getattr(self, name)}"
                 )
+
+    def terms(self) -> dict[str, LossTerm]:
+        """The terms that have a weight here, in the order in which they are added up.
+
+        Raises:
+            ValueError: a term was registered after this config was read.
+        """
+        late = [name for name in LOSS_TERMS if not hasattr(self, name)]
+        if late:
+            raise ValueError(
+                f"losses.{late[0]}: this term was registered after the config was read, so it has no weight; register it in the "
+                "module that experimental.custom_import names, which is imported first"
+            )
+        return {name: LOSS_TERMS[name] for name in LOSS_TERMS}
+
+    def weight(self, name: str) -> float:
+        return float(getattr(self, name))
+
+
+def losses_class() -> type[LossSettings]:
+    """The class of [losses]: a weight per registered term, and ``LossSettings``."""
+    weights = [
+        (name, Annotated[float, tyro.conf.arg(help=term.help)], field(default=term.weight))
+        for name in LOSS_TERMS
+        for term in (LOSS_TERMS[name],)
+    ]
+    cls = make_dataclass("Losses", weights, bases=(LossSettings,))
+    cls.__module__ = __name__
+    return cls
+
+
+Losses = losses_class()
 
 
 @dataclass

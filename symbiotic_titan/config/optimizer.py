@@ -4,6 +4,7 @@ Names of parameters, as rules and checkpoints know them.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,17 @@ import tyro
 from torchtitan.config.job_config import Optimizer as UpstreamOptimizer
 
 from symbiotic_titan.config.rows import row_from_dict
+from symbiotic_titan.registry import Registry, choice
+
+LRDecay = Callable[[float], float]
+"""Progress in (0, 1] through the last part of a run -> share of the learning rate that is left, from 1 down to 0;
+``min_lr_factor`` lifts its end. A pure function, so that a resumed run goes on exactly."""
+
+_DECAYS = "symbiotic_titan.optim.lr_schedule"
+LR_DECAYS: Registry[LRDecay] = Registry(
+    "lr_scheduler.decay_type",
+    {"linear": f"{_DECAYS}:linear", "sqrt": f"{_DECAYS}:sqrt", "cosine": f"{_DECAYS}:cosine"},
+)
 
 # Prefixes that activation checkpointing and torch.compile put into parameter names.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -55,7 +67,7 @@ class ParamGroupRow:
     decay_ratio: float | None = None
     """Last share of the run in which the rate falls; ``lr_scheduler.decay_ratio`` where absent."""
 
-    decay_type: Literal["linear", "sqrt", "cosine"] | None = None
+    decay_type: str | None = choice(LR_DECAYS, None)
     """Line along which it falls; ``lr_scheduler.decay_type`` where absent."""
 
     min_lr_factor: float | None = None

@@ -6,6 +6,8 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from symbiotic_titan.registry import registry_of
+
 T = TypeVar("T")
 
 
@@ -99,6 +101,9 @@ def row_from_dict(cls: type[T], row: Any, where: str) -> T:
             raise ValueError(unknown_key_message(where, key, known))
         check_value(f"{where}.{key}", value, hints[key])
     for f in fields(cls):  # type: ignore[arg-type]
+        registry = registry_of(f)
+        if registry is not None and row.get(f.name) is not None:
+            registry.check(f"{where}.{f.name}", row[f.name])
         required = f.default is MISSING and f.default_factory is MISSING
         if required and f.name not in row:
             raise ValueError(f"{where}: missing key {f.name!r}")

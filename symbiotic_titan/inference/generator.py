@@ -23,7 +23,6 @@ from symbiotic_titan.build import build_tokenizer
 from symbiotic_titan.checkpoint.resume import choose_step, step_of
 from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.codecs.codec import Codec
-from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config
@@ -145,7 +144,6 @@ class Generator:
                 checkpoint = checkpoint or path
                 path = saved_config(path)
             config = load_job_config(["--job.config_file", str(path), *overrides])
-            import_extension(config)
         config = copy.deepcopy(config)
         config.model.attention_backend = "sdpa"  # FlexAttention would compile for every new length
         ranks = join_ranks(config)

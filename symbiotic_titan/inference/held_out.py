@@ -6,7 +6,7 @@ Letters: J tasks.
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -21,7 +21,8 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.losses import Flow
 from symbiotic_titan.flow.path import draw_noise_and_timesteps, interpolate, velocity_target
 from symbiotic_titan.losses.report import accuracies, correct_tokens, mean_losses
-from symbiotic_titan.losses.terms import LossTerms, loss_terms
+from symbiotic_titan.losses.step import LossFunction
+from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.parallel.ranks import DataRanks
 from symbiotic_titan.sequence.batch import PackedBatch
 
@@ -37,7 +38,7 @@ def held_out_losses(
     flow: Flow,
     *,
     first_rows: Iterable[int] | None = None,
-    loss_fn: Callable[..., LossTerms] = loss_terms,
+    loss_fn: LossFunction | None = None,
     autocast: contextlib.AbstractContextManager | None = None,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float]:
@@ -48,6 +49,7 @@ def held_out_losses(
     ranks (None: they follow each other): a row's noise depends on its index alone. Under FSDP or expert parallelism every rank
     must bring equally many batches. The model is put back into its mode.
     """
+    loss_fn = loss_fn or LossFunction()
     was_training = model.training
     model.eval()
     sums: list[torch.Tensor] = []
@@ -61,8 +63,10 @@ def held_out_losses(
     if sum_over_ranks is not None:
         total = sum_over_ranks(total)
     *parts, correct_J = total.cpu().unbind()  # device sync
-    terms = LossTerms(*parts)
-    return mean_losses(terms) | accuracies(correct_J, terms.text_count)
+    terms = loss_fn.counted
+    sums_of = dict(zip(terms, parts[: len(terms)], strict=True))
+    counts_of = dict(zip(terms, parts[len(terms) :], strict=True))
+    return mean_losses(sums_of, counts_of) | accuracies(correct_J, counts_of["text"])
 
 
 def _numbered(
@@ -82,10 +86,10 @@ def _sums_of_batch(
     batch: PackedBatch,
     flow: Flow,
     first_row: int,
-    loss_fn: Callable[..., LossTerms],
+    loss_fn: LossFunction,
     autocast: contextlib.AbstractContextManager | None,
 ) -> torch.Tensor:
-    """(5, J) float64: the fields of LossTerms in their order, then correct tokens."""
+    """(2 * terms + 1, J) float64: sums and counts of the terms that are means over targets, then correct tokens."""
     noise_BLZ, timesteps_BL = draw_noise_and_timesteps(
         batch.vae_image,
         batch.latents.shape[-1],
@@ -98,8 +102,16 @@ def _sums_of_batch(
     with autocast or contextlib.nullcontext():
         output = model(batch, noised_BLZ, timesteps_BL, shield_scale)
     target_BLZ = velocity_target(batch.latents, noise_BLZ)
-    terms = loss_fn(output.logits, output.velocity, target_BLZ, batch)
-    parts = [getattr(terms, f.name) for f in fields(LossTerms)]
+    inputs = StepInputs(
+        batch=batch,
+        logits=output.logits,
+        velocity=output.velocity,
+        target_velocity=target_BLZ,
+        records=output.records,
+        cross_entropy=loss_fn.cross_entropy,
+    )
+    values, counts = loss_fn.values(inputs), loss_fn.counts(batch)
+    parts = [*(values[name] for name in counts), *counts.values()]
     return torch.stack([*parts, correct_tokens(output.logits, batch)]).double()
 
 

@@ -4,7 +4,6 @@ Per group g: E_g * sum over its experts of f_e * P_e, with f_e the share of the 
 (sums to 1, no gradient) and P_e the router's mean probability for e over the group's tokens. 1.0 when uniform.
 (Switch Transformer, arXiv 2101.03961, eq. 4 to 6, with top-k assignments.)
 
-Letters: L layers, E experts of one group, G groups.
 """
 
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.moe.record import RoutingRecord, RoutingTotals, routing_totals
 
 
@@ -35,3 +35,16 @@ def balance_loss(records: Sequence[RoutingRecord], totals: RoutingTotals | None 
         tokens_L1 = totals.num_tokens[:, group].float().clamp(min=1).unsqueeze(-1)
         loss = loss + sizes[group] * (share_LE * prob_sum_LE / tokens_L1).sum()
     return loss / len(records)
+
+
+def balance(inputs: StepInputs) -> Tensor:
+    """() the micro-batch's share of the step's balancing loss; 0 without MoE layers.
+
+    With the step's counts the parts of all micro-batches sum to the loss of the whole step; without them every micro-batch has a
+    loss of its own, and the step's is their mean.
+    """
+    if not inputs.records:
+        return torch.zeros((), device=inputs.batch.tokens.device)
+    if inputs.step_routing is not None:
+        return balance_loss(inputs.records, inputs.step_routing)
+    return balance_loss(inputs.records) / inputs.num_micro_batches

@@ -1,98 +1,131 @@
-"""What one optimizer step counts and finds out: targets before the forward passes, sums behind them.
+"""The loss of one optimizer step, put together from the registered terms.
 
-Letters: J tasks, M modalities.
+Targets are counted before the forward passes, over all ranks and micro-batches; every micro-batch then adds its sums divided by these
+counts. So the gradient of N micro-batches on M ranks is that of one batch N x M times as large.
 """
 
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from symbiotic_titan.config.losses import Losses
+from symbiotic_titan.config.losses import Losses, LossSettings
 from symbiotic_titan.losses.report import mean_losses
-from symbiotic_titan.losses.terms import LossTerms, target_counts
+from symbiotic_titan.losses.terms import StepInputs, text_errors
 from symbiotic_titan.moe.record import RoutingTotals
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, TASK_NAMES
 
-WEIGHTED = ("text", "flow", "balance")
-
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What the targets of one step count over all ranks and micro-batches; known before any forward.
+    """Targets of one step over all ranks and micro-batches; known before any forward.
 
-    text, flow  (J,) labelled and generated tokens by task.   modality  (M,) tokens.   positions  () tokens and padding.
+    counts     term -> (J,) targets by task, of the terms that have some.
+    modality   (M,) tokens.
+    positions  () tokens and padding.
     """
 
-    text: Tensor
-    flow: Tensor
+    counts: dict[str, Tensor]
     modality: Tensor
     positions: Tensor
-
-    @staticmethod
-    def count(batches: list[PackedBatch]) -> Tensor:
-        """(J + J + M + 1,) float64: this rank's share, to be summed over ranks."""
-        rows = []
-        for batch in batches:
-            text, flow = target_counts(batch)
-            positions = torch.tensor([batch.tokens.numel()], device=text.device)
-            rows.append(torch.cat([text, flow, batch.num_tokens(), positions]).double())
-        return torch.stack(rows).sum(0)
-
-    @classmethod
-    def of_sum(cls, total: Tensor) -> "StepTotals":
-        """From ``count`` summed over ranks."""
-        text, flow, modality, positions = total.split(
-            [len(TASK_NAMES), len(TASK_NAMES), len(MODALITY_NAMES), 1]
-        )
-        return cls(text.float(), flow.float(), modality, positions)
-
-    def loss(self, terms: LossTerms, balance: Tensor, weights: Losses) -> Tensor:
-        """A micro-batch's share of the step's loss: sums over the counts of all ranks and micro-batches."""
-        return (
-            weights.text * terms.text_sum.sum() / self.text.sum().clamp(min=1)
-            + weights.flow * terms.flow_sum.sum() / self.flow.sum().clamp(min=1)
-            + weights.balance * balance
-        )
 
 
 @dataclass(frozen=True)
 class MicroBatchResult:
-    """What one micro-batch on this rank leaves behind, detached.
+    """What one micro-batch on this rank leaves, detached.
 
-    text_sum, flow_sum  (J,) sums by task.   balance  () its share of the balancing loss.   routing  None without MoE layers.
+    values   term -> (J,) sums by task, or () its share of the step's value.
+    routing  None without MoE layers.
     """
 
-    text_sum: Tensor
-    flow_sum: Tensor
-    balance: Tensor
+    values: dict[str, Tensor]
     routing: RoutingTotals | None
 
     @property
     def is_finite(self) -> Tensor:
         """() bool."""
-        return torch.isfinite(self.text_sum.sum() + self.flow_sum.sum() + self.balance)
+        return torch.isfinite(sum(value.sum() for value in self.values.values()))  # type: ignore[arg-type]
 
 
-def sum_results(results: list[MicroBatchResult]) -> Tensor:
-    """(J + J + 1,) loss sums of this rank, to be summed over ranks."""
-    rows = [torch.cat([r.text_sum, r.flow_sum, r.balance.reshape(1)]) for r in results]
-    return torch.stack(rows).sum(0)
+class LossFunction:
+    """The registered terms with the weights of [losses]. It fills torchtitan's slot for the loss.
 
+    cross_entropy: ``text_errors``, or the same compiled.
+    """
 
-def step_losses(total: Tensor, totals: StepTotals, weights: Losses) -> dict[str, float]:
-    """Losses of the step by name, from ``sum_results`` summed over ranks; a task without a token in this step is left out."""
-    text_sum, flow_sum, balance = total.split([len(TASK_NAMES), len(TASK_NAMES), 1])
-    means = mean_losses(LossTerms(text_sum, totals.text, flow_sum, totals.flow))
-    losses = {"text": 0.0, "flow": 0.0, "balance": float(balance)} | means
-    losses["total"] = sum(getattr(weights, name) * losses[name] for name in WEIGHTED)
-    return losses
+    def __init__(
+        self,
+        settings: LossSettings | None = None,
+        cross_entropy: Callable[[Tensor, Tensor], Tensor] = text_errors,
+    ) -> None:
+        settings = settings or Losses()
+        terms = settings.terms()
+        self.cross_entropy = cross_entropy
+        self.weights = {name: settings.weight(name) for name in terms}
+        self._values = {name: term.value_function() for name, term in terms.items()}
+        counts = {name: term.count_function() for name, term in terms.items()}
+        self._counts = {name: count for name, count in counts.items() if count is not None}
 
+    @property
+    def counted(self) -> list[str]:
+        """Terms that are sums over targets, in their order."""
+        return list(self._counts)
 
-def not_finite(losses: dict[str, float], grad_norm: float) -> dict[str, float]:
-    """Those of the step's weighted losses and of its gradient norm that are not finite."""
-    values = {**{name: losses[name] for name in WEIGHTED}, "grad_norm": grad_norm}
-    return {
-        name: value for name, value in values.items() if not torch.isfinite(torch.tensor(value))
-    }
+    def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """Term -> (J,) targets of ``batch`` by task. Needs no forward."""
+        return {name: count(batch) for name, count in self._counts.items()}
+
+    def values(self, inputs: StepInputs) -> dict[str, Tensor]:
+        """Term -> its differentiable sums by task (J,), or its () share of the step's value."""
+        return {name: value(inputs) for name, value in self._values.items()}
+
+    def count_step(self, batches: Sequence[PackedBatch]) -> Tensor:
+        """(J * counted terms + M + 1,) float64: this rank's share of ``StepTotals``, to be summed over ranks."""
+        rows = []
+        for batch in batches:
+            counts = list(self.counts(batch).values())
+            positions = torch.tensor([batch.tokens.numel()], device=batch.tokens.device)
+            rows.append(torch.cat([*counts, batch.num_tokens(), positions]).double())
+        return torch.stack(rows).sum(0)
+
+    def totals(self, total: Tensor) -> StepTotals:
+        """From ``count_step`` summed over ranks."""
+        sizes = [len(TASK_NAMES)] * len(self._counts)
+        *counts, modality, positions = total.split([*sizes, len(MODALITY_NAMES), 1])
+        by_term = {n: c.float() for n, c in zip(self._counts, counts, strict=True)}
+        return StepTotals(by_term, modality, positions)
+
+    def loss(self, values: Mapping[str, Tensor], totals: StepTotals) -> Tensor:
+        """() a micro-batch's share of the step's loss."""
+        terms = []
+        for name, value in values.items():
+            weighted = self.weights[name] * value.sum()
+            if name in totals.counts:
+                # A step without any target of this kind has the loss 0, not NaN.
+                weighted = weighted / totals.counts[name].sum().clamp(min=1)
+            terms.append(weighted)
+        return functools.reduce(operator.add, terms)
+
+    def sum_results(self, results: Sequence[MicroBatchResult]) -> Tensor:
+        """All terms' values of this rank one after another, to be summed over ranks."""
+        rows = [torch.cat([v.reshape(-1) for v in result.values.values()]) for result in results]
+        return torch.stack(rows).sum(0)
+
+    def step_losses(self, total: Tensor, totals: StepTotals) -> dict[str, float]:
+        """Losses of the step by name, from ``sum_results`` summed over ranks; a task without a target in this step is left out."""
+        sizes = [len(TASK_NAMES) if name in totals.counts else 1 for name in self._values]
+        values = dict(zip(self._values, total.split(sizes), strict=True))
+        means = mean_losses({n: v for n, v in values.items() if n in totals.counts}, totals.counts)
+        others = {n: float(v) for n, v in values.items() if n not in totals.counts}
+        losses = dict.fromkeys(self.weights, 0.0) | others | means
+        losses["total"] = sum(weight * losses[name] for name, weight in self.weights.items())
+        return losses
+
+    def not_finite(self, losses: Mapping[str, float], grad_norm: float) -> dict[str, float]:
+        """Those of the step's weighted losses and of its gradient norm that are not finite."""
+        values = {**{name: losses[name] for name in self.weights}, "grad_norm": grad_norm}
+        return {n: v for n, v in values.items() if not torch.isfinite(torch.tensor(v))}

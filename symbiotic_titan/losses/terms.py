@@ -1,55 +1,23 @@
-"""LossTerms: sums and counts of one micro-batch. They are divided once, by the counts of the whole step.
+"""Our terms of the loss that are averaged over tokens: next-token cross entropy and flow matching.
 
-Letters: B rows, T positions, L latent tokens, Z numbers per latent patch, V vocabulary, J tasks.
+A term gives sums by task over one micro-batch, and counts its targets before the forward. Both are divided once per step, by the
+counts over all ranks and micro-batches (``losses.step``). Which terms there are, and their weights: ``config.losses``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from symbiotic_titan.moe.record import RoutingRecord, RoutingTotals
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.modality import IGNORE_INDEX, TASK_NAMES
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, TASK_NAMES
 
 
-@dataclass(frozen=True)
-class LossTerms:
-    """Per-task sums of a loss over its tokens and the number of these tokens.
-
-    text_sum, text_count  (J,) cross entropy in nats over labelled tokens.
-    flow_sum, flow_count  (J,) squared velocity error, averaged over channels, over generated tokens.
-    """
-
-    text_sum: torch.Tensor
-    text_count: torch.Tensor
-    flow_sum: torch.Tensor
-    flow_count: torch.Tensor
-
-
-def sum_by_task(values: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
-    """(J,) sums of ``values`` by ``tasks`` of the same shape; a negative task is left out."""
-    one_hot = tasks.unsqueeze(-1) == torch.arange(len(TASK_NAMES), device=tasks.device)
-    return (values.unsqueeze(-1) * one_hot).flatten(0, -2).sum(0)
-
-
-def latent_tasks(batch: PackedBatch) -> torch.Tensor:
-    """(B, L) task of each latent token; NO_TASK where the slot is unused."""
-    last = batch.task.shape[1] - 1
-    tasks_BL = batch.task.gather(1, batch.vae_index.clamp(max=last))
-    return tasks_BL.masked_fill(batch.vae_image < 0, -1)
-
-
-def target_counts(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """((J,) labelled tokens, (J,) generated tokens) of a batch, by task. Needs no forward."""
-    is_label = (batch.labels != IGNORE_INDEX).float()
-    text_count = sum_by_task(is_label, batch.task)
-    tasks_BL = latent_tasks(batch)
-    return text_count, sum_by_task(torch.ones_like(tasks_BL, dtype=torch.float32), tasks_BL)
-
-
-def text_errors(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """(B, T) float32 next-token cross entropy; 0 where there is no label."""
+def text_errors(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """(B, T) float32 next-token cross entropy in nats; 0 where there is no label."""
     errors = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(),
         labels_BT.flatten(),
@@ -59,27 +27,61 @@ def text_errors(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tens
     return errors.view_as(labels_BT)
 
 
-def flow_errors(
-    velocity_BLZ: torch.Tensor, target_BLZ: torch.Tensor, vae_image_BL: torch.Tensor
-) -> torch.Tensor:
-    """(B, L) float32 squared velocity error, averaged over channels; 0 in unused slots."""
-    errors_BL = (velocity_BLZ.float() - target_BLZ.float()).square().mean(-1)
-    return errors_BL.masked_fill(vae_image_BL < 0, 0.0)
+@dataclass(frozen=True)
+class StepInputs:
+    """What a term is computed from: one micro-batch and the model's output on it.
+
+    logits             (B, T, V).
+    velocity           (B, L, Z) predicted velocity.
+    target_velocity    (B, L, Z).
+    records            one per MoE layer; empty without MoE layers.
+    num_micro_batches  of the step, over all data ranks.
+    step_routing       expert counts of the whole step, where losses.balance_scope = "global"; else None.
+    cross_entropy      ``text_errors``, or the same compiled.
+    """
+
+    batch: PackedBatch
+    logits: Tensor
+    velocity: Tensor
+    target_velocity: Tensor
+    records: Sequence[RoutingRecord] = ()
+    num_micro_batches: int = 1
+    step_routing: RoutingTotals | None = None
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = text_errors
 
 
-def loss_terms(
-    logits_BTV: torch.Tensor,
-    velocity_BLZ: torch.Tensor,
-    target_BLZ: torch.Tensor,
-    batch: PackedBatch,
-    cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = text_errors,
-) -> LossTerms:
-    """The micro-batch's sums, differentiable, with their counts. ``cross_entropy``: ``text_errors`` or the same compiled."""
-    text_count, flow_count = target_counts(batch)
-    flow_BL = flow_errors(velocity_BLZ, target_BLZ, batch.vae_image)
-    return LossTerms(
-        text_sum=sum_by_task(cross_entropy(logits_BTV, batch.labels), batch.task),
-        text_count=text_count,
-        flow_sum=sum_by_task(flow_BL, latent_tasks(batch)),
-        flow_count=flow_count,
-    )
+def sum_by_task(values: Tensor, tasks: Tensor) -> Tensor:
+    """(J,) sums of ``values`` by ``tasks`` of the same shape; NO_TASK is left out."""
+    one_hot = tasks.unsqueeze(-1) == torch.arange(len(TASK_NAMES), device=tasks.device)
+    return (values.unsqueeze(-1) * one_hot).flatten(0, -2).sum(0)
+
+
+def latent_tasks(batch: PackedBatch) -> Tensor:
+    """(B, L) task of each latent token; NO_TASK where the slot is unused."""
+    last = batch.task.shape[1] - 1
+    tasks_BL = batch.task.gather(1, batch.vae_index.clamp(max=last))
+    return tasks_BL.masked_fill(batch.vae_image < 0, NO_TASK)
+
+
+def label_counts(batch: PackedBatch) -> Tensor:
+    """(J,) float32: labelled tokens by task."""
+    return sum_by_task((batch.labels != IGNORE_INDEX).float(), batch.task)
+
+
+def latent_counts(batch: PackedBatch) -> Tensor:
+    """(J,) float32: latent tokens by task."""
+    tasks_BL = latent_tasks(batch)
+    return sum_by_task(torch.ones_like(tasks_BL, dtype=torch.float32), tasks_BL)
+
+
+def text_sums(inputs: StepInputs) -> Tensor:
+    """(J,) cross entropy in nats, summed over labelled tokens."""
+    return sum_by_task(inputs.cross_entropy(inputs.logits, inputs.batch.labels), inputs.batch.task)
+
+
+def flow_sums(inputs: StepInputs) -> Tensor:
+    """(J,) squared velocity error, averaged over channels and summed over latent tokens (arXiv 2210.02747, eq. 9)."""
+    errors_BL = (inputs.velocity.float() - inputs.target_velocity.float()).square().mean(-1)
+    # Unused slots are multiplied by 0 too, so that their predictions have a gradient, which is 0.
+    errors_BL = errors_BL.masked_fill(inputs.batch.vae_image < 0, 0.0)
+    return sum_by_task(errors_BL, latent_tasks(inputs.batch))

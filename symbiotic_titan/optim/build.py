@@ -6,17 +6,13 @@ says, so it may change; ``group_record`` tells what did.
 Which rule claims which parameter: every parameter exactly one, the first that matches.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.config import LRScheduler
 from torchtitan.distributed import ParallelDims
 
 from symbiotic_titan.config.optimizer import Optimizer, ParamGroupRow, clean_name
@@ -150,58 +146,3 @@ def build_optimizers(
     """Fills the train spec's optimizer slot, by the builder that the config names."""
     (model,) = model_parts  # pipeline parallelism is refused by the checks
     return OPTIMIZER_BUILDERS[config.builder](model, config, parallel_dims)
-
-
-class StepLRSchedulers(LRSchedulersContainer):
-    """One factor per group on its rate. The saved state is the step alone: base rates stay the config's on a resume."""
-
-    def __init__(
-        self, optimizers: OptimizersContainer, factors: list[list[Callable[[int], float]]]
-    ) -> None:
-        self.schedulers = [
-            LambdaLR(optimizer, own) for optimizer, own in zip(optimizers, factors, strict=True)
-        ]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"last_epoch": self.schedulers[0].last_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for scheduler in self.schedulers:
-            scheduler.last_epoch = state_dict["last_epoch"]
-            rates = [
-                base * factor(scheduler.last_epoch)
-                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            scheduler._last_lr = rates
-
-
-def schedule_factor(config: LRScheduler, training_steps: int) -> Callable[[int], float]:
-    """Step, counted from 0 -> factor on the rate: torchtitan's warm-up, stable, decay."""
-    # Upstream makes the factor only together with a scheduler of some optimizer: here, of one that is thrown away.
-    some = torch.optim.SGD([torch.zeros(())], lr=1.0)
-    upstream = build_lr_schedulers([some], config, training_steps)  # type: ignore[arg-type]
-    return upstream.schedulers[0].lr_lambdas[0]  # type: ignore[attr-defined]
-
-
-def build_schedulers(
-    optimizers: OptimizersContainer, config: LRScheduler, training_steps: int
-) -> StepLRSchedulers:
-    """Fills the train spec's schedule slot: [lr_scheduler], with what a group says otherwise.
-
-    Every group's ``schedule`` then holds all that its factor follows from.
-    """
-    factors = []
-    for optimizer in optimizers:
-        own = []
-        for group in optimizer.param_groups:
-            shape = dataclasses.replace(config, **group.get("schedule", {}))
-            own.append(schedule_factor(shape, training_steps))
-            group["schedule"] = dataclasses.asdict(shape)
-            if shape.total_steps is None:
-                group["schedule"]["total_steps"] = training_steps
-            if shape.decay_ratio == 0:
-                del group["schedule"]["total_steps"]  # the rate does not depend on it
-        factors.append(own)
-    return StepLRSchedulers(optimizers, factors)

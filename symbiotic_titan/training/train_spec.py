@@ -19,7 +19,8 @@ from symbiotic_titan.data.loader import build_loader
 from symbiotic_titan.inference.held_out import held_out_data
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.optim.build import build_optimizers, build_schedulers
+from symbiotic_titan.optim.build import build_optimizers
+from symbiotic_titan.optim.lr_schedule import build_schedulers
 from symbiotic_titan.parallel.float8 import register_float8
 from symbiotic_titan.training.metrics import build_metrics
 from symbiotic_titan.training.validation import (

@@ -32,15 +32,8 @@ from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.flow.path import draw_noise_and_timesteps, interpolate, velocity_target
-from symbiotic_titan.losses.balance import balance_loss
-from symbiotic_titan.losses.step import (
-    MicroBatchResult,
-    StepTotals,
-    not_finite,
-    step_losses,
-    sum_results,
-)
-from symbiotic_titan.losses.terms import LossTerms
+from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTotals
+from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
@@ -67,6 +60,7 @@ class SymbioticTrainer(Trainer):
     job_config: JobConfig
     metrics_processor: SymbioticMetrics  # type: ignore[assignment]
     validator: SymbioticValidator
+    loss_fn: LossFunction  # type: ignore[assignment]
 
     def __init__(self, job_config: JobConfig) -> None:
         self.stop, self.saved_config = StopRequest(), SavedConfig(job_config)
@@ -163,17 +157,6 @@ class SymbioticTrainer(Trainer):
             self.sum_over_ranks(total.counts), self.sum_over_ranks(total.num_tokens)
         )
 
-    def balance_of(self, output: ModelOutput, step_routing: RoutingTotals | None) -> torch.Tensor:
-        """This micro-batch's share of the step's balancing loss."""
-        if not output.records:
-            return torch.zeros((), device=self.device)
-        if self.job_config.losses.balance_scope == "local":
-            num_micro_batches = self.gradient_accumulation_steps * self.ranks.size
-            return balance_loss(output.records) / num_micro_batches
-        if step_routing is None:
-            step_routing = self.reduce_routing([routing_totals(output.records)])
-        return balance_loss(output.records, step_routing)
-
     def forward_backward(
         self,
         batch: PackedBatch,
@@ -183,16 +166,23 @@ class SymbioticTrainer(Trainer):
     ) -> MicroBatchResult:
         """The micro-batch's losses and counts, after its backward."""
         output, target_BLZ = self.forward(batch, micro_batch)
-        terms: LossTerms = self.loss_fn(output.logits, output.velocity, target_BLZ, batch)
-        balance = self.balance_of(output, step_routing)
-        loss = totals.loss(terms, balance, self.job_config.losses)
-        loss.backward()
-        return MicroBatchResult(
-            text_sum=terms.text_sum.detach(),
-            flow_sum=terms.flow_sum.detach(),
-            balance=balance.detach(),
-            routing=routing_totals(output.records) if output.records else None,
+        routing = routing_totals(output.records) if output.records else None
+        if self.job_config.losses.balance_scope == "global" and step_routing is None and routing:
+            step_routing = self.reduce_routing([routing])
+        values = self.loss_fn.values(
+            StepInputs(
+                batch=batch,
+                logits=output.logits,
+                velocity=output.velocity,
+                target_velocity=target_BLZ,
+                records=output.records,
+                num_micro_batches=self.gradient_accumulation_steps * self.ranks.size,
+                step_routing=step_routing,
+                cross_entropy=self.loss_fn.cross_entropy,
+            )
         )
+        self.loss_fn.loss(values, totals).backward()
+        return MicroBatchResult({name: v.detach() for name, v in values.items()}, routing)
 
     def train_step(self, data_iterator: Iterator[PackedBatch]) -> None:  # type: ignore[override]
         """One optimizer step over ``gradient_accumulation_steps`` micro-batches."""
@@ -205,7 +195,7 @@ class SymbioticTrainer(Trainer):
         batches = [
             self.to_device(next(data_iterator)) for _ in range(self.gradient_accumulation_steps)
         ]
-        totals = StepTotals.of_sum(self.sum_over_ranks(StepTotals.count(batches)))
+        totals = self.loss_fn.totals(self.sum_over_ranks(self.loss_fn.count_step(batches)))
         needs_routing = self.job_config.losses.balance_scope == "global" and len(batches) > 1
         step_routing = self.routing_of_step(batches) if needs_routing else None
         results = [
@@ -219,8 +209,8 @@ class SymbioticTrainer(Trainer):
             foreach=True,
             ep_enabled=self.parallel_dims.ep_enabled,
         )
-        total = self.sum_over_ranks(sum_results(results))
-        losses = step_losses(total, totals, self.job_config.losses)
+        total = self.sum_over_ranks(self.loss_fn.sum_results(results))
+        losses = self.loss_fn.step_losses(total, totals)
         self.check_finite(losses, float(grad_norm), results)
         rates = {group["name"]: group["lr"] for group in self.optimizers.groups}  # type: ignore[attr-defined]
         self.checkpointer.maybe_wait_for_staging()
@@ -279,7 +269,7 @@ class SymbioticTrainer(Trainer):
         self, losses: dict[str, float], grad_norm: float, results: list[MicroBatchResult]
     ) -> None:
         """Stop before the weights change if a loss or the gradient norm is not finite. The last checkpoint stays."""
-        bad = not_finite(losses, grad_norm)
+        bad = self.loss_fn.not_finite(losses, grad_norm)
         if not bad:
             return
         flags: list[bool] = [False] * dist.get_world_size()

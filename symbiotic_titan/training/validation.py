@@ -23,7 +23,7 @@ from torchtitan.tools.logging import logger
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.inference.held_out import held_out_losses
-from symbiotic_titan.losses.terms import LossTerms
+from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.training.stop import (
     Interrupted,
@@ -67,7 +67,7 @@ class SymbioticValidator(BaseValidator):
         self,
         job_config: JobConfig,
         rows: HeldOutRows,
-        loss_fn: Callable[..., LossTerms],
+        loss_fn: LossFunction,
         metrics_processor: MetricsProcessor,
     ) -> None:
         super().__init__(job_config)

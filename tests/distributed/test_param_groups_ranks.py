@@ -16,9 +16,13 @@ from torchtitan.config import LRScheduler
 from symbiotic_titan.config.optimizer import ParamGroupRow
 from symbiotic_titan.extensions.momentum_projection import project
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.optim.build import build_optimizers, build_schedulers, freeze_parameters
+from symbiotic_titan.optim.build import (
+    build_optimizers,
+    freeze_parameters,
+)
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
+from symbiotic_titan.optim.lr_schedule import build_schedulers
 from tests.helpers.gloo import run_on_ranks
 
 EXPERT_PARALLEL = "--parallelism.expert_parallel_degree 2"

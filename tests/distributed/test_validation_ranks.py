@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 # First, because it prepares torchtitan in the processes of the ranks.
 from tests.helpers.debug_model import build, config_of  # isort: skip
 
-from symbiotic_titan.losses.terms import loss_terms
+from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.training.validation import (
     HeldOutRows,
     SymbioticValidator,
@@ -37,7 +37,9 @@ def validate(rank, overrides, stop):
     rows = [pack_row(MIXED, args, seed=rank + 2 * i) for i in range(2)]
     for row in rows:
         row.task[:] = row.document
-    validator = SymbioticValidator(config, HeldOutRows(rows, [rank, 2 + rank]), loss_terms, metrics)
+    validator = SymbioticValidator(
+        config, HeldOutRows(rows, [rank, 2 + rank]), LossFunction(), metrics
+    )
     validator.connect(lambda batch: batch, contextlib.nullcontext(), summed, lambda: stop)
     validator.validate([model], step=0)
     return all(isinstance(p, DTensor) for p in model.parameters()), logged

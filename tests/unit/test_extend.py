@@ -1,5 +1,6 @@
 """Parts from a user's own module: registered, chosen by name, and the worked examples of docs/extending.md."""
 
+import contextlib
 import math
 import re
 import sys
@@ -16,9 +17,11 @@ from symbiotic_titan.config.experts import Shielding
 from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import check_table, load_job_config
-from symbiotic_titan.config.optimizer import Optimizer
+from symbiotic_titan.config.losses import LOSS_TERMS
+from symbiotic_titan.config.optimizer import LR_DECAYS, Optimizer
 from symbiotic_titan.evaluation.suite import SUITES
 from symbiotic_titan.extend import (
+    register_lr_decay,
     register_optimizer_builder,
     register_partition_rule,
     register_router_score,
@@ -40,26 +43,32 @@ from tests.helpers.moe_reference import grads, make_args, make_layer, make_token
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
-REGISTRIES = (PARTITION_RULES, SHIELD_SCHEDULES, ROUTER_SCORES, OPTIMIZER_BUILDERS, SUITES)
+REGISTRIES = (
+    LOSS_TERMS,
+    LR_DECAYS,
+    PARTITION_RULES,
+    SHIELD_SCHEDULES,
+    ROUTER_SCORES,
+    OPTIMIZER_BUILDERS,
+    SUITES,
+)
 
 
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch):
     """What a test registers or imports is gone behind it."""
-    for registry in REGISTRIES:
-        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
     monkeypatch.setattr(sys, "path", list(sys.path))
     known = set(sys.modules)
-    yield
+    with contextlib.ExitStack() as stack:
+        for registry in REGISTRIES:
+            stack.enter_context(registry.temporarily())
+        yield
     for name in set(sys.modules) - known:
         if name.startswith(("docs", "my_")):
             del sys.modules[name]
 
 
-def import_named(name):
-    config = JobConfig()
-    config.experimental.custom_import = name
-    import_extension(config)
+DEBUG = ["--job.config_file", str(ROOT / "train_configs" / "debug.toml")]
 
 
 # ---- registering ----------------------------------------------------------------------------------------------------------
@@ -72,6 +81,7 @@ def import_named(name):
         (register_shield_schedule, SHIELD_SCHEDULES, "linear"),
         (register_router_score, ROUTER_SCORES, "sigmoid"),
         (register_optimizer_builder, OPTIMIZER_BUILDERS, "param_groups"),
+        (register_lr_decay, LR_DECAYS, "cosine"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -94,9 +104,9 @@ def test_a_module_in_the_current_directory_is_found(tmp_path, monkeypatch):
         "register_shield_schedule('mine')(lambda config, step: 0.25)\n"
     )
     monkeypatch.chdir(tmp_path)
-    import_named("my_parts")
+    import_extension("my_parts")
     assert shield_scale(Shielding(steps=2, ramp="mine"), 1) == 0.25
-    import_named("my_parts")  # again is nothing new
+    import_extension("my_parts")  # again is nothing new
 
 
 @pytest.mark.parametrize(
@@ -115,15 +125,7 @@ def test_a_name_is_checked_before_the_run_and_known_when_its_module_is_named(
     arguments = ["--job.config_file", str(ROOT / "train_configs" / "debug.toml"), option]
     with pytest.raises(ValueError, match=message):
         check_job(load_job_config(arguments))
-    config = load_job_config([*arguments, "--experimental.custom_import=docs.examples.all_parts"])
-    import_extension(config)
-    check_job(config)
-
-
-def test_no_module_named_is_nothing_to_do():
-    before = set(sys.modules)
-    import_named("")
-    assert set(sys.modules) == before
+    check_job(load_job_config([*arguments, "--experimental.custom_import=docs.examples.all_parts"]))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_no_module_named_is_nothing_to_do():
 )
 def test_a_name_that_is_no_module_is_told(name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        import_named(name)
+        import_extension(name)
 
 
 @pytest.mark.parametrize(
@@ -155,14 +157,14 @@ def test_a_module_that_cannot_be_imported_is_told(tmp_path, monkeypatch, code, m
     (tmp_path / "my_broken.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=re.escape(message)):
-        import_named("my_broken")
+        import_extension("my_broken")
 
 
 def test_a_mistake_in_the_modules_own_code_keeps_its_traceback(tmp_path, monkeypatch):
     (tmp_path / "my_broken.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ZeroDivisionError) as caught:
-        import_named("my_broken")
+        import_extension("my_broken")
     assert caught.traceback[-1].path.name == "my_broken.py"
 
 
@@ -172,7 +174,7 @@ def test_a_mistake_in_the_modules_own_code_keeps_its_traceback(tmp_path, monkeyp
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_imports_registers_and_stands_on_the_page(path):
     before = sum(len(list(registry)) for registry in REGISTRIES)
-    import_named(f"docs.examples.{path.stem}")
+    import_extension(f"docs.examples.{path.stem}")
     added = sum(len(list(registry)) for registry in REGISTRIES) - before
     assert added == (4 if path.stem == "all_parts" else 1)
     assert path.read_text().strip() in PAGE
@@ -188,14 +190,14 @@ def test_every_toml_block_of_the_page_is_a_valid_config():
 
 
 def test_the_cosine_shield_rises_from_0_to_the_scale_behind_it():
-    import_named("docs.examples.cosine_shield")
+    import_extension("docs.examples.cosine_shield")
     config = Shielding(steps=4, after_scale=0.2, ramp="cosine")
     expected = [0.1 * (1 - math.cos(math.pi * i / 4)) for i in range(5)]
     assert [shield_scale(config, step) for step in range(1, 6)] == pytest.approx(expected)
 
 
 def softplus_router(**changes):
-    import_named("docs.examples.softplus_score")
+    import_extension("docs.examples.softplus_score")
     return make_layer(make_args(score_function="softplus", **changes)).router
 
 
@@ -233,7 +235,7 @@ def test_a_registered_score_is_compiled_into_the_routers_graph():
 
 
 def test_the_config_overrides_the_flavors_score_function():
-    import_named("docs.examples.softplus_score")
+    import_extension("docs.examples.softplus_score")
     for name, expected in ((None, "softmax"), ("softplus", "softplus"), ("sigmoid", "sigmoid")):
         config, args = JobConfig(), FLAVORS["debug"]
         config.experts.score_function = name
@@ -246,14 +248,14 @@ def test_an_unknown_score_function_lists_the_known_ones():
     config.experts.score_function = "relu"
     message = (
         "experts.score_function = 'relu': nothing is registered under this name; "
-        "choose from sigmoid, softmax, or name the module"
+        "choose from softmax, sigmoid, or name the module"
     )
     with pytest.raises(ValueError, match=message):
         args.update_from_config(config)
 
 
 def test_text_first_deals_the_experts_by_the_choices_of_text():
-    import_named("docs.examples.text_first")
+    import_extension("docs.examples.text_first")
     counts_LME = torch.zeros(2, 3, 6, dtype=torch.int64)
     counts_LME[0, TEXT] = torch.tensor([1, 9, 2, 8, 3, 7])
     counts_LME[1, TEXT] = torch.tensor([9, 1, 8, 2, 7, 3])
@@ -265,7 +267,7 @@ def test_text_first_deals_the_experts_by_the_choices_of_text():
 
 
 def test_the_sgd_builder_steps_every_group_at_its_rate_and_checks_its_options():
-    import_named("docs.examples.sgd_builder")
+    import_extension("docs.examples.sgd_builder")
     rules = [{"name": "bias", "match": ["bias"], "lr": 0.5}, {"name": "rest", "match": [".*"]}]
     net = nn.Linear(3, 2)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}

@@ -39,9 +39,9 @@ def test_partition_and_groups_survive_the_command_line_parser(tmp_path):
 
 
 def test_config_file_is_found_in_both_spellings():
-    assert option_of(["--x", "1", "--job.config_file", "a.toml"], "config_file") == "a.toml"
-    assert option_of(["--job.config-file=b.toml"], "config_file") == "b.toml"
-    assert option_of(["--x"], "config_file") is None
+    assert option_of(["--x", "1", "--job.config_file", "a.toml"], "job.config_file") == "a.toml"
+    assert option_of(["--job.config-file=b.toml"], "job.config_file") == "b.toml"
+    assert option_of(["--x"], "job.config_file") is None
 
 
 @pytest.mark.parametrize(

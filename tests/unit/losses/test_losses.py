@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from symbiotic_titan.losses.terms import loss_terms, target_counts
+from symbiotic_titan.losses.step import LossFunction
+from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, TASK_NAMES
 
@@ -35,11 +36,18 @@ def random_batch(rows: int = 2, length: int = 12, slots: int = 5) -> PackedBatch
     )  # fmt: skip
 
 
+def terms_of(logits, velocity, target, batch):
+    """(sums, counts) by term."""
+    loss = LossFunction()
+    values = loss.values(StepInputs(batch, logits, velocity, target))
+    return {name: values[name] for name in loss.counted}, loss.counts(batch)
+
+
 def test_terms_equal_a_plain_loop():
     batch = random_batch()
     logits, velocity = torch.randn(2, 12, 7), torch.randn(2, 5, 3)
     target = torch.randn(2, 5, 3)
-    terms = loss_terms(logits, velocity, target, batch)
+    sums, counts = terms_of(logits, velocity, target, batch)
     text, flow = [0.0] * len(TASK_NAMES), [0.0] * len(TASK_NAMES)
     for row in range(2):
         for t in range(12):
@@ -49,17 +57,10 @@ def test_terms_equal_a_plain_loop():
                 ).item()
         for slot in range(3):
             flow[2] += (velocity[row, slot] - target[row, slot]).square().mean().item()
-    torch.testing.assert_close(terms.text_sum, torch.tensor(text), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(terms.flow_sum, torch.tensor(flow), rtol=1e-5, atol=1e-5)
-    assert terms.flow_count.tolist() == [0, 0, 6, 0, 0]
-    assert terms.text_count.sum() == (batch.labels != IGNORE_INDEX).sum()
-
-
-def test_counts_are_known_before_the_forward():
-    batch = random_batch()
-    text, flow = target_counts(batch)
-    terms = loss_terms(torch.randn(2, 12, 7), torch.randn(2, 5, 3), torch.randn(2, 5, 3), batch)
-    assert torch.equal(text, terms.text_count) and torch.equal(flow, terms.flow_count)
+    torch.testing.assert_close(sums["text"], torch.tensor(text), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums["flow"], torch.tensor(flow), rtol=1e-5, atol=1e-5)
+    assert counts["flow"].tolist() == [0, 0, 6, 0, 0]
+    assert counts["text"].sum() == (batch.labels != IGNORE_INDEX).sum()
 
 
 def test_sums_of_two_rows_are_the_sum_of_each():
@@ -67,13 +68,13 @@ def test_sums_of_two_rows_are_the_sum_of_each():
     rows = [replace_rows(batch, i) for i in range(2)]
     assert torch.equal(stack_rows(rows).labels, batch.labels)
     logits, velocity, target = torch.randn(2, 12, 7), torch.randn(2, 5, 3), torch.randn(2, 5, 3)
-    whole = loss_terms(logits, velocity, target, batch)
-    parts = [
-        loss_terms(logits[i : i + 1], velocity[i : i + 1], target[i : i + 1], rows[i])
+    whole, _ = terms_of(logits, velocity, target, batch)
+    first, second = (
+        terms_of(logits[i : i + 1], velocity[i : i + 1], target[i : i + 1], rows[i])[0]
         for i in range(2)
-    ]
-    torch.testing.assert_close(whole.text_sum, parts[0].text_sum + parts[1].text_sum)
-    torch.testing.assert_close(whole.flow_sum, parts[0].flow_sum + parts[1].flow_sum)
+    )
+    for name in ("text", "flow"):
+        torch.testing.assert_close(whole[name], first[name] + second[name])
 
 
 def replace_rows(batch: PackedBatch, row: int) -> PackedBatch:
@@ -88,6 +89,6 @@ def test_batch_without_images_still_gives_the_velocity_a_zero_gradient():
         vae_index=torch.full_like(batch.vae_index, 12),
     )
     velocity = torch.randn(2, 5, 3, requires_grad=True)
-    terms = loss_terms(torch.randn(2, 12, 7), velocity, torch.randn(2, 5, 3), batch)
-    terms.flow_sum.sum().backward()
-    assert terms.flow_sum.sum() == 0 and torch.equal(velocity.grad, torch.zeros_like(velocity))
+    sums, _ = terms_of(torch.randn(2, 12, 7), velocity, torch.randn(2, 5, 3), batch)
+    sums["flow"].sum().backward()
+    assert sums["flow"].sum() == 0 and torch.equal(velocity.grad, torch.zeros_like(velocity))

@@ -3,40 +3,42 @@
 import torch
 
 from symbiotic_titan.losses.report import accuracies, correct_tokens, mean_losses
-from symbiotic_titan.losses.terms import LossTerms
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, TASK_NAMES
 from tests.unit.losses.test_losses import random_batch
 
 
 def random_terms():
     generator = torch.Generator().manual_seed(0)
-    return LossTerms(
-        text_sum=torch.rand(len(TASK_NAMES), generator=generator) * 1e3,
-        text_count=torch.tensor([311.0, 0.0, 97.0, 3.0, 0.0]),
-        flow_sum=torch.rand(len(TASK_NAMES), generator=generator),
-        flow_count=torch.tensor([0.0, 0.0, 1021.0, 77.0, 0.0]),
-    )
+    sums = {
+        "text": torch.rand(len(TASK_NAMES), generator=generator) * 1e3,
+        "flow": torch.rand(len(TASK_NAMES), generator=generator),
+    }
+    counts = {
+        "text": torch.tensor([311.0, 0.0, 97.0, 3.0, 0.0]),
+        "flow": torch.tensor([0.0, 0.0, 1021.0, 77.0, 0.0]),
+    }
+    return sums, counts
 
 
 def test_means_are_sums_over_counts_and_empty_tasks_are_left_out():
-    terms = random_terms()
+    sums, counts = random_terms()
     expected = {
-        "text": float(terms.text_sum.sum() / terms.text_count.sum()),
-        "flow": float(terms.flow_sum.sum() / terms.flow_count.sum()),
+        "text": float(sums["text"].sum() / counts["text"].sum()),
+        "flow": float(sums["flow"].sum() / counts["flow"].sum()),
     }
     for i, task in enumerate(TASK_NAMES):
-        if terms.text_count[i]:
-            expected[f"by_task/{task}_text"] = float(terms.text_sum[i] / terms.text_count[i])
-        if terms.flow_count[i]:
-            expected[f"by_task/{task}_flow"] = float(terms.flow_sum[i] / terms.flow_count[i])
-    assert mean_losses(terms) == expected
+        if counts["text"][i]:
+            expected[f"by_task/{task}_text"] = float(sums["text"][i] / counts["text"][i])
+        if counts["flow"][i]:
+            expected[f"by_task/{task}_flow"] = float(sums["flow"][i] / counts["flow"][i])
+    assert mean_losses(sums, counts) == expected
     assert "by_task/mmu_text" not in expected and len(expected) == 7
 
 
 def test_without_a_generated_token_there_is_no_flow_loss():
-    terms = random_terms()
+    sums, counts = random_terms()
     zeros = torch.zeros(len(TASK_NAMES))
-    names = mean_losses(LossTerms(terms.text_sum, terms.text_count, zeros, zeros))
+    names = mean_losses(sums | {"flow": zeros}, counts | {"flow": zeros})
     assert "text" in names and not [name for name in names if "flow" in name]
 
 

@@ -8,8 +8,12 @@ from torch import nn
 from torchtitan.config import LRScheduler
 
 from symbiotic_titan.config.optimizer import Optimizer
-from symbiotic_titan.optim.build import build_optimizers, build_schedulers, freeze_parameters
+from symbiotic_titan.optim.build import (
+    build_optimizers,
+    freeze_parameters,
+)
 from symbiotic_titan.optim.group_record import GroupRecord, describe_changes
+from symbiotic_titan.optim.lr_schedule import build_schedulers
 
 RULES = [{"name": "new", "match": ["^1"], "lr": 1e-3}, {"name": "old", "match": [".*"]}]
 

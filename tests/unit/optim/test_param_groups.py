@@ -13,10 +13,12 @@ from symbiotic_titan.config.optimizer import Optimizer, ParamGroupRow
 from symbiotic_titan.optim.build import (
     OPTIMIZER_BUILDERS,
     build_optimizers,
-    build_schedulers,
     claim_parameters,
     freeze_parameters,
     param_group_optimizers,
+)
+from symbiotic_titan.optim.lr_schedule import (
+    build_schedulers,
     schedule_factor,
 )
 from symbiotic_titan.optim.shield_schedule import shield_scale
@@ -105,7 +107,7 @@ def test_rule_without_parameters_is_named():
         ),
         (
             {"name": "a", "match": ["x"], "decay_type": "cosin"},
-            "#1.decay_type: must be one of 'linear', 'sqrt', 'cosine', got 'cosin'",
+            "#1.decay_type = 'cosin': nothing is registered under this name; choose from linear, sqrt, cosine",
         ),
         (
             {"name": "a", "match": ["x"], "betas": [0.9]},

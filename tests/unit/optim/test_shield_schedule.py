@@ -67,7 +67,7 @@ def test_a_schedule_outside_0_and_1_is_named_before_the_run(scale):
 
 def test_an_unknown_ramp_lists_the_known_ones():
     message = (
-        "shielding.ramp = 'cosin': nothing is registered under this name; choose from linear, step"
+        "shielding.ramp = 'cosin': nothing is registered under this name; choose from step, linear"
     )
     with pytest.raises(ValueError, match=message):
         check_schedule(Shielding(steps=5, ramp="cosin"), training_steps=10)

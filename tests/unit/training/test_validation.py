@@ -25,7 +25,7 @@ from symbiotic_titan.inference.held_out import (
     SEED,
     held_out_losses,
 )
-from symbiotic_titan.losses.terms import loss_terms
+from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.model.symbiotic import ModelOutput
 from symbiotic_titan.parallel.compile import apply_compile
 from symbiotic_titan.sequence.batch import stack_rows
@@ -214,7 +214,7 @@ def one_rank(monkeypatch):
 def rows_of(config, rank=0, num_ranks=1):
     return build_validator(
         job_config=config, dp_rank=rank, dp_world_size=num_ranks, tokenizer=ByteTokenizer(),
-        loss_fn=loss_terms, metrics_processor=None,
+        loss_fn=LossFunction(), metrics_processor=None,
     ).rows  # fmt: skip
 
 
@@ -259,7 +259,9 @@ class Metrics:
 
 def validator_of(config, stops=()):
     rows, answers = labelled_rows(), iter(stops)
-    validator = SymbioticValidator(config, HeldOutRows(rows, [0, 1, 2, 3]), loss_terms, Metrics())
+    validator = SymbioticValidator(
+        config, HeldOutRows(rows, [0, 1, 2, 3]), LossFunction(), Metrics()
+    )
     validator.connect(
         to_device=lambda batch: batch, autocast=nullcontext(),
         sum_over_ranks=lambda values: values, stop_requested=lambda: next(answers, False),

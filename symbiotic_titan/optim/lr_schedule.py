@@ -1,0 +1,116 @@
+"""Learning-rate schedules: warm-up, stable part, decay (arXiv 2404.06395), each parameter group with its own."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+from torchtitan.components.lr_scheduler import LRSchedulersContainer
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.config import LRScheduler
+from torchtitan.tools.logging import logger
+
+from symbiotic_titan.config.optimizer import (
+    LR_DECAYS,
+    LRDecay,
+)
+
+
+class StepLRSchedulers(LRSchedulersContainer):
+    """One factor per group on its rate. The saved state is the step alone: base rates stay the config's on a resume."""
+
+    def __init__(
+        self, optimizers: OptimizersContainer, factors: list[list[Callable[[int], float]]]
+    ) -> None:
+        self.schedulers = [
+            LambdaLR(optimizer, own) for optimizer, own in zip(optimizers, factors, strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.schedulers[0].last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for scheduler in self.schedulers:
+            scheduler.last_epoch = state_dict["last_epoch"]
+            rates = [
+                base * factor(scheduler.last_epoch)
+                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
+
+
+def linear(progress: float) -> float:
+    return 1 - progress
+
+
+def sqrt(progress: float) -> float:
+    return 1 - math.sqrt(progress)
+
+
+def cosine(progress: float) -> float:
+    """Half a period of a cosine."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def schedule_factor(config: LRScheduler, training_steps: int) -> Callable[[int], float]:
+    """Step, counted from 0 -> factor on the rate: linear warm-up, stable part, decay.
+
+    Equal to torchtitan's own schedule for its three decays (tested), which cannot be given a further one.
+    """
+    total = training_steps if config.total_steps is None else config.total_steps
+    warmup = _at_most(total, int(config.warmup_steps), "lr_scheduler.warmup_steps")
+    decay = total - warmup
+    if config.decay_ratio is not None:
+        wanted = round(total * config.decay_ratio)
+        decay = _at_most(total - warmup, wanted, "lr_scheduler.decay_ratio, in steps")
+    return functools.partial(
+        _factor,
+        warmup=warmup,
+        # One step longer than the run, so that the rate of the last step is not zero.
+        stable_end=total + 1 - decay,
+        decay_steps=decay,
+        decay=LR_DECAYS[config.decay_type],
+        least=config.min_lr_factor,
+    )
+
+
+def _at_most(most: int, wanted: int, key: str) -> int:
+    if wanted > most:
+        logger.warning(f"{key}: {wanted} is more than the schedule has left; using {most}")
+    return min(wanted, most)
+
+
+def _factor(
+    step: int, *, warmup: int, stable_end: int, decay_steps: int, decay: LRDecay, least: float
+) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < stable_end:
+        return 1.0
+    return least + (1 - least) * decay((step + 1 - stable_end) / decay_steps)
+
+
+def build_schedulers(
+    optimizers: OptimizersContainer, config: LRScheduler, training_steps: int
+) -> StepLRSchedulers:
+    """Fills the train spec's schedule slot: [lr_scheduler], with what a group says otherwise.
+
+    Every group's ``schedule`` then holds all that its factor follows from.
+    """
+    factors = []
+    for optimizer in optimizers:
+        own = []
+        for group in optimizer.param_groups:
+            shape = dataclasses.replace(config, **group.get("schedule", {}))
+            own.append(schedule_factor(shape, training_steps))
+            group["schedule"] = dataclasses.asdict(shape)
+            if shape.total_steps is None:
+                group["schedule"]["total_steps"] = training_steps
+            if shape.decay_ratio == 0:
+                del group["schedule"]["total_steps"]  # the rate does not depend on it
+        factors.append(own)
+    return StepLRSchedulers(optimizers, factors)
