@@ -130,18 +130,18 @@ class Data:
 
     mixture_by: MixtureBy = "samples"
     """What the weights of the sources are shares of: of samples, or of tokens, which images and long texts have more of. Either is
-    followed exactly in every lane, not only on average: after any sample a source is less than one sample, or about one longest
+    followed exactly in every stream, not only on average: after any sample a source is less than one sample, or about one longest
     sample, off its share (``data/mixture.py`` has the proofs). Changing it on a resumed run is refused."""
 
     at_end: AtEnd = "repeat"
     """What happens when all samples of a source were read: they come again in another order; or the run stops, with every sample
-    of that source trained exactly once. A lane that needs a sample beyond the end first uses up those that wait, then gives empty
-    rows until all lanes are there; that is the last step, and a full checkpoint is saved. Training does not last longer than
+    of that source trained exactly once. A stream that needs a sample beyond the end first uses up those that wait, then gives empty
+    rows until all streams are there; that is the last step, and a full checkpoint is saved. Training does not last longer than
     ``training.steps`` in any case, and the learning rate follows that number. May change on a resumed run: with ``repeat`` it
     goes on."""
 
     lookahead: int = 32
-    """Samples a lane holds while it looks for one that fills the row."""
+    """Samples a stream holds while it looks for one that fills the row."""
 
     packing: Literal["longest_first", "fullest"] = "longest_first"
     """Which of the samples held share a row, besides the oldest: ``longest_first`` takes the longest that still fits, again and
@@ -190,7 +190,7 @@ class Data:
     """With ``skip``: how many bad samples the run tolerates, over all ranks, before it stops."""
 
     max_bad_in_a_row: int = 100
-    """With ``skip``: how many samples of one source a lane skips one behind another before the run stops; those that ``too_long``
+    """With ``skip``: how many samples of one source a stream skips one behind another before the run stops; those that ``too_long``
     skips count too."""
 
     too_long: TooLong = "bad"

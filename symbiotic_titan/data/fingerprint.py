@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import Any
 
-from symbiotic_titan.data.streams import LaneRecipe
+from symbiotic_titan.data.streams import PipelineSpec
 
 # Settings of [data] that decide what documents a sample becomes.
 DOCUMENT_KEYS = (
@@ -21,27 +21,27 @@ DOCUMENT_KEYS = (
 )
 
 
-def identity_of(recipe: LaneRecipe) -> dict[str, Any]:
+def fingerprint_of(spec: PipelineSpec) -> dict[str, Any]:
     """JSON-able. Files count by name, size and number of samples, so that data may move to another folder."""
     files = {
         source.name: _hash_files(
             [(PurePosixPath(s.path).name, s.num_bytes, s.num_samples) for s in shards]
         )
-        for source, shards in zip(recipe.sources, recipe.shards, strict=True)
+        for source, shards in zip(spec.sources, spec.shards, strict=True)
     }
-    config = recipe.config
+    config = spec.config
     return {
         "data.seed": config.seed,
-        "data.num_lanes": recipe.num_lanes,
+        "data.num_lanes": spec.num_streams,
         "data.mixture_by": config.mixture_by,
-        "training.seq_len": recipe.size.num_tokens,
-        "tokenizer": recipe.tokenizer,
-        "sources": [source.name for source in recipe.sources],
-        "weights": [float(source.weight) for source in recipe.sources],
+        "training.seq_len": spec.size.num_tokens,
+        "tokenizer": spec.tokenizer,
+        "sources": [source.name for source in spec.sources],
+        "weights": [float(source.weight) for source in spec.sources],
         "files": files,
-        "tasks": {source.name: source.task for source in recipe.sources},
-        "keys": {source.name: dict(source.keys) for source in recipe.sources},
-        "too_long": {source.name: source.too_long_of(config) for source in recipe.sources},
+        "tasks": {source.name: source.task for source in spec.sources},
+        "keys": {source.name: dict(source.keys) for source in spec.sources},
+        "too_long": {source.name: source.too_long_of(config) for source in spec.sources},
         **{f"data.{key}": getattr(config, key) for key in DOCUMENT_KEYS},
     }
 
@@ -50,7 +50,7 @@ def _hash_files(files: list[tuple[str, int, int]]) -> str:
     return sha256(repr(files).encode()).hexdigest()[:16]
 
 
-def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise ValueError when the state was saved with other data or settings than the current ones.
 
     A key that the state lacks is younger than the state, and taken as it is now.

@@ -6,7 +6,7 @@ ceil((c + 1) / w_s); taking the source whose copy is due first always meets all 
 (the windows are those of proportionate fair scheduling: Baruah et al., Algorithmica 15, 1996).
 
 Any W samples in a row are the difference of two beginnings, so there a source is off by less than two. No schedule gives at
-most one everywhere: for shares 1 : 2 : 8 a search through all of them finds none. A lane keeps to this by itself; over L lanes
+most one everywhere: for shares 1 : 2 : 8 a search through all of them finds none. A stream keeps to this by itself; over L streams
 in turn a source is off by less than L after any sample.
 
 **By tokens.** The next sample comes from the source that is furthest behind its share of the tokens. How long the sample is
@@ -39,21 +39,21 @@ def integer_weights(weights: list[float]) -> list[int]:
 
 
 class Mixture:
-    """The schedule of all lanes. It has no state: the caller keeps what each source has ``given`` to each lane."""
+    """The schedule of all streams. It has no state: the caller keeps what each source has ``given`` to each stream."""
 
-    def __init__(self, weights: list[float], num_lanes: int, by: MixtureBy = "samples") -> None:
+    def __init__(self, weights: list[float], num_streams: int, by: MixtureBy = "samples") -> None:
         self._weights = integer_weights(weights)
         self._total = sum(self._weights)
-        self._first_of_lane = self._schedule(num_lanes)
+        self._first_of_stream = self._schedule(num_streams)
         self._next = self._due_first if by == "samples" else self._furthest_behind
 
-    def next(self, lane: int, given: list[int]) -> int:
-        """Source of the next sample of ``lane``, when source s has given it ``given[s]`` samples, or tokens, so far.
+    def next(self, stream: int, given: list[int]) -> int:
+        """Source of the next sample of ``stream``, when source s has given it ``given[s]`` samples, or tokens, so far.
 
-        The first samples of the lanes follow the mixture *over the lanes*, so that these are out of phase and a global batch
+        The first samples of the streams follow the mixture *over the streams*, so that these are out of phase and a global batch
         is mixed too. Any first sample leaves all later windows within reach.
         """
-        return self._next(given) if any(given) else self._first_of_lane[lane]
+        return self._next(given) if any(given) else self._first_of_stream[stream]
 
     def _due_first(self, counts: list[int]) -> int:
         number = sum(counts) + 1

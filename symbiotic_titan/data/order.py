@@ -10,7 +10,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-# Permutations kept per source: enough for all lanes, which walk through the same shard at about the same time.
+# Permutations kept per source: enough for all streams, which walk through the same shard at about the same time.
 CACHED_PERMUTATIONS = 8
 
 

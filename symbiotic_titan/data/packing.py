@@ -33,7 +33,7 @@ from symbiotic_titan.sequence.positions import RotaryLayout, image_positions, te
 
 
 @dataclass(frozen=True)
-class RowSize:
+class SequenceSize:
     """What a row holds: T positions, among them at most so many tokens of each kind of image, and of a task that
     ``task_tokens`` names. ``num_vit_patches``: what so many ViT tokens may stand for; None where each is a square of patches."""
 
@@ -55,8 +55,8 @@ class RowSize:
             and document.num_tokens <= self.task_tokens.get(document.task, self.num_tokens)
         )
 
-    def minus(self, document: Document) -> "RowSize":
-        return RowSize(
+    def minus(self, document: Document) -> "SequenceSize":
+        return SequenceSize(
             self.num_tokens - document.num_tokens,
             self.num_vit_tokens - document.num_vit_tokens,
             self.num_vae_tokens - document.num_vae_tokens,
@@ -67,7 +67,7 @@ class RowSize:
         )
 
 
-def longest_first(waiting: list[Document], size: RowSize) -> list[int]:
+def longest_first(waiting: list[Document], size: SequenceSize) -> list[int]:
     """Indices into ``waiting`` of the documents of the next row, in the order they are laid out.
 
     The oldest one always goes first, so that none waits for more than ``len(waiting)`` rows. Then, again and again, the
@@ -83,7 +83,7 @@ def longest_first(waiting: list[Document], size: RowSize) -> list[int]:
     return chosen
 
 
-def fullest(waiting: list[Document], size: RowSize) -> list[int]:
+def fullest(waiting: list[Document], size: SequenceSize) -> list[int]:
     """Like ``longest_first``, but behind the oldest come those documents, by age, that leave the fewest positions empty.
 
     Subset sums: one way is kept to every length that can be reached, the first found, which favours older documents. So the
@@ -125,18 +125,18 @@ def _side_by_side(values: list[int], width: int) -> int:
 
 
 # data.packing -> which of the waiting documents share the next row.
-PACKINGS: dict[str, Callable[[list[Document], RowSize], list[int]]] = {
+PACKINGS: dict[str, Callable[[list[Document], SequenceSize], list[int]]] = {
     "longest_first": longest_first,
     "fullest": fullest,
 }
 
 
-class RowBuilder:
+class SequenceBuilder:
     """Lays documents out in rows of one size."""
 
     def __init__(
         self,
-        size: RowSize,
+        size: SequenceSize,
         geometry: ImageGeometry,
         layout: RotaryLayout,
         special: SpecialTokens,
@@ -214,7 +214,7 @@ class _Row:
             at = _vae_coords(segment.rows, segment.columns)
             self._vae.add(segment.latents, at, span, range(start, start + count))
 
-    def padded(self, size: RowSize) -> PackedBatch:
+    def padded(self, size: SequenceSize) -> PackedBatch:
         """The row as a batch of one; every list is filled up to its static size."""
         num_tokens, num_patches = size.num_tokens, size.num_vit_patches
         if num_patches is None:

@@ -1,4 +1,4 @@
-"""From config to LaneRecipe: index the shards, work out the sizes, refuse what cannot work. Runs once, before training."""
+"""From config to PipelineSpec: index the shards, work out the sizes, refuse what cannot work. Runs once, before training."""
 
 from math import ceil
 
@@ -8,17 +8,17 @@ from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latent_cache import cached_sources
 from symbiotic_titan.data.latents import GeneratedImages
-from symbiotic_titan.data.packing import RowBuilder, RowSize
+from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.data.readers import check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
-from symbiotic_titan.data.streams import LaneRecipe
+from symbiotic_titan.data.streams import PipelineSpec
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import TASK_NAMES
 from symbiotic_titan.sequence.positions import RotaryLayout
 
 
-def build_recipe(
+def build_spec(
     config: Data,
     latents: Latents,
     geometry: ImageGeometry,
@@ -27,8 +27,8 @@ def build_recipe(
     seq_len: int,
     global_batch_size: int,
     table: str = "[[data.sources]]",
-) -> LaneRecipe:
-    """The recipe of all lanes; sources of weight zero are left out. ``table`` is where the user wrote the sources.
+) -> PipelineSpec:
+    """The spec of all streams; sources of weight zero are left out. ``table`` is where the user wrote the sources.
 
     Raises:
         ValueError: no source, shards that are missing, empty or unreadable, or images that cannot fit a row.
@@ -54,15 +54,15 @@ def build_recipe(
         )
     images = GeneratedImages(config, latents, geometry, sources)
     rows = cached_sources(rows, config, latents, geometry, table)
-    return LaneRecipe(
+    return PipelineSpec(
         config=config,
         sources=[source for _, source in rows],
         shards=[indexed(config, s, f"{table} #{i} ({s.name})") for i, s in rows],
-        num_lanes=config.num_lanes or global_batch_size,
+        num_streams=config.num_lanes or global_batch_size,
         tokenizer=tokenizer.fingerprint,
         size=size,
         maker=DocumentMaker(config, geometry, images, tokenizer, seq_len),
-        builder=RowBuilder(size, geometry, rotary_layout, tokenizer.special, images.form),
+        builder=SequenceBuilder(size, geometry, rotary_layout, tokenizer.special, images.form),
     )
 
 
@@ -74,10 +74,10 @@ def indexed(config: Data, source: DataSource, where: str) -> list[Shard]:
     return shards
 
 
-def row_size(config: Data, seq_len: int, geometry: ImageGeometry) -> RowSize:
+def row_size(config: Data, seq_len: int, geometry: ImageGeometry) -> SequenceSize:
     """What a row of ``seq_len`` positions holds."""
     tokens, patches = geometry.vit_room(config.max_vit_tokens or seq_len, config.seen_pixels)
-    return RowSize(
+    return SequenceSize(
         seq_len,
         tokens,
         config.max_vae_tokens or seq_len,
@@ -90,7 +90,11 @@ def row_size(config: Data, seq_len: int, geometry: ImageGeometry) -> RowSize:
 
 
 def _check_images_fit(
-    config: Data, sources: list[DataSource], geometry: ImageGeometry, size: RowSize, overhead: int
+    config: Data,
+    sources: list[DataSource],
+    geometry: ImageGeometry,
+    size: SequenceSize,
+    overhead: int,
 ) -> None:
     tasks = {source.task for source in sources}
     for task in sorted(tasks & SEEING_TASKS):
@@ -114,7 +118,7 @@ def _check_image(
     step: int,
     num_tokens: int,
     num_text: int,
-    size: RowSize,
+    size: SequenceSize,
     task: str,
     held: int,
 ) -> None:
@@ -143,7 +147,7 @@ def _check_image(
         )
 
 
-def _check_texts_fit(sources: list[DataSource], size: RowSize, opening: int) -> None:
+def _check_texts_fit(sources: list[DataSource], size: SequenceSize, opening: int) -> None:
     """Refuse a part of a row for ``lm`` that holds nothing behind the ``opening`` tokens of a document."""
     room = size.of_task(TASK_NAMES.index("lm"))
     if room <= opening and any(source.task == "lm" for source in sources):

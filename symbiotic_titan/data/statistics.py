@@ -127,19 +127,19 @@ def pictures_of(source: DataSource, fields: Fields) -> list[Picture]:
 
 
 def image_uses(loader: PackedLoader, geometry: ImageGeometry) -> Iterator[ImageUse]:
-    """Of all good samples that the lanes of ``loader`` have read so far, which are read again."""
-    recipe = loader.recipe
-    lanes = json.loads(loader.state_dict()["state"])["lanes"]
-    for number, source in enumerate(recipe.sources):
-        reader = Reader(recipe.shards[number])
-        sizes = [shard.num_samples for shard in recipe.shards[number]]
-        order = SourceOrder(recipe.config.seed, source.name, sizes)
-        for lane, state in lanes.items():
+    """Of all good samples that the streams of ``loader`` have read so far, which are read again."""
+    spec = loader.spec
+    streams = json.loads(loader.state_dict()["state"])["lanes"]
+    for number, source in enumerate(spec.sources):
+        reader = Reader(spec.shards[number])
+        sizes = [shard.num_samples for shard in spec.shards[number]]
+        order = SourceOrder(spec.config.seed, source.name, sizes)
+        for stream, state in streams.items():
             for count in range(state["read"][number]):
-                index = count * recipe.num_lanes + int(lane)
+                index = count * spec.num_streams + int(stream)
                 try:
                     sample = reader.read(*order.locate(index))
-                    documents = recipe.maker.make(source, sample, index)
+                    documents = spec.maker.make(source, sample, index)
                 except BadSample:
                     continue
                 pictures = pictures_of(source, Fields(sample, source.keys))

@@ -1,14 +1,14 @@
-"""Lanes: independent, endless streams of packed rows. Global row r belongs to lane r % num_lanes.
+"""Streams: independent, endless streams of packed rows. Global row r belongs to stream r % num_streams.
 
-A lane is a pure function of (config, seed, lane number). Its steps, one sample at a time until enough documents wait:
+A stream is a pure function of (config, seed, stream number). Its steps, one sample at a time until enough documents wait:
 
-    1. the mixture names the source                                       counts of this lane -> source
-    2. the lane's k-th sample of a source is number k * num_lanes + lane  -> index in the source's endless sequence
+    1. the mixture names the source                                       counts of this stream -> source
+    2. the stream's k-th sample of a source is number k * num_streams + stream  -> index in the source's endless sequence
     3. the order turns the index into shard and sample, the reader fetches it                       -> bytes
     4. the sample becomes documents, which join the waiting ones; a bad sample is skipped or stops the run
     5. the packing chooses documents among those waiting                                            -> one row
 
-A lane ends where step 2 leads beyond the first epoch of a source that stops the run (``data.at_end``). The documents that wait
+A stream ends where step 2 leads beyond the first epoch of a source that stops the run (``data.at_end``). The documents that wait
 still become rows; from then on its rows are empty.
 
 The state after a row is a few counters and the names of the documents that wait; these are read again on resume.
@@ -27,28 +27,28 @@ from symbiotic_titan.data.formats.shard import (
 )
 from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.order import SourceOrder
-from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize
+from symbiotic_titan.data.packing import PACKINGS, SequenceBuilder, SequenceSize
 from symbiotic_titan.data.readers import Reader
 from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.sequence.batch import PackedBatch
 
 
 @dataclass(frozen=True)
-class LaneRecipe:
-    """All that decides a lane's rows, besides its number. Plain data: it travels to worker processes."""
+class PipelineSpec:
+    """All that decides a stream's rows, besides its number. Plain data: it travels to worker processes."""
 
     config: Data
     sources: list[DataSource]
     shards: list[list[Shard]]
-    num_lanes: int
+    num_streams: int
     tokenizer: str
-    size: RowSize
+    size: SequenceSize
     maker: DocumentMaker
-    builder: RowBuilder
+    builder: SequenceBuilder
 
 
-class LaneState(TypedDict):
-    """A lane between two rows, JSON-able.
+class StreamState(TypedDict):
+    """A stream between two rows, JSON-able.
 
     rows:      rows made so far.
     scheduled: samples that the mixture has had of each source.
@@ -57,7 +57,7 @@ class LaneState(TypedDict):
     in_a_row:  how many of each source since its last good one.
     truncated: samples of each source whose text did not fit.
     tokens:    of the samples that the mixture has had of each source.
-    ended:     the source whose end the lane has met, else -1. Once nothing waits, all further rows are empty.
+    ended:     the source whose end the stream has met, else -1. Once nothing waits, all further rows are empty.
     waiting:   (source, index in its endless sequence, part) of each document that waits for its row.
     """
 
@@ -75,13 +75,13 @@ class LaneState(TypedDict):
 class OpenSource:
     """A source in the process that reads it: its order and its open files."""
 
-    def __init__(self, recipe: LaneRecipe, number: int) -> None:
-        self.config = recipe.sources[number]
-        self._maker = recipe.maker
-        sizes = [shard.num_samples for shard in recipe.shards[number]]
-        self._order = SourceOrder(recipe.config.seed, self.config.name, sizes)
-        self._reader = Reader(recipe.shards[number])
-        self._stops = self.config.at_end_of(recipe.config) == "stop"
+    def __init__(self, spec: PipelineSpec, number: int) -> None:
+        self.config = spec.sources[number]
+        self._maker = spec.maker
+        sizes = [shard.num_samples for shard in spec.shards[number]]
+        self._order = SourceOrder(spec.config.seed, self.config.name, sizes)
+        self._reader = Reader(spec.shards[number])
+        self._stops = self.config.at_end_of(spec.config) == "stop"
 
     def has(self, index: int) -> bool:
         """Whether the run goes on at number ``index`` of the endless sequence."""
@@ -102,18 +102,18 @@ class Waiting:
     document: Document
 
 
-class Lane:
-    """One lane, at the moment that ``state`` tells."""
+class Stream:
+    """One stream, at the moment that ``state`` tells."""
 
     def __init__(
         self,
-        recipe: LaneRecipe,
+        spec: PipelineSpec,
         sources: list[OpenSource],
         mixture: Mixture,
         number: int,
-        state: LaneState,
+        state: StreamState,
     ) -> None:
-        self._recipe = recipe
+        self._spec = spec
         self._sources = sources
         self._mixture = mixture
         self._number = number
@@ -129,18 +129,18 @@ class Lane:
 
     def next_row(self) -> PackedBatch:
         """The next row; raises ValueError for a bad sample, as data.bad_samples says."""
-        self._fill(self._recipe.config.lookahead)
+        self._fill(self._spec.config.lookahead)
         documents = [waiting.document for waiting in self._waiting]
-        choose = PACKINGS[self._recipe.config.packing]
-        chosen = choose(documents, self._recipe.size) if documents else []
+        choose = PACKINGS[self._spec.config.packing]
+        chosen = choose(documents, self._spec.size) if documents else []
         taken = set(chosen)
         self._waiting = [w for i, w in enumerate(self._waiting) if i not in taken]
         self._num_rows += 1
         self._fill(1)  # so that the state tells whether this was the last row
-        return self._recipe.builder.build([documents[i] for i in chosen])
+        return self._spec.builder.build([documents[i] for i in chosen])
 
-    def state(self) -> LaneState:
-        """``Lane(..., state)`` goes on with exactly the rows that would have come next."""
+    def state(self) -> StreamState:
+        """``Stream(..., state)`` goes on with exactly the rows that would have come next."""
         return {
             "rows": self._num_rows,
             "scheduled": list(self._scheduled),
@@ -154,15 +154,15 @@ class Lane:
         }
 
     def _fill(self, number: int) -> None:
-        """Draw until ``number`` documents wait or the lane has ended."""
+        """Draw until ``number`` documents wait or the stream has ended."""
         while len(self._waiting) < number and self._ended < 0:
             self._draw()
 
     def _draw(self) -> None:
         """Read one sample. After a bad one the mixture stays where it is, so the next comes from the same source."""
-        by_tokens = self._recipe.config.mixture_by == "tokens"
+        by_tokens = self._spec.config.mixture_by == "tokens"
         source = self._mixture.next(self._number, self._tokens if by_tokens else self._scheduled)
-        index = self._read[source] * self._recipe.num_lanes + self._number
+        index = self._read[source] * self._spec.num_streams + self._number
         if not self._sources[source].has(index):
             self._ended = source
             return
@@ -181,7 +181,7 @@ class Lane:
         ]
 
     def _refuse_or_count(self, source: int, error: BadSample) -> None:
-        config, data = self._sources[source].config, self._recipe.config
+        config, data = self._sources[source].config, self._spec.config
         passed_over = error.reason == "too_long" and config.too_long_of(data) == "skip"
         if config.bad_samples_of(data) == "raise" and not passed_over:
             remedy = 'repair it, or set data.bad_samples = "skip"'
@@ -192,7 +192,7 @@ class Lane:
         self._skipped[source][error.reason] = count
         if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a damaged shard must not fill the log
             logging.getLogger(__name__).warning(
-                f"source {config.name!r}, lane {self._number}: skipped {count} samples so far as "
+                f"source {config.name!r}, stream {self._number}: skipped {count} samples so far as "
                 f"{error.reason!r}; the last one is {error}"
             )
         self._in_a_row[source] += 1
@@ -203,7 +203,7 @@ class Lane:
                 "source, or raise the limit"
             )
         if not passed_over:
-            check_skipped(self._recipe, [self.state()], f"; the last one is {error}")
+            check_skipped(self._spec, [self.state()], f"; the last one is {error}")
 
 
 def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -> list[Waiting]:
@@ -223,9 +223,9 @@ def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -
     return [Waiting(s, i, part, samples[s, i][part]) for s, i, part in places]
 
 
-def new_state(recipe: LaneRecipe) -> LaneState:
-    """State of a lane that has not begun."""
-    zeros = [0] * len(recipe.sources)
+def new_state(spec: PipelineSpec) -> StreamState:
+    """State of a stream that has not begun."""
+    zeros = [0] * len(spec.sources)
     return {
         "rows": 0,
         "scheduled": zeros,
@@ -239,28 +239,28 @@ def new_state(recipe: LaneRecipe) -> LaneState:
     }
 
 
-def resumed(recipe: LaneRecipe, saved: dict[str, Any]) -> LaneState:
-    """``saved``, with what was not counted when it was saved; a lane that met the end of a source which now repeats goes on."""
-    state: LaneState = new_state(recipe) | saved  # type: ignore[assignment, operator]
-    if state["ended"] >= 0 and recipe.sources[state["ended"]].at_end_of(recipe.config) == "repeat":
+def resumed(spec: PipelineSpec, saved: dict[str, Any]) -> StreamState:
+    """``saved``, with what was not counted when it was saved; a stream that met the end of a source which now repeats goes on."""
+    state: StreamState = new_state(spec) | saved  # type: ignore[assignment, operator]
+    if state["ended"] >= 0 and spec.sources[state["ended"]].at_end_of(spec.config) == "repeat":
         state["ended"] = -1
     return state
 
 
-def ended_sources(recipe: LaneRecipe, states: list[LaneState]) -> list[str]:
-    """Names of the sources whose end the lanes of ``states`` have met; empty while any of them has a row left."""
+def ended_sources(spec: PipelineSpec, states: list[StreamState]) -> list[str]:
+    """Names of the sources whose end the streams of ``states`` have met; empty while any of them has a row left."""
     if any(state["ended"] < 0 or state["waiting"] for state in states):
         return []
-    return [recipe.sources[number].name for number in sorted({s["ended"] for s in states})]
+    return [spec.sources[number].name for number in sorted({s["ended"] for s in states})]
 
 
-def open_mixture(recipe: LaneRecipe) -> Mixture:
-    """The schedule of the recipe's lanes."""
-    weights = [source.weight for source in recipe.sources]
-    return Mixture(weights, recipe.num_lanes, recipe.config.mixture_by)
+def open_mixture(spec: PipelineSpec) -> Mixture:
+    """The schedule of the spec's streams."""
+    weights = [source.weight for source in spec.sources]
+    return Mixture(weights, spec.num_streams, spec.config.mixture_by)
 
 
-def num_skipped(recipe: LaneRecipe, states: list[LaneState]) -> list[int]:
+def num_skipped(spec: PipelineSpec, states: list[StreamState]) -> list[int]:
     """Bad samples skipped so far, per source: those read beyond those the mixture asked for, without those that
     ``too_long = "skip"`` passes over."""
     return [
@@ -271,12 +271,12 @@ def num_skipped(recipe: LaneRecipe, states: list[LaneState]) -> list[int]:
             for state in states
         )
         for number, passes_over in enumerate(
-            source.too_long_of(recipe.config) == "skip" for source in recipe.sources
+            source.too_long_of(spec.config) == "skip" for source in spec.sources
         )
     ]
 
 
-def count_reasons(states: list[LaneState]) -> dict[str, int]:
+def count_reasons(states: list[StreamState]) -> dict[str, int]:
     """Samples skipped by reason, and samples truncated, over all sources; every reason is there."""
     counts = dict.fromkeys((*REASONS, "truncated"), 0)
     for state in states:
@@ -287,13 +287,13 @@ def count_reasons(states: list[LaneState]) -> dict[str, int]:
     return counts
 
 
-def check_skipped(recipe: LaneRecipe, states: list[LaneState], last: str = "") -> None:
-    """Raise ValueError when more than data.max_bad_samples were skipped in the lanes of ``states``."""
-    counts, limit = num_skipped(recipe, states), recipe.config.max_bad_samples
+def check_skipped(spec: PipelineSpec, states: list[StreamState], last: str = "") -> None:
+    """Raise ValueError when more than data.max_bad_samples were skipped in the streams of ``states``."""
+    counts, limit = num_skipped(spec, states), spec.config.max_bad_samples
     if sum(counts) > limit:
         named = ", ".join(
             f"{source.name}: {count}"
-            for source, count in zip(recipe.sources, counts, strict=True)
+            for source, count in zip(spec.sources, counts, strict=True)
             if count
         )
         raise ValueError(

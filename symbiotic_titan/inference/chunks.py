@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from symbiotic_titan.data.documents import Document, VitSegment
-from symbiotic_titan.data.packing import RowBuilder, RowSize
+from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 from symbiotic_titan.sequence.geometry import ImageGeometry, coords
 from symbiotic_titan.sequence.modality import (
@@ -64,13 +64,13 @@ class ChunkMaker:
 
     def prompts(self, documents: Sequence[Document]) -> PromptRows:
         """The first chunk. It is as wide as the longest prompt and has room for the most image tokens of any."""
-        size = RowSize(
+        size = SequenceSize(
             max(document.num_tokens for document in documents),
             max(document.num_vit_tokens for document in documents),
             0,
             num_vit_patches=max(document.num_vit_patches for document in documents),
         )
-        builder = RowBuilder(size, self._geometry, self._layout, self._special)
+        builder = SequenceBuilder(size, self._geometry, self._layout, self._special)
         batch = stack_rows([builder.build([document]) for document in documents])
         last_BT = batch.positions.amax(-1).masked_fill(batch.document < 0, -1)
         num_images = [sum(isinstance(s, VitSegment) for s in d.segments) for d in documents]

@@ -116,7 +116,7 @@ def _sums_of_batch(
 
 
 def held_out_data(config: JobConfig) -> Data:
-    """[data] for the held-out sources: a fixed order, no caption dropped, and a lane for every row of a global batch.
+    """[data] for the held-out sources: a fixed order, no caption dropped, and a stream for every row of a global batch.
 
     What keeps training's batches mixed and what ends them is training's alone; a held-out source may still say ``at_end``.
     """

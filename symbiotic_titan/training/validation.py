@@ -49,8 +49,8 @@ class HeldOutRows:
 def read_held_out(
     loader: PackedLoader, steps: int, local_batch_size: int, dp_rank: int, dp_world_size: int
 ) -> HeldOutRows:
-    """The rank's rows of ``steps`` global batches, as a ``loader`` with one lane per row of the global batch hands them out."""
-    rows_of_rank = len(loader.lanes)
+    """The rank's rows of ``steps`` global batches, as a ``loader`` with one stream per row of the global batch hands them out."""
+    rows_of_rank = len(loader.streams)
     per_step = rows_of_rank // local_batch_size
     first_rows = [
         step * rows_of_rank * dp_world_size + dp_rank * rows_of_rank + i * local_batch_size

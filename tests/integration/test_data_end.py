@@ -7,7 +7,7 @@ import subprocess
 from symbiotic_titan.checkpoint.resume import newest_complete_step
 from tests.helpers.launch import ROOT, arguments_of, command_of, environment, read_scalars
 
-# Rows have 384 positions. The lanes, two on each of two ranks, run out after different numbers of rows.
+# Rows have 384 positions. The streams, two on each of two ranks, run out after different numbers of rows.
 LENGTHS = [20 + 37 * i % 330 for i in range(43)]
 
 

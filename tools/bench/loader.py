@@ -51,27 +51,25 @@ from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.data import (
     samples,
-)
-from symbiotic_titan.data import (
-    streams as lanes,
+    streams,
 )
 from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.fields import IMAGE_EXTENSIONS
 from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.latents import GeneratedImages
 from symbiotic_titan.data.loader import (
-    FlatRow,
     PackedLoader,
+    SerializedRow,
     build_loader,
 )
 from symbiotic_titan.data.order import SourceOrder
-from symbiotic_titan.data.packing import RowBuilder
+from symbiotic_titan.data.packing import SequenceBuilder
 from symbiotic_titan.data.readers import Reader
 from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.streams import (
-    Lane,
-    LaneRecipe,
     OpenSource,
+    PipelineSpec,
+    Stream,
     new_state,
 )
 from symbiotic_titan.data.tokenizer import ByteTokenizer
@@ -89,14 +87,14 @@ PHOTO_SHARDS, PHOTOS = 4, 250  # of each of two sources
 # ---- this project's stages --------------------------------------------------------------------------------------------
 
 
-def read_samples(recipe: LaneRecipe, decode: bool) -> Iterator[Sample]:
+def read_samples(spec: PipelineSpec, decode: bool) -> Iterator[Sample]:
     """Samples in the loader's order, as the bare loop gives them."""
-    readers = [Reader(shards) for shards in recipe.shards]
+    readers = [Reader(shards) for shards in spec.shards]
     orders = [
-        SourceOrder(recipe.config.seed, source.name, [shard.num_samples for shard in shards])
-        for source, shards in zip(recipe.sources, recipe.shards, strict=True)
+        SourceOrder(spec.config.seed, source.name, [shard.num_samples for shard in shards])
+        for source, shards in zip(spec.sources, spec.shards, strict=True)
     ]
-    for source, index in mixed_indices(recipe):
+    for source, index in mixed_indices(spec):
         members = readers[source].read(*orders[source].locate(index)).members
         sample = parsed(members, decode=False)
         if decode:
@@ -105,26 +103,26 @@ def read_samples(recipe: LaneRecipe, decode: bool) -> Iterator[Sample]:
         yield sample
 
 
-def make_documents(recipe: LaneRecipe) -> Iterator[list[Document]]:
-    sources = [OpenSource(recipe, number) for number in range(len(recipe.sources))]
-    return (sources[source].documents(index) for source, index in mixed_indices(recipe))
+def make_documents(spec: PipelineSpec) -> Iterator[list[Document]]:
+    sources = [OpenSource(spec, number) for number in range(len(spec.sources))]
+    return (sources[source].documents(index) for source, index in mixed_indices(spec))
 
 
-def one_lane(recipe: LaneRecipe) -> Lane:
-    """Lane 0 of the recipe, at its beginning."""
-    sources = [OpenSource(recipe, number) for number in range(len(recipe.sources))]
-    return Lane(recipe, sources, lanes.open_mixture(recipe), 0, new_state(recipe))
+def one_stream(spec: PipelineSpec) -> Stream:
+    """Stream 0 of the spec, at its beginning."""
+    sources = [OpenSource(spec, number) for number in range(len(spec.sources))]
+    return Stream(spec, sources, streams.open_mixture(spec), 0, new_state(spec))
 
 
-def samples_read(lane: Lane) -> int:
-    return sum(lane.state()["read"])
+def samples_read(stream: Stream) -> int:
+    return sum(stream.state()["read"])
 
 
-def make_rows(lane: Lane, num_samples: int) -> int:
+def make_rows(stream: Stream, num_samples: int) -> int:
     """Rows until ``num_samples`` more samples have been read; how many."""
-    end, rows = samples_read(lane) + num_samples, 0
-    while samples_read(lane) < end:
-        lane.next_row()
+    end, rows = samples_read(stream) + num_samples, 0
+    while samples_read(stream) < end:
+        stream.next_row()
         rows += 1
     return rows
 
@@ -139,25 +137,25 @@ def consumer(stream: Iterator[Any], num_samples: int) -> Callable[[], None]:
     return run
 
 
-def contenders(recipe: LaneRecipe, num_samples: int) -> dict[str, Callable[[], Any]]:
+def contenders(spec: PipelineSpec, num_samples: int) -> dict[str, Callable[[], Any]]:
     """Name -> reading ``num_samples``. Streams go on, so that each call reads others, and all the same number."""
     entries: dict[str, Callable[[], Any]] = {}
     for name in LOOPS:
         try:
-            next(loop_of(recipe, name, decode=True))
+            next(loop_of(spec, name, decode=True))
         except (ImportError, ValueError) as error:
             print(f"  {name} is left out: {str(error).splitlines()[0]}")
             continue
         for decode in (False, True):
             key = f"{name}_decoded" if decode else name
-            entries[key] = consumer(loop_of(recipe, name, decode), num_samples)
+            entries[key] = consumer(loop_of(spec, name, decode), num_samples)
     for decode in (False, True):
         key = "read_decoded" if decode else "read"
-        entries[key] = consumer(read_samples(recipe, decode), num_samples)
-    lane = one_lane(recipe)
-    make_rows(lane, 1)  # fills the look-ahead buffer
-    entries["documents"] = consumer(make_documents(recipe), num_samples)
-    entries["rows"] = lambda: make_rows(lane, num_samples)
+        entries[key] = consumer(read_samples(spec, decode), num_samples)
+    stream = one_stream(spec)
+    make_rows(stream, 1)  # fills the look-ahead buffer
+    entries["documents"] = consumer(make_documents(spec), num_samples)
+    entries["rows"] = lambda: make_rows(stream, num_samples)
     return entries
 
 
@@ -194,17 +192,17 @@ class Timers:
         return timed
 
 
-def stage_times(recipe: LaneRecipe, num_samples: int) -> dict[str, float]:
-    """Microseconds per sample of each stage in a lane, and of a row on its way from a worker.
+def stage_times(spec: PipelineSpec, num_samples: int) -> dict[str, float]:
+    """Microseconds per sample of each stage in a stream, and of a row on its way from a worker.
 
     Raises:
         ValueError: that many samples make no row.
     """
-    timers, lane = Timers(), one_lane(recipe)
-    make_rows(lane, 1)
-    packing = lanes.PACKINGS
-    chosen = {recipe.config.packing: timers.around("choose", packing[recipe.config.packing])}
-    tokenizer = type(recipe.maker._tokenizer)
+    timers, stream = Timers(), one_stream(spec)
+    make_rows(stream, 1)
+    packing = streams.PACKINGS
+    chosen = {spec.config.packing: timers.around("choose", packing[spec.config.packing])}
+    tokenizer = type(spec.maker._tokenizer)
     places: list[tuple[Any, str, str]] = [
         (Reader, "read", "read"),
         (samples, "decode_image", "decode"),
@@ -212,20 +210,20 @@ def stage_times(recipe: LaneRecipe, num_samples: int) -> dict[str, float]:
         (GeneratedImages, "from_image", "resize"),
         (tokenizer, "encode", "tokenise"),
         (DocumentMaker, "make", "documents"),
-        (RowBuilder, "build", "build"),
+        (SequenceBuilder, "build", "build"),
     ]
     with ExitStack() as patches:
         for owner, attribute, name in places:
             timed = timers.around(name, getattr(owner, attribute))
             patches.enter_context(patch.object(owner, attribute, timed))
         patches.enter_context(patch.dict(packing, chosen))
-        before = samples_read(lane)
-        rows = make_rows(lane, num_samples)
-        count = samples_read(lane) - before
-    row = lane.next_row()
+        before = samples_read(stream)
+        rows = make_rows(stream, num_samples)
+        count = samples_read(stream) - before
+    row = stream.next_row()
     start = time.perf_counter()
     for _ in range(rows):
-        FlatRow.of(row).row()
+        SerializedRow.of(row).row()
     timers.seconds["flatten"] = time.perf_counter() - start
     return {name: round(1e6 * total / count, 1) for name, total in timers.seconds.items()}
 
@@ -267,15 +265,15 @@ def resident_mib() -> float | None:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def memory_points(recipe: LaneRecipe, num_samples: int) -> list[tuple[int, float]]:
+def memory_points(spec: PipelineSpec, num_samples: int) -> list[tuple[int, float]]:
     """(samples read, resident MiB) at ten points of a run; the first one lies behind a tenth of it."""
-    lane = one_lane(recipe)
+    stream = one_stream(spec)
     points: list[tuple[int, float]] = []
     for _ in range(POINTS):
-        make_rows(lane, num_samples // POINTS)
+        make_rows(stream, num_samples // POINTS)
         size = resident_mib()
         if size is not None:
-            points.append((samples_read(lane), round(size, 1)))
+            points.append((samples_read(stream), round(size, 1)))
     return points
 
 
@@ -318,9 +316,9 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of a case; prints them too."""
     start = time.perf_counter()
-    recipe = make_loader(0).recipe
+    spec = make_loader(0).spec
     index_seconds = round(time.perf_counter() - start, 3)
-    entries = contenders(recipe, options.samples)
+    entries = contenders(spec, options.samples)
     times = interleave(entries, repeats=options.repeats, warmup=1)
     speeds = {name: round(options.samples / median(seconds)) for name, seconds in times.items()}
     for name, speed in speeds.items():
@@ -338,13 +336,13 @@ def measure(
             f"  {name} over "
             + ", ".join(f"{n} {v[0]} ({v[1]} to {v[2]})" for n, v in values.items())
         )
-    stages = stage_times(recipe, options.samples)
+    stages = stage_times(spec, options.samples)
     print("  microseconds per sample: " + ", ".join(f"{n} {t}" for n, t in stages.items()))
     workers = worker_speeds(make_loader, options.rows, options.repeats)
     for name, speed_of in workers.items():
         rate, gain = speed_of["rows_per_second"], speed_of["over_0_workers"]
         print(f"  {name} workers: {rate} rows/s, {gain} x")
-    points = memory_points(recipe, options.memory_samples)
+    points = memory_points(spec, options.memory_samples)
     print("  MiB after samples: " + ", ".join(f"{size} after {n:,d}" for n, size in points))
     return {
         "over": over,

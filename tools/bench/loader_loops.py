@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from symbiotic_titan.data.fields import IMAGE_EXTENSIONS
-from symbiotic_titan.data.streams import LaneRecipe
+from symbiotic_titan.data.streams import PipelineSpec
 from tools.bench.packing import mixed_indices
 
 Sample = dict[str, Any]
@@ -83,20 +83,20 @@ LOOPS: dict[str, dict[str, Loop]] = {
 }
 
 
-def loop_of(recipe: LaneRecipe, name: str, decode: bool) -> Iterator[Sample]:
-    """Endless samples, mixed as the recipe says.
+def loop_of(spec: PipelineSpec, name: str, decode: bool) -> Iterator[Sample]:
+    """Endless samples, mixed as the spec says.
 
     Raises:
         ValueError: ``name`` has no loop for one of the formats.
     """
     streams = []
-    for source, shards in zip(recipe.sources, recipe.shards, strict=True):
+    for source, shards in zip(spec.sources, spec.shards, strict=True):
         if source.format not in LOOPS[name]:
             raise ValueError(f"it reads {', '.join(LOOPS[name])}, not {source.format}")
         paths = list(dict.fromkeys(shard.path for shard in shards))
         loop = LOOPS[name][source.format]
         streams.append(itertools.chain.from_iterable(map(loop, itertools.repeat(paths))))
-    return (parsed(next(streams[source]), decode) for source, _ in mixed_indices(recipe))
+    return (parsed(next(streams[source]), decode) for source, _ in mixed_indices(spec))
 
 
 def write_photos(folder: Path, shards: int, photos: int) -> None:

@@ -44,10 +44,10 @@ from symbiotic_titan.data.documents import (
     VaeSegment,
 )
 from symbiotic_titan.data.mixture import Mixture
-from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize
+from symbiotic_titan.data.packing import PACKINGS, SequenceBuilder, SequenceSize
 from symbiotic_titan.data.streams import (
-    LaneRecipe,
     OpenSource,
+    PipelineSpec,
     open_mixture,
 )
 from symbiotic_titan.data.tokenizer import ByteTokenizer
@@ -62,7 +62,7 @@ GEOMETRY = ImageGeometry(
 )
 LM, T2I = TASK_NAMES.index("lm"), TASK_NAMES.index("t2i")
 
-Choose = Callable[[list[Document], RowSize], list[int]]
+Choose = Callable[[list[Document], SequenceSize], list[int]]
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Case:
     """A stream of samples, each as its documents, and the rows they go into."""
 
     samples: list[list[Document]]
-    size: RowSize
+    size: SequenceSize
     lookahead: int
-    builder: RowBuilder
+    builder: SequenceBuilder
 
 
-def by_age(waiting: list[Document], size: RowSize, stop: bool) -> list[int]:
+def by_age(waiting: list[Document], size: SequenceSize, stop: bool) -> list[int]:
     """The oldest, then each one that fits; with ``stop`` none behind the first that does not."""
     chosen, left = [0], size.minus(waiting[0])
     for i in range(1, len(waiting)):
@@ -96,7 +96,7 @@ CONTENDERS: dict[str, Choose] = {
 
 
 def pack(choose: Choose, case: Case) -> list[list[Document]]:
-    """Documents of each row, as a lane packs them, until the stream ends; what waits then is left out."""
+    """Documents of each row, as a stream packs them, until the stream ends; what waits then is left out."""
     rows: list[list[Document]] = []
     waiting: list[Document] = []
     for documents in case.samples:
@@ -109,41 +109,41 @@ def pack(choose: Choose, case: Case) -> list[list[Document]]:
     return rows
 
 
-def fill(rows: list[list[Document]], size: RowSize) -> float:
+def fill(rows: list[list[Document]], size: SequenceSize) -> float:
     used = sum(document.num_tokens for row in rows for document in row)
     return used / (len(rows) * size.num_tokens)
 
 
-def recipe_of(config_file: str, overrides: list[str]) -> LaneRecipe:
+def spec_of(config_file: str, overrides: list[str]) -> PipelineSpec:
     """What decides the rows of a training config on one rank."""
     config = load_job_config(["--job.config_file", config_file, *overrides])
     tokenizer = build_tokenizer(config)
     loader = build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
-    return loader.recipe
+    return loader.spec
 
 
-def mixed_indices(recipe: LaneRecipe) -> Iterator[tuple[int, int]]:
-    """(source, index in its endless sequence) of the samples of a mixture, by samples, with a single lane."""
-    mixture = Mixture([source.weight for source in recipe.sources], 1)
-    counts = [0] * len(recipe.sources)
+def mixed_indices(spec: PipelineSpec) -> Iterator[tuple[int, int]]:
+    """(source, index in its endless sequence) of the samples of a mixture, by samples, with a single stream."""
+    mixture = Mixture([source.weight for source in spec.sources], 1)
+    counts = [0] * len(spec.sources)
     while True:
         source = mixture.next(0, counts)
         yield source, counts[source]
         counts[source] += 1
 
 
-def demo_case(recipe: LaneRecipe, num_samples: int) -> Case:
-    """The first samples of lane 0, if there were no other lanes."""
-    sources = [OpenSource(recipe, number) for number in range(len(recipe.sources))]
-    mixture, samples = open_mixture(recipe), []
+def demo_case(spec: PipelineSpec, num_samples: int) -> Case:
+    """The first samples of stream 0, if there were no other streams."""
+    sources = [OpenSource(spec, number) for number in range(len(spec.sources))]
+    mixture, samples = open_mixture(spec), []
     counts, tokens = [0] * len(sources), [0] * len(sources)
-    given = tokens if recipe.config.mixture_by == "tokens" else counts
+    given = tokens if spec.config.mixture_by == "tokens" else counts
     for _ in range(num_samples):
         source = mixture.next(0, given)
         samples.append(sources[source].documents(counts[source]))
         counts[source] += 1
         tokens[source] += sum(document.num_tokens for document in samples[-1])
-    return Case(samples, recipe.size, recipe.config.lookahead, recipe.builder)
+    return Case(samples, spec.size, spec.config.lookahead, spec.builder)
 
 
 def lognormal_case(num_samples: int, lookahead: int, seed: int) -> Case:
@@ -163,8 +163,8 @@ def lognormal_case(num_samples: int, lookahead: int, seed: int) -> Case:
         return [Document(T2I, (TextSegment([0] * caption), latents))]
 
     samples = [text() if random.random() < 0.5 else image() for _ in range(num_samples)]
-    size = RowSize(LONG_ROW, 0, LONG_ROW)
-    builder = RowBuilder(size, GEOMETRY, "shared", ByteTokenizer().special)
+    size = SequenceSize(LONG_ROW, 0, LONG_ROW)
+    builder = SequenceBuilder(size, GEOMETRY, "shared", ByteTokenizer().special)
     return Case(samples, size, lookahead, builder)
 
 
@@ -209,10 +209,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.repeats < 2:
         parser.error(f"--repeats must be at least 2 to have a spread, got {options.repeats}")
     try:
-        recipe = recipe_of(options.config, overrides)
+        spec = spec_of(options.config, overrides)
         cases = {
-            "demo": demo_case(recipe, options.samples),
-            "lognormal": lognormal_case(options.samples, recipe.config.lookahead, options.seed),
+            "demo": demo_case(spec, options.samples),
+            "lognormal": lognormal_case(options.samples, spec.config.lookahead, options.seed),
         }
         results = {name: measure(case, options.repeats) for name, case in cases.items()}
     except ValueError as error:

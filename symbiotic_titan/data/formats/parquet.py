@@ -27,7 +27,7 @@ class RowGroup(FilePart):
     num_samples: int
     columns: tuple[str, ...]
     names: tuple[str, ...]
-    # Decoded row groups are large; lanes walk through one, at a shard's turn through two.
+    # Decoded row groups are large; streams walk through one, at a shard's turn through two.
     max_open: ClassVar[int] = 2
 
     def key(self, sample: int) -> str:

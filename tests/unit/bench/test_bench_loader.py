@@ -63,8 +63,8 @@ def make_loader(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe(make_loader):
-    return make_loader().recipe
+def spec(make_loader):
+    return make_loader().spec
 
 
 def content(sample):
@@ -75,48 +75,48 @@ def content(sample):
     return str(rest), np.array(image).tolist() if image else None
 
 
-def test_every_loop_that_is_installed_gives_the_samples_of_our_readers(recipe):
-    ours = [content(s) for s in islice(loader.read_samples(recipe, decode=True), 12)]
+def test_every_loop_that_is_installed_gives_the_samples_of_our_readers(spec):
+    ours = [content(s) for s in islice(loader.read_samples(spec, decode=True), 12)]
     assert len({str(sample) for sample in ours}) == 12
     for name in (
         "bare",
         "datasets",
     ):  # webdataset leaves files open where it is not read to its end
         try:
-            theirs = [content(s) for s in islice(loader.loop_of(recipe, name, decode=True), 12)]
+            theirs = [content(s) for s in islice(loader.loop_of(spec, name, decode=True), 12)]
         except ImportError:
             assert name != "bare"
             continue
         assert sorted(theirs, key=str) == sorted(ours, key=str) and theirs != ours, name
 
 
-def test_without_decoding_images_stay_bytes_on_both_sides(recipe):
+def test_without_decoding_images_stay_bytes_on_both_sides(spec):
     for stream in (
-        loader.read_samples(recipe, decode=False),
-        loader.loop_of(recipe, "bare", decode=False),
+        loader.read_samples(spec, decode=False),
+        loader.loop_of(spec, "bare", decode=False),
     ):
         images = [sample["png"] for sample in islice(stream, 12) if "png" in sample]
         assert len(images) == 6 and all(isinstance(image, bytes) for image in images)
 
 
-def test_a_format_that_a_loop_cannot_read_is_named(recipe):
-    table = replace(recipe, sources=[replace(s, format="parquet") for s in recipe.sources])
+def test_a_format_that_a_loop_cannot_read_is_named(spec):
+    table = replace(spec, sources=[replace(s, format="parquet") for s in spec.sources])
     with pytest.raises(ValueError, match="it reads webdataset, jsonl, not parquet"):
         loader.loop_of(table, "bare", decode=True)
 
 
-def test_every_contender_goes_on_without_end(recipe):
+def test_every_contender_goes_on_without_end(spec):
     """More is asked of each than the sources have, and every round reads as much as the one before."""
-    entries = loader.contenders(recipe, 8)
+    entries = loader.contenders(spec, 8)
     names = {"bare", "bare_decoded", "read", "read_decoded", "documents", "rows"}
     assert names <= entries.keys()
     for run in entries.values():
         run()
         run()
-    lane = loader.one_lane(recipe)
+    stream = loader.one_stream(spec)
     for round_number in (1, 2):
-        loader.make_rows(lane, 100)
-        assert loader.samples_read(lane) >= 100 * round_number
+        loader.make_rows(stream, 100)
+        assert loader.samples_read(stream) >= 100 * round_number
 
 
 def test_timers_count_the_time_of_inner_functions_once(monkeypatch):
@@ -128,12 +128,12 @@ def test_timers_count_the_time_of_inner_functions_once(monkeypatch):
     assert timers.seconds == {"inner": 3.0, "outer": 7.0}
 
 
-def test_every_stage_of_a_row_takes_time_and_nothing_stays_patched(recipe):
-    before = loader.DocumentMaker.make, dict(loader.lanes.PACKINGS)
-    times = loader.stage_times(recipe, 20)
+def test_every_stage_of_a_row_takes_time_and_nothing_stays_patched(spec):
+    before = loader.DocumentMaker.make, dict(loader.streams.PACKINGS)
+    times = loader.stage_times(spec, 20)
     stages = {"read", "decode", "resize", "tokenise", "documents", "choose", "build", "flatten"}
     assert times.keys() == stages and all(value > 0 for value in times.values())
-    assert (loader.DocumentMaker.make, loader.lanes.PACKINGS) == before
+    assert (loader.DocumentMaker.make, loader.streams.PACKINGS) == before
 
 
 def test_the_loader_is_measured_with_and_without_workers(make_loader):
@@ -144,8 +144,8 @@ def test_the_loader_is_measured_with_and_without_workers(make_loader):
 
 def test_photos_fill_the_rows_they_are_made_for(tmp_path):
     loader.write_photos(tmp_path, shards=1, photos=4)
-    recipe = loader.loader_of_photos(tmp_path, num_workers=0).recipe
-    documents = [d for made in islice(loader.make_documents(recipe), 8) for d in made]
+    spec = loader.loader_of_photos(tmp_path, num_workers=0).spec
+    documents = [d for made in islice(loader.make_documents(spec), 8) for d in made]
     assert sum(d.num_vit_tokens > 40 for d in documents) == 4
     assert sum(d.num_vae_tokens > 180 for d in documents) == 4
 
@@ -155,14 +155,14 @@ def test_quotients_are_medians_over_the_rounds():
     assert loader.quotients(times, ["theirs"], "ours") == {"theirs": [2.0, 1.75, 3.0]}
 
 
-def test_rows_are_made_until_enough_samples_are_read(recipe):
-    lane = loader.one_lane(recipe)
-    loader.make_rows(lane, 10)
-    assert 10 <= loader.samples_read(lane) < 20
+def test_rows_are_made_until_enough_samples_are_read(spec):
+    stream = loader.one_stream(spec)
+    loader.make_rows(stream, 10)
+    assert 10 <= loader.samples_read(stream) < 20
 
 
-def test_memory_is_taken_at_ten_points(recipe):
-    points = loader.memory_points(recipe, 50)
+def test_memory_is_taken_at_ten_points(spec):
+    points = loader.memory_points(spec, 50)
     if loader.resident_mib() is None:
         assert points == []
     else:

@@ -1,4 +1,4 @@
-"""The packing benchmark packs every document once, as lanes do, and its lengths are always the same."""
+"""The packing benchmark packs every document once, as streams do, and its lengths are always the same."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ from symbiotic_titan.data.documents import (
     Document,
     TextSegment,
 )
-from symbiotic_titan.data.packing import RowSize
+from symbiotic_titan.data.packing import SequenceSize
 from tools.bench import packing
 
 
@@ -45,7 +45,7 @@ def test_packings_are_fuller_the_more_they_look_at(case):
 
 
 def test_baselines_choose_by_age():
-    waiting, size = texts(4, 5, 3, 1), RowSize(8, 0, 0)
+    waiting, size = texts(4, 5, 3, 1), SequenceSize(8, 0, 0)
     assert packing.CONTENDERS["first_fit"](waiting, size) == [0, 2, 3]
     assert packing.CONTENDERS["next_fit"](waiting, size) == [0]
     assert packing.CONTENDERS["none"](waiting, size) == [0]

@@ -19,7 +19,7 @@ from symbiotic_titan.data.documents import (
     VaeSegment,
 )
 from symbiotic_titan.data.images import vit_patches
-from symbiotic_titan.data.packing import RowBuilder, RowSize
+from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.model.masks import build_dense_mask
 from symbiotic_titan.sequence.geometry import ImageGeometry, patchify
@@ -63,7 +63,7 @@ def make_row(layout="shared"):
             VaeSegment(patchify(cells, 2), 3, 2),
         ),
     )
-    builder = RowBuilder(RowSize(140, 10, 10), GEOMETRY, layout, special)
+    builder = SequenceBuilder(SequenceSize(140, 10, 10), GEOMETRY, layout, special)
     return builder.build([question, picture])
 
 
@@ -195,8 +195,8 @@ def test_an_image_that_queries_read_is_shown_with_its_patches_and_their_number()
     )
     special, cut = TOKENIZER.special, vit_patches(SEEN, 12 * 12, geometry)
     document = Document(1, (TextSegment([special.bos]), cut))
-    size = RowSize(10, 5, 0, num_vit_patches=36)
-    row = RowBuilder(size, geometry, "sequence", special).build([document])
+    size = SequenceSize(10, 5, 0, num_vit_patches=36)
+    row = SequenceBuilder(size, geometry, "sequence", special).build([document])
     picture, label = show_batch.vit_picture(row, 0, geometry)
     assert (picture.height, picture.width) == tuple(2 * n for n in cut.grid)
     assert label == f"pixels, {cut.grid[1]} x {cut.grid[0]} patches, read by 5 queries"

@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 
 from symbiotic_titan.sequence.modality import NO_TASK, PADDING
-from tests.unit.data.test_data_lanes import add_bad, states_of, texts_of, write_texts
 from tests.unit.data.test_data_loader import assert_same, ranks_of
+from tests.unit.data.test_data_streams import add_bad, states_of, texts_of, write_texts
 
 
 def read_to_the_end(loader, limit=200):
@@ -77,7 +77,7 @@ def test_a_source_may_repeat_where_the_others_stop(make_loader, tmp_path):
 
 
 def test_ranks_end_together_only_when_the_last_of_them_has_no_row(make_loader, tmp_path):
-    """Lanes run out after different numbers of rows; a rank that is early gives empty batches."""
+    """Streams run out after different numbers of rows; a rank that is early gives empty batches."""
     texts = [json.dumps({"text": "x" * (1 + 7 * i % 40)}) for i in range(37)]
     (tmp_path / "a.jsonl").write_text("\n".join(texts) + "\n")
     row = {"name": "a", "task": "lm", "format": "jsonl", "path": f"{tmp_path}/a.jsonl"}

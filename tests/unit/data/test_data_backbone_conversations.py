@@ -27,7 +27,7 @@ from symbiotic_titan.data.formats.shard import (
     Sample,
 )
 from symbiotic_titan.data.latents import GeneratedImages
-from symbiotic_titan.data.packing import RowBuilder, RowSize
+from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.tokenizer import open_tokenizer
 from symbiotic_titan.sequence.modality import VIT
@@ -154,8 +154,8 @@ def document(tokenizer, talk, geometry=QWEN3_VL, pixels=HIGH):
 
 
 def row_of(tokenizer, documents, geometry=QWEN3_VL):
-    size = RowSize(2048, 1024, 0)
-    return RowBuilder(size, geometry, "grid", tokenizer.special).build(documents)
+    size = SequenceSize(2048, 1024, 0)
+    return SequenceBuilder(size, geometry, "grid", tokenizer.special).build(documents)
 
 
 def their_inputs(processor, tokenizer, template, talk, geometry):
@@ -230,8 +230,8 @@ def test_a_conversation_becomes_the_tokens_of_aria_and_positions_that_count_up(o
     inputs = AriaImageProcessorPil(max_image_size=longest)(images, return_tensors="pt")
     expanded = AriaProcessor.replace_image_token(processor, inputs, 0)
     ids = theirs(text.replace("<|img|>", expanded), add_special_tokens=False)["input_ids"]
-    size = RowSize(2048, 1024, 0, num_vit_patches=made.num_vit_patches)
-    row = RowBuilder(size, ARIA, "sequence", ours.special).build([made])
+    size = SequenceSize(2048, 1024, 0, num_vit_patches=made.num_vit_patches)
+    row = SequenceBuilder(size, ARIA, "sequence", ours.special).build([made])
     tokens = row.tokens[0, : made.num_tokens].tolist()
     end = theirs("\n", add_special_tokens=False)["input_ids"]
     assert [*tokens, *end] == [theirs.convert_tokens_to_ids("<s>"), *ids]

@@ -21,7 +21,7 @@ from symbiotic_titan.data.images import (
     vit_patches,
 )
 from symbiotic_titan.data.pipeline import (
-    build_recipe,
+    build_spec,
     row_size,
 )
 from symbiotic_titan.data.tokenizer import ByteTokenizer
@@ -118,7 +118,7 @@ def test_a_row_that_holds_no_image_is_refused_with_the_number_that_was_set(tmp_p
     row = {"name": "mmu", "task": "mmu", "format": "parquet", "path": str(tmp_path)}
     config = Data(sources=[row], vit_pixels=490**2, max_vit_tokens=100)
     with pytest.raises(ValueError, match="data.max_vit_tokens: 100 is too few .* 128 tokens"):
-        build_recipe(config, Latents(), ARIA, "sequence", ByteTokenizer(), 2048, 1)
+        build_spec(config, Latents(), ARIA, "sequence", ByteTokenizer(), 2048, 1)
 
 
 def size_or_none(size, *arguments, **keywords):

@@ -1,7 +1,7 @@
 """Corrupted files by the thousand: the loader stays alive and every skip is counted. Everything follows from one seed.
 
 What is bad is first found by reading each sample by itself. Then the loader reads all of them, and its counts by reason have to be
-exactly those of the samples that its lanes came by.
+exactly those of the samples that its streams came by.
 """
 
 import io
@@ -154,16 +154,16 @@ def write_corrupted(folder, count, seed):
     return written
 
 
-def verdicts_of(recipe, suspects):
+def verdicts_of(spec, suspects):
     """Reason or None of each sample, shard by shard, when it is read by itself; samples out of suspicion are good."""
-    [source], [shards] = recipe.sources, recipe.shards
+    [source], [shards] = spec.sources, spec.shards
     reader, verdicts = Reader(shards), []
     for number, shard in enumerate(shards):
         verdicts.append([])
         for sample in range(shard.num_samples):
             reason = None
             try:
-                recipe.maker.make(source, reader.read(number, sample), 0)
+                spec.maker.make(source, reader.read(number, sample), 0)
             except BadSample as error:
                 reason = error.reason
                 touched = suspects[shard.path]
@@ -173,10 +173,10 @@ def verdicts_of(recipe, suspects):
 
 
 def read_all(loader):
-    """Read until every sample of the only source was reached; how many samples each lane has read then."""
-    num_samples = sum(shard.num_samples for shard in loader.recipe.shards[0])
+    """Read until every sample of the only source was reached; how many samples each stream has read then."""
+    num_samples = sum(shard.num_samples for shard in loader.spec.shards[0])
     for _ in loader:
-        reads = {lane: state["read"][0] for lane, state in loader._states.items()}
+        reads = {stream: state["read"][0] for stream, state in loader._states.items()}
         if min(reads.values()) * len(reads) >= num_samples:
             return reads
     raise AssertionError("the loader ended")
@@ -187,14 +187,14 @@ def check_counts(make_loader, row, suspects, num_workers):
     data = {"sources": [row], "bad_samples": "skip", "num_lanes": 2 * max(1, num_workers)}
     limits = {"max_bad_samples": 10**9, "max_bad_in_a_row": 10**6}
     loader = make_loader(data | limits, num_workers=num_workers, local_batch_size=8)
-    recipe = loader.recipe
-    verdicts = verdicts_of(recipe, suspects)
+    spec = loader.spec
+    verdicts = verdicts_of(spec, suspects)
     reads = read_all(loader)
-    order = SourceOrder(recipe.config.seed, row["name"], [len(shard) for shard in verdicts])
+    order = SourceOrder(spec.config.seed, row["name"], [len(shard) for shard in verdicts])
     expected = Counter()
-    for lane, read in reads.items():
+    for stream, read in reads.items():
         for k in range(read):
-            shard, sample = order.locate(k * len(reads) + lane)
+            shard, sample = order.locate(k * len(reads) + stream)
             expected[verdicts[shard][sample]] += 1
     counted = {reason: n for reason, n in loader.skip_reasons.items() if n}
     assert counted == {reason: n for reason, n in expected.items() if reason}

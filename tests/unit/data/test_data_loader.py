@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from symbiotic_titan.data.loader import FlatRow, LaneRows
+from symbiotic_titan.data.loader import SerializedRow, StreamDataset
 
 ROWS = 26
 
@@ -83,8 +83,8 @@ def test_resume_at_any_row_goes_on_bitwise(
 def test_resume_on_other_ranks_goes_on_bitwise(
     make_loader, uninterrupted, ranks_before, ranks_after, workers
 ):
-    steps, lanes = 3, 4
-    before = ranks_of(make_loader, ranks_before, local_batch_size=lanes // ranks_before)
+    steps, streams = 3, 4
+    before = ranks_of(make_loader, ranks_before, local_batch_size=streams // ranks_before)
     for loader in before:
         list(islice(loader, steps))
     states = [loader.state_dict() for loader in before]
@@ -93,16 +93,16 @@ def test_resume_on_other_ranks_goes_on_bitwise(
     for loader in after:
         loader.load_state_dict(states[0])
     batches = [iter(loader) for loader in after]
-    for step in range(steps, ROWS // lanes):
-        rows = [row for b in batches for row in islice(b, lanes // ranks_after)]
-        assert_same(rows, uninterrupted[step * lanes : (step + 1) * lanes])
+    for step in range(steps, ROWS // streams):
+        rows = [row for b in batches for row in islice(b, streams // ranks_after)]
+        assert_same(rows, uninterrupted[step * streams : (step + 1) * streams])
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_resume_in_the_middle_of_a_round_on_fewer_ranks_loses_and_repeats_nothing(
     make_loader, uninterrupted, workers
 ):
-    """Two ranks stop after three rows each: lanes 0, 1, 0 and 2, 3, 2. Lanes 1 and 3 come first, then all in turn."""
+    """Two ranks stop after three rows each: streams 0, 1, 0 and 2, 3, 2. Streams 1 and 3 come first, then all in turn."""
     before = ranks_of(make_loader, 2)
     for loader in before:
         list(islice(loader, 3))
@@ -180,7 +180,7 @@ def test_shards_may_move_to_another_folder(make_loader, demo_config, demo_world,
     assert elsewhere.state_dict() == at_home.state_dict()
 
 
-def test_lanes_that_do_not_divide_the_global_batch_are_pointed_out(make_loader, caplog):
+def test_streams_that_do_not_divide_the_global_batch_are_pointed_out(make_loader, caplog):
     with caplog.at_level("WARNING"):
         make_loader({"num_lanes": 3})
     assert "data.num_lanes: 3 does not divide the global batch size 4" in caplog.text
@@ -188,14 +188,14 @@ def test_lanes_that_do_not_divide_the_global_batch_are_pointed_out(make_loader, 
 
 def test_work_of_a_worker_can_be_sent_to_a_new_interpreter(make_loader):
     loader = make_loader()
-    dataset = pickle.loads(pickle.dumps(LaneRows(loader._recipe, loader._states)))
+    dataset = pickle.loads(pickle.dumps(StreamDataset(loader._spec, loader._states)))
     _, row, _ = next(iter(dataset))
     assert_equal(row, next(iter(loader)))
 
 
 def test_flat_row_is_one_tensor_and_holds_all_fields(uninterrupted):
     row = uninterrupted[0]
-    flat = FlatRow.of(row)
+    flat = SerializedRow.of(row)
     assert flat.buffer.dtype == torch.uint8
     assert_equal(flat.row(), row)
 
@@ -263,7 +263,7 @@ def test_pinning_without_an_accelerator_is_pointed_out(make_loader, caplog, monk
     assert "training.dataloader.pin_memory: ignored" in caplog.text
 
 
-def test_state_names_every_lane(make_loader):
+def test_state_names_every_stream(make_loader):
     loaders = ranks_of(make_loader, 2)
-    lanes = json.loads(loaders[1].state_dict()["state"])["lanes"]
-    assert sorted(lanes) == ["0", "1", "2", "3"]
+    streams = json.loads(loaders[1].state_dict()["state"])["lanes"]
+    assert sorted(streams) == ["0", "1", "2", "3"]

@@ -27,11 +27,11 @@ def shares_of(weights):
     return [Fraction(str(w)) / total for w in weights]
 
 
-def samples_of(weights, lane, length, num_lanes=11):
-    """Sources of the first samples of a lane."""
-    mixture, counts, sources = Mixture(weights, num_lanes), [0] * len(weights), []
+def samples_of(weights, stream, length, num_streams=11):
+    """Sources of the first samples of a stream."""
+    mixture, counts, sources = Mixture(weights, num_streams), [0] * len(weights), []
     for _ in range(length):
-        sources.append(mixture.next(lane, counts))
+        sources.append(mixture.next(stream, counts))
         counts[sources[-1]] += 1
     return sources
 
@@ -48,38 +48,38 @@ def spread_of_gaps(sources, shares):
 
 
 @pytest.mark.parametrize("weights", SETS + random_sets(), ids=str)
-def test_counts_are_off_by_less_than_one_after_every_sample_of_every_lane(weights):
-    mixture = Mixture(weights, num_lanes=11)
+def test_counts_are_off_by_less_than_one_after_every_sample_of_every_stream(weights):
+    mixture = Mixture(weights, num_streams=11)
     shares = shares_of(weights)
-    for lane in range(11):
+    for stream in range(11):
         counts = [0] * len(weights)
         for n in range(1, 400):
-            counts[mixture.next(lane, counts)] += 1
+            counts[mixture.next(stream, counts)] += 1
             assert all(abs(c - n * s) < 1 for c, s in zip(counts, shares, strict=True))
 
 
 @FIXED
-@given(weights=WEIGHTS, lane=st.integers(0, 10))
-def test_counts_of_every_window_are_off_by_less_than_two(weights, lane):
-    """And of every window that begins with the lane by less than one: that is the test above."""
-    spread = spread_of_gaps(samples_of(weights, lane, 120), shares_of(weights))
+@given(weights=WEIGHTS, stream=st.integers(0, 10))
+def test_counts_of_every_window_are_off_by_less_than_two(weights, stream):
+    """And of every window that begins with the stream by less than one: that is the test above."""
+    spread = spread_of_gaps(samples_of(weights, stream, 120), shares_of(weights))
     assert max(spread) < 2
 
 
 @FIXED
-@given(weights=WEIGHTS, num_lanes=st.integers(1, 9))
-def test_all_lanes_in_turn_are_off_by_less_than_one_a_lane_and_windows_by_less_than_two(
-    weights, num_lanes
+@given(weights=WEIGHTS, num_streams=st.integers(1, 9))
+def test_all_streams_in_turn_are_off_by_less_than_one_a_stream_and_windows_by_less_than_two(
+    weights, num_streams
 ):
-    lanes = [samples_of(weights, lane, 40, num_lanes) for lane in range(num_lanes)]
-    interleaved = [source for turn in zip(*lanes, strict=True) for source in turn]
+    streams = [samples_of(weights, stream, 40, num_streams) for stream in range(num_streams)]
+    interleaved = [source for turn in zip(*streams, strict=True) for source in turn]
     shares = shares_of(weights)
-    assert max(spread_of_gaps(interleaved, shares)) < 2 * num_lanes
+    assert max(spread_of_gaps(interleaved, shares)) < 2 * num_streams
     for source, share in enumerate(shares):
         count = Fraction(0)
         for n, chosen in enumerate(interleaved, start=1):
             count += chosen == source
-            assert abs(count - n * share) < num_lanes
+            assert abs(count - n * share) < num_streams
 
 
 @pytest.mark.parametrize("weights, is_there", [((3, 3, 2, 2), True), ((1, 2, 8), False)], ids=str)
@@ -107,10 +107,10 @@ def test_no_schedule_keeps_every_window_of_some_mixtures_within_one(weights, is_
     assert any(survivors(low, 2 * total) for low in places) == is_there
 
 
-def test_first_samples_of_the_lanes_follow_the_mixture():
+def test_first_samples_of_the_streams_follow_the_mixture():
     for by in ("samples", "tokens"):
-        mixture = Mixture([3.0, 3.0, 2.0, 2.0], num_lanes=20, by=by)
-        first = Counter(mixture.next(lane, [0, 0, 0, 0]) for lane in range(20))
+        mixture = Mixture([3.0, 3.0, 2.0, 2.0], num_streams=20, by=by)
+        first = Counter(mixture.next(stream, [0, 0, 0, 0]) for stream in range(20))
         assert first == {0: 6, 1: 6, 2: 4, 3: 4}
 
 
@@ -123,14 +123,14 @@ def most_behind(shares, source):
 @FIXED
 @given(
     weights=WEIGHTS,
-    lane=st.integers(0, 10),
+    stream=st.integers(0, 10),
     lengths=st.lists(st.sampled_from([1, 2, 3, 10, 100, 997]), min_size=1, max_size=150),
 )
-def test_tokens_are_off_by_about_one_longest_sample_after_every_sample(weights, lane, lengths):
-    mixture, shares = Mixture(weights, num_lanes=11, by="tokens"), shares_of(weights)
+def test_tokens_are_off_by_about_one_longest_sample_after_every_sample(weights, stream, lengths):
+    mixture, shares = Mixture(weights, num_streams=11, by="tokens"), shares_of(weights)
     tokens, longest = [0] * len(weights), [0] * len(weights)
     for length in lengths:
-        source = mixture.next(lane, tokens)
+        source = mixture.next(stream, tokens)
         tokens[source] += length
         longest[source] = max(longest[source], length)
         for s, share in enumerate(shares):

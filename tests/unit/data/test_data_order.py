@@ -22,18 +22,18 @@ def test_hash_fraction_is_spread_evenly():
     assert np.abs(np.histogram(values, 10, (0, 1))[0] - 400).max() < 100
 
 
-@pytest.mark.parametrize("num_lanes", [1, 3, 8, 40])
-def test_no_sample_is_lost_or_repeated_within_an_epoch_over_all_lanes(num_lanes):
+@pytest.mark.parametrize("num_streams", [1, 3, 8, 40])
+def test_no_sample_is_lost_or_repeated_within_an_epoch_over_all_streams(num_streams):
     sizes = [5, 1, 9, 4]
     order = SourceOrder(0, "s", sizes)
     everything = {(shard, i) for shard, size in enumerate(sizes) for i in range(size)}
-    reads_per_lane = 3 * sum(sizes)
+    reads_per_stream = 3 * sum(sizes)
     seen = sorted(
-        (k * num_lanes + lane, order.locate(k * num_lanes + lane))
-        for lane in range(num_lanes)
-        for k in range(reads_per_lane)
+        (k * num_streams + stream, order.locate(k * num_streams + stream))
+        for stream in range(num_streams)
+        for k in range(reads_per_stream)
     )
-    for epoch in range(reads_per_lane * num_lanes // 19):
+    for epoch in range(reads_per_stream * num_streams // 19):
         places = [place for index, place in seen if index // 19 == epoch]
         assert len(places) == 19 and set(places) == everything
 

@@ -10,7 +10,13 @@ from symbiotic_titan.data.documents import (
     VaeSegment,
     VitSegment,
 )
-from symbiotic_titan.data.packing import PACKINGS, RowBuilder, RowSize, fullest, longest_first
+from symbiotic_titan.data.packing import (
+    PACKINGS,
+    SequenceBuilder,
+    SequenceSize,
+    fullest,
+    longest_first,
+)
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, PADDING, TEXT, VAE, VIT
@@ -50,7 +56,7 @@ def random_document(random, limit=40):
 
 
 def build(documents, size, layout="shared"):
-    return RowBuilder(size, GEOMETRY, layout, SPECIAL).build(documents)
+    return SequenceBuilder(size, GEOMETRY, layout, SPECIAL).build(documents)
 
 
 @pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS)
@@ -58,7 +64,7 @@ def test_chosen_documents_fit_and_the_oldest_always_goes(packing):
     random = Random(0)
     for _ in range(300):
         waiting = [random_document(random) for _ in range(random.randint(1, 12))]
-        size = RowSize(random.randint(40, 120), random.randint(40, 60), random.randint(40, 60))
+        size = SequenceSize(random.randint(40, 120), random.randint(40, 60), random.randint(40, 60))
         chosen = packing(waiting, size)
         assert chosen[0] == 0 and len(set(chosen)) == len(chosen)
         documents = [waiting[i] for i in chosen]
@@ -71,7 +77,7 @@ def test_longest_first_leaves_nothing_that_still_fits():
     random = Random(3)
     for _ in range(300):
         waiting = [random_document(random) for _ in range(random.randint(1, 12))]
-        size = RowSize(random.randint(40, 120), random.randint(40, 60), random.randint(40, 60))
+        size = SequenceSize(random.randint(40, 120), random.randint(40, 60), random.randint(40, 60))
         chosen = longest_first(waiting, size)
         left = size
         for i in chosen:
@@ -85,7 +91,7 @@ def test_fullest_fills_a_row_as_far_as_any_choice_does():
     better = 0
     for _ in range(100):
         waiting = [random_document(random) for _ in range(random.randint(1, 9))]
-        size = RowSize(random.randint(40, 120), 200, 200)
+        size = SequenceSize(random.randint(40, 120), 200, 200)
         oldest, *lengths = [document.num_tokens for document in waiting]
         subsets = (c for n in range(len(lengths) + 1) for c in combinations(lengths, n))
         best = max(filled for c in subsets if (filled := oldest + sum(c)) <= size.num_tokens)
@@ -100,7 +106,7 @@ def test_every_document_is_found_again_in_its_row_whole_and_alone():
     random = Random(1)
     for _ in range(60):
         documents = [random_document(random) for _ in range(3)]
-        row = build(documents, RowSize(128, 100, 90))
+        row = build(documents, SequenceSize(128, 100, 90))
         start, span = 0, 0
         for number, document in enumerate(documents):
             here = slice(start, start + document.num_tokens)
@@ -160,7 +166,7 @@ def test_labels_are_the_next_trained_tokens_and_never_placeholders():
     random = Random(2)
     for _ in range(60):
         documents = [random_document(random) for _ in range(3)]
-        row = build(documents, RowSize(128, 128, 128))
+        row = build(documents, SequenceSize(128, 128, 128))
         expected = []
         for document in documents:
             ids, trained = [], []
@@ -186,13 +192,13 @@ def test_labels_are_the_next_trained_tokens_and_never_placeholders():
 @pytest.mark.parametrize("kind", [vit, vae])
 def test_positions_follow_the_layout_and_start_anew_in_every_document(layout, image, kind):
     document = Document(0, (text(2), kind(2, 3), text(1)))
-    row = build([document, document], RowSize(20, 20, 20), layout)
+    row = build([document, document], SequenceSize(20, 20, 20), layout)
     expected = [[0, 0, 0], [1, 1, 1], *image]
     assert row.positions[0].tolist() == expected * 2 + [[0, 0, 0]] * 2
 
 
 def test_shapes_and_dtypes_do_not_depend_on_the_documents():
-    size = RowSize(64, 32, 48)
+    size = SequenceSize(64, 32, 48)
     rows = [
         build([Document(0, (text(3),))], size),
         build([Document(1, (vit(2, 2), vae(3, 3)))], size),

@@ -68,9 +68,9 @@ def test_counts_go_on_after_a_resume_and_start_where_an_old_state_knows_none(mak
     assert after.skip_reasons == whole.skip_reasons and after.state_dict() == whole.state_dict()
 
     old = json.loads(state["state"])
-    for lane in old["lanes"].values():
+    for stream in old["lanes"].values():
         for key in ("skipped", "in_a_row", "truncated"):
-            del lane[key]
+            del stream[key]
     after.load_state_dict({"state": json.dumps(old)})
     assert after.num_skipped == before.num_skipped and not any(after.skip_reasons.values())
 
@@ -129,7 +129,7 @@ def test_skips_are_logged_ever_more_rarely(make_loader, tmp_path, caplog):
         count = read(loader, 9)["json"]
     told = [r.message for r in caplog.records if "so far as 'json'; the last one is" in r.message]
     assert len(told) == count.bit_length()
-    assert told[0].startswith("source 'mixed', lane 0: skipped 1 samples so far")
+    assert told[0].startswith("source 'mixed', stream 0: skipped 1 samples so far")
 
 
 def test_text_that_gives_fewer_rows_than_when_it_was_saved_is_refused(make_loader, tmp_path):

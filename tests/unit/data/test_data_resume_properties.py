@@ -20,7 +20,7 @@ from symbiotic_titan.data import loader as loader_module
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 
-NUM_LANES, SEQ_LEN = 16, 48
+NUM_STREAMS, SEQ_LEN = 16, 48
 # Source -> sizes of its shards. Every 5th sample of "long" is longer than a row and becomes three documents.
 SHARDS = {"short": [37, 30, 24], "long": [20, 13]}
 BAD = ("short", 1, 7)  # source, shard, sample
@@ -120,7 +120,7 @@ def loaders_of(make_loader, sources, leg):
     loaders = []
     data = {
         "sources": sources,
-        "num_lanes": NUM_LANES,
+        "num_lanes": NUM_STREAMS,
         "lookahead": leg.lookahead,
         "packing": leg.packing,
         "bad_samples": "skip",
@@ -132,7 +132,7 @@ def loaders_of(make_loader, sources, leg):
             data,
             seq_len=SEQ_LEN,
             local_batch_size=leg.local_batch_size,
-            global_batch_size=NUM_LANES,
+            global_batch_size=NUM_STREAMS,
             num_workers=leg.workers,
             dp_rank=rank,
             dp_world_size=leg.ranks,
@@ -176,18 +176,18 @@ def run_in_process(make_loader, sources, leg, state=None):
         return run(make_loader, sources, leg, state)
 
 
-def lanes_of(state):
+def streams_of(state):
     return json.loads(state["state"])["lanes"]
 
 
 def expected_texts(state):
-    """What the lanes have read, less what waits in them."""
+    """What the streams have read, less what waits in them."""
     expected = Counter()
     for number, (source, sizes) in enumerate(SHARDS.items()):
         order = SourceOrder(0, source, sizes)
-        for lane, saved in lanes_of(state).items():
+        for stream, saved in streams_of(state).items():
             waiting = {(index, part) for s, index, part in saved["waiting"] if s == number}
-            for index in range(int(lane), saved["read"][number] * NUM_LANES, NUM_LANES):
+            for index in range(int(stream), saved["read"][number] * NUM_STREAMS, NUM_STREAMS):
                 place = (source, *order.locate(index))
                 texts = [] if place == BAD else parts_of(*place)
                 expected.update(t for p, t in enumerate(texts) if (index, p) not in waiting)
@@ -197,9 +197,9 @@ def expected_texts(state):
 def has_finished_an_epoch(state):
     """Whether every sample of the first epoch of every source was delivered, going by the state."""
     return all(
-        saved["read"][number] * NUM_LANES >= sum(sizes)
+        saved["read"][number] * NUM_STREAMS >= sum(sizes)
         and not any(s == number and index < sum(sizes) for s, index, _ in saved["waiting"])
-        for saved in lanes_of(state).values()
+        for saved in streams_of(state).values()
         for number, sizes in enumerate(SHARDS.values())
     )
 
@@ -207,7 +207,7 @@ def has_finished_an_epoch(state):
 def read_rest_of_the_epoch(make_loader, sources, delivered, state, mixture_by="samples"):
     """(delivered, state) after reading on until the first epoch has ended."""
     while not has_finished_an_epoch(state):
-        leg = Leg(1, local_batch_size=NUM_LANES, mixture_by=mixture_by)
+        leg = Leg(1, local_batch_size=NUM_STREAMS, mixture_by=mixture_by)
         part, state = run(make_loader, sources, leg, state)
         delivered += part
     return delivered, state
@@ -267,8 +267,8 @@ def test_workers_in_this_process_make_the_rows_that_worker_processes_make(make_l
     assert run(make_loader, sources, leg) == run_in_process(make_loader, sources, leg)
 
 
-def test_state_stays_below_a_kilobyte_a_lane(make_loader, sources):
+def test_state_stays_below_a_kilobyte_a_stream(make_loader, sources):
     """Whatever it has read: it names the documents that wait instead of holding them."""
-    leg = Leg(60, lookahead=32, local_batch_size=NUM_LANES)
+    leg = Leg(60, lookahead=32, local_batch_size=NUM_STREAMS)
     _, state = run(make_loader, sources, leg)
-    assert len(state["state"].encode()) < 1024 * NUM_LANES
+    assert len(state["state"].encode()) < 1024 * NUM_STREAMS

@@ -10,7 +10,7 @@ from symbiotic_titan.data.documents import (
     Document,
     TextSegment,
 )
-from symbiotic_titan.data.packing import PACKINGS, RowSize
+from symbiotic_titan.data.packing import PACKINGS, SequenceSize
 from symbiotic_titan.sequence.modality import PADDING, TASK_NAMES
 from tests.unit.data.test_data_packing import random_document
 
@@ -47,14 +47,14 @@ def test_packings_keep_within_the_part_of_every_task(packing):
     for _ in range(300):
         waiting = [random_document(random) for _ in range(random.randint(1, 12))]
         parts = {task: random.randint(40, 60) for task in random.sample(range(4), 3)}
-        size = RowSize(random.randint(60, 160), 100, 100, parts)
+        size = SequenceSize(random.randint(60, 160), 100, 100, parts)
         chosen = packing(waiting, size)
         assert chosen[0] == 0
         documents = [waiting[i] for i in chosen]
         assert sum(d.num_tokens for d in documents) <= size.num_tokens
         for task, part in parts.items():
             assert sum(d.num_tokens for d in documents if d.task == task) <= part
-        bound += chosen != packing(waiting, RowSize(size.num_tokens, 100, 100))
+        bound += chosen != packing(waiting, SequenceSize(size.num_tokens, 100, 100))
     assert bound > 50
 
 
@@ -64,7 +64,7 @@ def test_room_that_one_task_may_not_take_goes_to_another(packing):
         return Document(task, (TextSegment([1] * length),))
 
     waiting = [text(0, 30), text(0, 40), text(1, 35), text(0, 5), text(1, 25)]
-    assert sorted(packing(waiting, RowSize(100, 0, 0, {0: 40}))) == [0, 2, 3, 4]
+    assert sorted(packing(waiting, SequenceSize(100, 0, 0, {0: 40}))) == [0, 2, 3, 4]
 
 
 def test_every_batch_holds_every_task_within_bounds_where_images_dominate(batches, limited):

@@ -19,8 +19,8 @@ from symbiotic_titan.data.statistics import (
     token_table,
 )
 from symbiotic_titan.data.streams import (
-    Lane,
     OpenSource,
+    Stream,
     new_state,
 )
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, PADDING
@@ -28,7 +28,7 @@ from symbiotic_titan.sequence.modality import MODALITY_NAMES, PADDING
 
 @pytest.fixture(scope="module")
 def read(make_loader):
-    """A loader with one lane and the rows that it gave."""
+    """A loader with one stream and the rows that it gave."""
     loader = make_loader({"num_lanes": 1})
     return loader, list(islice(loader, 12))
 
@@ -65,13 +65,13 @@ def test_fill_and_tokens_are_those_of_the_rows(read):
 
 def test_every_image_of_the_rows_and_of_what_waits_is_counted_once(read, geometry):
     loader, rows = read
-    recipe = loader.recipe
-    sources = [OpenSource(recipe, i) for i in range(len(recipe.sources))]
-    mixture = Mixture([source.weight for source in recipe.sources], 1)
-    lane = Lane(recipe, sources, mixture, 0, new_state(recipe))
+    spec = loader.spec
+    sources = [OpenSource(spec, i) for i in range(len(spec.sources))]
+    mixture = Mixture([source.weight for source in spec.sources], 1)
+    stream = Stream(spec, sources, mixture, 0, new_state(spec))
     for _ in rows:
-        lane.next_row()
-    waiting = [s for w in lane._waiting for s in w.document.segments]
+        stream.next_row()
+    waiting = [s for w in stream._waiting for s in w.document.segments]
     uses = list(image_uses(loader, geometry))
     for generated, name, kind in (
         (True, "vae_image", VaeSegment),

@@ -12,8 +12,8 @@ import tokenizers
 
 from symbiotic_titan.config.tokenizer import FAMILIES, PLAIN, Tokenizer
 from symbiotic_titan.data.fingerprint import (
-    check_identity,
-    identity_of,
+    check_fingerprint,
+    fingerprint_of,
 )
 from symbiotic_titan.data.tokenizer import ByteTokenizer, Turn, open_tokenizer
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, SpecialTokens
@@ -310,8 +310,8 @@ def test_resuming_with_another_tokenizer_is_refused(open_, make_loader):
 
 
 def test_a_state_from_before_there_were_other_tokenizers_is_one_of_bytes(open_, make_loader):
-    identity = identity_of(make_loader().recipe)
+    identity = fingerprint_of(make_loader().spec)
     old = {key: value for key, value in identity.items() if key != "tokenizer"}
-    check_identity(old, identity)
+    check_fingerprint(old, identity)
     with pytest.raises(ValueError, match="was bytes, now it is sentencepiece"):
-        check_identity(old, identity | {"tokenizer": open_("sentencepiece").fingerprint})
+        check_fingerprint(old, identity | {"tokenizer": open_("sentencepiece").fingerprint})

@@ -14,7 +14,7 @@ from symbiotic_titan.data.documents import (
     VaeSegment,
 )
 from symbiotic_titan.data.latents import to_cells
-from symbiotic_titan.data.packing import RowBuilder, RowSize
+from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.solver import (
     noise_of_image,
@@ -95,8 +95,8 @@ def test_guided_images_are_those_of_a_plain_loop_over_training_rows(
     for caption in ("a cross", ""):
         image = VaeSegment(torch.zeros(64, 48), 8, 8)
         document = Document(2, (*prompts.image(caption).segments, image))
-        size = RowSize(document.num_tokens, 0, 64, num_vit_patches=0)
-        builder = RowBuilder(size, args.geometry, args.rotary_layout, tokenizer.special)
+        size = SequenceSize(document.num_tokens, 0, 64, num_vit_patches=0)
+        builder = SequenceBuilder(size, args.geometry, args.rotary_layout, tokenizer.special)
         rows.append(builder.build([document]))
     latents_LZ = euler_by_hand(model, rows, guidance=2.0, steps=4)
     [cells] = cells_of(latents_LZ[None], Canvas(8, 8), args.geometry)
@@ -222,8 +222,10 @@ def test_a_model_that_has_learnt_two_pictures_draws_the_one_that_its_caption_nam
         Document(2, (*maker.image(c).segments, VaeSegment(patchify(to_cells(p), 4), 4, 4)))
         for c, p in zip(captions, pictures, strict=True)
     ]
-    size = RowSize(max(document.num_tokens for document in documents), 0, 16)
-    builder = RowBuilder(size, model.args.geometry, model.args.rotary_layout, tokenizer.special)
+    size = SequenceSize(max(document.num_tokens for document in documents), 0, 16)
+    builder = SequenceBuilder(
+        size, model.args.geometry, model.args.rotary_layout, tokenizer.special
+    )
     learn(model, stack_rows([builder.build([document]) for document in documents * 4]))
 
     settings = replace(config.data, vae_pixels=256)

@@ -14,7 +14,7 @@ from symbiotic_titan.data.documents import (
     TextSegment,
     VaeSegment,
 )
-from symbiotic_titan.data.packing import RowBuilder, RowSize
+from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.session import Session
 from symbiotic_titan.model.kv_cache import LayerCache
@@ -29,10 +29,10 @@ CACHED = pytest.mark.parametrize("cached", [True, False])
 def training_row(document, model, tokenizer):
     """The row of training that holds ``document`` alone, with some padding."""
     args, special = model.args, tokenizer.special
-    size = RowSize(
+    size = SequenceSize(
         document.num_tokens + 9, document.num_vit_tokens + 2, document.num_vae_tokens + 3
     )
-    return RowBuilder(size, args.geometry, args.rotary_layout, special).build([document])
+    return SequenceBuilder(size, args.geometry, args.rotary_layout, special).build([document])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from symbiotic_titan.data.documents import (
     Document,
     TextSegment,
 )
-from symbiotic_titan.data.packing import RowBuilder, RowSize
+from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.prompts import PromptMaker
 from symbiotic_titan.inference.session import Session
@@ -34,9 +34,11 @@ def logits_of(model, tokenizer, segments):
     """(T, V): the plain forward over one row of training."""
     document = Document(NO_TASK, tuple(segments))
     patches = document.num_vit_patches
-    size = RowSize(document.num_tokens, document.num_vit_tokens, 1, num_vit_patches=patches)
+    size = SequenceSize(document.num_tokens, document.num_vit_tokens, 1, num_vit_patches=patches)
     args = model.args
-    row = RowBuilder(size, args.geometry, args.rotary_layout, tokenizer.special).build([document])
+    row = SequenceBuilder(size, args.geometry, args.rotary_layout, tokenizer.special).build(
+        [document]
+    )
     return model(row, row.latents, torch.zeros(row.vae_image.shape), torch.tensor(1.0)).logits[0]
 
 

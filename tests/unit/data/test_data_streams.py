@@ -1,4 +1,4 @@
-"""The chain from shards to rows, one lane or several in one process."""
+"""The chain from shards to rows, one stream or several in one process."""
 
 import json
 from collections import Counter
@@ -47,15 +47,15 @@ def test_rows_hold_exactly_the_samples_that_the_order_names(make_loader, tmp_pat
     found = Counter(read_samples(loader, 60))
     order = SourceOrder(0, "texts", [(num_samples + 1) // 2, num_samples // 2])
     expected = Counter()
-    for lane, state in states_of(loader).items():
+    for stream, state in states_of(loader).items():
         waiting = {index for _, index, _ in state["waiting"]}
-        for index in range(int(lane), state["read"][0] * 4, 4):
+        for index in range(int(stream), state["read"][0] * 4, 4):
             shard, sample = order.locate(index)
             expected[f"text {shard + 2 * sample}"] += index not in waiting
     assert found == expected and min(found.values()) >= 3
 
 
-def test_each_lane_follows_the_mixture_to_the_sample(make_loader):
+def test_each_stream_follows_the_mixture_to_the_sample(make_loader):
     loader = make_loader()
     batches = iter(loader)
     for _ in range(40):
@@ -66,7 +66,7 @@ def test_each_lane_follows_the_mixture_to_the_sample(make_loader):
                 assert abs(count - total * share) < 1
 
 
-def test_each_lane_follows_the_mixture_in_tokens(make_loader):
+def test_each_stream_follows_the_mixture_in_tokens(make_loader):
     """Off by less than one longest sample: shares 3 : 3 : 2 : 2, samples of up to 1800 tokens."""
     loader = make_loader({"mixture_by": "tokens"})
     for _ in islice(loader, 60):
@@ -177,7 +177,7 @@ def test_parts_of_a_long_text_are_found_again(make_loader, tmp_path):
         assert texts_of(batch) == texts_of(next(batches)), expected
 
 
-def test_bad_samples_of_all_lanes_of_a_rank_are_added_up(make_loader, tmp_path):
+def test_bad_samples_of_all_streams_of_a_rank_are_added_up(make_loader, tmp_path):
     row = {"name": "texts", **add_bad(tmp_path, 20, {"3", "4", "11"})}
     data = {"sources": [row], "bad_samples": "skip", "max_bad_samples": 3}
     loader = make_loader(data, seq_len=64)
@@ -217,23 +217,23 @@ def test_bad_samples_of_all_lanes_of_a_rank_are_added_up(make_loader, tmp_path):
         (
             {"dp_world_size": 3, "share": list},
             {},
-            "data.num_lanes: 4 lanes cannot be shared evenly by 3 data ranks; set it to 3",
+            "data.num_lanes: 4 streams cannot be shared evenly by 3 data ranks; set it to 3",
         ),
         (
             {"dp_world_size": 8, "share": list},
             {},
-            "data.num_lanes: 4 lanes cannot be shared evenly by 8 data ranks; set it to 8",
+            "data.num_lanes: 4 streams cannot be shared evenly by 8 data ranks; set it to 8",
         ),
         (
             {"num_workers": 3},
             {},
-            "training.dataloader.num_workers: 3 workers cannot share the 4 lanes of a rank evenly; "
+            "training.dataloader.num_workers: 3 workers cannot share the 4 streams of a rank evenly; "
             "set it to 2",
         ),
         (
             {"num_workers": 8},
             {"num_lanes": 6},
-            "8 workers cannot share the 6 lanes of a rank evenly; set it to 6",
+            "8 workers cannot share the 6 streams of a rank evenly; set it to 6",
         ),
     ],
 )

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from symbiotic_titan.data.fingerprint import (
-    check_identity,
-    identity_of,
+    check_fingerprint,
+    fingerprint_of,
 )
 
 
@@ -73,7 +73,7 @@ def test_what_only_arranges_rows_or_handles_bad_samples_may_change(make_loader):
 
 
 def test_a_state_of_an_older_version_is_one_by_samples_and_fits_else(make_loader):
-    current = identity_of(make_loader().recipe)
+    current = fingerprint_of(make_loader().spec)
     old = {
         key: current[key]
         for key in (
@@ -85,18 +85,18 @@ def test_a_state_of_an_older_version_is_one_by_samples_and_fits_else(make_loader
             "files",
         )
     }
-    check_identity(old, current)
-    check_identity(json.loads(json.dumps(current)), current)
+    check_fingerprint(old, current)
+    check_fingerprint(json.loads(json.dumps(current)), current)
     with pytest.raises(ValueError, match="data.mixture_by was samples, now it is tokens"):
-        check_identity(old, identity_of(make_loader({"mixture_by": "tokens"}).recipe))
+        check_fingerprint(old, fingerprint_of(make_loader({"mixture_by": "tokens"}).spec))
 
 
-def test_lanes_of_an_older_state_go_on(make_loader):
+def test_streams_of_an_older_state_go_on(make_loader):
     loader = make_loader()
     next(iter(loader))
     saved = json.loads(loader.state_dict()["state"])
-    for lane in saved["lanes"].values():
-        del lane["tokens"], lane["ended"]
+    for stream in saved["lanes"].values():
+        del stream["tokens"], stream["ended"]
     after = make_loader()
     after.load_state_dict({"state": json.dumps(saved)})
     assert (next(iter(after)).tokens == next(iter(loader)).tokens).all()
