@@ -150,7 +150,7 @@ def _check_workers(num_workers: int, num_streams: int) -> None:
         fitting = max(w for w in range(1, num_workers) if num_streams % w == 0)
         raise ValueError(
             f"training.dataloader.num_workers: {num_workers} workers cannot share the {num_streams} "
-            f"lanes of a rank evenly; set it to {fitting}, or data.num_lanes to a multiple of "
+            f"streams of a rank evenly; set it to {fitting}, or data.num_lanes to a multiple of "
             f"ranks x workers"
         )
 
