@@ -119,7 +119,7 @@ class SymbioticValidator(BaseValidator):
         self.metrics_processor.logger.log(metrics, step)
         color = self.metrics_processor.color
         totals = "  ".join(
-            f"{name}: {losses[name]:7.4f}" for name in ("text", "flow") if name in losses
+            f"{name}: {value:7.4f}" for name, value in losses.items() if "/" not in name
         )
         correct = ", ".join(
             f"{name.removeprefix('accuracy/')} {value:.3f}"

@@ -105,7 +105,7 @@ FUNCTION_MEDIAN, FUNCTION_P90, FUNCTION_LONGEST = 10, 40, 90
 TORCHTITAN_EDGE = {
     *("build", "checkpoint", "commands", "config", "extensions", "parallel", "train", "training"),
     *("data/loader.py", "data/tokenizer.py", "inference/loaded_model.py"),
-    *("model/args.py", "model/symbiotic.py", "optim/build.py"),
+    *("model/args.py", "model/symbiotic.py", "optim/build.py", "optim/lr_schedule.py"),
 }
 
 # Rooms that know neither ranks nor meshes, and the files in them that must tell a sharded parameter from a plain one.
@@ -168,7 +168,9 @@ def registries(files: Mapping[str, str]) -> dict[str, str]:
 
 
 def registering_files(files: Mapping[str, str], registry: str) -> set[str]:
-    return {path for path, source in files.items() if f"{registry}.register" in source}
+    """The file that makes the registry, and those that register in it."""
+    adding = {path for path, source in files.items() if f"{registry}.register" in source}
+    return adding | {registries(files)[registry]}
 
 
 def registered_twice(files: Mapping[str, str], registry: str) -> list[str]:
