@@ -6,9 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# First, because it prepares torchtitan in the processes of the ranks.
-from tests.helpers.debug_model import backward, build, config_of, forward  # isort: skip
-
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.parallel import (
     dry_run as plan,
@@ -16,6 +13,7 @@ from symbiotic_titan.parallel import (
 from symbiotic_titan.parallel import (
     fsdp,
 )
+from tests.helpers.debug_model import backward, build, config_of, forward
 from tests.helpers.gloo import run_on_ranks
 
 RANKS = 2

@@ -7,10 +7,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
-
-# First, because it prepares torchtitan in the processes of the ranks.
-from tests.helpers.debug_model import backward, build, config_of, forward  # isort: skip
-
 from torchtitan.config import LRScheduler
 
 from symbiotic_titan.config.optimizer import ParamGroupRow
@@ -23,6 +19,7 @@ from symbiotic_titan.optim.build import (
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.optim.lr_schedule import build_schedulers
+from tests.helpers.debug_model import backward, build, config_of, forward
 from tests.helpers.gloo import run_on_ranks
 
 EXPERT_PARALLEL = "--parallelism.expert_parallel_degree 2"

@@ -6,13 +6,11 @@ import torch
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-# First, because it prepares torchtitan in the processes of the ranks.
-from tests.helpers.debug_model import backward, build, config_of, forward  # isort: skip
-
 from symbiotic_titan.config.experts import Shielding
 from symbiotic_titan.config.optimizer import clean_name
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.sequence.modality import modality_ids
+from tests.helpers.debug_model import backward, build, config_of, forward
 from tests.helpers.gloo import run_on_ranks
 from tests.helpers.shield_reference import DEEP, MODES, assert_within_1e6, use_plain_shield
 

@@ -7,14 +7,12 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-# First, because it prepares torchtitan in the processes of the ranks.
-from tests.helpers.debug_model import build, config_of  # isort: skip
-
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.training.validation import (
     HeldOutRows,
     SymbioticValidator,
 )
+from tests.helpers.debug_model import build, config_of
 from tests.helpers.gloo import run_on_ranks
 from tests.helpers.tiny_models import MIXED, pack_row
 
