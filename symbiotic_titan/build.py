@@ -41,7 +41,7 @@ def build_dataloader(
     workers = job_config.training.dataloader
     return build_loader(
         job_config.data,
-        **_rows_of(job_config, tokenizer, dp_rank, dp_world_size),
+        **loader_options(job_config, tokenizer, dp_rank, dp_world_size),
         num_workers=workers.num_workers,
         pin_memory=workers.pin_memory,
         prefetch_factor=workers.prefetch_factor,
@@ -49,7 +49,7 @@ def build_dataloader(
     )
 
 
-def _rows_of(
+def loader_options(
     job_config: JobConfig, tokenizer: BaseTokenizer, dp_rank: int, dp_world_size: int
 ) -> dict[str, Any]:
     """Keywords of ``build_loader`` that say what a row is and which rows are this rank's."""

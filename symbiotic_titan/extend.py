@@ -9,11 +9,11 @@ A module of yours registers them when it is imported, and ``experimental.custom_
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from symbiotic_titan.config.experts import ROUTER_SCORES, SHIELD_SCHEDULES, ShieldSchedule
 from symbiotic_titan.config.losses import LOSS_TERMS, LossTerm
-from symbiotic_titan.config.optimizer import LR_DECAYS, LRDecay
-from symbiotic_titan.moe.scores import ROUTER_SCORES, RouterScore
-from symbiotic_titan.optim.build import OPTIMIZER_BUILDERS, OptimizerBuilder
-from symbiotic_titan.optim.shield_schedule import SHIELD_SCHEDULES, ShieldSchedule
+from symbiotic_titan.config.optimizer import LR_DECAYS, OPTIMIZER_BUILDERS, LRDecay
+from symbiotic_titan.moe.scores import RouterScore
+from symbiotic_titan.optim.build import OptimizerBuilder
 from symbiotic_titan.partition.plan import (
     PARTITION_RULES,
     PartitionRule,

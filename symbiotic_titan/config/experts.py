@@ -1,11 +1,29 @@
 """[experts] and [shielding]: how routed experts are split, and what the shared expert is shielded from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from symbiotic_titan.config.rows import row_from_dict
+from symbiotic_titan.registry import Registry, choice
+
+_SCORES = "symbiotic_titan.moe.scores"
+# Name -> ``moe.scores.RouterScore``.
+ROUTER_SCORES: Registry[Callable[..., Any]] = Registry(
+    "experts.score_function",
+    {"softmax": f"{_SCORES}:softmax", "sigmoid": f"{_SCORES}:sigmoid"},
+)
+
+ShieldSchedule = Callable[["Shielding", int], float]
+"""([shielding], step) -> scale in [0, 1], for the steps 1 to ``shielding.steps``; after them ``after_scale`` holds. A pure
+function of the two, so that a resumed run goes on exactly."""
+
+_RAMPS = "symbiotic_titan.optim.shield_schedule"
+SHIELD_SCHEDULES: Registry[ShieldSchedule] = Registry(
+    "shielding.ramp", {"step": f"{_RAMPS}:step_ramp", "linear": f"{_RAMPS}:linear_ramp"}
+)
 
 
 @dataclass
@@ -28,9 +46,8 @@ class Experts:
     """Rule by which ``tools/convert.py plan`` deals the experts of an unpartitioned checkpoint to the groups: a name that we or
     a module of yours registered. Training does not read it."""
 
-    score_function: str | None = None
-    """What the router's choice and weights are made of: ``softmax``, ``sigmoid``, or a name that a module of yours registered.
-    None: the flavor's."""
+    score_function: str | None = choice(ROUTER_SCORES, None)
+    """Function of the router's logits that the choice and the weights of experts are made of. None: the flavor's."""
 
     shared: bool = True
     """Whether the flavor's shared expert is kept."""
@@ -78,9 +95,8 @@ class Shielding:
     mode: Literal["output", "weights"] = "output"
     """``output``: the shared expert's output is detached (scaled) for these tokens; ``weights``: only the gradient of its weights is."""
 
-    ramp: str = "step"
-    """The scale within the first ``steps`` steps: ``step`` is 0, ``linear`` rises from 0 at step 1 towards ``after_scale``; or a
-    name that a module of yours registered."""
+    ramp: str = choice(SHIELD_SCHEDULES, "step")
+    """The scale within the first ``steps`` steps: ``step`` is 0, ``linear`` rises from 0 at step 1 towards ``after_scale``."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:

@@ -67,6 +67,20 @@ def check_layers(layers: list[extends.Layer], cls: type[JobConfig], *, only_ours
             raise ValueError(f"{layer.path}: {error}" if len(layers) > 1 else str(error)) from None
 
 
+def check_choices(args: list[str], cls: type[JobConfig]) -> None:
+    """Refuse unregistered names on the command line as those in files are, before the parser says less about them.
+
+    Raises:
+        ValueError: names the key, the value and the choices.
+    """
+    for section, section_class in get_type_hints(cls).items():
+        for f in fields(section_class) if is_dataclass(section_class) else ():
+            registry, key = registry_of(f), f"{section}.{f.name}"
+            value = option_of(args, key)
+            if registry is not None and value is not None and (value, f.default) != ("None", None):
+                registry.check(key, value)
+
+
 class MergedConfigManager(ConfigManager):
     """torchtitan's manager over a table that is read already: upstream knows nothing of ``extends``."""
 
@@ -95,6 +109,7 @@ def load_job_config(args: list[str]) -> JobConfig:
         import_extension(extension)  # first of all: it may register what the config chooses
     cls = job_config_class()
     offer_choices(cls)
+    check_choices(args, cls)
     check_layers(layers, cls, only_ours=bool(_chosen(args, table, "job.custom_config_module")))
     return MergedConfigManager(cls, table).parse_args(args)  # type: ignore[return-value]
 

@@ -18,6 +18,11 @@ LRDecay = Callable[[float], float]
 """Progress in (0, 1] through the last part of a run -> share of the learning rate that is left, from 1 down to 0;
 ``min_lr_factor`` lifts its end. A pure function, so that a resumed run goes on exactly."""
 
+# Name -> ``optim.build.OptimizerBuilder``.
+OPTIMIZER_BUILDERS: Registry[Callable[..., Any]] = Registry(
+    "optimizer.builder", {"param_groups": "symbiotic_titan.optim.build:param_group_optimizers"}
+)
+
 _DECAYS = "symbiotic_titan.optim.lr_schedule"
 LR_DECAYS: Registry[LRDecay] = Registry(
     "lr_scheduler.decay_type",
@@ -94,9 +99,8 @@ class Optimizer(UpstreamOptimizer):
     operation and parameter (``for-loop``). All three give the same weights within rounding, on plain parameters and under FSDP2,
     HSDP and expert parallelism; a CPU has all of them too."""
 
-    builder: str = "param_groups"
-    """Function that makes the optimizer. ``param_groups``: Adam or AdamW over the rows of [[optimizer.param_groups]]; others are
-    registered by the module that ``experimental.custom_import`` names."""
+    builder: str = choice(OPTIMIZER_BUILDERS, "param_groups")
+    """Function that makes the optimizer. ``param_groups``: Adam or AdamW over the rows of [[optimizer.param_groups]]."""
 
     builder_options: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=dict)
     """What a registered builder wants to know, a table set in TOML; ``param_groups`` has no options."""

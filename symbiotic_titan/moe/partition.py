@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import nn
 
-from symbiotic_titan.moe.scores import ROUTER_SCORES
+from symbiotic_titan.config.experts import ROUTER_SCORES
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
 
 SHIELD_MODES = ("output", "weights")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from symbiotic_titan.config.experts import ROUTER_SCORES
 from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
 from symbiotic_titan.moe.record import RoutingRecord
-from symbiotic_titan.moe.scores import ROUTER_SCORES
 from symbiotic_titan.sequence.modality import NUM_MODALITIES
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from symbiotic_titan.registry import Registry
-
 RouterScore = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(logits_TE float32, allowed_TE bool: the expert is in the token's group) -> (scores_TE, probabilities_TE), both float32.
 
@@ -17,8 +15,6 @@ Scores are positive inside the group and 0 outside it. The experts with the high
 weights, divided by their sum if the flavor normalizes. Probabilities are what the balancing loss reads: scores divided by
 their sum over the group. Padding is allowed every expert; nothing reads its scores, but they must stay finite.
 """
-
-ROUTER_SCORES: Registry[RouterScore] = Registry("experts.score_function")
 
 
 def softmax(logits_TE: Tensor, allowed_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +30,3 @@ def sigmoid(logits_TE: Tensor, allowed_TE: Tensor) -> tuple[Tensor, Tensor]:
     scores_TE = logits_TE.sigmoid().clamp(min=torch.finfo(torch.float32).tiny)
     scores_TE = scores_TE.masked_fill(~allowed_TE, 0.0)
     return scores_TE, scores_TE / scores_TE.sum(-1, keepdim=True)
-
-
-ROUTER_SCORES.register("softmax", softmax)
-ROUTER_SCORES.register("sigmoid", sigmoid)

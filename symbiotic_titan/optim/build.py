@@ -15,8 +15,12 @@ from torch import nn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 
-from symbiotic_titan.config.optimizer import Optimizer, ParamGroupRow, clean_name
-from symbiotic_titan.registry import Registry
+from symbiotic_titan.config.optimizer import (
+    OPTIMIZER_BUILDERS,
+    Optimizer,
+    ParamGroupRow,
+    clean_name,
+)
 
 
 def claim_parameters(names: Iterable[str], rules: list[ParamGroupRow]) -> dict[str, list[str]]:
@@ -116,8 +120,6 @@ OptimizerBuilder = Callable[[nn.Module, Optimizer, ParallelDims], ParamGroupOpti
 """(model, made parallel and initialised; [optimizer]; ranks) -> what steps, saves and loads. torchtitan's OptimizersContainer
 with ``groups`` will do: dicts as in a torch optimizer, each with its ``name``, in the order of its ``optimizers``."""
 
-OPTIMIZER_BUILDERS: Registry[OptimizerBuilder] = Registry("optimizer.builder")
-
 
 def build_adam(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
     """Adam or AdamW over the configured groups."""
@@ -135,9 +137,6 @@ def param_group_optimizers(
 ) -> ParamGroupOptimizers:
     """The builder that a config has unless it names another."""
     return ParamGroupOptimizers(model, build_adam(model, config))
-
-
-OPTIMIZER_BUILDERS.register("param_groups", param_group_optimizers)
 
 
 def build_optimizers(

@@ -1,15 +1,6 @@
 """Step -> scale of the gradient that shielded tokens send through the shared experts."""
 
-from collections.abc import Callable
-
-from symbiotic_titan.config.experts import Shielding
-from symbiotic_titan.registry import Registry
-
-ShieldSchedule = Callable[[Shielding, int], float]
-"""([shielding], step) -> scale in [0, 1], for the steps 1 to ``shielding.steps``; behind them ``after_scale`` holds. A pure
-function of the two, so that a resumed run goes on exactly."""
-
-SHIELD_SCHEDULES: Registry[ShieldSchedule] = Registry("shielding.ramp")
+from symbiotic_titan.config.experts import SHIELD_SCHEDULES, Shielding
 
 
 def step_ramp(config: Shielding, step: int) -> float:
@@ -18,19 +9,15 @@ def step_ramp(config: Shielding, step: int) -> float:
 
 
 def linear_ramp(config: Shielding, step: int) -> float:
-    """A line from 0 at step 1 to ``after_scale`` at the first step behind the warm-up."""
+    """A line from 0 at step 1 to ``after_scale`` at the first step after the warm-up."""
     return config.after_scale * (step - 1) / config.steps
-
-
-SHIELD_SCHEDULES.register("step", step_ramp)
-SHIELD_SCHEDULES.register("linear", linear_ramp)
 
 
 def shield_scale(config: Shielding, step: int) -> float:
     """Scale for ``step``, counted from 1. A pure function of the step.
 
     Raises:
-        ValueError: nobody registered ``config.ramp``, or it gave something else than a number in [0, 1].
+        ValueError: ``config.ramp`` is not registered, or it gave something other than a number in [0, 1].
     """
     if not config.enabled:
         return 1.0
@@ -50,7 +37,7 @@ def check_schedule(config: Shielding, training_steps: int) -> None:
     Raises:
         ValueError: names the key, the value and the remedy.
     """
-    _ = SHIELD_SCHEDULES[config.ramp]  # raises where nobody registered it
+    _ = SHIELD_SCHEDULES[config.ramp]  # raises where it is not registered
     if config.ramp != "step" and config.steps > training_steps:
         raise ValueError(
             f"shielding.steps = {config.steps}: the ramp {config.ramp!r} would not reach its end within training.steps = "

@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM and SIGINT: the flag that the trainer reads at the end of a step."""
+"""Stop signals, and pauses of training in which something else is measured."""
 
 import contextlib
 import signal
@@ -31,13 +31,15 @@ class StopRequest:
 
 
 class Interrupted(Exception):
-    """A stop signal came during a measurement."""
+    """A stop signal came while training was paused."""
 
 
 @contextlib.contextmanager
-def aside(model: nn.Module, metrics: MetricsProcessor, what: str) -> Iterator[None]:
-    """A frame for ``what``, a measurement on the model in training. ``Interrupted`` ends it and is told; the time that passes is
-    not counted in the throughput, which is training's."""
+def paused_training(model: nn.Module, metrics: MetricsProcessor, activity: str) -> Iterator[None]:
+    """Evaluation mode for ``activity``, a measurement on the model in training. ``Interrupted`` ends it and is logged.
+
+    The time inside does not count in the throughput, and the model comes back in training mode, resharded.
+    """
     utils.device_module.synchronize()  # device sync: the step's kernels are not this measurement's time
     start = time.perf_counter()
     was_training = model.training
@@ -45,7 +47,7 @@ def aside(model: nn.Module, metrics: MetricsProcessor, what: str) -> Iterator[No
     try:
         yield
     except Interrupted:
-        logger.info(f"{what} broken off: a stop signal came")
+        logger.info(f"{activity} interrupted by a stop signal")
     finally:
         model.train(was_training)
         _reshard(model)
@@ -53,7 +55,7 @@ def aside(model: nn.Module, metrics: MetricsProcessor, what: str) -> Iterator[No
 
 
 def _reshard(model: nn.Module) -> None:
-    """Free the gathered weights that FSDP keeps behind a forward for the backward, which does not come here."""
+    """Free the gathered weights, which FSDP keeps after a forward for a backward that does not come here."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -49,9 +49,11 @@ from symbiotic_titan.training.metrics import (
     StepReport,
     SymbioticMetrics,
 )
-from symbiotic_titan.training.sample_grids import SampleGrids
 from symbiotic_titan.training.stop import StopRequest
-from symbiotic_titan.training.validation import SymbioticValidator
+
+if TYPE_CHECKING:  # loaded by the runs that use them
+    from symbiotic_titan.training.sample_grids import SampleGrids
+    from symbiotic_titan.training.validation import SymbioticValidator
 
 
 class SymbioticTrainer(Trainer):
@@ -59,7 +61,7 @@ class SymbioticTrainer(Trainer):
 
     job_config: JobConfig
     metrics_processor: SymbioticMetrics  # type: ignore[assignment]
-    validator: SymbioticValidator
+    validator: "SymbioticValidator"
     loss_fn: LossFunction  # type: ignore[assignment]
 
     def __init__(self, job_config: JobConfig) -> None:
@@ -79,16 +81,7 @@ class SymbioticTrainer(Trainer):
             self.validator.connect(
                 self.to_device, self.maybe_enable_amp, self.sum_over_ranks, self.stop_requested
             )
-        self.samples = SampleGrids(
-            cast(SymbioticModel, self.model_parts[0]),
-            job_config,
-            cast(Tokenizer, self.tokenizer),
-            self.ranks,
-            self.metrics_processor,
-            autocast=lambda: self.maybe_enable_amp,
-            stop_requested=self.stop_requested,
-            codec=self.encode.codec,
-        )
+        self.samples = self.build_samples() if job_config.sampling.enable else None
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.shield_scale = torch.ones((), device=self.device)
         seen = job_config.data.seen_pixels
@@ -97,6 +90,20 @@ class SymbioticTrainer(Trainer):
             cast(ModelArgs, self.model_args),
             job_config.training.seq_len,
             image_patches=geometry.vit_budget(seen)[1] if seen else None,
+        )
+
+    def build_samples(self) -> "SampleGrids":
+        """What generates the images of [sampling]; the generator is imported only where it is used."""
+
+        return SampleGrids(
+            cast(SymbioticModel, self.model_parts[0]),
+            self.job_config,
+            cast(Tokenizer, self.tokenizer),
+            self.ranks,
+            self.metrics_processor,
+            autocast=lambda: self.maybe_enable_amp,
+            stop_requested=self.stop_requested,
+            codec=self.encode.codec,
         )
 
     # ---- data ---------------------------------------------------------------------------------------------------------
@@ -189,7 +196,8 @@ class SymbioticTrainer(Trainer):
         if self.step == 1:  # of a new run, or from initial weights
             if self.job_config.validation.enable:
                 self.validator.validate(self.model_parts, step=0)
-            self.samples.draw_if_due(step=0)
+            if self.samples is not None:
+                self.samples.draw_if_due(step=0)
         self.optimizers.zero_grad()
         self.shield_scale.fill_(shield_scale(self.job_config.shielding, self.step))
         batches = [
@@ -234,7 +242,8 @@ class SymbioticTrainer(Trainer):
                     tokens_seen=self.tokens_seen,
                 )
             )
-        self.samples.draw_if_due(self.step)
+        if self.samples is not None:
+            self.samples.draw_if_due(self.step)
 
     def count_skipped(self) -> dict[str, int]:
         """Bad samples that all ranks have skipped since the run began: ``skipped``, and by reason those that there are.

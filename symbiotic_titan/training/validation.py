@@ -13,21 +13,24 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import BaseValidator
 from torchtitan.tools.logging import logger
 
+from symbiotic_titan.build import loader_options
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.data.loader import PackedLoader
-from symbiotic_titan.inference.held_out import held_out_losses
+from symbiotic_titan.data.loader import PackedLoader, build_loader
+from symbiotic_titan.inference.held_out import held_out_data, held_out_losses
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.training.stop import (
     Interrupted,
-    aside,
+    paused_training,
 )
 
 
@@ -95,7 +98,7 @@ class SymbioticValidator(BaseValidator):
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Measure and log. On a stop signal it ends behind the current batch, without a number."""
         (model,) = model_parts
-        with aside(model, self.metrics_processor, f"validation at step {step}"):
+        with paused_training(model, self.metrics_processor, f"validation at step {step}"):
             start = time.perf_counter()
             losses = held_out_losses(
                 model,
@@ -133,3 +136,32 @@ class SymbioticValidator(BaseValidator):
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad:
             logger.warning(f"validation at step {step}: {', '.join(bad)} not finite")
+
+
+def build_validator(
+    *,
+    job_config: JobConfig,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    loss_fn: LossFunction,
+    metrics_processor: MetricsProcessor,
+    **unused: Any,
+) -> SymbioticValidator:
+    """The validator, with its held-out rows read. Upstream passes what pipelines and its own validator need besides."""
+    loader = build_loader(
+        held_out_data(job_config),
+        **loader_options(job_config, tokenizer, dp_rank, dp_world_size),
+        table="[[validation.sources]]",
+    )
+    rows = read_held_out(
+        loader,
+        job_config.validation.steps,
+        job_config.training.local_batch_size,
+        dp_rank,
+        dp_world_size,
+    )
+    logger.info(
+        f"validation: {rows.num_bytes / 2**20:.1f} MiB of held-out rows in the memory of each rank"
+    )
+    return SymbioticValidator(job_config, rows, loss_fn, metrics_processor)

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from symbiotic_titan.commands import show_parallel
-from symbiotic_titan.config.experts import Shielding
+from symbiotic_titan.config.experts import ROUTER_SCORES, SHIELD_SCHEDULES, Shielding
 from symbiotic_titan.config.extension import import_extension
-from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.job import JobConfig, job_config_class
 from symbiotic_titan.config.load import check_table, load_job_config
 from symbiotic_titan.config.losses import LOSS_TERMS
-from symbiotic_titan.config.optimizer import LR_DECAYS, Optimizer
+from symbiotic_titan.config.optimizer import LR_DECAYS, OPTIMIZER_BUILDERS, Optimizer
 from symbiotic_titan.evaluation.suite import SUITES
 from symbiotic_titan.extend import (
     register_lr_decay,
@@ -29,9 +29,7 @@ from symbiotic_titan.extend import (
 )
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import ExpertGroup
-from symbiotic_titan.moe.scores import ROUTER_SCORES
-from symbiotic_titan.optim.build import OPTIMIZER_BUILDERS
-from symbiotic_titan.optim.shield_schedule import SHIELD_SCHEDULES, shield_scale
+from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.partition.plan import (
     PARTITION_RULES,
     check_order,
@@ -186,7 +184,9 @@ def test_every_toml_block_of_the_page_is_a_valid_config():
     for block in blocks:
         table = tomllib.loads(block)
         table.pop("extends", None)
-        check_table(JobConfig, table)
+        if "experimental" in table:
+            import_extension(table["experimental"]["custom_import"])
+        check_table(job_config_class(), table)
 
 
 def test_the_cosine_shield_rises_from_0_to_the_scale_behind_it():

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from symbiotic_titan.config.experts import Shielding
-from symbiotic_titan.optim.shield_schedule import SHIELD_SCHEDULES, check_schedule, shield_scale
+from symbiotic_titan.config.experts import SHIELD_SCHEDULES, Shielding
+from symbiotic_titan.optim.shield_schedule import check_schedule, shield_scale
 
 
 @pytest.fixture(autouse=True)

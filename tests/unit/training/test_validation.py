@@ -288,7 +288,7 @@ def test_a_stop_signal_ends_the_validation_without_a_number(config_of, caplog):
     validator, model = validator_of(config_of(), stops=[False, True]), tiny_model(tiny_args())
     with caplog.at_level("INFO"):
         validator.validate([model], step=40)
-    assert "validation at step 40 broken off: a stop signal came" in caplog.text
+    assert "validation at step 40 interrupted by a stop signal" in caplog.text
     assert not validator.metrics_processor.logged and model.training
     assert validator.metrics_processor.time_last_log > 100.0
 
