@@ -19,6 +19,8 @@ from symbiotic_titan.partition.plan import (
     PartitionRule,
 )
 from symbiotic_titan.registry import Registry
+from symbiotic_titan.sequence.tasks import Task as Task
+from symbiotic_titan.sequence.tasks import register_task as register_task
 
 T = TypeVar("T")
 

@@ -77,11 +77,6 @@ def image_places(vae_image_BL: torch.Tensor, vae_coords_BLA: torch.Tensor) -> li
     return places
 
 
-def carries_pixels(latents: Latents) -> bool:
-    """Whether the loader of a run hands out pixels, to be encoded on the training device."""
-    return latents.codec != "pixel" and not latents.cache
-
-
 def build_batch_encoder(
     latents: Latents, geometry: ImageGeometry, device: torch.device | str, *, needed: bool = True
 ) -> BatchEncoder:
@@ -91,5 +86,5 @@ def build_batch_encoder(
     Raises:
         ValueError: see ``build_codec``.
     """
-    codec = build_codec(latents, device) if needed and carries_pixels(latents) else None
+    codec = build_codec(latents, device) if needed and latents.carries_pixels else None
     return BatchEncoder(codec, geometry)

@@ -23,11 +23,12 @@ from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.data.latent_cache import CACHED_TASKS, encoding_of, folder_of
+from symbiotic_titan.data.latent_cache import encoding_of, folder_of
 from symbiotic_titan.data.latent_writer import CacheWriter
-from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.pipeline import indexed
 from symbiotic_titan.process import Counter, exit_status
+from symbiotic_titan.sequence.tasks import TASKS
 
 
 class SampleCounter(Counter):
@@ -53,12 +54,11 @@ def sources_of(config: JobConfig) -> list[tuple[str, int, DataSource]]:
         (table, number, source)
         for table, sources in tables.items()
         for number, source in enumerate(sources, start=1)
-        if source.task in CACHED_TASKS and source.weight > 0
+        if TASKS[source.task].is_cacheable and source.weight > 0
     ]
     if not found:
-        raise ValueError(
-            f"[[data.sources]]: none has the task {' or '.join(CACHED_TASKS)}, whose images are cached"
-        )
+        names = " or ".join(name for name in TASKS if TASKS[name].is_cacheable)
+        raise ValueError(f"[[data.sources]]: none has the task {names}, whose images are cached")
     return found
 
 
@@ -80,7 +80,7 @@ def run(config: JobConfig, out: Path, rank: int, num_ranks: int, where: torch.de
         writer = CacheWriter(
             config=config.data,
             source=source,
-            images=GeneratedImages(config.data, latents, geometry, [source]),
+            targets=TargetImages(config.data, latents, geometry, [source]),
             codec=codec,
             dtype=getattr(torch, latents.dtype),
             advance=counter.advance,

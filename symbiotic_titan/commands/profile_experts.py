@@ -41,6 +41,7 @@ from symbiotic_titan.partition.profile import (
     too_few_tokens,
 )
 from symbiotic_titan.process import Counter
+from symbiotic_titan.sequence.tasks import TASKS
 from symbiotic_titan.training.checks import check_job
 from symbiotic_titan.weights.compatibility import router_groups
 from symbiotic_titan.weights.reader import StoredModel
@@ -69,7 +70,9 @@ def warnings_for(config: JobConfig, stored: StoredModel, data: Data) -> list[str
             f"{stored.folder} has a tokenizer, {file}, but tokenizer.kind = 'bytes' reads text as tokens that the model does not "
             "know; set tokenizer.kind and tokenizer.path to that of the model"
         )
-    if lacks_encoder(stored) and any(row.weight > 0 and row.task != "lm" for row in data.sources):
+    if lacks_encoder(stored) and any(
+        row.weight > 0 and TASKS[row.task].has_images for row in data.sources
+    ):
         warnings.append(
             f"{stored.folder} has no vit.* tensors: images pass an untrained encoder, so ViT tokens are not counted and experts "
             "rank by text alone; sources of task lm suffice"

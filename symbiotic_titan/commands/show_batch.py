@@ -44,10 +44,10 @@ from symbiotic_titan.sequence.modality import (
     IGNORE_INDEX,
     MODALITY_NAMES,
     PADDING,
-    TASK_NAMES,
     TEXT,
     VIT,
 )
+from symbiotic_titan.sequence.tasks import task_names
 
 # Of text, vit, vae and padding: in bars, as edges of the mask and where the mask is open.
 COLOURS = ("#4c78a8", "#54a24b", "#e45756", "#cccccc")
@@ -92,7 +92,7 @@ def segments_of(row: PackedBatch) -> list[Segment]:
     for (document, task, modality, span), run in groupby(keys):
         start, end = end, end + len(list(run))
         if modality != PADDING:
-            segments.append(Segment(document, TASK_NAMES[task], modality, span, start, end))
+            segments.append(Segment(document, task_names()[task], modality, span, start, end))
     return segments
 
 
@@ -332,7 +332,7 @@ def summary_of(batches: list[PackedBatch]) -> list[str]:
         *(
             f"{task}: {documents[task]} documents ({documents[task] / documents.total():.1%}), "
             f"{tokens[task]} tokens ({tokens[task] / total:.1%})"
-            for task in TASK_NAMES
+            for task in task_names()
             if task in documents
         ),
         f"{labels} labels; {sum(map(num_wrong_labels, rows))} of them are not the next token",

@@ -7,18 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from symbiotic_titan.config.rows import row_from_dict
-
-# Sets of fields of a sample, of which it has one; the last field tells which. First come, first served.
-TASK_FIELDS = {
-    "lm": (("text",), ("messages",), ("conversations",)),
-    "mmu": (("image", "question", "answer"), ("messages",), ("conversations",)),
-    "t2i": (("image", "caption"),),
-    "t2i_long": (("image", "caption"),),
-    "interleaved": (("segments",), ("messages",), ("conversations",)),
-}
-
-# Tasks whose samples may have images to be understood.
-SEEING_TASKS = frozenset({"mmu", "interleaved"})
+from symbiotic_titan.sequence.tasks import TASKS
 
 MixtureBy = Literal["samples", "tokens"]
 AtEnd = Literal["repeat", "stop"]
@@ -32,9 +21,9 @@ class DataSource:
     name: str
     """Name of the source, unique; used in messages, metrics and the saved state."""
 
-    task: Literal["lm", "mmu", "t2i", "t2i_long", "interleaved"]
-    """What its samples train: plain text, questions about images, images from short or long captions, or text among images of both
-    kinds."""
+    task: str
+    """What its samples train: ``lm``: plain text; ``mmu``: questions about images; ``t2i`` and ``t2i_long``: images from short or long
+    captions; ``interleaved``: text among input and target images; or a task that ``experimental.custom_import`` registers."""
 
     format: Literal["webdataset", "jsonl", "parquet"]
     """``webdataset``: tar shards; ``jsonl``: one JSON object a line; ``parquet``: tables. The first two may be compressed
@@ -72,10 +61,9 @@ class DataSource:
 
 
 def _check_keys(source: DataSource, where: str) -> None:
-    """Refuse keys that the task does not have, or that no sample needs together."""
-    ways = TASK_FIELDS[source.task]
-    images = set() if source.task == "lm" else {"image"}
-    known = sorted({field for way in ways for field in way} | images)
+    """Refuse keys that the task does not have, or that belong to different schemas."""
+    task = TASKS[source.task]
+    known = sorted({*task.fields, *(["image"] if task.has_images else [])})
     for name, key in source.keys.items():
         if name not in known:
             raise ValueError(
@@ -85,10 +73,12 @@ def _check_keys(source: DataSource, where: str) -> None:
             raise ValueError(
                 f"{where}.keys.{name}: must not be empty; name what the samples have, or remove it"
             )
-    named = [way for way in ways if any(f in source.keys for f in way if f != "image")]
+    named = [schema for schema in task.schemas if (set(schema) - {"image"}) & source.keys.keys()]
     if len(named) > 1:
-        both = " and ".join(way[-1] for way in named)
-        raise ValueError(f"{where}.keys: {both} are different shapes of a sample; keep one of them")
+        both = " and ".join(schema[-1] for schema in named)
+        raise ValueError(
+            f"{where}.keys: {both} are different schemas of a sample; keep one of them"
+        )
 
 
 def source_rows(rows: list[Any], table: str) -> list[DataSource]:
@@ -103,6 +93,11 @@ def source_rows(rows: list[Any], table: str) -> list[DataSource]:
     names = [s.name for s in sources]
     for i, s in enumerate(sources, start=1):
         where = f"{table} #{i} ({s.name})"
+        if s.task not in TASKS:
+            raise ValueError(
+                f"{table} #{i}.task: must be one of {', '.join(map(repr, TASKS))}, got {s.task!r}; another one is registered by the "
+                "module that experimental.custom_import names"
+            )
         if names.count(s.name) > 1:
             raise ValueError(f"{where}: name is used twice; every source needs its own")
         if not 0 <= s.weight < float("inf"):
@@ -258,8 +253,10 @@ class Data:
 
     @property
     def seen_pixels(self) -> int | None:
-        """Pixel budget of the images to be understood; None where no source has any."""
-        seeing = any(source.task in SEEING_TASKS and source.weight > 0 for source in self.sources)
+        """Pixel budget of input images; None where no source has any."""
+        seeing = any(
+            TASKS[source.task].input_images and source.weight > 0 for source in self.sources
+        )
         return self.vit_pixels if seeing else None
 
     def row_tokens_of(self, task: str, seq_len: int) -> int:

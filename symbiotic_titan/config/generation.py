@@ -32,6 +32,11 @@ class Latents:
     """Folder that tools/cache_latents.py wrote for this config. Images to be generated are then read from it, and nothing is
     encoded while training."""
 
+    @property
+    def carries_pixels(self) -> bool:
+        """Whether the loader hands out pixels of target images, which the training device encodes."""
+        return self.codec != "pixel" and not self.cache
+
     def __post_init__(self) -> None:
         if self.patch < 1:
             raise ValueError(f"latents.patch: must be at least 1, got {self.patch}")

@@ -16,10 +16,12 @@ class TokenForm:
 
 @dataclass(frozen=True)
 class TextSegment:
-    """Token ids. With ``trained`` each of them is the label of the token before it."""
+    """Token ids. With ``trained`` each of them is the label of the token before it; with ``shrinks`` they are cut first where a
+    document is too long and may be truncated."""
 
     ids: list[int]
     trained: bool = False
+    shrinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ Segment = TextSegment | VitSegment | VaeSegment
 class Document:
     """Segments that attend to each other and to nothing else.
 
-    task:      index into TASK_NAMES.
+    task:      its number, see ``sequence.tasks``.
     truncated: whether its text was cut to fit.
     """
 

@@ -1,8 +1,8 @@
-"""A sample as named values, and what can be wrong with it.
+"""Fields of a sample, ``image``, ``caption`` and so on, and what can be wrong with them.
 
-A source's ``keys`` say which of its own names stands for ``image``, ``caption`` and so on. A name is looked for among the
-sample's own ones (tar members by extension, keys of the JSON object, Parquet columns); where there is no such name, its dots
-lead into tables: ``meta.json.caption`` is the key ``caption`` of the member ``meta.json``, ``image.bytes`` a field of a column.
+A source's ``keys`` map fields to the names that its own samples have: tar members by extension, keys of the JSON object or
+Parquet columns. A name that no sample has may lead into a table by its dots: ``meta.json.caption`` is the key ``caption`` of
+the member ``meta.json``, ``image.bytes`` a field of a column.
 """
 
 import json
@@ -11,33 +11,21 @@ from typing import Any
 
 import fsspec
 
-from symbiotic_titan.config.data import TASK_FIELDS, DataSource
 from symbiotic_titan.data.formats.shard import BadSample, Sample
-from symbiotic_titan.data.latents import CACHED_EXTENSION
+from symbiotic_titan.sequence.tasks import FIELDS, Task
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-
-# Where a field is looked for when the source's ``keys`` do not name it.
-DEFAULT_NAMES = {
-    "text": ("text", "txt"),
-    "image": (*IMAGE_EXTENSIONS, "image", "images"),
-    "caption": ("caption", "txt"),
-    "question": ("question",),
-    "answer": ("answer",),
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "segments": ("segments",),
-}
+# Extension of the member with the latents of an image, in shards of a latent cache.
+CACHED_EXTENSION = "safetensors"
 
 
 class Fields:
-    """The values of ``sample``, by the names that tasks have for them."""
+    """The values of ``sample`` by field."""
 
     def __init__(self, sample: Sample, keys: dict[str, str]) -> None:
         """Raises BadSample: the JSON object cannot be read."""
         self.sample = sample
         self._folder = sample.shard.rpartition("/")[0]
-        self._keys = keys
+        self.keys = keys
         self._values = sample.members
         if isinstance(sample.members.get("json"), bytes):
             self._values = parse_json(sample.members["json"]) | sample.members
@@ -49,7 +37,7 @@ class Fields:
 
     def get(self, field: str) -> Any:
         """The value of ``field``, or None."""
-        for name in names_of(field, self._keys):
+        for name in names_of(field, self.keys):
             value = _look_up(self._values, name)
             if value is not None:
                 return value
@@ -64,7 +52,7 @@ class Fields:
 
     def text(self, field: str) -> str:
         """Raises BadSample: there is none, or it is no text."""
-        return as_text(self.need(field), repr(self._keys.get(field, field)))
+        return as_text(self.need(field), repr(self.keys.get(field, field)))
 
     def images(self) -> list[bytes]:
         """Encoded images of the field ``image``, in order; raises BadSample where one cannot be read."""
@@ -87,9 +75,9 @@ class Fields:
         return images[0]
 
     def _missing(self, field: str) -> BadSample:
-        names = " or ".join(repr(name) for name in names_of(field, self._keys))
-        there = ", ".join(sorted(self.names)) or "nothing"
-        return BadSample("missing", f"its {field} is missing: there is no {names} but {there}")
+        names = " or ".join(repr(name) for name in names_of(field, self.keys))
+        found = ", ".join(sorted(self.names)) or "nothing"
+        return BadSample("missing", f"its {field} is missing: there is no {names} but {found}")
 
     def image_bytes(self, value: Any) -> bytes:
         """Encoded image that ``value`` holds or names: bytes, a member of the sample, a path relative to the shard's folder, or a
@@ -107,7 +95,7 @@ class Fields:
 
 def names_of(field: str, keys: dict[str, str]) -> tuple[str, ...]:
     """The names under which a source may hold ``field``."""
-    return (keys[field],) if field in keys else DEFAULT_NAMES[field]
+    return (keys[field],) if field in keys else FIELDS[field]
 
 
 def parse_json(data: bytes | str) -> dict[str, Any]:
@@ -169,42 +157,39 @@ def _read_file(path: str, folder: str) -> bytes:
         raise BadSample("unreadable", f"image {path} cannot be read ({error})") from error
 
 
-def ways_of(source: DataSource) -> tuple[tuple[str, ...], ...]:
-    """The sets of fields of which a sample of ``source`` must have one; ``keys`` choose those that they speak of."""
-    ways = TASK_FIELDS[source.task]
-    named = tuple(way for way in ways if any(f in source.keys for f in way if f != "image"))
-    return named or ways
+def schemas_of(task: Task, keys: dict[str, str]) -> tuple[tuple[str, ...], ...]:
+    """The schemas that samples of ``task`` may have; where a source's ``keys`` name a field, those with such a field."""
+    named = tuple(s for s in task.schemas if any(f in keys for f in s if f != "image"))
+    return named or task.schemas
 
 
-def way_of(source: DataSource, fields: Fields) -> tuple[str, ...]:
-    """The first set of fields that the sample has; where it has none, the first."""
-    ways = ways_of(source)
-    return next((way for way in ways if fields.get(way[-1]) is not None), ways[0])
+def schema_of(task: Task, fields: Fields) -> tuple[str, ...]:
+    """The first schema whose last field the sample has; the first of all where it has none."""
+    schemas = schemas_of(task, fields.keys)
+    return next((s for s in schemas if fields.get(s[-1]) is not None), schemas[0])
 
 
-def check_fields(source: DataSource, names: Iterable[str], where: str) -> None:
-    """Refuse a source none of whose samples has what its task needs. ``names``: all that are there.
+def check_fields(task: Task, keys: dict[str, str], names: Iterable[str], where: str) -> None:
+    """Refuse a source without the fields that ``task`` needs. ``names``: all names that its samples have.
 
     Raises:
-        ValueError: names the field, where it was looked for and what is there; ``where`` (the config row) leads the message.
+        ValueError: names the field, where it was looked for and what was found; ``where`` (the config row) leads the message.
     """
-    there = set(names)
-    ways = [way for way in ways_of(source) if _may_be_there(source, way[-1], there)]
-    for field in (*(ways or ways_of(source))[0], *source.keys):
-        if _may_be_there(source, field, there) or (field == "image" and CACHED_EXTENSION in there):
+    found = set(names)
+    schemas = schemas_of(task, keys)
+    possible = [schema for schema in schemas if _may_be_in(names_of(schema[-1], keys), found)]
+    for field in (*(possible or schemas)[0], *keys):
+        wanted = names_of(field, keys)
+        if _may_be_in(wanted, found) or (field == "image" and CACHED_EXTENSION in found):
             continue
-        wanted = " or ".join(repr(name) for name in names_of(field, source.keys))
-        key = f"keys.{field}" if field in source.keys else f"its {field}"
+        key = f"keys.{field}" if field in keys else f"its {field}"
         raise ValueError(
-            f"{where}: {key} is looked for as {wanted}, which no sample has; there are: "
-            f'{", ".join(sorted(there))}. Name the right one: keys = {{{field} = "..."}}'
+            f"{where}: {key} is looked for as {' or '.join(map(repr, wanted))}, which no sample has; there are: "
+            f'{", ".join(sorted(found))}. Name the right one: keys = {{{field} = "..."}}'
         )
 
 
-def _may_be_there(source: DataSource, field: str, there: set[str]) -> bool:
-    """Whether a name of ``field`` is there, or one that it may lead into, of which nothing is known."""
-    opaque = there - {head for name in there for head, _ in dotted(name)}
-    return any(
-        name in there or any(head in opaque for head, _ in dotted(name))
-        for name in names_of(field, source.keys)
-    )
+def _may_be_in(wanted: tuple[str, ...], found: set[str]) -> bool:
+    """Whether one of the ``wanted`` names is among those ``found``, or may lead into one whose contents are not known."""
+    opaque = found - {head for name in found for head, _ in dotted(name)}
+    return any(name in found or any(head in opaque for head, _ in dotted(name)) for name in wanted)

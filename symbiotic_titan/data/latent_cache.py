@@ -23,10 +23,9 @@ from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.data.readers import expand
 from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.tasks import TASKS
 
 MANIFEST = "manifest.json"
-# Tasks whose samples are a caption and one image.
-CACHED_TASKS = ("t2i", "t2i_long")
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def cached_sources(
     as_read: list[tuple[int, DataSource]] = []
     encoding = None
     for number, source in rows:
-        if source.task in CACHED_TASKS:
+        if TASKS[source.task].is_cacheable:
             encoding = encoding or encoding_of(config, latents, geometry)
             folder = folder_of(latents.cache, table, source)
             _check(folder, encoding, source, f"{table} #{number} ({source.name})")

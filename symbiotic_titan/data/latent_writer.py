@@ -10,22 +10,24 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from symbiotic_titan.codecs.codec import Codec
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.files import replacing
-from symbiotic_titan.data.fields import Fields
+from symbiotic_titan.data.fields import CACHED_EXTENSION, Fields
 from symbiotic_titan.data.formats.shard import (
     BadSample,
     Sample,
     Shard,
 )
 from symbiotic_titan.data.latent_cache import MANIFEST, Encoding, Manifest, read_manifest
-from symbiotic_titan.data.latents import CACHED_EXTENSION, GeneratedImages, cached_bytes, to_cells
+from symbiotic_titan.data.latents import TargetImages, cached_bytes, to_pixels
 from symbiotic_titan.data.readers import Reader
 from symbiotic_titan.data.samples import image_of
+from symbiotic_titan.sequence.tasks import TASKS
 
 # Samples whose images are in memory together; those of one size are encoded together.
 SAMPLES_AT_ONCE = 64
@@ -40,7 +42,7 @@ class CacheWriter:
 
     config: Data
     source: DataSource
-    images: GeneratedImages
+    targets: TargetImages
     codec: Codec
     dtype: torch.dtype
     advance: Callable[[int, int], None]
@@ -97,7 +99,7 @@ class CacheWriter:
         except BadSample as error:
             self._refuse_or_pass(error)
             return None
-        return to_cells(self.images.fit(image))
+        return to_pixels(self.targets.fit(image))
 
     def _refuse_or_pass(self, error: BadSample) -> None:
         if self.source.bad_samples_of(self.config) == "raise":
@@ -141,13 +143,17 @@ def _key(sample: Sample | BadSample, number: int) -> str:
 
 
 def _fields(source: DataSource, sample: Sample | BadSample) -> bytes:
-    """The JSON object of a sample. A caption that is missing or no text stays what it is: it is as bad in the cache as it was."""
+    """The JSON object of a sample. A field that is missing or no text stays so: the sample is as bad in the cache as it was."""
     if isinstance(sample, BadSample):
         return b"{}"
+    names = [name for name in TASKS[source.task].fields if name != "image"]
+    values = {name: _json_value(source, sample, name) for name in names}
+    return json.dumps(values, default=lambda value: None).encode()
+
+
+def _json_value(source: DataSource, sample: Sample, field: str) -> Any:
     try:
-        caption = Fields(sample, source.keys).get("caption")
-        if isinstance(caption, bytes):
-            caption = caption.decode("utf-8")
+        value = Fields(sample, source.keys).get(field)
+        return value.decode("utf-8") if isinstance(value, bytes) else value
     except (BadSample, UnicodeDecodeError):
-        caption = None
-    return json.dumps({"caption": caption}, default=lambda value: None).encode()
+        return None

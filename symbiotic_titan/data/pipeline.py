@@ -2,20 +2,20 @@
 
 from math import ceil
 
-from symbiotic_titan.config.data import SEEING_TASKS, Data, DataSource
+from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latent_cache import cached_sources
-from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.data.readers import check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
 from symbiotic_titan.data.streams import PipelineSpec
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
-from symbiotic_titan.sequence.modality import TASK_NAMES
 from symbiotic_titan.sequence.positions import RotaryLayout
+from symbiotic_titan.sequence.tasks import TASKS, task_number
 
 
 def build_spec(
@@ -47,12 +47,14 @@ def build_spec(
     overhead = image_document_overhead(tokenizer)
     _check_images_fit(config, sources, geometry, size, overhead)
     _check_texts_fit(sources, size, len(tokenizer.opening))
-    if latents.cache and any(source.task == "interleaved" for source in sources):
-        raise ValueError(
-            "latents.cache: holds one image of a sample, and samples of the task interleaved may have several; encode while "
-            "training, or remove these sources"
-        )
-    images = GeneratedImages(config, latents, geometry, sources)
+    for source in sources:
+        task = TASKS[source.task]
+        if latents.cache and task.has_targets and not task.is_cacheable:
+            raise ValueError(
+                f"latents.cache: holds one image of a sample, and samples of the task {task.name} may have several; encode while "
+                "training, or remove these sources"
+            )
+    images = TargetImages(config, latents, geometry, sources)
     rows = cached_sources(rows, config, latents, geometry, table)
     return PipelineSpec(
         config=config,
@@ -81,10 +83,7 @@ def row_size(config: Data, seq_len: int, geometry: ImageGeometry) -> SequenceSiz
         seq_len,
         tokens,
         config.max_vae_tokens or seq_len,
-        {
-            TASK_NAMES.index(task): config.row_tokens_of(task, seq_len)
-            for task in config.max_row_share
-        },
+        {task_number(task): config.row_tokens_of(task, seq_len) for task in config.max_row_share},
         patches,
     )
 
@@ -97,13 +96,13 @@ def _check_images_fit(
     overhead: int,
 ) -> None:
     tasks = {source.task for source in sources}
-    for task in sorted(tasks & SEEING_TASKS):
+    for task in sorted(name for name in tasks if TASKS[name].input_images):
         num_tokens, _ = geometry.vit_budget(config.vit_pixels)
         num_text = overhead + 2  # a question and an answer of one token each
         pixels, step = config.vit_pixels, geometry.vit_token_pixels
         held = config.max_vit_tokens or size.num_tokens
         _check_image("vit", pixels, step, num_tokens, num_text, size, task, held)
-    for task in sorted(tasks & {"t2i", "t2i_long", "interleaved"}):
+    for task in sorted(name for name in tasks if TASKS[name].has_targets):
         step = geometry.vae_token_pixels
         buckets = aspect_buckets(config.vae_pixels, step, config.max_aspect)
         num_tokens = max((h * w // step**2 for h, w in buckets), default=0)
@@ -134,9 +133,9 @@ def _check_image(
             f"training.seq_len: {size.num_tokens} is too short for one image of {num_tokens} tokens + "
             f"{needed - num_tokens} of text; raise it to at least {needed} or lower data.{kind}_pixels"
         )
-    if size.of_task(TASK_NAMES.index(task)) < needed:
+    if size.of_task(task_number(task)) < needed:
         raise ValueError(
-            f"data.max_row_share.{task}: {size.of_task(TASK_NAMES.index(task))} of {size.num_tokens} positions are too few for one "
+            f"data.max_row_share.{task}: {size.of_task(task_number(task))} of {size.num_tokens} positions are too few for one "
             f"image of {num_tokens} tokens + {needed - num_tokens} of text; raise it to at least "
             f"{ceil(1000 * needed / size.num_tokens) / 1000}, or lower data.{kind}_pixels"
         )
@@ -148,9 +147,10 @@ def _check_image(
 
 
 def _check_texts_fit(sources: list[DataSource], size: SequenceSize, opening: int) -> None:
-    """Refuse a part of a row for ``lm`` that holds nothing behind the ``opening`` tokens of a document."""
-    room = size.of_task(TASK_NAMES.index("lm"))
-    if room <= opening and any(source.task == "lm" for source in sources):
-        raise ValueError(
-            f"data.max_row_share.lm: {room} of {size.num_tokens} positions are too few for any text; raise it"
-        )
+    """Refuse a share of a task whose texts are split that holds nothing after the ``opening`` tokens of a document."""
+    for source in sources:
+        num_tokens = size.of_task(task_number(source.task))
+        if TASKS[source.task].splits_text and num_tokens <= opening:
+            raise ValueError(
+                f"data.max_row_share.{source.task}: {num_tokens} of {size.num_tokens} positions are too few for any text; raise it"
+            )

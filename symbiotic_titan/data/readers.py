@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import fsspec
 from fsspec.core import url_to_fs
 
-from symbiotic_titan.config.data import TASK_FIELDS, DataSource
+from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.fields import (
     Fields,
     check_fields,
@@ -37,6 +37,7 @@ from symbiotic_titan.data.formats.shard import (
     Shard,
 )
 from symbiotic_titan.data.formats.unpack import compression_of, unpacked
+from symbiotic_titan.sequence.tasks import TASKS
 
 # Samples that are read to see which names a source has.
 NUM_PROBED = 16
@@ -110,7 +111,7 @@ def check_names(source: DataSource, shards: list[Shard], where: str) -> None:
     """Raise ValueError when no sample has what the task of ``source`` needs, as far as a few samples or a schema tell."""
     names = _names_seen(shards)
     if names:
-        check_fields(source, names, where)
+        check_fields(TASKS[source.task], source.keys, names, where)
 
 
 def _plain(path: str, cache_folder: str, where: str) -> tuple[File, str]:
@@ -124,7 +125,7 @@ def _plain(path: str, cache_folder: str, where: str) -> tuple[File, str]:
 
 def _columns(source: DataSource, names: list[str]) -> list[str]:
     """Columns that hold the fields of the source's task."""
-    fields = {"image", *(field for way in TASK_FIELDS[source.task] for field in way)}
+    fields = {"image", *TASKS[source.task].fields}
     wanted = [name for field in fields for name in names_of(field, source.keys)]
     heads = {name for path in wanted for name in (path, *(head for head, _ in dotted(path)))}
     return [name for name in names if name in heads]

@@ -1,4 +1,4 @@
-"""What rows hold, in tables: fill, tokens by task and modality, and what became of the images that went into them."""
+"""What packed sequences hold, in tables: packing efficiency, tokens by task and modality, and the sizes of their images."""
 
 import html
 import json
@@ -12,17 +12,9 @@ from statistics import mean, median
 import torch
 
 from symbiotic_titan.config.data import DataSource
-from symbiotic_titan.data.conversations import Picture, segments_of, speeches_of
-from symbiotic_titan.data.documents import (
-    Document,
-    TextSegment,
-    VaeSegment,
-    VitSegment,
-)
-from symbiotic_titan.data.fields import (
-    Fields,
-    way_of,
-)
+from symbiotic_titan.data.conversations import ImagePart, interleaved_parts, messages_of
+from symbiotic_titan.data.documents import Document, TextSegment, VaeSegment, VitSegment
+from symbiotic_titan.data.fields import Fields, schema_of
 from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.loader import PackedLoader
@@ -30,7 +22,8 @@ from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.readers import Reader
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import ImageGeometry
-from symbiotic_titan.sequence.modality import IGNORE_INDEX, MODALITY_NAMES, PADDING, TASK_NAMES
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, MODALITY_NAMES, PADDING
+from symbiotic_titan.sequence.tasks import SEGMENTS_SCHEMA, TASKS
 
 MAX_SIZES = 20  # lines of a table of sizes; the rest is one more
 
@@ -60,33 +53,33 @@ class Table:
 
 @dataclass(frozen=True)
 class ImageUse:
-    """An image and the (height, width) it got; ``original`` is None where only its latents are there."""
+    """An image's (height, width) before and after it was resized; ``original`` is None where only its latents are known."""
 
-    generated: bool
+    is_target: bool
     original: tuple[int, int] | None
     fitted: tuple[int, int]
 
     @property
     def scale(self) -> float:
-        """Sides behind over sides before, of the part that is kept."""
+        """Sides after over sides before resizing, of the part that is kept."""
         assert self.original is not None
         ratios = [new / old for new, old in zip(self.fitted, self.original, strict=True)]
-        return max(ratios) if self.generated else sqrt(ratios[0] * ratios[1])
+        return max(ratios) if self.is_target else sqrt(ratios[0] * ratios[1])
 
     @property
     def cut(self) -> float:
-        """Share of the image that is cut away; images to be understood are kept whole."""
+        """Share of the image that is cut away; input images are kept whole."""
         assert self.original is not None
         (height, width), (old_height, old_width) = self.fitted, self.original
         kept = height * width / (self.scale**2 * old_height * old_width)
-        return 1.0 - kept if self.generated else 0.0
+        return 1.0 - kept if self.is_target else 0.0
 
 
 def fill_table(rows: list[PackedBatch]) -> Table:
     fills = sorted((row.modality != PADDING).float().mean().item() for row in rows)
     values = (fills[0], median(fills), mean(fills), fills[-1])
     line = (str(len(rows)), *(f"{value:.1%}" for value in values))
-    return Table("Fill of the rows", ("rows", "least", "median", "mean", "most"), [line])
+    return Table("Packing efficiency", ("rows", "least", "median", "mean", "most"), [line])
 
 
 def token_table(rows: list[PackedBatch]) -> Table:
@@ -98,7 +91,7 @@ def token_table(rows: list[PackedBatch]) -> Table:
     )
     used = int((modality != PADDING).sum())
     lines = []
-    for name, mine in [(n, task == i) for i, n in enumerate(TASK_NAMES)] + [
+    for name, mine in [(n, task == i) for i, n in enumerate(TASKS)] + [
         ("all", modality != PADDING)
     ]:
         counts = [int((mine & (modality == kind)).sum()) for kind in range(len(MODALITY_NAMES))]
@@ -109,21 +102,22 @@ def token_table(rows: list[PackedBatch]) -> Table:
     return Table("Tokens", heads, lines)
 
 
-def pictures_of(source: DataSource, fields: Fields) -> list[Picture]:
+def images_of(source: DataSource, fields: Fields) -> list[ImagePart]:
     """Encoded images of a sample, in the order in which its documents hold them."""
-    shape = way_of(source, fields)[-1]
-    if source.task == "lm":
+    task = TASKS[source.task]
+    schema = schema_of(task, fields)
+    if not task.has_images:
         return []
-    if shape == "caption":
-        return [Picture(data, generated=True) for data in fields.images()]
-    if shape == "answer":
-        return [Picture(data, generated=False) for data in fields.images()]
-    if shape == "segments":
-        pieces = segments_of(fields)
+    if "image" in schema:
+        return [ImagePart(data, not task.input_images) for data in fields.images()]
+    if schema == SEGMENTS_SCHEMA:
+        parts = interleaved_parts(fields)
     else:
-        speeches = speeches_of(fields, shape, has_images=True)
-        pieces = [piece for speech in speeches for piece in speech.pieces]
-    return [piece for piece in pieces if isinstance(piece, Picture)]
+        messages = messages_of(
+            fields, schema[-1], has_images=True, trained_roles=task.trained_roles
+        )
+        parts = [part for message in messages for part in message.content]
+    return [part for part in parts if isinstance(part, ImagePart)]
 
 
 def image_uses(loader: PackedLoader, geometry: ImageGeometry) -> Iterator[ImageUse]:
@@ -142,27 +136,26 @@ def image_uses(loader: PackedLoader, geometry: ImageGeometry) -> Iterator[ImageU
                     documents = spec.maker.make(source, sample, index)
                 except BadSample:
                     continue
-                pictures = pictures_of(source, Fields(sample, source.keys))
-                yield from _uses_of(documents, pictures, geometry)
+                images = images_of(source, Fields(sample, source.keys))
+                yield from _uses_of(documents, images, geometry)
 
 
 def _uses_of(
-    documents: list[Document], pictures: list[Picture], geometry: ImageGeometry
+    documents: list[Document], images: list[ImagePart], geometry: ImageGeometry
 ) -> Iterator[ImageUse]:
-    """Pairs of picture and segment, in order. A document that was truncated lacks the last ones."""
+    """Pairs of image and segment, in order. A document that was truncated lacks the last ones."""
     segments = [s for d in documents for s in d.segments if not isinstance(s, TextSegment)]
-    for segment, picture in zip_longest(segments, pictures[: len(segments)]):
-        generated = isinstance(segment, VaeSegment)
+    for segment, image in zip_longest(segments, images[: len(segments)]):
         fitted = _pixels_of(segment, geometry)
         original = None
-        if picture is not None:
-            width, height = decode_image(picture.data).size
+        if image is not None:
+            width, height = decode_image(image.data).size
             original = (height, width)
-        yield ImageUse(generated, original, fitted)
+        yield ImageUse(isinstance(segment, VaeSegment), original, fitted)
 
 
 def _pixels_of(segment: VitSegment | VaeSegment, geometry: ImageGeometry) -> tuple[int, int]:
-    """(height, width) of the image as it was cut up, with the black edge that makes whole patches of one that queries read."""
+    """(height, width) of the resized image, with the black edge that completes the patches where learned queries read it."""
     if isinstance(segment, VaeSegment):
         grid, step = (segment.rows, segment.columns), geometry.vae_token_pixels
     else:
@@ -171,7 +164,7 @@ def _pixels_of(segment: VitSegment | VaeSegment, geometry: ImageGeometry) -> tup
 
 
 def size_table(title: str, uses: list[ImageUse]) -> Table:
-    """Sizes by how many images have them."""
+    """Sizes of resized images, the most frequent first."""
     by_size = defaultdict(list)
     for use in uses:
         by_size["{1} x {0}".format(*use.fitted)].append(use)
@@ -187,7 +180,7 @@ def size_table(title: str, uses: list[ImageUse]) -> Table:
 
 
 def _cut_and_scale(uses: list[ImageUse]) -> tuple[str, ...]:
-    """Mean of the first; median, least and most of the second; empty where only latents are known."""
+    """Mean of the share cut away; median, least and most of the scale; empty where only latents are known."""
     known = [use for use in uses if use.original]
     if not known:
         return ("",) * 4
@@ -199,11 +192,11 @@ def _cut_and_scale(uses: list[ImageUse]) -> tuple[str, ...]:
 def tables_of(
     loader: PackedLoader, geometry: ImageGeometry, rows: list[PackedBatch]
 ) -> list[Table]:
-    """Tables of ``rows``, the first that ``loader`` made, and of the images it read for them, some of which wait still."""
+    """Tables of ``rows``, the first that ``loader`` made, and of the images that it has read, some of them for later rows."""
     uses = list(image_uses(loader, geometry))
     tables = [fill_table(rows), token_table(rows)]
-    for title, generated in (("Images to be generated", True), ("Images to be understood", False)):
-        chosen = [use for use in uses if use.generated == generated]
+    for title, is_target in (("Target images", True), ("Input images", False)):
+        chosen = [use for use in uses if use.is_target == is_target]
         if chosen:
             tables.append(size_table(title, chosen))
     return tables

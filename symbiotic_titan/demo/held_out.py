@@ -13,7 +13,11 @@ from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.readers import Reader, index_source
 
 Split = Literal["train", "heldout"]
-Task = Literal["t2i", "t2i_long", "mmu", "lm"]
+# The tasks that the demo world has data for, which are the names of its folders too.
+TEXTS = "lm"
+QUESTIONS = "mmu"
+SHORT_CAPTIONS = "t2i"
+LONG_CAPTIONS = "t2i_long"
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,10 @@ class QuestionSample:
     image: Image.Image
 
 
-def demo_source(folder: Path, split: Split, task: Task) -> DataSource:
+def demo_source(folder: Path, split: Split, task: str) -> DataSource:
     """The files of one split and task of the demo world in ``folder``."""
     stem, name = f"{folder}/{split}/{task}/{task}-*", f"{split}/{task}"
-    if task == "lm":
+    if task == TEXTS:
         return DataSource(name, task, "jsonl", f"{stem}.jsonl")
     return DataSource(name, task, "webdataset", f"{stem}.tar")
 

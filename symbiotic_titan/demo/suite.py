@@ -20,13 +20,16 @@ from typing import TypeVar
 
 from PIL import Image
 
-from symbiotic_titan.codecs.batch import BatchEncoder, carries_pixels
+from symbiotic_titan.codecs.batch import BatchEncoder
 from symbiotic_titan.data.images import nearest_bucket
 from symbiotic_titan.demo.captions import read_caption
 from symbiotic_titan.demo.held_out import (
+    LONG_CAPTIONS,
+    QUESTIONS,
+    SHORT_CAPTIONS,
+    TEXTS,
     PictureSample,
     Split,
-    Task,
     demo_source,
     read_pictures,
     read_questions,
@@ -62,7 +65,7 @@ from symbiotic_titan.sequence.batch import PackedBatch
 
 T = TypeVar("T")
 
-TASKS: tuple[Task, ...] = ("lm", "mmu", "t2i", "t2i_long")
+TASKS = (TEXTS, QUESTIONS, SHORT_CAPTIONS, LONG_CAPTIONS)
 # Pairs of pictures in the overview.
 NUM_SHOWN = 20
 # More than any answer of the demo world has bytes.
@@ -127,7 +130,9 @@ def score_pictures(
     generator: Generator, options: DemoWorldOptions, folder: Path, progress: Progress
 ) -> Scores:
     """Each caption is drawn in the bucket of its real image."""
-    sources = [demo_source(Path(options.data), "heldout", task) for task in ("t2i", "t2i_long")]
+    sources = [
+        demo_source(Path(options.data), "heldout", task) for task in (SHORT_CAPTIONS, LONG_CAPTIONS)
+    ]
     tasks = [read_pictures(source) for source in sources]
     samples = list(by_turns(by_turns(_strata(task)) for task in tasks))[: options.pictures]
     wanted = [
@@ -188,7 +193,9 @@ def _of_one_size(images: Sequence[Image.Image]) -> list[Image.Image]:
 def score_answers(
     generator: Generator, options: DemoWorldOptions, folder: Path, progress: Progress
 ) -> Scores:
-    samples = read_questions(demo_source(Path(options.data), "heldout", "mmu"), options.questions)
+    samples = read_questions(
+        demo_source(Path(options.data), "heldout", QUESTIONS), options.questions
+    )
     completions = generator.text(
         [sample.question for sample in samples],
         [[sample.image] for sample in samples],
@@ -227,7 +234,7 @@ def score_knowledge(
 
 
 def _items(options: DemoWorldOptions, split: Split) -> list[ChoiceItem]:
-    texts = read_texts(demo_source(Path(options.data), split, "lm"))
+    texts = read_texts(demo_source(Path(options.data), split, TEXTS))
     return knowledge_items(texts, options.knowledge)
 
 
@@ -242,7 +249,7 @@ def held_out(
     num_batches = -(-options.loss_rows // options.batch_size)
     alone = DataRanks(generator.device, 0, 1, None)
     batches = packed_batches(config, held_out_data(config), num_batches, alone)
-    codec = generator.codec if carries_pixels(config.latents) else None
+    codec = generator.codec if config.latents.carries_pixels else None
     encode = BatchEncoder(codec, generator.geometry)
     losses = held_out_losses(
         generator.model,

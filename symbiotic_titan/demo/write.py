@@ -31,8 +31,9 @@ from symbiotic_titan.demo.digits import (
     handwritten_digits,
 )
 from symbiotic_titan.demo.docstrings import standard_library_texts
+from symbiotic_titan.demo.held_out import LONG_CAPTIONS, QUESTIONS, SHORT_CAPTIONS, TEXTS
 
-IMAGE_TASKS = ("t2i", "t2i_long", "mmu")
+IMAGE_TASKS = (SHORT_CAPTIONS, LONG_CAPTIONS, QUESTIONS)
 SPLITS = ("train", "heldout")
 # Share of the images that are digits; the others are scenes.
 DIGIT_SHARE = 1 / 3
@@ -87,8 +88,8 @@ def write_world(out: Path, seed: int, size: WorldSize, advance: Advance = lambda
         texts = list(islice(standard_library_texts(seed, heldout), num_texts))
         if len(texts) < num_shards:
             raise ValueError("this Python has no source files of its standard library to read")
-        _write_jsonl(out / split / "lm", texts, num_shards)
-        counts[split]["lm"] = len(texts)
+        _write_jsonl(out / split / TEXTS, texts, num_shards)
+        counts[split][TEXTS] = len(texts)
         advance(len(texts))
     manifest = {"seed": seed, "samples": counts}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")

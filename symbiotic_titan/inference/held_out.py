@@ -25,6 +25,7 @@ from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.parallel.ranks import DataRanks
 from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.sequence.tasks import TASKS
 
 # Of the order of the held-out samples and of their noise, so that runs with other seeds compare too.
 SEED = 0
@@ -131,8 +132,6 @@ def held_out_data(config: JobConfig) -> Data:
     )
 
 
-# Tasks whose tokens are text and images to be understood.
-UNDERSTANDING_TASKS = ("lm", "mmu")
 # Where a config says what each split reads.
 TABLES = {"train": "[[data.sources]]", "validation": "[[validation.sources]]"}
 
@@ -146,11 +145,13 @@ def understanding_data(config: JobConfig, split: str) -> Data:
     """
     data = held_out_data(config) if split == "validation" else config.data
     sources = [
-        row if row.task in UNDERSTANDING_TASKS else replace(row, weight=0.0) for row in data.sources
+        row if TASKS[row.task].is_understanding else replace(row, weight=0.0)
+        for row in data.sources
     ]
     if not any(row.weight > 0 for row in sources):
+        names = " or ".join(name for name in TASKS if TASKS[name].is_understanding)
         raise ValueError(
-            f"{TABLES[split]}: none has the task {' or '.join(UNDERSTANDING_TASKS)}, which is what is read here; "
+            f"{TABLES[split]}: none has the task {names}, which is what is read here; "
             "add one, or choose another --split"
         )
     return replace(data, sources=sources, max_vae_tokens=1)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from symbiotic_titan.losses.terms import sum_by_task
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.modality import TASK_NAMES
+from symbiotic_titan.sequence.tasks import TASKS
 
 
 def mean_losses(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, float]:
@@ -16,7 +16,7 @@ def mean_losses(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dic
         for term, sums_J in sums.items()
         if counts[term].sum() > 0
     }
-    for i, task in enumerate(TASK_NAMES):
+    for i, task in enumerate(TASKS):
         for term, sums_J in sums.items():
             if counts[term][i] > 0:
                 losses[f"by_task/{task}_{term}"] = float(sums_J[i] / counts[term][i])
@@ -33,6 +33,6 @@ def accuracies(correct_J: Tensor, count_J: Tensor) -> dict[str, float]:
     """``accuracy/<task>``: share of labelled tokens that are right; a task without one is left out."""
     return {
         f"accuracy/{task}": float(correct_J[i] / count_J[i])  # device sync
-        for i, task in enumerate(TASK_NAMES)
+        for i, task in enumerate(TASKS)
         if count_J[i] > 0
     }

@@ -17,7 +17,8 @@ from symbiotic_titan.losses.report import mean_losses
 from symbiotic_titan.losses.terms import StepInputs, text_errors
 from symbiotic_titan.moe.record import RoutingTotals
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.modality import MODALITY_NAMES, TASK_NAMES
+from symbiotic_titan.sequence.modality import MODALITY_NAMES
+from symbiotic_titan.sequence.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class LossFunction:
 
     def totals(self, total: Tensor) -> StepTotals:
         """From ``count_step`` summed over ranks."""
-        sizes = [len(TASK_NAMES)] * len(self._counts)
+        sizes = [len(TASKS)] * len(self._counts)
         *counts, modality, positions = total.split([*sizes, len(MODALITY_NAMES), 1])
         by_term = {n: c.float() for n, c in zip(self._counts, counts, strict=True)}
         return StepTotals(by_term, modality, positions)
@@ -117,7 +118,7 @@ class LossFunction:
 
     def step_losses(self, total: Tensor, totals: StepTotals) -> dict[str, float]:
         """Losses of the step by name, from ``sum_results`` summed over ranks; a task without a target in this step is left out."""
-        sizes = [len(TASK_NAMES) if name in totals.counts else 1 for name in self._values]
+        sizes = [len(TASKS) if name in totals.counts else 1 for name in self._values]
         values = dict(zip(self._values, total.split(sizes), strict=True))
         means = mean_losses({n: v for n, v in values.items() if n in totals.counts}, totals.counts)
         others = {n: float(v) for n, v in values.items() if n not in totals.counts}

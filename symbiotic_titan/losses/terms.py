@@ -13,7 +13,8 @@ from torch import Tensor
 
 from symbiotic_titan.moe.record import RoutingRecord, RoutingTotals
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, TASK_NAMES
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK
+from symbiotic_titan.sequence.tasks import TASKS
 
 
 def text_errors(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class StepInputs:
 
 def sum_by_task(values: Tensor, tasks: Tensor) -> Tensor:
     """(J,) sums of ``values`` by ``tasks`` of the same shape; NO_TASK is left out."""
-    one_hot = tasks.unsqueeze(-1) == torch.arange(len(TASK_NAMES), device=tasks.device)
+    one_hot = tasks.unsqueeze(-1) == torch.arange(len(TASKS), device=tasks.device)
     return (values.unsqueeze(-1) * one_hot).flatten(0, -2).sum(0)
 
 

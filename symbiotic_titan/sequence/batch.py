@@ -25,7 +25,7 @@ class PackedBatch:
     positions  (B, T, 3) int64  rotary positions (temporal, height, width), starting at 0 in every document. Text has three
                                 equal values. See ``sequence.positions`` for the conventions for images.
     labels     (B, T) int64     id of the next token where it is trained on, else IGNORE_INDEX. Already shifted.
-    task       (B, T) int64     index into TASK_NAMES; NO_TASK on padding.
+    task       (B, T) int64     number of the task (``tasks.task_number``); NO_TASK on padding.
 
     vit_patches (B, P, Q) float32    flattened patches (channel, row, column), normalised as the ViT expects; those of an image lie
                                      together. Where a token is a square of patches, P is V times as many, and the patches of one

@@ -1,18 +1,14 @@
-"""Modalities and tasks, and the integers that stand for them in tensors.
-
-Special tokens, declared once for data, model and generation.
-"""
+"""Modalities and the integers that stand for them in tensors; special tokens, declared once for data, model and generation."""
 
 from dataclasses import dataclass
 
-# A token's modality. Padding is none of them, and sorts behind them so that a table of size NUM_MODALITIES + 1 covers all.
+# A token's modality. Padding is none of them, and comes after them so that a table of size NUM_MODALITIES + 1 covers all.
 TEXT, VIT, VAE = 0, 1, 2
 NUM_MODALITIES = 3
 PADDING = 3
 MODALITY_NAMES = ("text", "vit", "vae")
 
-# A document's task; a padding token belongs to none.
-TASK_NAMES = ("lm", "mmu", "t2i", "t2i_long", "interleaved")
+# The number of a task is its place in ``tasks.TASKS``; a padding token belongs to none.
 NO_TASK = -1
 
 # Label of a token that has no next-token loss (upstream uses the same value).

@@ -54,9 +54,8 @@ from symbiotic_titan.data import (
     streams,
 )
 from symbiotic_titan.data.documents import Document
-from symbiotic_titan.data.fields import IMAGE_EXTENSIONS
 from symbiotic_titan.data.images import decode_image
-from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.loader import (
     PackedLoader,
     SerializedRow,
@@ -74,6 +73,7 @@ from symbiotic_titan.data.streams import (
 )
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.tasks import IMAGE_EXTENSIONS
 from tools.bench.loader_loops import LOOPS, Sample, loop_of, parsed, write_photos
 from tools.bench.packing import mixed_indices
 from tools.bench.timing import interleave, machine, summary
@@ -207,7 +207,7 @@ def stage_times(spec: PipelineSpec, num_samples: int) -> dict[str, float]:
         (Reader, "read", "read"),
         (samples, "decode_image", "decode"),
         (samples, "vit_patches", "resize"),
-        (GeneratedImages, "from_image", "resize"),
+        (TargetImages, "from_image", "resize"),
         (tokenizer, "encode", "tokenise"),
         (DocumentMaker, "make", "documents"),
         (SequenceBuilder, "build", "build"),

@@ -13,8 +13,8 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from symbiotic_titan.data.fields import IMAGE_EXTENSIONS
 from symbiotic_titan.data.streams import PipelineSpec
+from symbiotic_titan.sequence.tasks import IMAGE_EXTENSIONS
 from tools.bench.packing import mixed_indices
 
 Sample = dict[str, Any]

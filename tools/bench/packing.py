@@ -52,7 +52,7 @@ from symbiotic_titan.data.streams import (
 )
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
-from symbiotic_titan.sequence.modality import TASK_NAMES
+from symbiotic_titan.sequence.tasks import task_number
 from tools.bench.timing import interleave, machine, summary
 
 BAR = 0.97
@@ -60,7 +60,7 @@ LONG_ROW = 2048
 GEOMETRY = ImageGeometry(
     vit_patch=4, vit_merge=2, vit_channels=3, latent_channels=3, latent_stride=1, latent_patch=4
 )
-LM, T2I = TASK_NAMES.index("lm"), TASK_NAMES.index("t2i")
+LM, T2I = task_number("lm"), task_number("t2i")
 
 Choose = Callable[[list[Document], SequenceSize], list[int]]
 

@@ -95,7 +95,7 @@ def page_of(row):
     return show_batch.page("a <b> config", ["a summary"], [], [(3, row)], TOKENIZER, GEOMETRY)
 
 
-def pictures_of(page):
+def images_of(page):
     """Alternative text -> picture."""
     found = re.findall(r'<img alt="([^"]*)"[^>]*src="data:image/png;base64,([^"]*)"', page)
     return {label: Image.open(io.BytesIO(base64.b64decode(data))) for label, data in found}
@@ -125,7 +125,7 @@ def test_exactly_the_tokens_that_are_trained_are_marked():
 
 
 def test_images_are_shown_as_they_entered():
-    pictures = pictures_of(page_of(make_row()))
+    pictures = images_of(page_of(make_row()))
     assert np.array_equal(np.array(pictures["vit"]), np.array(SEEN))
     assert np.array_equal(np.array(pictures["vae"]), np.array(MADE))
 

@@ -26,7 +26,7 @@ from symbiotic_titan.data.formats.shard import (
     BadSample,
     Sample,
 )
-from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.tokenizer import open_tokenizer
@@ -142,7 +142,7 @@ def document(tokenizer, talk, geometry=QWEN3_VL, pixels=HIGH):
     """``talk`` as our data chain lays it out."""
     row = {"name": "mmu", "task": "mmu", "format": "parquet", "path": "-"}
     config = Data(sources=[row], vit_pixels=pixels, vit_min_pixels=LOW)
-    images = GeneratedImages(config, Latents(), geometry, config.sources)
+    images = TargetImages(config, Latents(), geometry, config.sources)
     maker = DocumentMaker(config, geometry, images, tokenizer, seq_len=2048)
     parts = [p for _, content in talk for p in content]
     values = {

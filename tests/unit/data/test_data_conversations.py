@@ -14,7 +14,7 @@ from symbiotic_titan.data.formats.shard import (
     BadSample,
     Sample,
 )
-from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
@@ -40,7 +40,7 @@ def make(task, sample, keys=None, seq_len=256, **config):
     """The only document; members of ``sample`` that are bytes are images, all others its JSON."""
     source = DataSource("s", task, "webdataset", "x", keys or {})
     data = Data(condition_dropout=0.0, vae_pixels=64, **config)
-    images = GeneratedImages(data, Latents(), GEOMETRY, [source])
+    images = TargetImages(data, Latents(), GEOMETRY, [source])
     members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
     values = {k: v for k, v in sample.items() if not isinstance(v, bytes)}
     members |= {"json": json.dumps(values).encode()} if values else {}

@@ -20,7 +20,7 @@ from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.latent_cache import MANIFEST, encoding_of, folder_of
 from symbiotic_titan.data.latent_writer import CacheWriter
-from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.pipeline import indexed
 from symbiotic_titan.sequence.geometry import ImageGeometry
 
@@ -62,7 +62,7 @@ def write(out, config, latents, geometry, *, rank=0, num_ranks=1, kill_after=Non
         writer = CacheWriter(
             config=config,
             source=source,
-            images=GeneratedImages(config, latents, geometry, [source]),
+            targets=TargetImages(config, latents, geometry, [source]),
             codec=build_codec(latents),
             dtype=getattr(torch, latents.dtype),
             advance=advance,

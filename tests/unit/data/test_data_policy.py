@@ -159,7 +159,7 @@ def test_text_that_gives_fewer_rows_than_when_it_was_saved_is_refused(make_loade
         ({"keys": {"text": 3}}, "#1.keys.text: must be a string, got 3"),
         (
             {"keys": {"text": "a", "messages": "b"}},
-            "#1 (a).keys: text and messages are different shapes of a sample; keep one of them",
+            "#1 (a).keys: text and messages are different schemas of a sample; keep one of them",
         ),
         ({"bad_samples": "stop"}, "#1.bad_samples: must be one of 'raise', 'skip', got"),
         ({"too_long": "split"}, "#1.too_long: must be"),

@@ -10,18 +10,18 @@ from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.documents import (
     TextSegment,
     VaeSegment,
+    VitSegment,
 )
-from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.readers import Sample
 from symbiotic_titan.data.samples import (
     BadSample,
     DocumentMaker,
-    VitSegment,
     image_document_overhead,
 )
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
-from symbiotic_titan.sequence.modality import TASK_NAMES
+from symbiotic_titan.sequence.tasks import task_number
 
 GEOMETRY = ImageGeometry(
     vit_patch=4, vit_merge=2, vit_channels=3, latent_channels=3, latent_stride=1, latent_patch=4
@@ -41,7 +41,7 @@ def maker(seq_len=128, **config):
     return DocumentMaker(
         settings,
         GEOMETRY,
-        GeneratedImages(settings, Latents(), GEOMETRY, []),
+        TargetImages(settings, Latents(), GEOMETRY, []),
         ByteTokenizer(),
         seq_len,
     )
@@ -70,7 +70,7 @@ def layout(document):
 def test_text_is_framed_by_bos_and_eos_and_trained_behind_bos():
     [document] = make("lm", {"json": {"text": "ab"}})
     assert layout(document) == [(S.bos, False), (97, True), (98, True), (S.eos, True)]
-    assert document.task == TASK_NAMES.index("lm")
+    assert document.task == task_number("lm")
 
 
 @pytest.mark.parametrize("length", [1, 6, 7, 8, 13, 14, 15, 40])

@@ -73,13 +73,13 @@ def test_every_image_of_the_rows_and_of_what_waits_is_counted_once(read, geometr
         stream.next_row()
     waiting = [s for w in stream._waiting for s in w.document.segments]
     uses = list(image_uses(loader, geometry))
-    for generated, name, kind in (
+    for is_target, name, kind in (
         (True, "vae_image", VaeSegment),
         (False, "vit_image", VitSegment),
     ):
         in_rows = sum(len(getattr(row, name)[getattr(row, name) >= 0].unique()) for row in rows)
         expected = in_rows + sum(isinstance(segment, kind) for segment in waiting)
-        assert sum(use.generated == generated for use in uses) == expected > 0
+        assert sum(use.is_target == is_target for use in uses) == expected > 0
     assert all(use.original for use in uses)
 
 
@@ -89,7 +89,7 @@ def test_images_that_queries_read_have_the_size_of_their_patches(make_loader, ge
     geometry = replace(geometry, **read)
     loader = make_loader({"num_lanes": 1}, geometry=geometry, rotary_layout="sequence")
     rows = list(islice(loader, 12))
-    seen = [use for use in image_uses(loader, geometry) if not use.generated]
+    seen = [use for use in image_uses(loader, geometry) if not use.is_target]
     assert len(seen) > 3 and len({use.fitted for use in seen}) > 1
     for use in seen:
         height, width = use.original
@@ -135,10 +135,10 @@ def test_sizes_are_listed_by_how_many_have_them():
 
 def test_images_of_which_only_latents_are_there_have_no_scale(read, geometry, monkeypatch):
     loader, rows = read
-    monkeypatch.setattr("symbiotic_titan.data.statistics.pictures_of", lambda *_: [])
+    monkeypatch.setattr("symbiotic_titan.data.statistics.images_of", lambda *_: [])
     tables = tables_of(loader, geometry, rows)
     assert [table.title for table in tables][2:] == [
-        "Images to be generated",
-        "Images to be understood",
+        "Target images",
+        "Input images",
     ]
     assert tables[2].lines[-1][3:] == ("", "", "", "")

@@ -10,7 +10,7 @@ from symbiotic_titan.build import build_tokenizer, model_args
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.data.formats.shard import Sample
-from symbiotic_titan.data.latents import GeneratedImages
+from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.generator import Generator
@@ -66,7 +66,7 @@ def training_document(config, model, tokenizer):
         source = DataSource("s", task, "webdataset", "p")
         geometry = model.args.geometry
         data = replace(config.data, condition_dropout=float(dropout))
-        images = GeneratedImages(data, config.latents, geometry, [source])
+        images = TargetImages(data, config.latents, geometry, [source])
         maker = DocumentMaker(data, geometry, images, tokenizer, config.training.seq_len)
         [document] = maker.make(source, Sample("shard", "key", members), 0)
         return document

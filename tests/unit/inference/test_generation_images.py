@@ -13,7 +13,7 @@ from symbiotic_titan.data.documents import (
     Document,
     VaeSegment,
 )
-from symbiotic_titan.data.latents import to_cells
+from symbiotic_titan.data.latents import to_pixels
 from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.solver import (
@@ -119,7 +119,7 @@ def test_guidance_one_reads_no_second_branch(generator, model, monkeypatch):
 
 
 def test_cells_are_put_together_as_training_takes_them_apart(model):
-    cells_CHW = to_cells(picture(4, 24, 40))
+    cells_CHW = to_pixels(picture(4, 24, 40))
     tokens_LZ = patchify(cells_CHW, 4)
     [together] = cells_of(tokens_LZ[None], Canvas(6, 10), model.args.geometry)
     assert torch.equal(together, cells_CHW)
@@ -219,7 +219,7 @@ def test_a_model_that_has_learnt_two_pictures_draws_the_one_that_its_caption_nam
     model.init_weights()
     maker = PromptMaker(tokenizer, model.args.geometry, config.data, 384)
     documents = [
-        Document(2, (*maker.image(c).segments, VaeSegment(patchify(to_cells(p), 4), 4, 4)))
+        Document(2, (*maker.image(c).segments, VaeSegment(patchify(to_pixels(p), 4), 4, 4)))
         for c, p in zip(captions, pictures, strict=True)
     ]
     size = SequenceSize(max(document.num_tokens for document in documents), 0, 16)

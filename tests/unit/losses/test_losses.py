@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
-from symbiotic_titan.sequence.modality import IGNORE_INDEX, TASK_NAMES
+from symbiotic_titan.sequence.modality import IGNORE_INDEX
+from symbiotic_titan.sequence.tasks import TASKS
 
 
 def random_batch(rows: int = 2, length: int = 12, slots: int = 5) -> PackedBatch:
@@ -48,7 +49,7 @@ def test_terms_equal_a_plain_loop():
     logits, velocity = torch.randn(2, 12, 7), torch.randn(2, 5, 3)
     target = torch.randn(2, 5, 3)
     sums, counts = terms_of(logits, velocity, target, batch)
-    text, flow = [0.0] * len(TASK_NAMES), [0.0] * len(TASK_NAMES)
+    text, flow = [0.0] * len(TASKS), [0.0] * len(TASKS)
     for row in range(2):
         for t in range(12):
             if batch.labels[row, t] != IGNORE_INDEX:

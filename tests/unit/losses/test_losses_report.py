@@ -3,15 +3,16 @@
 import torch
 
 from symbiotic_titan.losses.report import accuracies, correct_tokens, mean_losses
-from symbiotic_titan.sequence.modality import IGNORE_INDEX, TASK_NAMES
+from symbiotic_titan.sequence.modality import IGNORE_INDEX
+from symbiotic_titan.sequence.tasks import TASKS
 from tests.unit.losses.test_losses import random_batch
 
 
 def random_terms():
     generator = torch.Generator().manual_seed(0)
     sums = {
-        "text": torch.rand(len(TASK_NAMES), generator=generator) * 1e3,
-        "flow": torch.rand(len(TASK_NAMES), generator=generator),
+        "text": torch.rand(len(TASKS), generator=generator) * 1e3,
+        "flow": torch.rand(len(TASKS), generator=generator),
     }
     counts = {
         "text": torch.tensor([311.0, 0.0, 97.0, 3.0, 0.0]),
@@ -26,7 +27,7 @@ def test_means_are_sums_over_counts_and_empty_tasks_are_left_out():
         "text": float(sums["text"].sum() / counts["text"].sum()),
         "flow": float(sums["flow"].sum() / counts["flow"].sum()),
     }
-    for i, task in enumerate(TASK_NAMES):
+    for i, task in enumerate(TASKS):
         if counts["text"][i]:
             expected[f"by_task/{task}_text"] = float(sums["text"][i] / counts["text"][i])
         if counts["flow"][i]:
@@ -37,7 +38,7 @@ def test_means_are_sums_over_counts_and_empty_tasks_are_left_out():
 
 def test_without_a_generated_token_there_is_no_flow_loss():
     sums, counts = random_terms()
-    zeros = torch.zeros(len(TASK_NAMES))
+    zeros = torch.zeros(len(TASKS))
     names = mean_losses(sums | {"flow": zeros}, counts | {"flow": zeros})
     assert "text" in names and not [name for name in names if "flow" in name]
 
@@ -47,7 +48,7 @@ def test_correct_tokens_are_counted_by_task_where_there_is_a_label():
     logits = torch.nn.functional.one_hot(batch.labels.clamp(min=0), 7).float()
     logits[0, :3] = 0  # then the most likely token is 0
     logits[0, :3, 0] = 1
-    expected = [0.0] * len(TASK_NAMES)
+    expected = [0.0] * len(TASKS)
     for row, place in (batch.labels != IGNORE_INDEX).nonzero().tolist():
         wrong = row == 0 and place < 3 and batch.labels[row, place] != 0
         expected[batch.task[row, place]] += not wrong

@@ -1,0 +1,226 @@
+"""Where a sample's fields become token ids and labels: one layout per schema of fields.
+
+    lm           <bos> TEXT <eos>
+    mmu          <bos> <user> <vit_start> [vit] <vit_end> question <assistant> ANSWER <eos>
+    t2i(_long)   <bos> <user> CAPTION <assistant> <vae_start> [vae] <vae_end> <eos>
+    interleaved  <bos> TEXT <vit_start> [vit] <vit_end> TEXT <vae_start> [vae] <vae_end> <eos>, or turns of a conversation
+
+All but t2i may also be conversations of several turns, where the assistant's text and the end of its turns are trained as next
+tokens. <bos> stands for the tokens that begin a document (``opening``); <user>, <assistant> and the <eos> of a turn for those that
+the tokenizer puts around turns (``turn``, ``separator``). Otherwise trained: all of lm after <bos>; ANSWER and its <eos>; CAPTION,
+<vae_start> and <eos>; TEXT, <vae_start> and <eos>. Image tokens are never labels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from PIL import Image
+
+from symbiotic_titan.config.data import Data
+from symbiotic_titan.data.conversations import (
+    ImagePart,
+    Message,
+    Part,
+    interleaved_parts,
+    messages_of,
+)
+from symbiotic_titan.data.documents import Segment, TextSegment, VaeSegment, drop_overlap
+from symbiotic_titan.data.fields import CACHED_EXTENSION, Fields, schema_of
+from symbiotic_titan.data.formats.shard import BadSample
+from symbiotic_titan.data.images import (
+    DECODE_ERRORS,
+    ImageSizeError,
+    decode_image,
+    vit_patches,
+)
+from symbiotic_titan.data.latents import TargetImages
+from symbiotic_titan.data.tokenizer import Tokenizer
+from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.tasks import TASKS, Task
+
+
+@dataclass(frozen=True)
+class TaskSample:
+    """A sample of ``task``, and what its layout makes segments with.
+
+    max_tokens:     positions that a document of the task may take.
+    drops_caption:  this sample is trained without its caption.
+    """
+
+    task: Task
+    fields: Fields
+    max_tokens: int
+    drops_caption: bool
+    config: Data
+    geometry: ImageGeometry
+    targets: TargetImages
+    tokenizer: Tokenizer
+
+    def text(self, text: str, *, trained: bool = False) -> TextSegment:
+        return TextSegment(self.tokenizer.encode(text), trained)
+
+    def special(self, role: str, *, trained: bool = False) -> TextSegment:
+        """One special token; ``role`` is a field of SpecialTokens."""
+        return TextSegment([getattr(self.tokenizer.special, role)], trained)
+
+    def input_image(self, data: bytes) -> list[Segment]:
+        """An encoded image between its special tokens; raises BadSample."""
+        config = self.config
+        image = decoded(data, config.max_image_pixels)
+        try:
+            segment = vit_patches(image, config.vit_pixels, self.geometry, config.vit_min_pixels)
+        except ImageSizeError as error:
+            raise BadSample("image_size", f"its image has the wrong size ({error})") from error
+        return [self.special("vit_start"), segment, self.special("vit_end")]
+
+    def target_image(self, data: bytes | None = None, *, trained: bool = True) -> list[Segment]:
+        """An image between its special tokens: of encoded ``data``, or by default the sample's only one, whose latents may come from
+        a cache. ``trained``: the token that begins it is a label. Raises BadSample."""
+        if data is None and self.targets.is_cached:
+            segment = self._cached_latents()
+        else:
+            data = self.fields.image() if data is None else data
+            segment = self.targets.from_image(decoded(data, self.config.max_image_pixels))
+        return [self.special("vae_start", trained=trained), segment, self.special("vae_end")]
+
+    def parts(self, content: list[Part], *, trained: bool) -> Iterator[Segment]:
+        """Segments of text and images. Of an image only the token that begins a target image can be trained."""
+        for part in content:
+            if isinstance(part, str):
+                yield self.text(part, trained=trained)
+            elif part.is_target:
+                yield from self.target_image(part.data, trained=trained)
+            else:
+                yield from self.input_image(part.data)
+
+    def _cached_latents(self) -> VaeSegment:
+        data = self.fields.sample.members.get(CACHED_EXTENSION)
+        if data is None:
+            raise BadSample(
+                "missing", "it has no latents: its image was bad when the cache was made"
+            )
+        try:
+            return self.targets.from_cache(data)
+        except ValueError as error:
+            raise BadSample("image", str(error)) from error
+
+
+def lay_out(sample: TaskSample) -> list[list[Segment]]:
+    """The segments of each document of ``sample``; raises BadSample."""
+    if sample.task.layout is not None:
+        return sample.task.layout(sample)
+    schema = schema_of(sample.task, sample.fields)[-1]
+    return LAYOUTS[schema](sample)
+
+
+def _text(sample: TaskSample) -> list[list[Segment]]:
+    """A text; one that is longer than ``max_tokens`` goes on in further documents, which begin with <bos> too."""
+    tokenizer = sample.tokenizer
+    opening = tokenizer.opening
+    ids = [*tokenizer.encode(sample.fields.text("text")), tokenizer.special.eos]
+    size = sample.max_tokens - len(opening) if sample.task.splits_text else len(ids)
+    trained = "text" in sample.task.trained_fields
+    return [
+        [TextSegment(opening), TextSegment(ids[start : start + size], trained)]
+        for start in range(0, len(ids), size)
+    ]
+
+
+def _caption(sample: TaskSample) -> list[list[Segment]]:
+    """A caption as the user's turn, its image as the assistant's."""
+    tokenizer, task = sample.tokenizer, sample.task
+    user, assistant = tokenizer.turn("user"), tokenizer.turn("assistant")
+    before = [*tokenizer.separator, *assistant.prefix]
+    caption = tokenizer.encode(sample.fields.text("caption"))
+    if sample.drops_caption:
+        caption = []
+    document: list[Segment] = [
+        TextSegment([*tokenizer.opening, *drop_overlap(tokenizer.opening, user.prefix)]),
+        TextSegment(caption, "caption" in task.trained_fields, shrinks=task.shortens_caption),
+        TextSegment([*user.suffix, *drop_overlap(user.suffix, before)]),
+        *sample.target_image(),
+        TextSegment(assistant.suffix, trained=True),
+    ]
+    return [document]
+
+
+def _segments(sample: TaskSample) -> list[list[Segment]]:
+    """Text among images, without turns."""
+    trained = "segments" in sample.task.trained_fields
+    return [
+        [
+            TextSegment(sample.tokenizer.opening),
+            *sample.parts(interleaved_parts(sample.fields), trained=trained),
+            sample.special("eos", trained=trained),
+        ]
+    ]
+
+
+def _question(sample: TaskSample) -> list[list[Segment]]:
+    """A conversation of two turns: the images and the question, then the answer."""
+    fields, trained = sample.fields, sample.task.trained_fields
+    question, answer = fields.text("question"), fields.text("answer")
+    images = [ImagePart(data, is_target=False) for data in fields.some_images()]
+    messages = [
+        Message("user", [*images, question], trained="question" in trained),
+        Message("assistant", [answer], trained="answer" in trained),
+    ]
+    return [_conversation(sample, messages)]
+
+
+def _turns(schema: str) -> Callable[[TaskSample], list[list[Segment]]]:
+    def layout(sample: TaskSample) -> list[list[Segment]]:
+        task = sample.task
+        messages = messages_of(
+            sample.fields,
+            schema,
+            has_images=task.has_images,
+            trained_roles=task.trained_roles,
+        )
+        return [_conversation(sample, messages)]
+
+    return layout
+
+
+def _conversation(sample: TaskSample, messages: list[Message]) -> list[Segment]:
+    tokenizer, task = sample.tokenizer, sample.task
+    last = tokenizer.opening
+    segments: list[Segment] = [TextSegment(last)]
+    for number, message in enumerate(messages):
+        try:
+            turn = tokenizer.turn(message.role)
+        except ValueError as error:
+            raise BadSample("conversation", str(error)) from error
+        before = [*(tokenizer.separator if number else []), *turn.prefix]
+        segments.append(TextSegment(drop_overlap(last, before)))
+        images = [part for part in message.content if isinstance(part, ImagePart)]
+        if not task.has_targets and any(image.is_target for image in images):
+            able = [name for name in TASKS if TASKS[name].target_images == "any"]
+            raise BadSample(
+                "conversation",
+                f"the {message.role} gives an image; that needs the task {' or '.join(able)}",
+            )
+        segments += sample.parts(message.content, trained=message.trained)
+        segments.append(TextSegment(turn.suffix, message.trained))
+        last = turn.suffix
+    return segments
+
+
+# Last field of a schema -> its layout.
+LAYOUTS: dict[str, Callable[[TaskSample], list[list[Segment]]]] = {
+    "text": _text,
+    "answer": _question,
+    "caption": _caption,
+    "segments": _segments,
+    **{schema: _turns(schema) for schema in ("messages", "conversations")},
+}
+
+
+def decoded(data: bytes, max_pixels: int) -> Image.Image:
+    """Upright RGB image of encoded ``data``; raises BadSample."""
+    try:
+        return decode_image(data, max_pixels)
+    except ImageSizeError as error:
+        raise BadSample("image_size", f"its image has the wrong size ({error})") from error
+    except DECODE_ERRORS as error:
+        raise BadSample("image", f"its image cannot be decoded ({error})") from error

@@ -1,0 +1,170 @@
+"""Tasks: what a sample is trained for. One row each; data, losses and reports ask the row and name no task themselves.
+
+Another package adds a task with one row: ``symbiotic_titan.extend.register_task(Task("name", ...))``. A task's number in
+tensors is its place in the registry, so rows are only ever added at the end.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from symbiotic_titan.registry import Registry
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+
+# Field of a sample -> the names under which it is looked for when the source's ``keys`` do not name it.
+FIELDS = {
+    "text": ("text", "txt"),
+    "image": (*IMAGE_EXTENSIONS, "image", "images"),
+    "caption": ("caption", "txt"),
+    "question": ("question",),
+    "answer": ("answer",),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "segments": ("segments",),
+}
+
+# Schemas that ``data.layouts`` can lay out as documents. The last field of a schema tells it from the others.
+TEXT_SCHEMA = ("text",)
+QUESTION_SCHEMA = ("image", "question", "answer")
+CAPTION_SCHEMA = ("image", "caption")
+SEGMENTS_SCHEMA = ("segments",)
+CONVERSATION_SCHEMAS = (("messages",), ("conversations",))
+KNOWN_SCHEMAS = (
+    *(TEXT_SCHEMA, QUESTION_SCHEMA, CAPTION_SCHEMA, SEGMENTS_SCHEMA),
+    *CONVERSATION_SCHEMAS,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table of tasks.
+
+    name:              as in ``[[data.sources]]``, in ``data.max_row_share`` and in the metrics ``loss/by_task/<name>_text``.
+    schemas:           alternative sets of fields; a sample has the fields of one of them, and the first that matches is taken.
+    input_images:      its samples may have images that the model reads.
+    target_images:     images that the model learns to generate: ``none``; exactly ``one`` in every sample, so that its latents can
+                       be cached; or ``any`` number. Their latents carry the flow loss.
+    trained_fields:    fields of the schemas whose text carries the next-token loss.
+    trained_roles:     speakers whose turns in a conversation carry it.
+    drops_caption:     ``data.condition_dropout`` applies: some samples are trained without their caption.
+    shortens_caption:  where ``too_long = "truncate"``, the caption is cut; otherwise a document loses its own end.
+    splits_text:       a text that is longer than a row goes on in further documents.
+    layout:            makes the documents of a sample, for a task with a layout of its own: called with a
+                       ``data.layouts.TaskSample``, it returns a list of segments per document. None: the schema's usual one.
+
+    Raises:
+        ValueError: a name that no config key can have, an unknown field, or a schema without a layout.
+    """
+
+    name: str
+    schemas: tuple[tuple[str, ...], ...]
+    input_images: bool = False
+    target_images: Literal["none", "one", "any"] = "none"
+    trained_fields: tuple[str, ...] = ()
+    trained_roles: tuple[str, ...] = ("assistant",)
+    drops_caption: bool = False
+    shortens_caption: bool = False
+    splits_text: bool = False
+    layout: Callable[[Any], list[list[Any]]] | None = None
+
+    def __post_init__(self) -> None:
+        where = f"task {self.name!r}"
+        if not self.name.isidentifier():
+            raise ValueError(f"{where}: a name has only letters, digits and underscores; rename it")
+        if not self.schemas or not all(self.schemas):
+            raise ValueError(f"{where}: schemas is empty; name the fields that its samples have")
+        for field in self.fields:
+            if field not in FIELDS:
+                raise ValueError(
+                    f"{where}: schemas has the unknown field {field!r}; choose from {', '.join(FIELDS)}"
+                )
+        for field in self.trained_fields:
+            if field not in self.fields:
+                raise ValueError(
+                    f"{where}: trained_fields has {field!r}, which no schema has; choose from {', '.join(self.fields)}"
+                )
+        for schema in self.schemas:
+            if self.layout is None and schema not in KNOWN_SCHEMAS:
+                known = ", ".join(" + ".join(known) for known in KNOWN_SCHEMAS)
+                raise ValueError(
+                    f"{where}: no layout is known for samples of {' + '.join(schema)}; choose from {known}, or set layout to a "
+                    "function that makes their documents"
+                )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Every field of the schemas, once."""
+        return tuple(dict.fromkeys(field for schema in self.schemas for field in schema))
+
+    @property
+    def has_images(self) -> bool:
+        return self.input_images or self.has_targets
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether its samples may have target images."""
+        return self.target_images != "none"
+
+    @property
+    def is_cacheable(self) -> bool:
+        """Whether ``latents.cache`` can hold the images of its samples."""
+        return self.target_images == "one"
+
+    @property
+    def is_understanding(self) -> bool:
+        """Whether its documents hold text and input images only."""
+        return not self.has_targets
+
+
+TASKS: Registry[Task] = Registry("data.sources.task")
+
+
+def register_task(task: Task) -> Task:
+    """Add ``task`` at the end of the table; raises ValueError where another one has its name."""
+    return TASKS.register(task.name, task)
+
+
+def task_names() -> tuple[str, ...]:
+    """Names in the order of the numbers that stand for tasks in tensors. Losses by task have one entry for each."""
+    return tuple(TASKS)
+
+
+def task_number(name: str) -> int:
+    """The number that stands for the task ``name`` in tensors."""
+    return task_names().index(name)
+
+
+for _task in (
+    Task(
+        "lm",
+        (TEXT_SCHEMA, *CONVERSATION_SCHEMAS),
+        trained_fields=("text",),
+        splits_text=True,
+    ),
+    Task(
+        "mmu",
+        (QUESTION_SCHEMA, *CONVERSATION_SCHEMAS),
+        input_images=True,
+        trained_fields=("answer",),
+    ),
+    *(
+        Task(
+            name,
+            (CAPTION_SCHEMA,),
+            target_images="one",
+            trained_fields=("caption",),
+            drops_caption=True,
+            shortens_caption=True,
+        )
+        for name in ("t2i", "t2i_long")
+    ),
+    Task(
+        "interleaved",
+        (SEGMENTS_SCHEMA, *CONVERSATION_SCHEMAS),
+        input_images=True,
+        target_images="any",
+        trained_fields=("segments",),
+    ),
+):
+    register_task(_task)
