@@ -51,6 +51,19 @@ def choose_step(folder: Path) -> tuple[int, dict[Path, str]]:
     return step, damaged
 
 
+def find_checkpoint(path: Path | str, subfolder: str) -> Path:
+    """``path``, or its newest complete checkpoint where it is the folder of a run or of a run's checkpoints.
+
+    Raises:
+        ValueError: there are checkpoints, and none is complete.
+    """
+    path = Path(path)
+    for folder in (path / subfolder, path):
+        if folder.is_dir() and any(step_of(child) is not None for child in folder.iterdir()):
+            return folder / f"step-{choose_step(folder)[0]}"
+    return path
+
+
 def set_aside(path: Path) -> Path:
     """Rename ``step-N`` to ``damaged-N`` (or the next free name), so that nothing takes it for a checkpoint or saves into it."""
     base = path.with_name(f"damaged-{step_of(path)}")

@@ -1,18 +1,18 @@
-"""Measure checkpoints: suites of scores, each beside its chance level and its upper bound.
+"""Score checkpoints: runs suites, and shows each score with its chance level and its upper bound.
 
 Examples:
-    tools/evaluate.py outputs/mini --suite demo_world
-    tools/evaluate.py outputs/mini --suite demo_world --probe none --probe shared_only --compare
-    tools/evaluate.py outputs/mini/symbiotic outputs/mini/mot --compare --suite demo_world
-    tools/evaluate.py --suites
+    symbiotic evaluate outputs/mini --suite demo_world
+    symbiotic evaluate outputs/mini --suite demo_world --probe none --probe shared_only --compare
+    symbiotic evaluate outputs/mini/symbiotic outputs/mini/mot --compare --suite demo_world
+    symbiotic evaluate --suites
 
 A checkpoint is its folder, .../step-N, or that of a run, whose newest complete one is taken. Its config is the one that the run kept;
 --config names another, once for all checkpoints or once for each. Options of a suite follow as --suite_name.option value, those of the
 config as --section.key value.
 
-The table is printed, and everything is written below --out, a folder per checkpoint: <suite>.json, and <suite>/ with pictures and
-answers. A suite that was finished with the same settings is not run again, and images that were drawn are not drawn again. With
---compare one table shows all, and OUT/comparison.json holds it.
+The table is printed, and everything is written below --out, a folder per checkpoint: <suite>.json, and <suite>/ with images and
+answers. A suite that was finished with the same settings is not run again, and existing images are reused. With --compare one table
+shows all, and OUT/comparison.json holds it.
 
 torchrun spreads a model that is too large for one device over several processes, as its config says.
 """
@@ -24,8 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import symbiotic_titan.demo.suite  # noqa: F401 (registers itself)
-import symbiotic_titan.evaluation.suites.builtin  # noqa: F401 (registers ours)
 from symbiotic_titan.config.files import write_json
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
@@ -35,25 +33,18 @@ from symbiotic_titan.evaluation.ablation import NONE
 from symbiotic_titan.evaluation.options import (
     explained_options,
     read_options,
-    split_suites,
+    split_sections,
     take_sections,
 )
 from symbiotic_titan.evaluation.report import comparison_table
-from symbiotic_titan.evaluation.results import (
-    Chosen,
-    Result,
-    evaluate,
-)
-from symbiotic_titan.evaluation.suite import (
-    SUITES,
-    Scores,
-)
-from symbiotic_titan.evaluation.target import Subject
+from symbiotic_titan.evaluation.results import ChosenSuite, Result, evaluate
+from symbiotic_titan.evaluation.suite import SUITES, Scores, Suite
+from symbiotic_titan.evaluation.target import Target, labelled
 from symbiotic_titan.process import Counter, exit_status, is_first_process
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The tool's own options, and those of suites and of the config."""
+    """(the command's own options; those of suites and of the config)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -70,7 +61,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--probe",
         action="append",
         default=[],
-        help="none (default), shared_only, or without:GROUP, whose routed experts then give nothing; several are allowed",
+        help="ablation: none (default), shared_only, or without:GROUP, whose routed experts then output zero; repeatable",
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), metavar="FOLDER")
     parser.add_argument("--compare", action="store_true", help="one table, side by side")
@@ -98,19 +89,18 @@ def read_configs(
     return configs if len(configs) == count else [copy.deepcopy(configs[0]) for _ in range(count)]
 
 
-def choose_suites(names: Sequence[str], given: dict[str, dict[str, str]]) -> list[Chosen]:
-    """Suites with their options, each of which can run here.
+def find_suites(names: Sequence[str]) -> list[Suite[Any]]:
+    """The suites of these names, all of them installed; those not named are not imported.
 
     Raises:
-        ValueError: none, an unknown one, one that is not installed, or a wrong option.
+        ValueError: none, an unknown one, or one whose packages are missing.
     """
     if not names:
         raise ValueError(f"no suite; give --suite NAME, one of {', '.join(SUITES)}")
-    chosen = []
-    for name in dict.fromkeys(names):
-        SUITES[name].check_installed()
-        chosen.append(Chosen(SUITES[name], read_options(SUITES[name], given[name])))
-    return chosen
+    suites = [SUITES[name] for name in dict.fromkeys(names)]
+    for suite in suites:
+        suite.check_installed()
+    return suites
 
 
 def print_suites() -> None:
@@ -126,22 +116,13 @@ def print_suites() -> None:
             print(f"        {option.sentence}")
 
 
-def labelled(subjects: Sequence[Subject]) -> dict[str, Subject]:
-    """Subjects by label; where two have the same, by the names of their folders, which differ."""
-    labels = [subject.label for subject in subjects]
-    return {
-        label if labels.count(label) == 1 else subject.folder_name: subject
-        for label, subject in zip(labels, subjects, strict=True)
-    }
-
-
-def write_comparison(path: Path, columns: dict[str, Scores], chosen: Sequence[Chosen]) -> None:
+def write_comparison(path: Path, columns: dict[str, Scores], chosen: Sequence[ChosenSuite]) -> None:
     settings: dict[str, Any] = {item.suite.name: item.settings() for item in chosen}
     write_json(path, "comparison", {"settings": settings, "columns": columns})
 
 
 def report(label: str, results: Sequence[Result]) -> Scores:
-    """The scores of all suites; says where they lie."""
+    """The scores of all suites; prints their files."""
     for result in results:
         old = " (finished before)" if result.is_old else ""
         print(f"{label}: {result.path}{old}", file=sys.stderr)
@@ -150,20 +131,17 @@ def report(label: str, results: Sequence[Result]) -> Scores:
 
 def run(options: argparse.Namespace, sections: list[str]) -> None:
     """Raises ValueError for a user's mistake: all that can be seen beforehand, before the first suite runs."""
-    given, overrides = split_suites(sections, options.suite)
+    of_suites, overrides = split_sections(sections, options.suite)
     configs = read_configs(options.config, overrides, options.checkpoints)
-    chosen = choose_suites(options.suite, given)
-    probes = list(dict.fromkeys(options.probe)) or [NONE]
-    subjects = labelled(
-        [
-            subject
-            for config, path in zip(configs, options.checkpoints, strict=True)
-            for subject in Subject.find(config, path, probes)
-        ]
-    )
+    suites = find_suites(options.suite)
+    settings = read_options(suites, of_suites)
+    chosen = [ChosenSuite(suite, settings[suite.name]) for suite in suites]
+    ablations = list(dict.fromkeys(options.probe)) or [NONE]
+    pairs = zip(configs, options.checkpoints, strict=True)
+    targets = labelled([t for pair in pairs for t in Target.find(*pair, ablations)])
     columns: dict[str, Scores] = {}
-    for label, subject in subjects.items():
-        results = evaluate(subject, chosen, options.out, Counter)
+    for label, target in targets.items():
+        results = evaluate(target, chosen, options.out, Counter)
         if not is_first_process():
             continue
         columns[label] = report(label, results)

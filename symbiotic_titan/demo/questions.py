@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from symbiotic_titan.demo.digits import DIGIT_WORDS
 from symbiotic_titan.demo.held_out import QuestionSample
 from symbiotic_titan.evaluation.suite import (
-    Measure,
+    Score,
     Scores,
 )
 
@@ -64,5 +64,5 @@ def answer_score(answers: Sequence[str], samples: Sequence[QuestionSample]) -> S
     return {"answers/all": everything} | by_kind
 
 
-def _measure(right: int, blind: int, number: int) -> Measure:
-    return Measure(score=right / number, chance=blind / number, upper_bound=1.0, number=number)
+def _measure(right: int, blind: int, number: int) -> Score:
+    return Score(score=right / number, chance=blind / number, upper_bound=1.0, number=number)

@@ -17,7 +17,7 @@ from typing import Any
 
 from symbiotic_titan.data.order import hash_key
 from symbiotic_titan.evaluation.suite import (
-    Measure,
+    Score,
     Scores,
 )
 
@@ -221,7 +221,7 @@ def choice_score(items: Sequence[ChoiceItem], loglikelihood: LogLikelihood) -> S
     number = len(items)
     chance = sum(1 / len(item.choices) for item in items) / number
     return {
-        f"knowledge/{name}": Measure(
+        f"knowledge/{name}": Score(
             score=right[name] / number, chance=chance, upper_bound=1.0, number=number
         )
         for name in ("accuracy", "accuracy_per_character")

@@ -35,7 +35,7 @@ from symbiotic_titan.demo.scene_reader import (
     scene_facts,
 )
 from symbiotic_titan.evaluation.suite import (
-    Measure,
+    Score,
     Scores,
 )
 
@@ -74,7 +74,7 @@ def demo_world_score(
     facts, at_best = (_mean_facts(claims, pictures, reader) for pictures in (made, real))
     by_chance = _mean_facts(claims * NEW_SETS, new, reader)
     scores = {
-        name: Measure(
+        name: Score(
             score=facts[name][0],
             chance=by_chance[name][0],
             upper_bound=at_best[name][0],
@@ -88,11 +88,11 @@ def demo_world_score(
     return scores
 
 
-def _distance(made: list[Image.Image], real: list[Image.Image], new: list[Image.Image]) -> Measure:
+def _distance(made: list[Image.Image], real: list[Image.Image], new: list[Image.Image]) -> Score:
     """Distances from the real pictures: of those made, of blank ones (chance) and of new ones (the bound)."""
     blank = [Image.new("RGB", image.size, scenes.BACKGROUNDS["gray"]) for image in made]
     score, chance, upper_bound = (frechet_distance(p, real) for p in (made, blank, new))
-    return Measure(score=score, chance=chance, upper_bound=upper_bound, number=len(made))
+    return Score(score=score, chance=chance, upper_bound=upper_bound, number=len(made))
 
 
 def check_picture(claims: Claims, image: Image.Image, reader: DigitReader) -> dict[str, float]:

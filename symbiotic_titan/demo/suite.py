@@ -43,16 +43,13 @@ from symbiotic_titan.demo.references import (
     read_items,
 )
 from symbiotic_titan.demo.scores import demo_world_score
-from symbiotic_titan.evaluation.suite import SUITES, Progress, Scores, Suite, measure
+from symbiotic_titan.evaluation.suite import Advance, Progress, Scores, Suite, measure
 from symbiotic_titan.evaluation.suites.drawing import (
     DrawingSettings,
     Wanted,
     draw,
 )
-from symbiotic_titan.inference.generator import (
-    Advance,
-    Generator,
-)
+from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.held_out import (
     held_out_data,
     held_out_losses,
@@ -275,5 +272,3 @@ DEMO_WORLD = Suite(
     modules=("sklearn", "scipy"),
     install="pip install scikit-learn",
 )
-
-SUITES.register(DEMO_WORLD.name, DEMO_WORLD)

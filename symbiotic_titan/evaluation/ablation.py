@@ -1,8 +1,8 @@
-"""Probes: what a model still does when the routed experts of some groups give nothing.
+"""Ablations (``--probe``): what a model still does when the routed experts of some groups output zero.
 
 none            the model as it is.
-shared_only     no routed expert gives anything: what the shared expert alone carries (arXiv 2604.07753).
-without:GROUP   those of one group do not; tokens of its modalities have the shared expert alone.
+shared_only     no routed expert contributes: what the shared expert alone carries (arXiv 2604.07753).
+without:GROUP   those of one group do not; tokens of its modalities get the shared expert alone.
 """
 
 from collections.abc import Iterator
@@ -18,40 +18,39 @@ SHARED_ONLY = "shared_only"
 _WITHOUT = "without:"
 
 
-def masked_groups(model: nn.Module, probe: str) -> set[str]:
-    """Names of the groups whose routed experts give nothing under ``probe``.
+def masked_groups(model: nn.Module, ablation: str) -> set[str]:
+    """Names of the groups whose routed experts output zero under ``ablation``.
 
     Raises:
-        ValueError: there is no such probe or group, or nothing is left of the model's feed-forward.
+        ValueError: an unknown ablation or group, or nothing would be left of the model's feed-forward.
     """
-    if probe == NONE:
+    if ablation == NONE:
         return set()
     layers = list(_layers(model))
     groups = {name: None for layer in layers for name in layer.experts}
-    where = f"--probe {probe}"
+    where = f"--probe {ablation}"
     if not layers:
         raise ValueError(f"{where}: the model has no routed experts; leave --probe out")
-    if probe == SHARED_ONLY:
+    if ablation == SHARED_ONLY:
         if any(layer.shared_experts is None for layer in layers):
             raise ValueError(f"{where}: the model has no shared expert; leave --probe out")
         return set(groups)
-    if probe.startswith(_WITHOUT) and probe.removeprefix(_WITHOUT) in groups:
-        return {probe.removeprefix(_WITHOUT)}
+    if ablation.startswith(_WITHOUT) and ablation.removeprefix(_WITHOUT) in groups:
+        return {ablation.removeprefix(_WITHOUT)}
     known = [NONE, SHARED_ONLY, *(_WITHOUT + name for name in groups)]
-    raise ValueError(
-        f"{where}: there is no such probe of this model; choose from {', '.join(known)}"
-    )
+    raise ValueError(f"{where}: unknown for this model; choose from {', '.join(known)}")
 
 
 @contextmanager
-def probed(model: nn.Module, probe: str) -> Iterator[None]:
-    """Within it ``model`` is as ``probe`` says; ValueError as in ``masked_groups``.
+def ablated(model: nn.Module, ablation: str) -> Iterator[None]:
+    """Within the block ``model`` runs under ``ablation``; ValueError as in ``masked_groups``.
 
-    Masked experts are still computed: under expert parallelism other ranks wait for their rows. Routing is counted as ever.
+    Masked experts are still computed, because other ranks wait for their tokens under expert parallelism, and routing is
+    counted as always.
     """
-    masked = masked_groups(model, probe)
-    banks = [layer.experts[name] for layer in _layers(model) for name in masked]
-    handles = [bank.register_forward_hook(_nothing) for bank in banks]
+    masked = masked_groups(model, ablation)
+    groups = [layer.experts[name] for layer in _layers(model) for name in masked]
+    handles = [experts.register_forward_hook(_zero) for experts in groups]
     try:
         yield
     finally:
@@ -63,5 +62,5 @@ def _layers(model: nn.Module) -> Iterator[PartitionedMoE]:
     return (module for module in model.modules() if isinstance(module, PartitionedMoE))
 
 
-def _nothing(bank: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _zero(experts: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)

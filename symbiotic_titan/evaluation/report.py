@@ -1,9 +1,9 @@
-"""Scores as tables: of one subject, or of several side by side."""
+"""Tables of scores: of one evaluation target, or of several side by side."""
 
 from collections.abc import Mapping, Sequence
 
 from symbiotic_titan.evaluation.suite import (
-    Measure,
+    Score,
     Scores,
 )
 
@@ -13,8 +13,8 @@ _MISSING = "-"
 def comparison_table(columns: Mapping[str, Scores]) -> str:
     """A row per score, a column per label of ``columns``, then chance, upper bound and number.
 
-    Those are of the first column that has the score. Where another one differs in them by more than 1 % (as a Fréchet distance
-    does, or scores of other settings), the row is marked: what stands beside its scores is the first one's.
+    The last three are those of the first column that has the score. A row is marked with * where another column's differ from
+    them by more than 1 %, as those of a Fréchet distance or of other settings do.
     """
     names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
     header = ["", *columns, "chance", "upper bound", "number"]
@@ -22,20 +22,20 @@ def comparison_table(columns: Mapping[str, Scores]) -> str:
     return _aligned([header, *rows])
 
 
-def _row(name: str, measures: Sequence[Measure | None]) -> list[str]:
-    known = [measure for measure in measures if measure is not None]
+def _row(name: str, found: Sequence[Score | None]) -> list[str]:
+    known = [score for score in found if score is not None]
     first = known[0]
     marked = any(_differ(first, other) for other in known[1:])
     return [
         name + " *" * marked,
-        *(_cell(measure and measure["score"]) for measure in measures),
+        *(_cell(score and score["score"]) for score in found),
         _cell(first["chance"]),
         _cell(first["upper_bound"]),
         str(first["number"]),
     ]
 
 
-def _differ(first: Measure, other: Measure) -> bool:
+def _differ(first: Score, other: Score) -> bool:
     bounds = (
         (first["chance"], other["chance"]),
         (first["upper_bound"], other["upper_bound"]),

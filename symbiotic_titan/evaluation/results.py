@@ -1,25 +1,21 @@
-"""Run suites on a subject, once: a finished suite's scores are read from its file.
+"""Run suites on a target, each once: the scores of a finished suite are read from its file.
 
-OUT/<run>-step-N-<identity>/<suite>.json    settings and scores
-OUT/<run>-step-N-<identity>/<suite>/        what the suite writes: pictures, answers
+OUT/<run>-step-N-<fingerprint>/<suite>.json    settings and scores
+OUT/<run>-step-N-<fingerprint>/<suite>/        the suite's own files: images, answers
 
-Which of several processes writes: those that share a model all come to the same results.
+Several processes that share a model all compute the same results, and the first one writes them.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from symbiotic_titan.config.files import read_json, write_json
-from symbiotic_titan.evaluation.ablation import probed
-from symbiotic_titan.evaluation.suite import Progress, Scores, Suite
-from symbiotic_titan.evaluation.target import (
-    Subject,
-    files_hash,
-)
+from symbiotic_titan.evaluation.ablation import ablated
+from symbiotic_titan.evaluation.suite import Advance, Progress, Scores, Suite
+from symbiotic_titan.evaluation.target import Target, files_hash
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.process import is_first_process
 
@@ -27,14 +23,14 @@ KIND = "evaluation"
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenSuite:
     """A suite with its options."""
 
     suite: Suite[Any]
     options: Any
 
     def settings(self) -> dict[str, Any]:
-        """The options, and which content the files among them had."""
+        """The options, and hashes of the files among them, so that scores of changed files are not reused."""
         # As JSON reads it back: tuples are lists.
         values = {
             key: list(value) if isinstance(value, tuple) else value
@@ -51,7 +47,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of one suite, and the file that they lie in. ``is_old``: they were there already."""
+    """Scores of one suite and their file. ``is_old``: they were finished before."""
 
     suite: str
     path: Path
@@ -60,26 +56,26 @@ class Result:
 
 
 def evaluate(
-    subject: Subject, chosen: Sequence[Chosen], out: Path, progress: Progress
+    target: Target, chosen: Sequence[ChosenSuite], out: Path, progress: Progress
 ) -> list[Result]:
     """Scores of each suite. The model is loaded only if one has not been finished with these settings.
 
     Raises:
-        ValueError: a user's mistake; what was finished before it stays.
+        ValueError: a user's mistake; results finished before it stay.
     """
-    folder = out / subject.folder_name
+    folder = out / target.folder_name
     results = [_finished(item, folder) for item in chosen]
     if all(results):
         return [result for result in results if result]
-    generator = Generator.load(subject.config, subject.checkpoint)
-    with probed(generator.model, subject.probe):
+    generator = Generator.load(target.config, target.checkpoint)
+    with ablated(generator.model, target.ablation):
         return [
-            old or _run(generator, item, folder, subject, progress)
+            old or _run(generator, item, folder, target, progress)
             for old, item in zip(results, chosen, strict=True)
         ]
 
 
-def _finished(chosen: Chosen, folder: Path) -> Result | None:
+def _finished(chosen: ChosenSuite, folder: Path) -> Result | None:
     path = folder / f"{chosen.suite.name}.json"
     if not path.exists():
         return None
@@ -90,21 +86,20 @@ def _finished(chosen: Chosen, folder: Path) -> Result | None:
 
 
 def _run(
-    generator: Generator, chosen: Chosen, folder: Path, subject: Subject, progress: Progress
+    generator: Generator, chosen: ChosenSuite, folder: Path, target: Target, progress: Progress
 ) -> Result:
     name = chosen.suite.name
     path, own_folder = folder / f"{name}.json", folder / name
     own_folder.mkdir(parents=True, exist_ok=True)
     settings = chosen.settings()
+
+    def named_progress(what: str, total: int) -> Advance:
+        return progress(f"{target.label} {name}: {what}", total)
+
     start = time.perf_counter()
-    named = partial(_named_progress, progress, f"{subject.label} {name}")
-    scores = chosen.suite.run(generator, chosen.options, own_folder, named)
+    scores = chosen.suite.run(generator, chosen.options, own_folder, named_progress)
     seconds = round(time.perf_counter() - start, 1)
     if is_first_process():
-        values = {"suite": name, **subject.description(), "settings": settings}
+        values = {"suite": name, **target.description(), "settings": settings}
         write_json(path, KIND, values | {"seconds": seconds, "scores": scores})
     return Result(name, path, scores, is_old=False)
-
-
-def _named_progress(progress: Progress, name: str, what: str, total: int) -> Any:
-    return progress(f"{name}: {what}", total)

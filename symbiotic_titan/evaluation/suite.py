@@ -1,4 +1,4 @@
-"""What a suite is: one way of measuring a checkpoint, that ``tools/evaluate.py --suite NAME`` runs.
+"""A suite is one way of scoring a checkpoint, run by ``symbiotic evaluate --suite NAME``.
 
     @dataclass(frozen=True)
     class Lengths:
@@ -13,8 +13,7 @@
     SUITES.register("lengths", Suite("lengths", "how much a model says", Lengths, run))
 
 ``--lengths.prompts 8`` sets the option. A module of yours that registers one is named in ``experimental.custom_import``.
-
-A score beside what it has to be compared with.
+This module imports neither models nor suites, so that registering a suite costs nothing.
 """
 
 from collections.abc import Callable
@@ -23,20 +22,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
 
-from symbiotic_titan.inference.generator import (
-    Advance,
-    Generator,
-)
 from symbiotic_titan.registry import Registry
 
 
-class Measure(TypedDict):
+class Score(TypedDict):
     """``score`` of the model, between ``chance`` and ``upper_bound``, from ``number`` samples. Plain data, for JSON.
 
-    chance:      what is reached without looking at the prompt or at the image.
-    upper_bound: what the real pictures or answers themselves reach under the same rules.
+    chance:      the score without looking at the prompt or at the image.
+    upper_bound: the score of the real images or answers under the same rules.
 
-    Both are None where nobody knows them.
+    Both are None where they are unknown.
     """
 
     score: float
@@ -45,32 +40,33 @@ class Measure(TypedDict):
     number: int
 
 
-# Measures by name, as tables and TensorBoard show them.
-Scores = dict[str, Measure]
-
+# Score by name, as tables and TensorBoard show them.
+Scores = dict[str, Score]
 
 Options = TypeVar("Options")
 
-# (what is counted, how many there will be) -> called with how many more are done, as Generator's ``advance``.
+# Called with how many more items are done.
+Advance = Callable[[int], None]
+# (what is counted, how many there will be) -> the callback that counts them.
 Progress = Callable[[str, int], Advance]
 
-# (generator, options, folder, progress) -> scores by name, as "answers/all".
+# (generator, options, folder, progress) -> scores by name, such as "answers/all". The generator is an ``inference.Generator``.
 #
-# folder: exists, and belongs to this suite with this checkpoint, config and probe. What a run that was broken off left there is
-# still there: a suite may go on from it (``evaluation.drawing`` does for images). With several processes only the first may write.
+# folder: exists and belongs to this suite with this checkpoint, config and ablation. Files of an interrupted run are still there,
+# and a suite may continue from them (``suites.drawing`` does for images). With several processes only the first may write.
 # Raises ValueError where the user has to change something.
-Run = Callable[[Generator, Options, Path, Progress], Scores]
+Run = Callable[[Any, Options, Path, Progress], Scores]
 
 
 @dataclass(frozen=True)
 class Suite(Generic[Options]):
-    """One way of measuring.
+    """One way of scoring.
 
     options     a frozen dataclass of bool, int, float, str, X | None and tuples of them, all with defaults, each with a sentence
-                below it. Its ``__post_init__`` raises ValueError for what can be known before a model is loaded: a number out of
-                range, a file that is missing. Of a string that names a file or folder the content counts as a setting too.
+                below it. Its ``__post_init__`` raises ValueError for mistakes that need no model to be seen: a number out of
+                range, a missing file. Where an option names a file or folder, its content counts as a setting too.
     modules     what ``run`` imports besides the project's own dependencies.
-    install     the command that brings them.
+    install     the command that installs them.
     """
 
     name: str
@@ -89,8 +85,19 @@ class Suite(Generic[Options]):
             )
 
 
-# Suites by name; ``evaluation.suites`` registers ours.
-SUITES: Registry[Suite[Any]] = Registry("--suite")
+_OURS = "symbiotic_titan.evaluation.suites"
+SUITES: Registry[Suite[Any]] = Registry(
+    "--suite",
+    {
+        "clip_score": f"{_OURS}.clip_score:CLIP_SCORE",
+        "demo_world": "symbiotic_titan.demo.suite:DEMO_WORLD",
+        "fid": f"{_OURS}.fid:FID",
+        "geneval_images": f"{_OURS}.prompts:GENEVAL_IMAGES",
+        "lm_eval": f"{_OURS}.lm_eval:LM_EVAL",
+        "ocrbench": f"{_OURS}.ocrbench:OCRBENCH",
+        "t2i_compbench_images": f"{_OURS}.prompts:T2I_COMPBENCH_IMAGES",
+    },
+)
 
 
 def measure(
@@ -99,6 +106,6 @@ def measure(
     number: int,
     chance: float | None = None,
     upper_bound: float | None = None,
-) -> Measure:
-    """A score of ``number`` samples, of which chance and upper bound may be unknown."""
-    return Measure(score=score, chance=chance, upper_bound=upper_bound, number=number)
+) -> Score:
+    """A score over ``number`` samples; chance and upper bound may be unknown."""
+    return Score(score=score, chance=chance, upper_bound=upper_bound, number=number)

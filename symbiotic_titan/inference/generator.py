@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from symbiotic_titan.build import build_tokenizer
-from symbiotic_titan.checkpoint.resume import choose_step, step_of
+from symbiotic_titan.checkpoint.resume import find_checkpoint
 from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.codecs.codec import Codec
 from symbiotic_titan.config.job import JobConfig
@@ -391,16 +391,3 @@ def _any_of(ranks: DataRanks) -> AnyOf:
     if ranks.dims is None:
         return bool
     return lambda value: bool(ranks.sum(torch.tensor(float(value), device=ranks.device)) > 0)
-
-
-def find_checkpoint(path: Path | str, subfolder: str) -> Path:
-    """``path``, or the newest complete checkpoint where it is the folder of a run or of its checkpoints.
-
-    Raises:
-        ValueError: there are checkpoints, and none is complete.
-    """
-    path = Path(path)
-    for folder in (path / subfolder, path):
-        if folder.is_dir() and any(step_of(child) is not None for child in folder.iterdir()):
-            return folder / f"step-{choose_step(folder)[0]}"
-    return path

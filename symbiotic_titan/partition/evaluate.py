@@ -21,7 +21,7 @@ from symbiotic_titan.config.experts import Shielding
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.evaluation.ablation import (
     SHARED_ONLY,
-    probed,
+    ablated,
 )
 from symbiotic_titan.inference.held_out import (
     held_out_losses,
@@ -320,7 +320,7 @@ def step_zero_report(
         with equal.comparing(after.model):
             run_one_batch(after)
     if after.args.shared_hidden_dim:
-        with probed(after.model, SHARED_ONLY):
+        with ablated(after.model, SHARED_ONLY):
             columns["shared_only"] = losses_of(after)
     num_rows = num_batches * config.training.local_batch_size * ranks.size
     return StepZeroReport(

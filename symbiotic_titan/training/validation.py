@@ -96,7 +96,7 @@ class SymbioticValidator(BaseValidator):
         return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Measure and log. On a stop signal it ends behind the current batch, without a number."""
+        """Score and log. On a stop signal it ends behind the current batch, without a number."""
         (model,) = model_parts
         with paused_training(model, self.metrics_processor, f"validation at step {step}"):
             start = time.perf_counter()

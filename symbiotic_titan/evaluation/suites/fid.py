@@ -18,16 +18,13 @@ import torch
 from PIL import Image, ImageOps
 
 from symbiotic_titan.evaluation.files import check_file, check_folder, decoded, image_files
-from symbiotic_titan.evaluation.suite import Progress, Scores, Suite, measure
+from symbiotic_titan.evaluation.suite import Advance, Progress, Scores, Suite, measure
 from symbiotic_titan.evaluation.suites.drawing import (
     CaptionOptions,
     draw_captions,
     stacked,
 )
-from symbiotic_titan.inference.generator import (
-    Advance,
-    Generator,
-)
+from symbiotic_titan.inference.generator import Generator
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from PIL import Image
 
-from symbiotic_titan.evaluation.suite import Progress
-from symbiotic_titan.inference.generator import (
-    Advance,
-    Generator,
-)
+from symbiotic_titan.evaluation.suite import Advance, Progress
+from symbiotic_titan.inference.generator import Generator
 
 logger = logging.getLogger(__name__)
 

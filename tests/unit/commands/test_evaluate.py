@@ -70,7 +70,7 @@ class Drawn(DrawingSettings):
 
 
 @pytest.fixture
-def runs(monkeypatch):
+def runs():
     """A suite ``drawn`` that draws two pictures; the folders that it has run in."""
     folders = []
 
@@ -85,8 +85,8 @@ def runs(monkeypatch):
         }
         return scores
 
-    monkeypatch.setitem(SUITES._parts, "drawn", Suite("drawn", "draws", Drawn, run))
-    return folders
+    with SUITES.temporarily(drawn=Suite("drawn", "draws", Drawn, run)):
+        yield folders
 
 
 def routed(generator):
@@ -231,7 +231,7 @@ MISTAKES = [
     (["--suite", "drawn", "--drawn.seed", "x"], "--drawn.seed: must be an integer, got 'x'"),
     (["--suite", "drawn", "--drawn.stepz", "1"], "--drawn: unknown key 'stepz'; did you mean"),
     (["--suite", "drawn", "--drawn.steps", "0"], "--drawn.steps: must be at least 1, got 0"),
-    (["--suite", "drawn", "--probe", "half"], "--probe half: there is no such probe"),
+    (["--suite", "drawn", "--probe", "half"], "--probe half: unknown for this model; choose"),
     (["--suite", "drawn", "missing"], "checkpoint missing: no such folder"),
     (["--suite", "far"], "--suite far: needs no_such; install it: pip install no-such"),
     (["--suite", "demo_world", "--demo_world.data", "no"], "--demo_world.data: no demo world in"),
@@ -243,8 +243,8 @@ def test_a_users_mistake_is_one_line_before_anything_runs(
     options, message, run_folder, tmp_path, runs, monkeypatch, capsys
 ):
     far = Suite("far", "", Drawn, lambda *a: {}, ("no_such",), "pip install no-such")
-    monkeypatch.setitem(SUITES._parts, "far", far)
-    assert run(run_folder, *options, "--out", tmp_path) == 2
+    with SUITES.temporarily(far=far):
+        assert run(run_folder, *options, "--out", tmp_path) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert runs == []
@@ -285,8 +285,15 @@ def test_the_configs_that_the_runs_kept_need_no_naming(run_folder, tmp_path, run
     assert len({r["scores"]["bright"]["score"] for r in results}) == 2
 
 
-def test_a_suite_of_the_users_own_module_is_run(run_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(SUITES, "_parts", dict(SUITES._parts))
+@pytest.fixture
+def suites_as_before():
+    with SUITES.temporarily():
+        yield
+
+
+def test_a_suite_of_the_users_own_module_is_run(
+    run_folder, tmp_path, suites_as_before, monkeypatch, capsys
+):
     monkeypatch.chdir(Path(CONFIG).parents[1])
     own = ["--experimental.custom_import", "docs.examples.lengths_suite", "--out", tmp_path]
     assert run(run_folder, "--suite", "lengths", "--lengths.answers", 0, *own) == 2
@@ -301,8 +308,8 @@ def test_a_run_that_is_stopped_says_that_it_can_go_on(run_folder, tmp_path, monk
     def stopped(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(SUITES._parts, "stopped", Suite("stopped", "", Drawn, stopped))
-    assert run(run_folder, "--suite", "stopped", "--out", tmp_path) == 130
+    with SUITES.temporarily(stopped=Suite("stopped", "", Drawn, stopped)):
+        assert run(run_folder, "--suite", "stopped", "--out", tmp_path) == 130
     assert "stopped; the same command goes on from here" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.json"))
 

@@ -8,8 +8,8 @@ import torch
 from symbiotic_titan.build import model_args
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.evaluation.ablation import (
+    ablated,
     masked_groups,
-    probed,
 )
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.experts import PartitionedMoE
@@ -53,7 +53,7 @@ def inputs(layer):
 
 
 def test_with_shared_only_every_layer_gives_what_its_shared_expert_gives(model):
-    with probed(model, "shared_only"):
+    with ablated(model, "shared_only"):
         for layer in layers_of(model):
             out_TD, shared_TD = outputs(layer, inputs(layer))
             assert torch.equal(out_TD, shared_TD)
@@ -63,7 +63,7 @@ def test_without_a_group_only_tokens_of_its_modalities_change(model):
     for layer in layers_of(model):
         x_TD = inputs(layer)
         before_TD, shared_TD = outputs(layer, x_TD)
-        with probed(model, "without:generation"):
+        with ablated(model, "without:generation"):
             out_TD, _ = outputs(layer, x_TD)
         is_vae_T = MODALITY_T == VAE
         assert torch.equal(out_TD[is_vae_T], shared_TD[is_vae_T])
@@ -75,17 +75,19 @@ def test_behind_a_probe_and_with_none_the_model_is_as_before(model):
     [layer, *_] = layers_of(model)
     x_TD = inputs(layer)
     before_TD, _ = outputs(layer, x_TD)
-    with pytest.raises(RuntimeError), probed(model, "shared_only"):
+    with pytest.raises(RuntimeError), ablated(model, "shared_only"):
         raise RuntimeError
     assert torch.equal(outputs(layer, x_TD)[0], before_TD)
-    with probed(model, "none"):
+    with ablated(model, "none"):
         assert torch.equal(outputs(layer, x_TD)[0], before_TD)
 
 
 @pytest.mark.parametrize("probe", ["without:vae", "shared", "without:"])
 def test_an_unknown_probe_is_told_with_those_that_there_are(model, probe):
     known = "none, shared_only, without:understanding, without:generation"
-    with pytest.raises(ValueError, match=f"--probe {probe}: there is no such.*choose from {known}"):
+    with pytest.raises(
+        ValueError, match=f"--probe {probe}: unknown for this model; choose from {known}"
+    ):
         masked_groups(model, probe)
 
 
