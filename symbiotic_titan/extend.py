@@ -10,7 +10,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from symbiotic_titan.config.experts import ROUTER_SCORES, SHIELD_SCHEDULES, ShieldSchedule
-from symbiotic_titan.config.losses import LOSS_TERMS, LossTerm
+from symbiotic_titan.config.generation import SOLVERS, SolverStep
+from symbiotic_titan.config.losses import (
+    LOSS_TERMS,
+    TIMESTEP_DISTRIBUTIONS,
+    LossTerm,
+    TimestepDistribution,
+)
 from symbiotic_titan.config.optimizer import LR_DECAYS, OPTIMIZER_BUILDERS, LRDecay
 from symbiotic_titan.moe.scores import RouterScore
 from symbiotic_titan.optim.build import OptimizerBuilder
@@ -42,6 +48,18 @@ def register_shield_schedule(name: str) -> Callable[[ShieldSchedule], ShieldSche
 def register_router_score(name: str) -> Callable[[RouterScore], RouterScore]:
     """Decorator: ``experts.score_function = name`` chooses this function for every router."""
     return _into(ROUTER_SCORES, name)
+
+
+def register_timestep_distribution(
+    name: str,
+) -> Callable[[TimestepDistribution], TimestepDistribution]:
+    """Decorator: ``flow.timesteps = name`` chooses this function to draw the timesteps of training."""
+    return _into(TIMESTEP_DISTRIBUTIONS, name)
+
+
+def register_solver(name: str) -> Callable[[SolverStep], SolverStep]:
+    """Decorator: ``sampling.sampler = name`` and ``--sampler name`` choose this function to solve the flow."""
+    return _into(SOLVERS, name)
 
 
 def register_lr_decay(name: str) -> Callable[[LRDecay], LRDecay]:

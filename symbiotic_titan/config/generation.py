@@ -3,8 +3,21 @@
 [latents]: what an image to be generated is made of, and where that is computed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from symbiotic_titan.registry import Registry, choice
+
+# (velocity model, state at t, t, next timestep) -> state at the next timestep; see ``flow.solver``.
+SolverStep = Callable[[Callable[[Any, float], Any], Any, float, float], Any]
+SOLVERS: Registry[SolverStep] = Registry(
+    "sampler",
+    {
+        "euler": "symbiotic_titan.flow.solver:euler_step",
+        "heun": "symbiotic_titan.flow.solver:heun_step",
+    },
+)
 
 
 @dataclass
@@ -62,8 +75,8 @@ class Sampling:
     steps: int = 20
     """Steps of the sampler"""
 
-    sampler: str = "euler"
-    """``euler``, or ``heun``, which takes two forwards a step"""
+    sampler: str = choice(SOLVERS, "euler")
+    """Solver of the flow; ``heun`` takes two forwards a step"""
 
     guidance: float = 3.0
     """1 follows the caption as trained, more exaggerates what it changes and takes twice the rows"""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from symbiotic_titan.registry import Registry, load_part
+from symbiotic_titan.registry import Registry, choice, load_part
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,21 @@ def losses_class() -> type[LossSettings]:
 Losses = losses_class()
 
 
+# (shape, [flow], CPU generator) -> float32 timesteps in [0, 1] of that shape, before the shift.
+TimestepDistribution = Callable[[tuple[int, ...], "Flow", Any], Any]
+TIMESTEP_DISTRIBUTIONS: Registry[TimestepDistribution] = Registry(
+    "flow.timesteps",
+    {
+        "uniform": "symbiotic_titan.flow.path:uniform",
+        "logit_normal": "symbiotic_titan.flow.path:logit_normal",
+    },
+)
+
+
 @dataclass
 class Flow:
-    timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
-    """Law of the timestep t, before the shift."""
+    timesteps: str = choice(TIMESTEP_DISTRIBUTIONS, "logit_normal")
+    """Distribution of the timestep t, before the shift."""
 
     mean: float = 0.0
     """Mean of the normal under ``logit_normal``."""

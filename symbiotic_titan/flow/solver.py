@@ -1,8 +1,7 @@
-"""From noise to data: follow the flow's velocity from t = 1 down to t = 0, along the path of ``flow.path``.
+"""From noise to data: solve the flow's ordinary differential equation from t = 1 to t = 0, along the path of ``flow.path``.
 
-A velocity is any function of (state, timestep); nothing here knows a model. Its error behind N steps falls with 1/N for Euler
-and with 1/N^2 for Heun, which asks for the velocity twice per step.
-Letters: L latent tokens of an image, Z numbers per latent patch.
+A velocity model is any function of (state, timestep); nothing here knows the network. With N steps the error falls as 1/N for Euler
+and as 1/N^2 for Heun, which evaluates the velocity twice per step.
 """
 
 import math
@@ -12,40 +11,33 @@ from itertools import pairwise
 
 import torch
 
-from symbiotic_titan.flow.path import (
-    keyed_generator,
-    shift_timesteps,
-)
-from symbiotic_titan.registry import Registry
+from symbiotic_titan.config.generation import SOLVERS
+from symbiotic_titan.flow.path import shift_timesteps
 
-# (state x_t, timestep t) -> derivative of x_t by t, of the state's shape.
-Velocity = Callable[[torch.Tensor, float], torch.Tensor]
-# (velocity, state at the first timestep, first timestep, second timestep) -> state at the second one.
-Step = Callable[[Velocity, torch.Tensor, float, float], torch.Tensor]
+# (state x_t, timestep t) -> dx_t/dt, of the state's shape.
+VelocityModel = Callable[[torch.Tensor, float], torch.Tensor]
 
 
-def euler_step(velocity: Velocity, x: torch.Tensor, t: float, following: float) -> torch.Tensor:
-    """Along the tangent: order 1, one velocity."""
-    return x + (following - t) * velocity(x, t)
+def euler_step(velocity: VelocityModel, x_t: torch.Tensor, t: float, t_next: float) -> torch.Tensor:
+    """Along the tangent: order 1, one evaluation."""
+    return x_t + (t_next - t) * velocity(x_t, t)
 
 
-def heun_step(velocity: Velocity, x: torch.Tensor, t: float, following: float) -> torch.Tensor:
-    """Along the mean of the velocities at both ends: order 2, two velocities. (The trapezoidal rule after an Euler step.)"""
-    slope = velocity(x, t)
-    behind = velocity(x + (following - t) * slope, following)
-    return x + (following - t) * (slope + behind) / 2
-
-
-# Name -> one step of a solver.
-SOLVERS: Registry[Step] = Registry("sampler")
-SOLVERS.register("euler", euler_step)
-SOLVERS.register("heun", heun_step)
+def heun_step(velocity: VelocityModel, x_t: torch.Tensor, t: float, t_next: float) -> torch.Tensor:
+    """Along the mean of the velocities at both ends, the second one after an Euler step: order 2, two evaluations."""
+    start = velocity(x_t, t)
+    end = velocity(x_t + (t_next - t) * start, t_next)
+    return x_t + (t_next - t) * (start + end) / 2
 
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How an image is drawn. ``shift``: as at training, above 1 it spends more of the steps near the noise. ``guidance``: 1 follows
-    the caption as trained, more exaggerates what it changes (arXiv 2207.12598).
+    """How an image is generated.
+
+    steps:    steps from noise to data.
+    sampler:  a name registered in ``SOLVERS``.
+    shift:    as in training; above 1 more of the steps are spent near the noise.
+    guidance: scale of classifier-free guidance (arXiv 2207.12598); 1 follows the caption as trained, more exaggerates its effect.
 
     Raises:
         ValueError: a number out of range, or an unknown sampler.
@@ -57,7 +49,7 @@ class SolverOptions:
     guidance: float
 
     def __post_init__(self) -> None:
-        _ = SOLVERS[self.sampler]  # raises where nobody registered it
+        _ = SOLVERS[self.sampler]  # raises if the name is not registered
         rules = (
             ("steps", self.steps >= 1, "at least 1"),
             ("shift", 0 < self.shift < math.inf, "positive"),
@@ -69,35 +61,30 @@ class SolverOptions:
 
     @property
     def is_guided(self) -> bool:
-        """Whether the velocity without a caption is asked for too."""
+        """Whether the velocity without a caption is needed too, which doubles the cost."""
         return self.guidance != 1.0
 
 
 def time_grid(steps: int, shift: float) -> list[float]:
-    """steps + 1 timesteps from 1 to 0: evenly spaced, then shifted as at training."""
+    """steps + 1 timesteps from 1 to 0: evenly spaced, then shifted as in training."""
+    # float64: the differences of neighbours are the step sizes, and their rounding errors would add up.
     return shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
 
 
 def solve(
-    velocity: Velocity,
+    velocity: VelocityModel,
     noise: torch.Tensor,
-    sampling: SolverOptions,
+    options: SolverOptions,
     after_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """The data that ``noise`` flows to. A pure function of its arguments; guidance is the velocity's own business."""
-    step, x = SOLVERS[sampling.sampler], noise
-    for t, following in pairwise(time_grid(sampling.steps, sampling.shift)):
-        x = step(velocity, x, t, following)
+    """The data at t = 0 that ``noise`` at t = 1 flows to. Guidance is applied by ``velocity``, not here."""
+    step, x_t = SOLVERS[options.sampler], noise
+    for t, t_next in pairwise(time_grid(options.steps, options.shift)):
+        x_t = step(velocity, x_t, t, t_next)
         after_step()
-    return x
+    return x_t
 
 
 def guided(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Velocity on from the unconditional one through the conditional one (arXiv 2207.12598, eq. 6, with w = guidance - 1)."""
+    """The velocity extrapolated from the unconditional through the conditional one (arXiv 2207.12598, eq. 6, w = guidance - 1)."""
     return unconditional + guidance * (conditional - unconditional)
-
-
-def noise_of_image(seed: int, index: int, num_tokens: int, num_values: int) -> torch.Tensor:
-    """(L, Z) float32 on the CPU: a function of its arguments alone, so that an image is the same in any batch."""
-    generator = keyed_generator("image", seed, index)
-    return torch.randn(num_tokens, num_values, generator=generator)

@@ -19,7 +19,8 @@ from symbiotic_titan.build import (
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.losses import Flow
-from symbiotic_titan.flow.path import draw_noise_and_timesteps, interpolate, velocity_target
+from symbiotic_titan.flow.noise import draw_noise_and_timesteps
+from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.losses.report import accuracies, correct_tokens, mean_losses
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.losses.terms import StepInputs

@@ -19,12 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.images import nearest_bucket
-from symbiotic_titan.flow.solver import (
-    SolverOptions,
-    guided,
-    noise_of_image,
-    solve,
-)
+from symbiotic_titan.flow.noise import noise_of_image
+from symbiotic_titan.flow.solver import SolverOptions, guided, solve
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.session import Session
 from symbiotic_titan.sequence.geometry import ImageGeometry, unpatchify

@@ -13,7 +13,7 @@ from symbiotic_titan.data.documents import (
     Document,
     TextSegment,
 )
-from symbiotic_titan.flow.path import keyed_generator
+from symbiotic_titan.flow.noise import keyed_generator
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.session import Session
 

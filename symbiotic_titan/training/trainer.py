@@ -31,7 +31,8 @@ from symbiotic_titan.config.saved import SavedConfig
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.tokenizer import Tokenizer
-from symbiotic_titan.flow.path import draw_noise_and_timesteps, interpolate, velocity_target
+from symbiotic_titan.flow.noise import draw_noise_and_timesteps
+from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTotals
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.args import ModelArgs

@@ -52,10 +52,6 @@ def test_config_file_is_found_in_both_spellings():
         ('[training]\nsteps = "ten"', "training.steps: must be an integer, got 'ten'"),
         ("[losses]\ntext = true", "losses.text: must be a number, got True"),
         (
-            '[flow]\ntimesteps = "logitnormal"',
-            "flow.timesteps: must be one of 'uniform', 'logit_normal', got 'logitnormal'",
-        ),
-        (
             '[activation_checkpoint]\nmode = "half"',
             "activation_checkpoint.mode: must be one of 'selective', 'full', 'memory_budget', 'none', got 'half'",
         ),

@@ -15,11 +15,9 @@ from symbiotic_titan.data.documents import (
 )
 from symbiotic_titan.data.latents import to_pixels
 from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
+from symbiotic_titan.flow.noise import noise_of_image
 from symbiotic_titan.flow.path import interpolate, velocity_target
-from symbiotic_titan.flow.solver import (
-    noise_of_image,
-    time_grid,
-)
+from symbiotic_titan.flow.solver import time_grid
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.images import (
     Canvas,

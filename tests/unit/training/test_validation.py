@@ -19,7 +19,7 @@ from symbiotic_titan.demo.write import (
     WorldSize,
     write_world,
 )
-from symbiotic_titan.flow.path import draw_noise_and_timesteps
+from symbiotic_titan.flow.noise import draw_noise_and_timesteps
 from symbiotic_titan.inference.held_out import (
     NOISE_STEP,
     SEED,

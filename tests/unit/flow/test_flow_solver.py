@@ -3,15 +3,9 @@
 import pytest
 import torch
 
+from symbiotic_titan.flow.noise import noise_of_image
 from symbiotic_titan.flow.path import interpolate, velocity_target
-from symbiotic_titan.flow.solver import (
-    SOLVERS,
-    SolverOptions,
-    guided,
-    noise_of_image,
-    solve,
-    time_grid,
-)
+from symbiotic_titan.flow.solver import SOLVERS, SolverOptions, guided, solve, time_grid
 
 MEAN, STD = 1.5, 0.5
 
@@ -53,6 +47,12 @@ def test_a_straight_path_is_followed_exactly_in_one_step():
             lambda x, t: velocity_target(data, noise), noise, SolverOptions(1, sampler, 1, 1)
         )
         torch.testing.assert_close(drawn, data)
+
+
+def test_a_solver_of_your_own_is_chosen_by_name():
+    with SOLVERS.temporarily(jump=lambda velocity, x_t, t, t_next: x_t * 0 + t_next):
+        jumped = solve(gaussian_velocity, torch.ones(2), SolverOptions(3, "jump", 1, 1))
+    assert jumped.tolist() == [0, 0]
 
 
 def test_the_state_at_a_timestep_is_what_training_shows_the_model_there():

@@ -1,14 +1,14 @@
-"""The path, the timestep laws, and draws that do not depend on how a step is split."""
+"""The path, the timestep distributions, and draws that do not depend on how a step is split."""
 
+import pytest
 import torch
 
 from symbiotic_titan.config.losses import Flow
+from symbiotic_titan.flow.noise import draw_noise_and_timesteps, first_token_of_image, row_generator
 from symbiotic_titan.flow.path import (
-    draw_noise_and_timesteps,
+    TIMESTEP_DISTRIBUTIONS,
     draw_timesteps,
-    first_token_of_image,
     interpolate,
-    row_generator,
     shift_timesteps,
     velocity_target,
 )
@@ -39,6 +39,19 @@ def test_logit_normal_timesteps_follow_their_mean():
     assert abs(t.mean() - 0.5) < 0.01 and t.std() < uniform.std()
     assert low.mean() < 0.2
     assert abs(uniform.mean() - 0.5) < 0.01 and abs(uniform.std() - 12**-0.5) < 0.01
+
+
+def test_a_distribution_of_your_own_is_chosen_by_name_and_shifted():
+    with TIMESTEP_DISTRIBUTIONS.temporarily(
+        middle=lambda shape, config, generator: torch.full(shape, 0.5)
+    ):
+        t = draw_timesteps((2, 3), Flow(timesteps="middle", shift=3.0), torch.Generator())
+    assert torch.equal(t, torch.full((2, 3), 0.75))
+
+
+def test_an_unknown_distribution_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="flow.timesteps = 'logitnormal'.*uniform, logit_normal"):
+        draw_timesteps((1,), Flow(timesteps="logitnormal"), torch.Generator())
 
 
 def test_tokens_of_one_image_share_a_timestep_and_images_differ():

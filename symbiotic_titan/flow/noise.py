@@ -1,0 +1,66 @@
+"""Where noise and timesteps are drawn, for training and for generation.
+
+In training every sequence of the global batch has its own generator, seeded by (seed, step, index of the sequence). One rank with
+two micro-batches therefore draws what two ranks with one micro-batch draw, and a resumed run draws what the uninterrupted run would
+have drawn. In generation the noise of an image depends on (seed, index of the image) alone, not on its batch.
+
+All generators live on the CPU: a GPU's generator gives other numbers for the same seed.
+"""
+
+import hashlib
+
+import torch
+
+from symbiotic_titan.config.losses import Flow
+from symbiotic_titan.flow.path import draw_timesteps
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """CPU generator whose seed is a hash of ``key``."""
+    # A hash instead of a sum of the parts: (1, 2) and (2, 1) must not give the same numbers.
+    text = "/".join(str(part) for part in key)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def row_generator(seed: int, step: int, row: int) -> torch.Generator:
+    """CPU generator of one sequence of one step's global batch."""
+    return keyed_generator(seed, step, row)
+
+
+def first_token_of_image(image_BL: torch.Tensor) -> torch.Tensor:
+    """(B, L) index of the first token of each token's image; an image's tokens are adjacent."""
+    index_L = torch.arange(image_BL.shape[1], device=image_BL.device)
+    starts_BL = image_BL != image_BL.roll(1, dims=1)
+    starts_BL[:, 0] = (
+        True  # rolled, the first token is compared with the last, which may have the same image number
+    )
+    return torch.where(starts_BL, index_L, 0).cummax(dim=1).values
+
+
+def draw_noise_and_timesteps(
+    vae_image_BL: torch.Tensor, latent_values: int, *, config: Flow, step: int, first_row: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(noise (B, L, Z), timesteps (B, L)) on the device of ``vae_image_BL``; tokens of one image share a timestep.
+
+    ``first_row`` is the index of this micro-batch's first sequence in the step's global batch. Unused latent tokens (image -1) get
+    noise too, and timestep 0.
+    """
+    num_rows, num_tokens = vae_image_BL.shape
+    noises, timesteps = [], []
+    for row in range(first_row, first_row + num_rows):
+        generator = row_generator(config.seed, step, row)
+        # One draw per token, also for tokens that share a timestep: so the noise that is drawn next does not depend on the number of
+        # images.
+        timesteps.append(draw_timesteps((num_tokens,), config, generator))
+        noises.append(torch.randn(num_tokens, latent_values, generator=generator))
+    device = vae_image_BL.device
+    drawn_BL = torch.stack(timesteps).to(device)
+    timesteps_BL = drawn_BL.gather(1, first_token_of_image(vae_image_BL))
+    return torch.stack(noises).to(device), timesteps_BL.masked_fill(vae_image_BL < 0, 0.0)
+
+
+def noise_of_image(seed: int, index: int, num_tokens: int, num_values: int) -> torch.Tensor:
+    """(L, Z) float32 on the CPU; a function of its arguments alone, so an image is the same in any batch."""
+    generator = keyed_generator("image", seed, index)
+    return torch.randn(num_tokens, num_values, generator=generator)
