@@ -1,4 +1,4 @@
-"""ModelArgs: the shape of the network, complete and checked when built."""
+"""ModelArgs: all hyperparameters of the network, checked when they are built."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from symbiotic_titan.sequence.positions import RotaryLayout
 
 
 class PartitionRow(Protocol):
-    """What a table of [experts.partition.<name>] says."""
+    """One table [experts.partition.<name>] of the config."""
 
     modalities: list[str]
     num_experts: int
@@ -33,11 +33,11 @@ def one_pool(num_experts: int) -> tuple[ExpertGroup, ...]:
 def partition_groups(
     partition: Mapping[str, PartitionRow], num_experts: int, flavor: str
 ) -> tuple[ExpertGroup, ...]:
-    """Expert groups of a config's partition; one pool where it is empty.
+    """Expert groups of a config's partition; one pool if it is empty.
 
     Raises:
-        ValueError: an unknown modality, or groups that do not hold the flavor's ``num_experts`` together. That every modality
-            has exactly one group is checked where the groups are used (``MoEArgs``).
+        ValueError: an unknown modality, or groups whose sizes do not sum to the flavor's ``num_experts``. ``MoEArgs`` checks that
+            every modality has exactly one group.
     """
     if not partition:
         return one_pool(num_experts)
@@ -60,8 +60,8 @@ def partition_groups(
 
 @dataclass(kw_only=True)
 class ModelArgs(BaseModelArgs):
-    """Everything that shapes the network. A flavor states it; the job's config changes some of it (``update_from_config``)
-    before the model is built. Fields with a default are switches that the released backbones need, at their usual setting.
+    """All hyperparameters of the network. A flavor sets them; the job's config changes some (``update_from_config``) before the model
+    is built. Fields with a default are switches that the released backbones need, at their usual setting.
 
     Raises:
         ValueError: from construction, ``validate`` and ``update_from_config``: key, value and the rule it breaks.
@@ -74,22 +74,22 @@ class ModelArgs(BaseModelArgs):
     num_kv_heads: int
     head_dim: int
 
-    # Dense feed-forward of the leading layers; all others have the MoE.
+    # Dense feed-forward of the first layers; all others have the MoE.
     num_dense_layers: int
     dense_hidden_dim: int
 
-    # Routed experts of a MoE layer and what every token visits besides (shared_hidden_dim 0: nothing).
+    # Routed experts of a MoE layer, and the expert that every token visits (shared_hidden_dim 0: none).
     num_experts: int
     top_k: int
     expert_hidden_dim: int
     shared_hidden_dim: int
     shared_gate: bool = False
     score_function: str = "softmax"
-    """A name of ``moe.scores``."""
+    """A name registered in ``moe.scores``."""
     selection_bias: bool = False
     normalize_weights: bool = True
     route_scale: float = 1.0
-    # Groups of the partition; empty here becomes one pool.
+    # Groups of the partition; empty means one pool.
     groups: tuple[ExpertGroup, ...] = ()
     shield_modalities: tuple[int, ...] = ()
     shield_mode: Literal["output", "weights"] = "output"
@@ -102,12 +102,12 @@ class ModelArgs(BaseModelArgs):
     norm_eps: float = 1e-6
     attention_backend: Literal["sdpa", "flex"] = "sdpa"
     vit_attention: VitAttention = "bidirectional"
-    """Whether a token of an image to be understood sees the later ones of its image, see ``model.masks``."""
+    """Whether a token of an input image attends to the later ones of its image, see ``model.masks``."""
 
     # Rotary positions.
     rope_theta: float
     rotary_fraction: float = 1.0
-    """Share of each head's channels that rotary turns."""
+    """Share of each head's channels that are rotated."""
     rotary_interleaved: bool = False
     """Pairs channels 2i and 2i + 1; otherwise i and i + half."""
     rotary_layout: RotaryLayout = "grid"
@@ -119,13 +119,13 @@ class ModelArgs(BaseModelArgs):
 
     tie_embeddings: bool = False
 
-    # Images in and out.
+    # Input and target images.
     vit: VitArgs
     latent_channels: int
     latent_stride: int
     latent_patch: int
     timestep_width: int = 256
-    """Sinusoids that encode a timestep, before the MLP."""
+    """Sinusoids that encode a timestep."""
 
     init_seed: int = 0
 
@@ -134,7 +134,7 @@ class ModelArgs(BaseModelArgs):
         self.validate()
 
     def validate(self) -> None:
-        """Pass if no rule is broken."""
+        """Raise ValueError if a rule is broken."""
         may_be_zero = ("num_dense_layers", "shared_hidden_dim", "init_seed")
         check_fields(self, "model", may_be_zero=may_be_zero)
         require(
@@ -153,7 +153,7 @@ class ModelArgs(BaseModelArgs):
             )
         require(
             len(self.vit.deepstack) <= self.num_layers,
-            f"vit.deepstack: each feature joins behind a layer of its own, but model.num_layers is {self.num_layers}, "
+            f"vit.deepstack: each feature is added after a layer of its own, but model.num_layers is {self.num_layers}, "
             f"got {self.vit.deepstack}",
         )
         held = sum(group.num_experts for group in self.groups)
@@ -163,8 +163,8 @@ class ModelArgs(BaseModelArgs):
         )
         require(
             not self.vit.queries or self.rotary_layout != "grid",
-            "model.rotary_layout: 'grid' gives image tokens rows and columns, which queries (vit.queries) have not; use 'sequence' or "
-            "'shared'",
+            "model.rotary_layout: 'grid' needs rows and columns of image tokens, which learned queries (vit.queries) do not have; use "
+            "'sequence' or 'shared'",
         )
         self._validate_rotary()
         _ = self.moe_args  # the MoE's own rules
@@ -177,7 +177,7 @@ class ModelArgs(BaseModelArgs):
         exact = self.head_dim * self.rotary_fraction
         require(
             self.rotary_dim == exact and self.rotary_dim % 2 == 0,
-            f"model.rotary_fraction: must turn an even number of the {self.head_dim} channels of a head, got {exact:g}",
+            f"model.rotary_fraction: must rotate an even number of the {self.head_dim} channels of a head, got {exact:g}",
         )
         if self.mrope == "none":
             require(
@@ -199,8 +199,8 @@ class ModelArgs(BaseModelArgs):
         if self.mrope == "interleaved":
             require(
                 max(3 * height - 2, 3 * width - 1) < self.rotary_dim // 2,
-                f"model.mrope_sections: 'interleaved' gives every third frequency to height and to width, which leaves no room "
-                f"for so many of them; got {self.mrope_sections}",
+                f"model.mrope_sections: 'interleaved' gives height and width every third frequency each, and there are not that many; "
+                f"got {self.mrope_sections}",
             )
         if self.mrope == "pairwise":
             require(
@@ -210,7 +210,7 @@ class ModelArgs(BaseModelArgs):
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that rotary turns."""
+        """Rotated channels of a head."""
         return int(self.head_dim * self.rotary_fraction)
 
     @property
@@ -247,7 +247,7 @@ class ModelArgs(BaseModelArgs):
         )
 
     def update_from_config(self, job_config: JobConfig, **kwargs: object) -> None:  # type: ignore[override]
-        """Apply [model], [experts], [shielding], [latents] and debug.seed; upstream calls it before the model is built."""
+        """Apply [model], [experts], [shielding], [latents] and debug.seed. torchtitan calls it before the model is built."""
         self.groups = partition_groups(
             job_config.experts.partition, self.num_experts, job_config.model.flavor
         )
@@ -273,5 +273,5 @@ class ModelArgs(BaseModelArgs):
         self.validate()
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """(parameters, FLOPs of a training token, forward and backward, mean over the modalities)."""
+        """(number of parameters, FLOPs per training token, forward and backward, mean over the modalities)."""
         return model.nparams_and_flops(seq_len)  # type: ignore[operator]

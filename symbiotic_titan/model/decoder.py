@@ -1,7 +1,4 @@
-"""One block of the decoder: attention, then a dense feed-forward or the partitioned MoE.
-
-Letters: B rows, T tokens, D width.
-"""
+"""One block of the decoder: attention, then a dense feed-forward or the partitioned MoE. Shape letters: sequence/shapes.py."""
 
 import torch
 from torch import nn
@@ -16,7 +13,7 @@ from symbiotic_titan.moe.record import RoutingRecord
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block ``layer`` of the decoder; the leading ``num_dense_layers`` have no MoE."""
+    """Pre-norm block number ``layer`` of the decoder; the first ``num_dense_layers`` blocks have no MoE."""
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
@@ -38,7 +35,7 @@ class TransformerBlock(nn.Module):
         shield_scale: torch.Tensor,
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, RoutingRecord | None]:
-        """(the block's output, the record of its routing or None for a dense block)."""
+        """((B, T, D) output, routing record or None for a dense block)."""
         h_BTD = self.attend(h_BTD, rotary, mask, cache)
         if not self.moe_enabled:
             return self.feed(h_BTD), None
@@ -46,7 +43,8 @@ class TransformerBlock(nn.Module):
         out_TD, record = self.moe(x_TD, modality_BT.flatten(), shield_scale)
         return h_BTD + out_TD.view_as(h_BTD), record
 
-    # The two dense halves are methods, so that each can be compiled whole.
+    # The dense halves are methods of their own, so that each compiles to one graph: the MoE between them has collectives and sizes
+    # that depend on the data. See ``parallel.compile``.
 
     def attend(
         self,

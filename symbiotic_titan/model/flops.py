@@ -1,8 +1,8 @@
 """What the model costs: parameters, and FLOPs per token of each modality.
 
-A multiply-add counts as two FLOPs. A token pays for the parameters it passes through: the decoder without the experts it is
-not routed to, and the way in and out of its own modality (text: embedding table and output; vit: the encoder; vae: latent
-embedding and flow head). Attention counts the whole row for every query, as torchtitan does, so that figures compare.
+A multiply-add counts as two FLOPs. A token is charged for the parameters it passes through: the decoder without the experts it is
+not routed to, and the embedding and head of its own modality (text: embedding table and output; vit: the encoder; vae: latent
+embedding and flow head). Attention counts the whole sequence for every query, as torchtitan does, so that figures compare.
 """
 
 import re
@@ -17,8 +17,8 @@ from symbiotic_titan.sequence.modality import NUM_MODALITIES, TEXT, VAE, VIT
 if TYPE_CHECKING:
     from symbiotic_titan.model.args import ModelArgs
 
-# Whose way in or out a parameter is, by the first part of its name.
-_ENDS = {
+# Modality whose embedding or head a parameter belongs to, by the first part of its name.
+_MODALITY_OF_PART = {
     "tok_embeddings": TEXT,
     "output": TEXT,
     "vit": VIT,
@@ -28,7 +28,7 @@ _ENDS = {
 
 _TABLES = ("tok_embeddings.weight", "vit.position_embedding.weight", "vit.merger.queries.weight")
 
-# What of the image encoder runs once per patch; the rest of it runs once per token.
+# Parameters of the image encoder that are used once per patch; the others are used once per token.
 _PER_PATCH = re.compile(
     r"vit\.(?!merger\.|deepstack_mergers\.)|vit\.merger\.(norm|patch_norm|wk|wv)\."
 )
@@ -36,9 +36,9 @@ _PER_PATCH = re.compile(
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Tuples are indexed by modality.
+    """Size and cost of a model. Tuples are indexed by modality.
 
-    parameters:    all of them.
+    parameters:    number of all parameters.
     active:        parameters that one token passes through.
     forward_flops: FLOPs of one token's forward.
     """
@@ -48,8 +48,8 @@ class ModelCost:
     forward_flops: tuple[int, ...]
 
     def training_flops_per_token(self, shares: tuple[float, ...] | None = None) -> int:
-        """Forward and backward (twice the forward), mean over the modalities weighted by their ``shares`` of the tokens;
-        equal shares where none are given."""
+        """Forward and backward (twice the forward), mean over the modalities weighted by their ``shares`` of the tokens, which are
+        equal by default."""
         shares = shares or (1.0,) * NUM_MODALITIES
         mean = sum(f * s for f, s in zip(self.forward_flops, shares, strict=True)) / sum(shares)
         return round(3 * mean)
@@ -58,8 +58,8 @@ class ModelCost:
 def model_cost(
     model: nn.Module, args: "ModelArgs", seq_len: int, image_patches: int | None = None
 ) -> ModelCost:
-    """Cost of an unsharded ``model`` on rows of ``seq_len`` tokens, whose ViT images have ``image_patches`` patches: 256 where nothing
-    is said; where queries read the images, a square of a size that they read, the largest where nothing is said."""
+    """Cost of an unsharded ``model`` on sequences of ``seq_len`` tokens with input images of ``image_patches`` patches: by default 256
+    or, with learned queries, a square of the largest size that they read."""
     vit = args.vit
     patches_per_token: float = vit.merge**2
     if image_patches is None:
@@ -73,7 +73,7 @@ def model_cost(
         for modality, share in enumerate(_shares(name, args)):
             active[modality] += share * parameter.numel()
             if name in _TABLES:
-                continue  # a look-up, no product
+                continue  # a look-up, no matmul
             repeats = patches_per_token if _PER_PATCH.match(name) else 1
             matmul[modality] += share * parameter.numel() * repeats
     if args.tie_embeddings:
@@ -92,10 +92,10 @@ def model_cost(
 
 
 def _shares(name: str, args: "ModelArgs") -> tuple[float, ...]:
-    """The part of parameter ``name`` that a token of each modality passes through."""
-    end = _ENDS.get(name.split(".")[0])
-    if end is not None:
-        return tuple(float(m == end) for m in range(NUM_MODALITIES))
+    """The share of parameter ``name`` that a token of each modality passes through."""
+    owner = _MODALITY_OF_PART.get(name.split(".")[0])
+    if owner is not None:
+        return tuple(float(m == owner) for m in range(NUM_MODALITIES))
     inside = re.search(r"\.moe\.(experts|router)\.([^.]+)\.", name)
     if inside is None:
         return (1.0,) * NUM_MODALITIES

@@ -1,7 +1,8 @@
-"""Every initial value, in one place.
+"""Initial values of all parameters.
 
-Each parameter is drawn from a generator of its own, seeded by its name. Step-0 weights therefore depend on the seed alone: not
+Each parameter is drawn from its own generator, seeded by its name. Step-0 weights therefore depend on the seed alone: not
 on the number of ranks, expert parallelism, activation checkpointing, compilation, the device, or the order of modules.
+(DTensor's own random init on a CPU mesh would give every rank the same shard.)
 """
 
 import re
@@ -16,8 +17,8 @@ from symbiotic_titan.config.optimizer import clean_name
 
 # (pattern over clean names, value): the first match decides. A number is a constant. "linear" is normal with standard
 # deviation 1 / sqrt(fan-in), which is about 0.02 at a width of some thousands and right for small widths too. "residual"
-# divides that by sqrt(2 * layers) for what is added to the residual stream, so that it does not grow with depth. "unit" is
-# normal with deviation 1: text then enters the stream as large as images do. (`debug` after 200 steps on English text and
+# divides that by sqrt(2 * layers) for layers that add to the residual stream, so that it does not grow with depth (GPT-2). "unit"
+# is normal with deviation 1: text then enters the stream as large as images do. (`debug` after 200 steps on English text and
 # coloured squares: text loss 2.21 against 2.28 for embeddings of 0.02, first gradient norm 4 against 14.)
 _RULES: tuple[tuple[str, float | str], ...] = (
     (r"norm\.weight$", 1.0),
@@ -27,16 +28,15 @@ _RULES: tuple[tuple[str, float | str], ...] = (
     (r"^(vit\.)?layers\..*\b(wo|w2)(\.weight)?$", "residual"),
     (r"(\.weight|\.w[13])$", "linear"),
 )
-# Embeddings that are also the output must give logits of size one.
+# Tied embeddings are also the output, whose logits must start near size one.
 _TIED_RULES = ((r"^tok_embeddings\.weight$", "linear"), *_RULES)
 
 
 def initialize(model: nn.Module, seed: int, only: Container[str] | None = None) -> None:
-    """Fill every parameter and buffer of ``model`` in place, or those that ``only`` names; sharded ones take their part of the
-    full tensor.
+    """Fill every parameter and buffer of ``model`` in place, or only those that ``only`` names (without wrapper prefixes).
 
-    The full tensor is made on the CPU of every rank, one parameter at a time: no communication, the memory of the largest
-    single parameter, and about 4 ns a number on one core (2 minutes for 30 billion).
+    Every rank makes the full tensor on its CPU, one parameter at a time, and keeps its shard: no communication, the memory of the
+    largest single parameter, and about 4 ns per number on one core (2 minutes for 30 billion).
     """
     tensors = {clean_name(name): tensor for name, tensor in _tensors(model)}
     rules = _RULES if "output.weight" in tensors else _TIED_RULES
@@ -49,6 +49,7 @@ def initialize(model: nn.Module, seed: int, only: Container[str] | None = None) 
             full = _full_tensor(value, tensor.shape, _num_layers(model, name), name, seed)
             full = full.to(device=tensor.device, dtype=tensor.dtype)
             if isinstance(tensor, DTensor):
+                # src_data_rank=None: every rank has the same full tensor, so each takes its part without a broadcast.
                 mesh, placements = tensor.device_mesh, tensor.placements
                 full = distribute_tensor(full, mesh, placements, src_data_rank=None)
             tensor.copy_(full)
@@ -60,7 +61,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _num_layers(model: nn.Module, name: str) -> int:
-    """Depth of the stack that the parameter belongs to."""
+    """Number of layers of the stack, decoder or image encoder, that the parameter belongs to."""
     stack = model.get_submodule("vit.layers" if name.startswith("vit.") else "layers")
     return len(list(stack.children()))
 
@@ -68,7 +69,7 @@ def _num_layers(model: nn.Module, name: str) -> int:
 def _full_tensor(
     value: float | str, shape: torch.Size, num_layers: int, name: str, seed: int
 ) -> torch.Tensor:
-    """The whole float32 tensor that a rule's ``value`` stands for. Fan-in is the last dim, of linears and of expert banks."""
+    """The unsharded float32 tensor for a rule's ``value``. Fan-in is the last dim, for linear layers and grouped experts."""
     if not isinstance(value, str):
         return torch.full(shape, value, device="cpu")
     std = 1.0 if value == "unit" else shape[-1] ** -0.5

@@ -1,10 +1,6 @@
-"""The way out for an image to be generated: decoder state -> velocity of its latent patch.
+"""Target images in and out of the decoder: noised latent patches -> token embeddings, and decoder states -> velocities.
 
-Letters: B rows, L latent tokens of a row, Z numbers in a latent patch, D width.
-
-The way into the decoder for an image to be generated: noised latent patch + place + time -> width D.
-
-Letters: B rows, L latent tokens of a row, Z numbers in a latent patch, A axes, D width, S sinusoid width.
+Shape letters: sequence/shapes.py. N are the sinusoids of a timestep.
 """
 
 import torch
@@ -19,6 +15,7 @@ _PERIOD = 10_000.0
 
 def sinusoids(x: torch.Tensor, width: int) -> torch.Tensor:
     """(..., width) float32 cosines and sines of ``x`` (...) at ``width / 2`` frequencies (arXiv 1706.03762, section 3.5)."""
+    # float32: in bfloat16 neighbouring timesteps would have the same angle at the high frequencies.
     half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=x.device)
     angles = x.float().unsqueeze(-1) * _PERIOD ** (-steps / half)
@@ -31,6 +28,8 @@ def grid_positions(coords_BLA: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class LatentEmbedding(nn.Module):
+    """Noised latent patch + position in the grid + timestep -> embedding of width D."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.timestep_width = args.timestep_width
@@ -41,18 +40,21 @@ class LatentEmbedding(nn.Module):
     def forward(
         self, noised_BLZ: torch.Tensor, coords_BLA: torch.Tensor, timesteps_BL: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """((B, L, D) tokens, (B, L, D) timestep condition for the flow head). ``timesteps`` lie in [0, 1], float32."""
+        """((B, L, D) tokens, (B, L, D) timestep condition for the flow head). ``timesteps`` are float32 in [0, 1]."""
         dtype = self.patch_embedding.weight.dtype
+        # Scaled to the range for which the frequencies were made (diffusion steps 0 to 1000).
         time_BLN = sinusoids(1000.0 * timesteps_BL, self.timestep_width).to(dtype)
         condition_BLD = self.timestep_w2(F.silu(self.timestep_w1(time_BLN)))
         tokens_BLD = self.patch_embedding(noised_BLZ.to(dtype)) + condition_BLD
-        place_BLD = grid_positions(coords_BLA, tokens_BLD.shape[-1]).to(dtype)
-        return tokens_BLD + place_BLD, condition_BLD
+        position_BLD = grid_positions(coords_BLA, tokens_BLD.shape[-1]).to(dtype)
+        return tokens_BLD + position_BLD, condition_BLD
 
 
 class FlowHead(nn.Module):
-    """Norm, scaled and shifted by the timestep (arXiv 2212.09748, section 3.2), then one linear. Both linears start at
-    zero: the first velocity is zero and the decoder is not disturbed by a random head."""
+    """Norm, scaled and shifted by the timestep (adaLN-Zero, arXiv 2212.09748, section 3.2), then one linear layer.
+
+    Both linear layers start at zero: the first velocity is zero, and no gradient of a random head disturbs the decoder.
+    """
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -61,6 +63,6 @@ class FlowHead(nn.Module):
         self.output = nn.Linear(args.dim, args.geometry.vae_token_values)
 
     def forward(self, h_BLD: torch.Tensor, condition_BLD: torch.Tensor) -> torch.Tensor:
-        """(B, L, Z) float32."""
+        """(B, L, Z) float32 velocity."""
         scale_BLD, shift_BLD = self.modulation(F.silu(condition_BLD)).chunk(2, dim=-1)
         return self.output(self.norm(h_BLD) * (1 + scale_BLD) + shift_BLD).float()

@@ -1,10 +1,6 @@
-"""Grouped-query attention with rotary positions, over a dense mask (SDPA) or a block mask (FlexAttention).
+"""Layers of a decoder block: RMSNorm, SwiGLU feed-forward, and grouped-query attention with rotary positions.
 
-Letters: B rows, T tokens, D width, H heads, J key/value heads, C head width.
-
-RMSNorm for every mixture of precisions.
-
-The dense feed-forward of a decoder block.
+Attention runs over a dense mask (SDPA) or a block mask (FlexAttention). Shape letters: sequence/shapes.py.
 """
 
 from collections.abc import Callable
@@ -22,13 +18,11 @@ from symbiotic_titan.model.rope import RotaryTables, rotate
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight in the dtype of ``x``; the mean square is taken in float32 (arXiv 1910.07467).
-
-    Under autocast queries and keys arrive in bfloat16 while the weight is float32. With one dtype the fused kernel applies.
-    """
+    """x / rms(x) * weight in the dtype of ``x``; the mean square is taken in float32 (arXiv 1910.07467)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.weight is not None
+        # Under autocast queries and keys arrive in bfloat16 while the weight is float32; the fused kernel needs one dtype.
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -47,27 +41,30 @@ class FeedForward(nn.Module):
 
 @cache
 def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    # Uncompiled, FlexAttention materialises all scores.
+    # Uncompiled, FlexAttention materialises the (T, T) scores.
     return torch.compile(flex_attention)
 
 
 def attend(
     q_BUTC: torch.Tensor, k_BuTC: torch.Tensor, v_BuTC: torch.Tensor, mask: AttentionMask
 ) -> torch.Tensor:
-    """(B, T, H * C) attention output. The kind of ``mask`` chooses the kernel; J divides H. Keys and values may be of other tokens, and
-    of another number, than queries."""
+    """(B, T, U * C) attention output. The type of ``mask`` chooses the kernel; u divides U.
+
+    In cross-attention and with a cache, keys and values belong to other tokens than the queries, and to another number of them.
+    """
     grouped = q_BUTC.shape[1] != k_BuTC.shape[1]
     if isinstance(mask, BlockMask):
         assert q_BUTC.is_cuda or not q_BUTC.requires_grad, "FlexAttention has no backward on CPU"
+        # A layer that is being compiled takes flex_attention into its own graph; otherwise it is compiled by itself.
+        compiled_alone = q_BUTC.is_cuda and not torch.compiler.is_compiling()
         kernel: Callable[..., torch.Tensor] = flex_attention
-        if (
-            q_BUTC.is_cuda and not torch.compiler.is_compiling()
-        ):  # a compiled layer takes it in whole
+        if compiled_alone:
             kernel = _compiled_flex_attention()
         out_BUTC = kernel(q_BUTC, k_BuTC, v_BuTC, block_mask=mask, enable_gqa=grouped)
     else:
         if grouped and q_BUTC.is_cuda:
-            # On CUDA grouped queries under a mask fall to the kernel that stores all scores; repeated keys do not.
+            # On CUDA grouped queries with a mask fall back to the kernel that stores all scores. With repeated keys the
+            # memory-efficient kernel applies.
             repeats, grouped = q_BUTC.shape[1] // k_BuTC.shape[1], False
             k_BuTC, v_BuTC = (x.repeat_interleave(repeats, dim=1) for x in (k_BuTC, v_BuTC))
         out_BUTC = F.scaled_dot_product_attention(
@@ -77,6 +74,8 @@ def attend(
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with optional biases and QK norm, see ``ModelArgs``."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.head_dim = args.head_dim
@@ -98,6 +97,7 @@ class Attention(nn.Module):
         mask: AttentionMask,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
+        """(B, T, D). With a ``cache`` the tokens also attend to the keys and values it holds."""
         q_BUTC, k_BuTC, v_BuTC = (
             projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.wq, self.wk, self.wv)

@@ -1,11 +1,12 @@
-"""Who sees whom: one rule, as a function of indices, from which the dense mask and the block mask are made.
+"""Attention masks: one rule, a function of indices, from which both the dense mask and the block mask are built.
 
-A packed row, documents 0 and 1, ``v`` a ViT image, ``g`` a generated (VAE) image, ``.`` padding; query rows, key columns:
+A packed sequence with documents 0 and 1, ``v`` an input (ViT) image, ``g`` a target (VAE) image, ``.`` padding; one line per query,
+one column per key:
 
               0 0 0 0 0 0  1 1 1 1 1  .
               a v v b g g  c g g d e  .
         0 a   x
-        0 v   x x x                        an image sees all of itself and what is before it
+        0 v   x x x                        an image attends to all of itself and to what precedes it
         0 v   x x x
         0 b   x x x x
         0 g   x x x x x x
@@ -13,11 +14,11 @@ A packed row, documents 0 and 1, ``v`` a ViT image, ``g`` a generated (VAE) imag
         1 c                x
         1 g                x x x
         1 g                x x x
-        1 d                x     x         a later token does not see a generated image: it is noise while training
+        1 d                x     x         later tokens do not attend to a target image: in training it is noise
         1 e                x     x x
-        . .                          x     padding sees itself, so that no row of the softmax is empty
+        . .                          x     padding attends to itself, so that no line of the softmax is empty
 
-Letters: B rows, T tokens, P ViT patches of a row, V ViT tokens of a row, Q queries, K keys.
+Shape letters: sequence/shapes.py. N are keys.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import VAE, VIT
 
-# (row, head, query, key) -> whether the query sees the key; index tensors that broadcast.
+# (batch, head, query, key) -> whether the query attends to the key; index tensors that broadcast.
 MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 AttentionMask = torch.Tensor | BlockMask
 
@@ -38,7 +39,7 @@ VitAttention = Literal["bidirectional", "causal"]
 
 
 class Columns(NamedTuple):
-    """What the sequence rule asks of the columns of a row, (B, T) each; see PackedBatch, which has the same."""
+    """The part of a ``PackedBatch`` that the sequence rule reads, (B, T) each. A cache keeps it for the tokens it holds."""
 
     document: torch.Tensor
     span: torch.Tensor
@@ -48,40 +49,42 @@ class Columns(NamedTuple):
 def sequence_rule(
     batch: PackedBatch | Columns, vit_attention: VitAttention = "bidirectional"
 ) -> MaskRule:
-    """The rule of the picture above. Same document, and not in the future unless in the same image, and not in someone
-    else's generated image. With ``causal`` a ViT image is read as text is, as the released decoders do."""
+    """The rule drawn at the top of this module: the key is in the same document, not in the future unless in the same image, and not
+    in another target image. With ``causal`` an input image is read as text is, as the released decoders do."""
     document_BT, span_BT = batch.document, batch.span
     if vit_attention == "causal":
         span_BT = span_BT.masked_fill(batch.modality == VIT, -1)
-    generated_BT = batch.modality == VAE
+    target_BT = batch.modality == VAE
 
-    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    # FlexAttention traces this function with scalar indices, ``dense_mask`` calls it with broadcast tensors: plain indexing and
+    # comparisons serve both.
+    def attends(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         same_document = (document_BT[b, q] == document_BT[b, k]) & (document_BT[b, q] >= 0)
         same_image = (span_BT[b, q] == span_BT[b, k]) & (span_BT[b, q] >= 0)
-        visible = same_document & ((k <= q) | same_image) & (same_image | ~generated_BT[b, k])
+        visible = same_document & ((k <= q) | same_image) & (same_image | ~target_BT[b, k])
         return visible | (q == k)
 
-    return sees
+    return attends
 
 
 def patch_rule(image_BP: torch.Tensor) -> MaskRule:
-    """ViT patches of one image see each other; an unused patch (image -1) sees itself."""
+    """ViT patches of one image attend to each other; an unused patch (image -1) attends to itself."""
 
-    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def attends(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return ((image_BP[b, q] == image_BP[b, k]) & (image_BP[b, q] >= 0)) | (q == k)
 
-    return sees
+    return attends
 
 
 def query_rule(token_image_BI: torch.Tensor, patch_image_BP: torch.Tensor) -> MaskRule:
-    """A ViT token sees the patches of its image; an unused one (image -1) the first patch of the row, so that no row of the softmax
+    """A ViT token attends to the patches of its image; an unused one (image -1) to the first patch, so that no line of the softmax
     is empty."""
 
-    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def attends(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         used = token_image_BI[b, q] >= 0
         return torch.where(used, token_image_BI[b, q] == patch_image_BP[b, k], k == 0)
 
-    return sees
+    return attends
 
 
 def dense_mask(
@@ -91,8 +94,10 @@ def dense_mask(
     first_query: int = 0,
     num_keys: int | None = None,
 ) -> torch.Tensor:
-    """(B, 1, Q, K) bool for ``F.scaled_dot_product_attention``; True where the query sees the key; shape (B, Q). As many keys as
-    queries where nothing else is said. Without the queries before ``first_query``."""
+    """(B, 1, T, N) bool for ``F.scaled_dot_product_attention``; True where the query attends to the key.
+
+    shape: (B, number of queries). first_query: leave out the queries before this one. num_keys: by default as many as queries.
+    """
     rows, length = shape
     query_T = torch.arange(first_query, length, device=device)
     key_N = torch.arange(length if num_keys is None else num_keys, device=device)
@@ -103,14 +108,14 @@ def dense_mask(
 
 @cache
 def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    # Uncompiled, the mask is materialised for every pair before its blocks are found.
+    # Uncompiled, the mask is materialised for every pair of tokens before its blocks are found.
     return torch.compile(create_block_mask)
 
 
 def block_mask(
     rule: MaskRule, shape: tuple[int, ...], device: torch.device, num_keys: int | None = None
 ) -> BlockMask:
-    """The same mask for FlexAttention, the same for all heads."""
+    """The same mask for FlexAttention, shared by all heads."""
     rows, length = shape
     num_keys = length if num_keys is None else num_keys
     create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask

@@ -1,4 +1,4 @@
-"""The shape of a model as a file, so that models of any size train without a change of code."""
+"""Read and write model.json, a model's hyperparameters as a file, so that models of any size train without a change of code."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from symbiotic_titan.sequence.modality import MODALITY_NAMES, modality_ids
 NAME = "model.json"
 KIND = "model shape"
 
-# Of what is not read as it stands.
+# Types of the values that are converted after reading.
 _KINDS: dict[str, Any] = {
     "vit": dict[str, Any],
     "groups": list[dict[str, Any]],
@@ -34,7 +34,7 @@ def write_model_config(path: Path, args: ModelArgs) -> None:
 
 
 def read_model_config(path: Path) -> ModelArgs:
-    """What ``write_model_config`` wrote.
+    """Read what ``write_model_config`` wrote.
 
     Raises:
         ValueError: the file is missing or of another kind, or its values break a rule of ``ModelArgs``.
@@ -59,7 +59,7 @@ def _group(row: dict[str, Any]) -> ExpertGroup:
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists where the fields are tuples."""
+    """``values`` with tuples instead of JSON's lists."""
     return {
         key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
     }

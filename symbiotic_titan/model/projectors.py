@@ -1,7 +1,6 @@
-"""Projectors: what the image encoder puts out -> tokens of the decoder's width.
+"""Projectors from the image encoder's output to tokens of the decoder's width.
 
-Letters: B rows, P patches of a row, W width of the encoder, H heads, C head width, M patches of one token, J = M * W, V tokens of a
-row, D width of the decoder.
+Shape letters: sequence/shapes.py. N is the joined width of the patches of one token.
 """
 
 from typing import NamedTuple
@@ -16,8 +15,8 @@ from symbiotic_titan.model.vit_args import VitArgs
 
 
 class PatchMerger(nn.Module):
-    """M adjacent patches -> one vector of the decoder's width. The norm is of each patch or, with ``norm_joined``, of all M as one
-    vector."""
+    """A window of merge x merge adjacent patches -> one token. The norm is taken per patch or, with ``norm_joined``, over the whole
+    window."""
 
     def __init__(self, vit: VitArgs, dim: int, *, norm_joined: bool = False) -> None:
         super().__init__()
@@ -38,8 +37,8 @@ class PatchMerger(nn.Module):
 
 
 class GatedMerger(nn.Module):
-    """M adjacent patches -> one vector of the decoder's width, then a layer with norm and GELU, then a
-    gated feed-forward of width ``projector_hidden_dim``."""
+    """A window of merge x merge adjacent patches -> one token, through a linear layer with norm and GELU and a gated feed-forward of
+    width ``projector_hidden_dim``."""
 
     def __init__(self, vit: VitArgs, dim: int) -> None:
         super().__init__()
@@ -55,27 +54,27 @@ class GatedMerger(nn.Module):
 
 
 class QueryIndices(NamedTuple):
-    """Which query each ViT token is, and what it reads.
+    """Which learned query each ViT token uses, and which patches it attends to.
 
-    number: (B, V) int64, the token's place within its image, from 0; any query's where a token is unused.
-    mask:   (B, 1, V, P) which patches a token sees.
+    query: (B, I) int64, the token's index within its image, from 0; any valid index for an unused token.
+    mask:  (B, 1, I, P) the patches that a token attends to.
     """
 
-    number: torch.Tensor
+    query: torch.Tensor
     mask: AttentionMask
 
 
 class QueryProjector(nn.Module):
-    """Learned queries read all patches of an image by cross-attention and become its tokens, whatever its size; then a feed-forward
-    (arXiv 2410.05993, section 2.2). Queries, keys, values and output each pass through two linear layers without anything between,
-    as the released weights have it."""
+    """Learned queries attend to all patches of an image and become its tokens, whatever its size; then a feed-forward
+    (arXiv 2410.05993, section 2.2)."""
 
     def __init__(self, vit: VitArgs, dim: int) -> None:
         super().__init__()
         width, self.head_dim = vit.dim, vit.head_dim
         self.queries = nn.Embedding(vit.queries[-1], width)
-        # Norms with 1e-5 whatever vit.norm_eps is, as the released weights have it.
+        # eps 1e-5 whatever vit.norm_eps is, as in the released model.
         self.query_norm, self.patch_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        # Two linear layers in a row, mathematically one, because the released weights store both.
         self.wq, self.wk, self.wv = (
             nn.Sequential(nn.Linear(width, width, bias=False), nn.Linear(width, width))
             for _ in range(3)
@@ -85,20 +84,20 @@ class QueryProjector(nn.Module):
         self.w1 = nn.Linear(width, dim, bias=False)
         self.w2 = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x_BPS: torch.Tensor, places: QueryIndices) -> torch.Tensor:
+    def forward(self, x_BPS: torch.Tensor, indices: QueryIndices) -> torch.Tensor:
         x_BPS = self.patch_norm(x_BPS)
-        q_BIS = self.wq(self.query_norm(self.queries(places.number)))
+        q_BIS = self.wq(self.query_norm(self.queries(indices.query)))
         q_BUIC, k_BUPC, v_BUPC = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projected in (q_BIS, self.wk(x_BPS), self.wv(x_BPS))
         )
-        read_BIS = self.wo(attend(q_BUIC, k_BUPC, v_BUPC, places.mask))
+        read_BIS = self.wo(attend(q_BUIC, k_BUPC, v_BUPC, indices.mask))
         hidden_BID = F.gelu(self.w1(self.last_norm(read_BIS)), approximate="tanh")
         return self.w2(hidden_BID)
 
 
 def projector(vit: VitArgs, dim: int) -> nn.Module:
-    """The one that ``vit`` asks for."""
+    """The projector that ``vit`` configures."""
     if vit.queries:
         return QueryProjector(vit, dim)
     return GatedMerger(vit, dim) if vit.projector_hidden_dim else PatchMerger(vit, dim)

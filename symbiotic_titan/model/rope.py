@@ -1,9 +1,9 @@
-"""Rotary positions of text and images: which axis of a position turns which frequency, and how a head is turned.
+"""Rotary positions of text and images: which axis of a position rotates which frequency, and how a head is rotated.
 
-A position has three axes (temporal, height, width), see ``sequence.positions``. Half of a head's rotated width is a list of R
-frequencies; the kinds of multimodal rotary differ only in which axis each frequency reads, so a kind is a row of R axes.
+A position has three axes (temporal, height, width), see ``sequence.positions``. The R frequencies rotate pairs of channels of every
+head. The kinds of multimodal rotary differ only in the axis that each frequency reads, so a kind is a list of R axes.
 
-Letters: B rows, T tokens, A axes of a position, H heads, C head width, R frequencies.
+Shape letters: sequence/shapes.py.
 """
 
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ Mrope = Literal["none", "chunked", "interleaved", "pairwise"]
 
 
 class RotaryTables(NamedTuple):
-    """Cosine and sine of every token's angles, (B, T, R) float32. Made once per forward, shared by all layers."""
+    """Cosine and sine of every token's angles, (B, T, R) float32. Computed once per forward, shared by all layers."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -31,13 +31,12 @@ def frequency_axes(
 ) -> torch.Tensor:
     """(num,) int64: the axis that each frequency reads. With sections (t, h, w) = (4, 2, 2):
 
-        none         t t t t t t t t
-        chunked      t t t t h h w w    arXiv 2409.12191
-        interleaved  t h w t h w t t    arXiv 2511.21631: every axis sees high and low frequencies
-        pairwise     h w h w t t t t    ERNIE 4.5 VL: time keeps the lowest frequencies
-
-    Computed on the device: a table copied from the host would cost a synchronisation per forward.
+    none         t t t t t t t t
+    chunked      t t t t h h w w    arXiv 2409.12191
+    interleaved  t h w t h w t t    arXiv 2511.21631: every axis sees high and low frequencies
+    pairwise     h w h w t t t t    ERNIE 4.5 VL: time keeps the lowest frequencies
     """
+    # Computed on the device: a table copied from the host would cost a synchronisation per forward.
     i_R = torch.arange(num, device=device)
     if kind == "none":
         return torch.zeros_like(i_R)
@@ -54,25 +53,25 @@ def frequency_axes(
 def rotary_tables(
     positions_BTA: torch.Tensor, axes_R: torch.Tensor, frequencies_R: torch.Tensor
 ) -> RotaryTables:
-    """Tables in float32 whatever autocast says: bfloat16 cannot tell neighbouring positions apart beyond 256."""
+    """Tables in float32, also under autocast: bfloat16 cannot represent neighbouring positions beyond 256."""
     with torch.autocast(positions_BTA.device.type, enabled=False):
         angles_BTR = positions_BTA.index_select(-1, axes_R).float() * frequencies_R
         return RotaryTables(angles_BTR.cos(), angles_BTR.sin())
 
 
 def rotate(x_BUTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> torch.Tensor:
-    """``x`` with the first 2R of its C channels turned, the others untouched (partial rotary). Dtype as ``x``.
+    """``x`` with the first 2R of its C channels rotated, the others unchanged (partial rotary), in the dtype of ``x``.
 
     Channel i is paired with channel i + R; with ``interleaved``, channel 2i with 2i + 1.
     """
     num = tables.cos.shape[-1]
     cos, sin = tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)
-    turned, rest = x_BUTC[..., : 2 * num].float(), x_BUTC[..., 2 * num :]
+    rotated, rest = x_BUTC[..., : 2 * num].float(), x_BUTC[..., 2 * num :]
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
-        a, b = turned[..., :num], turned[..., num:]
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    turned = turned.to(x_BUTC.dtype)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+        a, b = rotated[..., :num], rotated[..., num:]
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    rotated = rotated.to(x_BUTC.dtype)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated

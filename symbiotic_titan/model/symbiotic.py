@@ -1,7 +1,4 @@
-"""SymbioticModel: embed three modalities, decode, two heads.
-
-Letters: B rows, T tokens, D width, V ViT tokens a row may hold, L latent tokens a row may hold, Z numbers in a latent patch.
-"""
+"""SymbioticModel: embed three modalities, decode, two heads. Shape letters: sequence/shapes.py."""
 
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -37,9 +34,9 @@ from symbiotic_titan.sequence.batch import PackedBatch
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What one forward returns.
+    """Output of one forward.
 
-    logits   (B, T, vocabulary) in the dtype of the computation; padding rows mean nothing. Or (B, N, vocabulary), as asked for.
+    logits   (B, T, V) in the dtype of the computation, meaningless at padding; (B, N, V) with ``logit_index``.
     velocity (B, L, Z) float32; exactly 0 for unused latent tokens.
     records  one per MoE layer, in the order of the layers.
     """
@@ -49,18 +46,17 @@ class ModelOutput:
     records: tuple[RoutingRecord, ...]
 
 
-# FSDP looks for tensors in a module's output with pytree: it must see through the dataclass.
+# FSDP finds tensors in a module's output with pytree; registered, it sees into the dataclass.
 pytree.register_dataclass(ModelOutput)
 
 
 def write_tokens(
     h_BTD: torch.Tensor, index_BN: torch.Tensor, tokens_BND: torch.Tensor
 ) -> torch.Tensor:
-    """``h`` with row ``index[b, n]`` of each b replaced by ``tokens[b, n]``; an index of T is written nowhere.
-
-    The unused tokens land in a row behind the last, which is cut off: their gradient exists and is zero. Used indices are
-    unique, so the result and its gradient (a gather) do not depend on any order of summation.
-    """
+    """(B, T, D): ``h`` with ``h[b, index[b, n]]`` replaced by ``tokens[b, n]``; tokens with index T are dropped."""
+    # Unused tokens are written to an extra position T, which is cut off: they take part in the graph with a gradient of zero, so
+    # FSDP reduces the same parameters on every rank. Used indices are unique, so the scatter and its gradient (a gather) are
+    # deterministic.
     length = h_BTD.shape[1]
     index_BND = index_BN.unsqueeze(-1).expand_as(tokens_BND)
     longer = F.pad(h_BTD, (0, 0, 0, 1))
@@ -70,27 +66,27 @@ def write_tokens(
 def add_tokens(
     h_BTD: torch.Tensor, index_BN: torch.Tensor, tokens_BND: torch.Tensor
 ) -> torch.Tensor:
-    """``h`` with ``tokens[b, n]`` added to row ``index[b, n]`` of each b; an index of T is added nowhere."""
+    """(B, T, D): ``h`` with ``tokens[b, n]`` added to ``h[b, index[b, n]]``; tokens with index T are dropped."""
     return h_BTD + write_tokens(torch.zeros_like(h_BTD), index_BN, tokens_BND)
 
 
 def read_tokens(h_BTD: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
-    """(B, N, D): row ``index[b, n]`` of each b; zeros where the index is T."""
+    """(B, N, D): ``h[b, index[b, n]]``; zeros where the index is T."""
     index_BND = index_BN.unsqueeze(-1).expand(-1, -1, h_BTD.shape[-1])
     return F.pad(h_BTD, (0, 0, 0, 1)).gather(1, index_BND)
 
 
 def index_within_image(image_BI: torch.Tensor) -> torch.Tensor:
-    """(B, V): how many tokens of its image are before each token. The tokens of an image lie together, those of another follow."""
+    """(B, I): index of each token within its image. An image's tokens are adjacent."""
     index_BI = torch.arange(image_BI.shape[1], device=image_BI.device).expand_as(image_BI)
     starts_BI = image_BI != image_BI.roll(1, dims=1)
     return index_BI - index_BI.where(starts_BI, 0).cummax(1).values
 
 
 class SymbioticModel(ModelProtocol):
-    """One decoder for text, images to be understood and images to be generated (arXiv 2604.07753).
+    """One decoder for text, input images and target images (arXiv 2604.07753).
 
-    Noise and timesteps are arguments: the model draws no random numbers, and knows no mesh.
+    Noise and timesteps are arguments: the model draws no random numbers and knows no device mesh.
     """
 
     def __init__(self, args: ModelArgs) -> None:
@@ -109,11 +105,11 @@ class SymbioticModel(ModelProtocol):
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Give every parameter its initial value, a function of its name and ``args.init_seed`` alone."""
-        self._tie_embeddings()  # moving off the meta device makes two tensors of a shared one
+        self._tie_embeddings()  # ``to_empty`` off the meta device has split the shared tensor into two
         initialize(self, seed=self.args.init_seed)
 
     def nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """(parameters, FLOPs of a training token, forward and backward, mean over the modalities)."""
+        """(number of parameters, FLOPs per training token, forward and backward, mean over the modalities)."""
         cost = model_cost(self, self.args, seq_len)
         return cost.parameters, cost.training_flops_per_token()
 
@@ -127,16 +123,16 @@ class SymbioticModel(ModelProtocol):
         cache: KeyValueCache | None = None,
         logit_index_BN: torch.Tensor | None = None,
     ) -> ModelOutput:
-        """``noised`` are the latents at ``timesteps`` (in [0, 1], float32, one per latent token); see ``flow.path``.
+        """``noised`` are the latents at ``timesteps`` (float32 in [0, 1], one per latent token); see ``flow.path``.
 
-        cache: what was read of the same rows before; ``batch`` holds their next columns, T counts those alone.
-        logit_index: the columns whose logits are wanted; all without it.
-
-        Every part runs on every batch, also without an image: under FSDP a skipped part would leave peers waiting.
+        cache: the earlier tokens of the same sequences; ``batch`` then holds their next T tokens only.
+        logit_index: the tokens whose logits are needed; all of them by default.
         """
+        # Every part runs on every batch, also without an image: under FSDP a rank that skipped one would leave its peers waiting in
+        # the all-gather.
         vit = self._encode(batch)
         h_BTD, condition_BLD = self._embed(batch, vit.tokens, noised_BLZ, timesteps_BL)
-        rotary, mask = self._rotary(batch.positions), self._row_mask(batch, cache)
+        rotary, mask = self._rotary(batch.positions), self._decoder_mask(batch, cache)
         layer_caches = () if cache is None else cache.layers
         records = []
         for block, features_BID, layer_cache in zip_longest(
@@ -158,18 +154,18 @@ class SymbioticModel(ModelProtocol):
         )
 
     def _encode(self, batch: PackedBatch) -> VitOutput:
-        """The images to be understood, as the decoder takes them in."""
+        """The input images as tokens of the decoder."""
         sizes_BPA = grid_sizes(batch.vit_coords, batch.vit_image)
         mask = self._mask(patch_rule(batch.vit_image), batch.vit_image)
-        places = self._query_places(batch) if self.args.vit.queries else None
-        return self.vit(batch.vit_patches, batch.vit_coords, sizes_BPA, mask, places)
+        indices = self._query_indices(batch) if self.args.vit.queries else None
+        return self.vit(batch.vit_patches, batch.vit_coords, sizes_BPA, mask, indices)
 
-    def _query_places(self, batch: PackedBatch) -> QueryIndices:
-        """What each ViT token reads, where queries read the images."""
+    def _query_indices(self, batch: PackedBatch) -> QueryIndices:
+        """Learned query and patches of each ViT token."""
         image_BI = F.pad(batch.span, (0, 1), value=-1).gather(1, batch.vit_index)
-        number_BI = index_within_image(image_BI).clamp(max=self.args.vit.queries[-1] - 1)
+        query_BI = index_within_image(image_BI).clamp(max=self.args.vit.queries[-1] - 1)
         rule = query_rule(image_BI, batch.vit_image)
-        return QueryIndices(number_BI, self._mask(rule, image_BI, batch.vit_image.shape[1]))
+        return QueryIndices(query_BI, self._mask(rule, image_BI, batch.vit_image.shape[1]))
 
     def _embed(
         self,
@@ -178,18 +174,19 @@ class SymbioticModel(ModelProtocol):
         noised_BLZ: torch.Tensor,
         timesteps_BL: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """((B, T, D) embedded rows, (B, L, D) timestep condition): token embeddings, images written over placeholders."""
+        """((B, T, D) token embeddings with images written over their placeholders, (B, L, D) timestep condition)."""
         latents_BLD, condition_BLD = self.latent_embedding(
             noised_BLZ, batch.vae_coords, timesteps_BL
         )
         h_BTD = self.tok_embeddings(batch.tokens)
         h_BTD = write_tokens(h_BTD, batch.vit_index, vit_BID)
         h_BTD = write_tokens(h_BTD, batch.vae_index, latents_BLD)
-        # As the other blocks' inputs: another stride would compile the first block's attention a second time.
+        # Strides as in the other blocks' inputs: with others the first block's attention would be compiled a second time.
         return h_BTD.contiguous(), condition_BLD
 
-    def _row_mask(self, batch: PackedBatch, cache: KeyValueCache | None) -> AttentionMask:
-        """Who sees whom in the rows. A chunk's own part of the mask is small: it is dense for every backend."""
+    def _decoder_mask(self, batch: PackedBatch, cache: KeyValueCache | None) -> AttentionMask:
+        """The mask of ``masks.sequence_rule``; with a cache, its lines for the tokens of ``batch``."""
+        # A chunk's lines are few, so they are dense for every backend.
         if cache is None:
             return self._mask(sequence_rule(batch, self.args.vit_attention), batch.tokens)
         columns = cache.columns_with(batch)
@@ -199,8 +196,8 @@ class SymbioticModel(ModelProtocol):
     def _mask(
         self, rule: MaskRule, like: torch.Tensor, num_keys: int | None = None
     ) -> AttentionMask:
-        """The mask of ``rule`` over the rows and columns of ``like``, in the form that the backend takes; with as many keys as
-        columns where nothing else is said."""
+        """The mask of ``rule`` for queries of the shape of ``like``, in the backend's form. ``num_keys``: as many as queries by
+        default."""
         blocks = self.args.attention_backend == "flex" and like.shape[1] > 0
         make = block_mask if blocks else dense_mask
         return make(rule, like.shape, like.device, num_keys=num_keys)

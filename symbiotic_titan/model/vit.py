@@ -1,11 +1,10 @@
-"""The image encoder: patches of images to be understood -> tokens of the decoder.
+"""The image encoder: patches of input images -> tokens of the decoder.
 
-Numbered steps with their shapes: (1) patches (B, P, Q) -> (B, P, W), plus a learned position where there is a table of them;
-(2) pre-norm blocks, full attention inside each image, two-dimensional rotary or none; (3) a projector makes tokens of it, (B, V, D),
-and of what some of the blocks put out (``deepstack``), see ``model.projectors``.
+1. Patches (B, P, Q) -> (B, P, S), plus a learned position if there is a table of them.
+2. Pre-norm blocks, full attention inside each image, two-dimensional rotary positions or none.
+3. A projector turns the result, and the output of some blocks (``deepstack``), into tokens (B, I, D); see ``model.projectors``.
 
-Letters: B rows, P patches of a row, Q numbers in a patch, W width of the encoder, H heads, C head width, R frequencies,
-V tokens of a row, D width of the decoder, A axes (row, column), X cells of a table.
+Shape letters: sequence/shapes.py. N are the table entries that one position is interpolated from.
 """
 
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from symbiotic_titan.model.vit_args import PositionReading, VitArgs
 
 
 def patch_rotary(coords_BPA: torch.Tensor, head_dim: int, theta: float) -> RotaryTables:
-    """Tables whose first half of frequencies turns with the patch's row and the second half with its column."""
+    """Rotary tables whose first half of frequencies rotates with the patch's row and the second half with its column."""
     num = head_dim // 4
     frequencies_R = frequencies(num, theta, coords_BPA.device).repeat(2)
     axes_R = torch.arange(2 * num, device=coords_BPA.device) // num
@@ -31,9 +30,9 @@ def patch_rotary(coords_BPA: torch.Tensor, head_dim: int, theta: float) -> Rotar
 
 
 def grid_sizes(coords_BPA: torch.Tensor, image_BP: torch.Tensor) -> torch.Tensor:
-    """(B, P, A) int64: rows and columns of each patch's image, from the largest coordinates of its patches, which lie together.
-    A maximum of integers: the same in any order, so deterministic on any device."""
-    # Images are numbered from 0 or 1 anew: the numbers of their spans have no bound that is known here.
+    """(B, P, A) int64: rows and columns of each patch's image, from the largest coordinates of its patches, which are adjacent."""
+    # Renumbered by position, because span numbers have no bound that is known here. A maximum of integers does not depend on their
+    # order, so the scatter is deterministic on any device.
     number_BP = (image_BP != image_BP.roll(1, dims=1)).cumsum(1)
     number_BPA = number_BP.unsqueeze(-1).expand_as(coords_BPA)
     rows, num_patches, axes = coords_BPA.shape
@@ -42,7 +41,7 @@ def grid_sizes(coords_BPA: torch.Tensor, image_BP: torch.Tensor) -> torch.Tensor
 
 
 def cubic_weights(distance: torch.Tensor) -> torch.Tensor:
-    """Cubic convolution with a = -0.75, which torch's bicubic resampling uses; 0 from a distance of 2 on."""
+    """Kernel of cubic convolution with a = -0.75, as in torch's bicubic interpolation; 0 from a distance of 2 on."""
     d = distance
     inner, outer = (1.25 * d - 2.25) * d * d + 1, ((-0.75 * d + 3.75) * d - 6.0) * d + 3.0
     return torch.where(d <= 1, inner, outer).masked_fill(d >= 2, 0.0)
@@ -54,17 +53,21 @@ def table_entries(
     side: int,
     reading: PositionReading = "bilinear",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """((B, P, X) int64 cells of a ``side`` x ``side`` table, row-major, their float32 weights): the table laid over each image's
-    grid, corner on corner, and read bilinearly; or edge on edge, and read bicubically, its border repeated outside, or ``floor``: the
-    one cell in which a patch begins. A weight of 0 may stand beside any cell of the table."""
+    """((B, P, N) int64 entries of a ``side`` x ``side`` table, row-major, their float32 weights) for a table resampled to each image's
+    grid of patches.
+
+    ``bilinear`` aligns the corners of table and grid. ``bicubic`` aligns their edges and repeats the border outside. ``floor`` takes
+    the one entry in which a patch begins. An entry with weight 0 may be any entry of the table.
+    """
     coords_BPA = coords_BPA.float()
     if reading == "floor":
-        # In float32, step by step as the released models were trained: where a patch begins on the edge of a cell, rounding decides.
+        # In float32 and in the order of operations of the released models: for a patch that begins on the edge of an entry, rounding
+        # decides.
         edges = torch.arange(1 / side, 1.0, 1 / side, device=coords_BPA.device)
         starts_BPA = coords_BPA * (1.0 / sizes_BPA)
         row_BP, column_BP = torch.bucketize(starts_BPA, edges, right=True).unbind(-1)
-        cells_BPN = (row_BP * side + column_BP).unsqueeze(-1)
-        return cells_BPN, torch.ones_like(cells_BPN, dtype=torch.float32)
+        entries_BPN = (row_BP * side + column_BP).unsqueeze(-1)
+        return entries_BPN, torch.ones_like(entries_BPN, dtype=torch.float32)
     if reading == "bilinear":
         at_BPA = coords_BPA * (side - 1) / (sizes_BPA - 1).clamp(min=1)
         near_BPAN = torch.stack([at_BPA.floor() + i for i in (0, 1)], dim=-1)
@@ -74,13 +77,15 @@ def table_entries(
         near_BPAN = torch.stack([at_BPA.floor() + i for i in (-1, 0, 1, 2)], dim=-1)
         weights_BPAN = cubic_weights((at_BPA.unsqueeze(-1) - near_BPAN).abs())
     row_BPN, column_BPN = near_BPAN.long().clamp(0, side - 1).unbind(2)
-    cells = row_BPN.unsqueeze(-1) * side + column_BPN.unsqueeze(-2)
+    entries = row_BPN.unsqueeze(-1) * side + column_BPN.unsqueeze(-2)
     row_weights_BPN, column_weights_BPN = weights_BPAN.unbind(2)
     weights = row_weights_BPN.unsqueeze(-1) * column_weights_BPN.unsqueeze(-2)
-    return cells.flatten(2), weights.flatten(2)
+    return entries.flatten(2), weights.flatten(2)
 
 
 class VitBlock(nn.Module):
+    """Pre-norm block of the image encoder."""
+
     def __init__(self, args: VitArgs) -> None:
         super().__init__()
         self.head_dim, self.activation = args.head_dim, args.activation
@@ -112,10 +117,10 @@ class VitBlock(nn.Module):
 
 
 class VitOutput(NamedTuple):
-    """Both in the dtype of the computation; unused tokens are finite and mean nothing.
+    """Encoded images, in the dtype of the computation. The values of unused tokens are finite but meaningless.
 
-    tokens:   (B, V, D) what the decoder reads.
-    deepstack: (B, V, D) each, what is added behind its first layers.
+    tokens:    (B, I, D) input of the decoder.
+    deepstack: (B, I, D) each, added to the image tokens after the decoder's first layers.
     """
 
     tokens: torch.Tensor
@@ -123,6 +128,8 @@ class VitOutput(NamedTuple):
 
 
 class VisionTransformer(nn.Module):
+    """Patches of input images -> ``VitOutput``."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         vit = args.vit
@@ -146,9 +153,9 @@ class VisionTransformer(nn.Module):
         coords_BPA: torch.Tensor,
         sizes_BPA: torch.Tensor,
         mask: AttentionMask,
-        places: QueryIndices | None = None,
+        indices: QueryIndices | None = None,
     ) -> VitOutput:
-        """``sizes``: rows and columns of the image that each patch is of. ``places``: where queries read it."""
+        """``sizes``: rows and columns of each patch's image. ``indices``: only for a projector with learned queries."""
         x_BPS = self._embed(patches_BPQ, coords_BPA, sizes_BPA)
         rotary = None
         if self.args.rope_theta:
@@ -160,7 +167,7 @@ class VisionTransformer(nn.Module):
                 deepstack.append(self.deepstack_mergers[name](x_BPS))
         if self.args.outer_norms:
             x_BPS = self.last_norm(x_BPS)
-        tokens_BID = self.merger(x_BPS) if places is None else self.merger(x_BPS, places)
+        tokens_BID = self.merger(x_BPS) if indices is None else self.merger(x_BPS, indices)
         return VitOutput(tokens_BID, tuple(deepstack))
 
     def _embed(
@@ -169,7 +176,7 @@ class VisionTransformer(nn.Module):
         frames, side = self.args.temporal_patch, self.args.position_grid
         patches_BPQ = patches_BPQ.to(self.patch_embedding.weight.dtype)
         if frames > 1:
-            # Each colour's frames one behind the other, as the kernel of a 3-D convolution has them.
+            # (channel, frame, row, column), the order of a 3-D convolution's kernel, with the one frame of an image repeated.
             frame = patches_BPQ.unflatten(-1, (self.channels, 1, -1))
             patches_BPQ = frame.expand(-1, -1, -1, frames, -1).flatten(2)
         x_BPS = self.patch_embedding(patches_BPQ)
@@ -178,8 +185,8 @@ class VisionTransformer(nn.Module):
         if not side:
             return x_BPS
         reading = self.args.position_reading
-        cells_BPN, weights_BPN = table_entries(coords_BPA, sizes_BPA, side, reading)
-        read = zip(cells_BPN.unbind(-1), weights_BPN.unbind(-1), strict=True)
-        # One cell after the other: all at once would be as many times the size of x.
-        place_BPS = sum(self.position_embedding(cell) * weight[..., None] for cell, weight in read)
-        return x_BPS + place_BPS.to(x_BPS.dtype)
+        entries_BPN, weights_BPN = table_entries(coords_BPA, sizes_BPA, side, reading)
+        entries = zip(entries_BPN.unbind(-1), weights_BPN.unbind(-1), strict=True)
+        # One entry after the other: together their embeddings would take N times the memory of x.
+        position_BPS = sum(self.position_embedding(e) * weight[..., None] for e, weight in entries)
+        return x_BPS + position_BPS.to(x_BPS.dtype)

@@ -1,4 +1,4 @@
-"""VitArgs: the shape of the image encoder and its projector, and how fields of any shape are checked."""
+"""VitArgs: hyperparameters of the image encoder and its projector, and checks that they share with ``ModelArgs``."""
 
 from dataclasses import dataclass, fields
 from typing import Literal, get_type_hints
@@ -10,13 +10,13 @@ PositionReading = Literal["bilinear", "bicubic", "floor"]
 
 
 def require(ok: bool, message: str) -> None:
-    """Pass if ``ok``; raise ValueError with ``message`` if not."""
+    """Raise ValueError with ``message`` unless ``ok``."""
     if not ok:
         raise ValueError(message)
 
 
 def check_fields(args: object, where: str, *, may_be_zero: tuple[str, ...] = ()) -> None:
-    """Every field has its type, and every number but those named is positive."""
+    """Raise ValueError unless every field has its type and every number is positive, or zero if it is in ``may_be_zero``."""
     hints = get_type_hints(type(args))
     for f in fields(args):  # type: ignore[arg-type]
         value = getattr(args, f.name)
@@ -30,8 +30,10 @@ def check_fields(args: object, where: str, *, may_be_zero: tuple[str, ...] = ())
 
 @dataclass(frozen=True, kw_only=True)
 class VitArgs:
-    """The image encoder: pre-norm blocks, and a projector to the decoder's width. Fields with a default are switches, at their usual
-    setting."""
+    """Hyperparameters of the image encoder: pre-norm blocks, and a projector to the decoder's width.
+
+    Fields with a default are switches that the released backbones need, at their usual setting.
+    """
 
     dim: int
     num_layers: int
@@ -42,38 +44,39 @@ class VitArgs:
     merge: int
     """Patches along one side of one sequence token."""
     queries: tuple[int, ...] = ()
-    """Learned queries that read an image and become its tokens, one number for each of ``query_sides``, rising; empty: a token is a
-    square of merge x merge patches."""
+    """Numbers of learned queries that read an image and become its tokens, ascending, one for each of ``query_sides``; empty: a token
+    is a square of merge x merge patches."""
     query_sides: tuple[int, ...] = ()
-    """Patches along the longer side of the images that so many queries read, rising."""
+    """Patches along the longer side of the images that each number of queries is for, ascending."""
     channels: int = 3
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    """Of the two-dimensional rotary; 0: none, then patches have their places from the table of positions."""
+    """Base of the two-dimensional rotary positions; 0: none, then ``position_grid`` must be set."""
     norm: Literal["layer", "rms"] = "layer"
-    """Of the blocks."""
+    """Norm of the blocks."""
     outer_norms: bool = False
-    """An RMSNorm behind the patch embedding and another behind the last block."""
+    """An RMSNorm after the patch embedding and another after the last block."""
     bias: bool = True
-    """Of the blocks' linear layers."""
+    """Biases in the blocks' linear layers."""
     activation: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
-    """Of the blocks' feed-forward; ``swiglu`` has a third layer, which gates."""
+    """Activation of the blocks' feed-forward; ``swiglu`` has a third layer, the gate."""
     temporal_patch: int = 1
-    """Frames that the patch embedding reads. An image is one frame, read that many times."""
+    """Frames that the patch embedding reads. An image is one frame, repeated that many times."""
     position_grid: int = 0
     """Side of the learned table of positions, resampled to each image's grid of patches; 0: no table."""
     position_reading: PositionReading = "bilinear"
-    """How it is resampled, see ``model.vit``."""
+    """How the table is resampled, see ``model.vit``."""
     projector_hidden_dim: int = 0
-    """Width of the gated feed-forward that the projector ends with; 0: a projector of two layers."""
+    """Width of the projector's final gated feed-forward; 0: a projector of two linear layers."""
     deepstack: tuple[int, ...] = ()
-    """Layers whose output is projected too and added to the image's tokens behind the decoder's first layers, one each
+    """Layers whose output is also projected and added to the image tokens, one after each of the decoder's first layers
     (arXiv 2406.04334)."""
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Per channel, for pixels in [0, 1]; what an image is normalised by."""
+    """Mean per channel by which images are normalized, for pixels in [0, 1]."""
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Standard deviation per channel, likewise."""
     image_resize: ResizeRule = "fit"
-    """How an image gets its size, see ``data.images``."""
+    """How images are resized, see ``data.images``."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -93,15 +96,15 @@ class VitArgs:
         require(
             not self.rope_theta or self.dim % (4 * self.num_heads) == 0,
             f"vit.dim: must be a multiple of 4 * vit.num_heads = {4 * self.num_heads} "
-            f"(rotary turns pairs of channels by row and by column), got {self.dim}",
+            f"(rotary rotates pairs of channels by row and by column), got {self.dim}",
         )
         require(
             list(self.deepstack) == sorted({i for i in self.deepstack if 0 <= i < self.num_layers}),
-            f"vit.deepstack: must be rising numbers of the {self.num_layers} layers, from 0, got {self.deepstack}",
+            f"vit.deepstack: must be ascending indices of the {self.num_layers} layers, from 0, got {self.deepstack}",
         )
         require(
             self.rope_theta > 0 or self.position_grid > 0,
-            "vit.rope_theta: 0 (no rotary) leaves patches without a place where vit.position_grid is 0; set one of them",
+            "vit.rope_theta: with 0 (no rotary) and vit.position_grid = 0, patches have no positions; set one of them",
         )
         require(
             self.position_grid > 0 or self.position_reading == "bilinear",
@@ -112,7 +115,7 @@ class VitArgs:
     def _validate_queries(self) -> None:
         require(
             (self.image_resize == "aria") == bool(self.queries),
-            f"vit.image_resize: 'aria' gives images the sizes that queries read, and nothing else does; got {self.image_resize!r} "
+            f"vit.image_resize: must be 'aria' with learned queries (vit.queries) and only with them, got {self.image_resize!r} "
             f"with vit.queries = {self.queries}",
         )
         require(
@@ -123,7 +126,7 @@ class VitArgs:
             values = getattr(self, name)
             require(
                 list(values) == sorted({value for value in values if value > 0}),
-                f"vit.{name}: must be positive and rising, got {values}",
+                f"vit.{name}: must be positive and ascending, got {values}",
             )
         if self.queries:
             plain = {"merge": 1, "projector_hidden_dim": 0, "deepstack": ()}
@@ -131,7 +134,7 @@ class VitArgs:
                 value = getattr(self, name)
                 require(
                     value == expected,
-                    f"vit.{name}: must be {expected} where queries read the image (vit.queries), got {value}",
+                    f"vit.{name}: must be {expected} with learned queries (vit.queries), got {value}",
                 )
 
     @property

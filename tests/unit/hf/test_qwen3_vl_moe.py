@@ -313,7 +313,7 @@ def test_leading_dense_layers_are_expressed():
         ("vision_config", "out_hidden_size", 3584, r"vision_config.out_hidden_size = 3584 .* 2048"),
         ("vision_config", "in_channels", 4, r"images are read as RGB, got 4"),
         ("vision_config", "patch_size", [16, 16], r"vision_config.patch_size: must be an integer"),
-        ("vision_config", "deepstack_visual_indexes", [16, 8], r"vit.deepstack: must be rising"),
+        ("vision_config", "deepstack_visual_indexes", [16, 8], r"vit.deepstack: must be ascending"),
         ("vision_config", "window_size", 112, r"vision_config.window_size = 112 is not a setting"),
         ("", "quantization_config", {"bits": 4}, r"config.json: quantization_config = \{'bits'"),
     ],

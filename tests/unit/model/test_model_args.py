@@ -141,7 +141,7 @@ def test_the_rules_of_the_moe_are_checked_with_the_config(partition, message):
         ({"num_experts": 9}, r"model.groups: hold 8 experts, but num_experts is 9"),
         ({"timestep_width": 15}, r"model.timestep_width: must be a multiple of 2 .*, got 15"),
         ({"rotary_fraction": 1.5}, r"model.rotary_fraction: must be at most 1, got 1.5"),
-        ({"rotary_fraction": 0.3}, r"model.rotary_fraction: must turn an even number of the 16 .*, got 4.8"),
+        ({"rotary_fraction": 0.3}, r"model.rotary_fraction: must rotate an even number of the 16 .*, got 4.8"),
         ({"mrope_sections": (4, 2)}, r"model.mrope_sections: must be three numbers .* 16 rotated .*, got \(4, 2\)"),
         ({"mrope": "none"}, r"model.mrope_sections: has no effect with mrope 'none'"),
         ({"mrope": "none", "mrope_sections": ()}, r"model.rotary_layout: 'grid' gives image tokens rows and columns"),
@@ -161,9 +161,11 @@ def test_sections_must_fit_the_kind_of_mrope(args, kind):
 
 
 @pytest.mark.parametrize("layers", [(1, 0), (0, 0), (2,), (-1, 0)])
-def test_deepstack_names_rising_layers_of_the_encoder(deep, layers):
+def test_deepstack_names_ascending_layers_of_the_encoder(deep, layers):
     vit = replace(deep.vit, num_layers=2)
-    with pytest.raises(ValueError, match=r"vit.deepstack: must be rising numbers of the 2 layers"):
+    with pytest.raises(
+        ValueError, match=r"vit.deepstack: must be ascending indices of the 2 layers"
+    ):
         replace(vit, deepstack=layers)
 
 
@@ -183,7 +185,9 @@ def test_vit_heads_must_hold_pairs_for_rows_and_columns(args):
     assert replace(args.vit, num_heads=8, **table).head_dim == 2
     with pytest.raises(ValueError, match=r"vit.dim: must be a multiple of vit.num_heads = 3, got"):
         replace(args.vit, num_heads=3, **table)
-    with pytest.raises(ValueError, match=r"vit.rope_theta: 0 .* without a place where vit.pos"):
+    with pytest.raises(
+        ValueError, match=r"vit.rope_theta: with 0 .* and vit.position_grid = 0, patches have no"
+    ):
         replace(args.vit, rope_theta=0.0)
     with pytest.raises(ValueError, match=r"vit.patch: must be positive, got 0"):
         replace(args.vit, patch=0)
@@ -193,15 +197,15 @@ def test_vit_heads_must_hold_pairs_for_rows_and_columns(args):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_resize": "fit"}, r"vit.image_resize: 'aria' gives .* got 'fit' with vit.queries = \(3, 5\)"),
+        ({"image_resize": "fit"}, r"vit.image_resize: must be 'aria' with .* got 'fit' with vit.queries = \(3, 5\)"),
         ({"queries": (), "query_sides": ()}, r"vit.image_resize: .* got 'aria' with vit.queries = \(\)"),
         ({"query_sides": (4,)}, r"vit.query_sides: must be one for each of vit.queries = \(3, 5\), got \(4,\)"),
-        ({"queries": (5, 3)}, r"vit.queries: must be positive and rising, got \(5, 3\)"),
-        ({"queries": (0, 3)}, r"vit.queries: must be positive and rising, got \(0, 3\)"),
-        ({"query_sides": (4, 4)}, r"vit.query_sides: must be positive and rising, got \(4, 4\)"),
-        ({"merge": 2}, r"vit.merge: must be 1 where queries read the image"),
-        ({"projector_hidden_dim": 8}, r"vit.projector_hidden_dim: must be 0 where queries"),
-        ({"deepstack": (0,)}, r"vit.deepstack: must be \(\) where queries"),
+        ({"queries": (5, 3)}, r"vit.queries: must be positive and ascending, got \(5, 3\)"),
+        ({"queries": (0, 3)}, r"vit.queries: must be positive and ascending, got \(0, 3\)"),
+        ({"query_sides": (4, 4)}, r"vit.query_sides: must be positive and ascending, got \(4, 4\)"),
+        ({"merge": 2}, r"vit.merge: must be 1 with learned queries"),
+        ({"projector_hidden_dim": 8}, r"vit.projector_hidden_dim: must be 0 with learned queries"),
+        ({"deepstack": (0,)}, r"vit.deepstack: must be \(\) with learned queries"),
     ],
 )  # fmt: skip
 def test_queries_exclude_what_needs_a_token_per_square(query_args, changes, message):
@@ -210,5 +214,7 @@ def test_queries_exclude_what_needs_a_token_per_square(query_args, changes, mess
 
 
 def test_tokens_that_are_queries_have_no_rows_and_columns(query_args):
-    with pytest.raises(ValueError, match="model.rotary_layout: 'grid' .* queries .* have not; use"):
+    with pytest.raises(
+        ValueError, match="model.rotary_layout: 'grid' .* queries .* do not have; use"
+    ):
         replace(query_args, rotary_layout="grid")
