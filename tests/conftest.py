@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+import symbiotic_titan  # noqa: F401 - prepares the device, which must come before any import of torchtitan
+
 DISTRIBUTED = Path(__file__).parent / "distributed"
 
 

@@ -30,13 +30,8 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.parallel import (
-    dry_run as plan,
-)
-from symbiotic_titan.parallel import (
-    dry_run_activations as activation_plan,
-)
-from symbiotic_titan.parallel.parallelize import parallel_dims_of
+from symbiotic_titan.parallel import dry_run, dry_run_activations
+from symbiotic_titan.parallel.ranks import parallel_dims_of
 from symbiotic_titan.process import exit_status
 from symbiotic_titan.training.checks import check_parallelism
 
@@ -55,7 +50,7 @@ def fake_rank(rank: int, num_ranks: int) -> Iterator[None]:
 
 def parameters_of_rank(
     config: JobConfig, args: ModelArgs, rank: int, num_ranks: int
-) -> tuple[list[plan.ShardedParameter], dict[str, int]]:
+) -> tuple[list[dry_run.ShardedParameter], dict[str, int]]:
     """(parameters as they lie on ``rank``, degree of every mesh axis)."""
     with fake_rank(rank, num_ranks):
         dims = parallel_dims_of(config, num_ranks)
@@ -68,20 +63,22 @@ def parameters_of_rank(
             "expert": dims.ep,
             "expert shard": dims.dp_shard // dims.ep,
         }
-        return plan.sharded_parameters(model), degrees
+        return dry_run.sharded_parameters(model), degrees
 
 
 def step_traffic(
     config: JobConfig,
     args: ModelArgs,
-    parameters: list[plan.ShardedParameter],
-    precision: plan.Precision,
-) -> dict[str, plan.Traffic]:
+    parameters: list[dry_run.ShardedParameter],
+    precision: dry_run.Precision,
+) -> dict[str, dry_run.Traffic]:
     """Stage -> traffic of one micro-batch."""
-    recomputed = activation_plan.recomputed_blocks(config.activation_checkpoint, args.num_layers)
+    recomputed = dry_run_activations.recomputed_blocks(
+        config.activation_checkpoint, args.num_layers
+    )
     copies = config.training.local_batch_size * config.training.seq_len * args.top_k
     exchanges = {
-        f"layers.{layer}": plan.exchange_traffic(
+        f"layers.{layer}": dry_run.exchange_traffic(
             copies,
             args.dim,
             config.parallelism.expert_parallel_degree,
@@ -91,7 +88,7 @@ def step_traffic(
         for layer in range(args.num_dense_layers, args.num_layers)
     }
     reshard = config.parallelism.fsdp_reshard_after_forward
-    return plan.traffic_by_stage(parameters, precision, reshard, exchanges)
+    return dry_run.traffic_by_stage(parameters, precision, reshard, exchanges)
 
 
 def report(config: JobConfig, num_ranks: int) -> dict[str, Any]:
@@ -100,21 +97,21 @@ def report(config: JobConfig, num_ranks: int) -> dict[str, Any]:
     check_parallelism(config, args, num_ranks)
     parameters, degrees = parameters_of_rank(config, args, 0, num_ranks)
     last, _ = parameters_of_rank(config, args, num_ranks - 1, num_ranks)
-    precision = plan.Precision.of(config)
+    precision = dry_run.Precision.of(config)
     rows = config.training.local_batch_size * num_ranks
     micro_batches = global_batch_size(config, num_ranks) // rows
     traffic = step_traffic(config, args, parameters, precision)
-    state = plan.state_memory(parameters, precision)
-    gathered = plan.gathered_memory(
+    state = dry_run.state_memory(parameters, precision)
+    gathered = dry_run.gathered_memory(
         parameters, precision, config.parallelism.fsdp_reshard_after_forward
     )
-    activations = activation_plan.activation_memory(
+    activations = dry_run_activations.activation_memory(
         config, args, precision, expert_parallel=degrees["expert"] > 1
     )
     on_device = gathered.peak + gathered.unit_gradients + activations.peak
     if not config.training.enable_cpu_offload:
         on_device += state.total
-    once = sum(traffic.values(), plan.Traffic())
+    once = sum(traffic.values(), dry_run.Traffic())
     if config.losses.balance_scope == "global" and micro_batches > 1:
         once += once.forward  # a first pass counts the step's expert use
     step = once * micro_batches
@@ -122,13 +119,13 @@ def report(config: JobConfig, num_ranks: int) -> dict[str, Any]:
         "ranks": num_ranks,
         "mesh": degrees,
         "micro_batches": micro_batches,
-        "parameters": plan.shape_rows(parameters),
+        "parameters": dry_run.shape_rows(parameters),
         "last_rank_parameters": sum(prod(p.local) for p in last),
         "state": asdict(state),
         "gathered": asdict(gathered),
         "activations": {**asdict(activations), "peak": activations.peak},
         "total": on_device,
-        "traffic_of_a_micro_batch": plan.traffic_rows(traffic),
+        "traffic_of_a_micro_batch": dry_run.traffic_rows(traffic),
         "traffic_of_a_step": {**asdict(step), "total": step.total},
     }
 
@@ -183,7 +180,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
     reports = [report(config, num_ranks) for num_ranks in options.ranks]
     for values in reports:
         print_report(values)
-    print(f"\nActivations are an estimate. {activation_plan.FORMULA}")
+    print(f"\nActivations are an estimate. {dry_run_activations.FORMULA}")
     if options.json:
         print(json.dumps({"config": options.config, "reports": reports}))
 

@@ -1,9 +1,9 @@
 """torch.compile of the parts between the collectives, each without a graph break.
 
-A MoE layer sends rows of data-dependent number to other ranks, and FSDP's hooks stand at every unit: a graph over a whole block
-would break there. So what is compiled is what lies between: the dense halves of a block, the router, the shared expert, the
-experts' matmuls, the ViT's blocks. Their shapes are static but for the rows of an expert bank, which are marked dynamic, so
-after the first step nothing is compiled again: token counts, steps and the shield's scale (a tensor) are no constants.
+A MoE layer sends a data-dependent number of rows to other ranks, and FSDP runs hooks at every unit: a graph over a whole block
+would break at both. So the parts between them are compiled: the dense halves of a block, the router, the shared expert, the experts'
+matmuls, the ViT's blocks. Their shapes are static except for the rows of the experts, which are marked dynamic. Token counts, steps
+and the shield's scale are tensors, not constants, so nothing is compiled again after the first step.
 
 Equal blocks share one compiled graph.
 """
@@ -20,7 +20,7 @@ from symbiotic_titan.model.symbiotic import SymbioticModel
 
 
 class Unit(NamedTuple):
-    """A callable of a module that is compiled as one graph; ``dynamic``: its shapes change from batch to batch."""
+    """A module's function that is compiled to one graph. ``dynamic``: its shapes change from batch to batch."""
 
     owner: nn.Module
     attribute: str
@@ -43,8 +43,8 @@ def compile_units(model: SymbioticModel) -> Iterator[Unit]:
             yield Unit(block, "feed", False)
             continue
         yield Unit(block.moe.router, "forward", False)
-        for bank in block.moe.experts.values():
-            yield Unit(bank, "swiglu", True)
+        for experts in block.moe.experts.values():
+            yield Unit(experts, "swiglu", True)
         if block.moe.shared_experts is not None:
             yield Unit(block.moe.shared_experts, "forward", False)
 
@@ -52,7 +52,8 @@ def compile_units(model: SymbioticModel) -> Iterator[Unit]:
 def _eager_when_tiny(
     compiled: Callable[..., torch.Tensor], eager: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
-    """A graph with a dynamic size takes 0 and 1 for constants: these batches run eagerly instead of compiling once more."""
+    """``compiled``, except for 0 or 1 rows, which run eagerly."""
+    # torch.compile specializes on the sizes 0 and 1 even where a size is dynamic: either would compile another graph mid-training.
 
     def run(rows_ND: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
         return (compiled if rows_ND.shape[0] > 1 else eager)(rows_ND, *args)
@@ -61,7 +62,7 @@ def _eager_when_tiny(
 
 
 def apply_compile(model: SymbioticModel, backend: str) -> None:
-    """Compile the units of ``model`` in place, each with ``fullgraph``: a graph break is an error, not a slow surprise."""
+    """Compile the units of ``model`` in place, with ``fullgraph``, so that a graph break is an error instead of a slowdown."""
     for owner, attribute, dynamic in compile_units(model):
         eager = getattr(owner, attribute)
         compiled = torch.compile(eager, backend=backend, fullgraph=True, dynamic=dynamic)

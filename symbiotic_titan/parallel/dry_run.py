@@ -1,10 +1,8 @@
-"""What a parallel layout costs one rank: shard shapes, memory, bytes sent. Arithmetic on shapes; nothing is computed or sent.
+"""What a parallel layout costs one rank: shapes of shards, memory, bytes sent. Arithmetic on shapes; nothing is computed or sent.
 
-``sharded_parameters`` reads the model that ``parallelize`` made, on the meta device as well; all else are functions of what it
-returns. Bytes "sent" are those that leave a rank, in the usual ring or pairwise algorithms; "gathered" is what FSDP brings
-together on each rank for as long as a unit computes.
-
-Letters in formulas: n ranks of an axis, W bytes of the gathered weights, T tokens, K experts per token, D width.
+``sharded_parameters`` reads the model that ``parallelize`` made, on the meta device if need be; everything else is computed from its
+result. Bytes "sent" are those that leave a rank in the usual ring or pairwise algorithms; "gathered" is what FSDP holds on each rank
+while a unit computes. In formulas n is the number of ranks of an axis, W the bytes of the gathered weights.
 """
 
 import re
@@ -41,12 +39,12 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class ShardedParameter:
-    """One parameter and where it lies.
+    """One parameter and how it is sharded.
 
     name, unit:   clean names of the parameter and of the FSDP unit it belongs to ("" is the root).
-    shape, local: the whole, and what this rank keeps.
-    gathered:     numbers of it on every rank while its unit computes, with FSDP's padding.
-    shard, replicate, expert: ranks of the axis that FSDP cuts it over, of HSDP's replicas, of expert parallelism.
+    shape, local: the full shape, and that of this rank's shard.
+    gathered:     elements on every rank while its unit computes, FSDP's padding included.
+    shard, replicate, expert: ranks of the axis over which FSDP shards it, of HSDP's replicas, of expert parallelism.
     """
 
     name: str
@@ -69,7 +67,7 @@ class ShardedParameter:
 
 
 def sharded_parameters(model: nn.Module) -> list[ShardedParameter]:
-    """The parameters of a model, parallel or plain, in its order."""
+    """The parameters of a model, parallel or not, in the model's order."""
     units = [clean_name(name) for name, m in model.named_modules() if isinstance(m, FSDPModule)]
     found = []
     for name, parameter in model.named_parameters():
@@ -87,7 +85,7 @@ def _sharded_parameter(name: str, unit: str, parameter: nn.Parameter) -> Sharded
         assert mesh.mesh_dim_names is not None
         axes = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
         local = tuple(parameter.to_local().shape)
-        # Only expert banks have this axis; it cuts between experts, and FSDP gathers one part.
+        # Only experts have this axis. It shards dim 0, and FSDP gathers this rank's share of it.
         gathered[0] //= axes.get("ep", 1)
         for axis, placement in zip(mesh.mesh_dim_names, parameter.placements, strict=True):
             if axis in ("fsdp", "efsdp"):
@@ -108,9 +106,9 @@ def _sharded_parameter(name: str, unit: str, parameter: nn.Parameter) -> Sharded
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a number: where it is kept (weights, gradients, Adam), where it is computed, where gradients are summed."""
+    """Bytes per element: stored (weights, gradients, Adam), in computation, and where gradients are summed."""
 
-    kept: int
+    stored: int
     computed: int
     reduced: int
 
@@ -128,7 +126,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes on one rank that stay from step to step."""
+    """Bytes on one rank that persist from step to step."""
 
     parameters: int
     gradients: int
@@ -140,11 +138,11 @@ class StateMemory:
 
 
 def state_memory(parameters: Iterable[ShardedParameter], precision: Precision) -> StateMemory:
-    """Weights, sharded gradients and Adam's two moments, all in the dtype the weights are kept in."""
+    """Weights, sharded gradients and Adam's two moments, all in the dtype in which weights are stored."""
     parameters = list(parameters)
-    held = precision.kept * sum(prod(p.local) for p in parameters)
-    trained = precision.kept * sum(prod(p.local) for p in parameters if p.trainable)
-    return StateMemory(held, trained, 2 * trained)
+    weights = precision.stored * sum(prod(p.local) for p in parameters)
+    trained = precision.stored * sum(prod(p.local) for p in parameters if p.trainable)
+    return StateMemory(weights, trained, 2 * trained)
 
 
 def units_of(parameters: Iterable[ShardedParameter]) -> dict[str, list[ShardedParameter]]:
@@ -156,7 +154,7 @@ def units_of(parameters: Iterable[ShardedParameter]) -> dict[str, list[ShardedPa
 
 
 def stage_of(unit: str) -> str:
-    """The block (of decoder or ViT) that a unit is gathered with; outside of blocks the unit itself."""
+    """The block (of decoder or ViT) together with which a unit is gathered; outside of blocks, the unit itself."""
     found = re.match(r"(vit\.)?layers\.\d+", unit)
     return found[0] if found else unit
 
@@ -167,8 +165,8 @@ class GatheredMemory:
 
     unit, unit_weights: the largest FSDP unit and its weights, in the dtype of the computation.
     unit_gradients:     the buffer in which its gradients are summed.
-    peak:               the root and the two neighbouring blocks that hold most: the next block is gathered ahead. All weights
-                        with ``fsdp_reshard_after_forward = "never"``.
+    peak:               the root and the largest two neighbouring blocks, because the next block is prefetched; all weights with
+                        ``fsdp_reshard_after_forward = "never"``.
     """
 
     unit: str
@@ -180,21 +178,21 @@ class GatheredMemory:
 def gathered_memory(
     parameters: Sequence[ShardedParameter], precision: Precision, reshard: str
 ) -> GatheredMemory:
-    """What comes to ``state_memory`` while a step runs. Without FSDP, on one rank, the copies that autocast makes of all weights
-    and keeps for the backward."""
+    """Memory for weights on top of ``state_memory`` while a step runs. On one rank, without FSDP, these are the copies that autocast
+    makes of all weights and caches for the backward."""
     units = {
         unit: precision.computed * sum(p.gathered for p in members)
         for unit, members in units_of(parameters).items()
     }
     if all(p.shard == p.expert == 1 for p in parameters):
-        copies = sum(units.values()) if precision.computed != precision.kept else 0
+        copies = sum(units.values()) if precision.computed != precision.stored else 0
         return GatheredMemory("none", 0, 0, copies)
     largest = max(units, key=lambda unit: units[unit])
     stages: dict[str, int] = {}
     for unit, size in units.items():
         if unit:
             stages[stage_of(unit)] = stages.get(stage_of(unit), 0) + size
-    # The model lists the token embeddings first; they run last before the decoder.
+    # Neighbours in the order in which stages run, which is not the order of parameters: token embeddings come last before the decoder.
     order = sorted(stages, key=lambda stage: (stage.startswith("layers."), stage[:3] == "tok"))
     sizes = [0, *(stages[stage] for stage in order), 0]
     neighbours = max(sum(pair) for pair in pairwise(sizes))
@@ -217,8 +215,8 @@ class Traffic:
     gather_*:       FSDP's all-gathers of weights.
     reduce_scatter: FSDP's sums of gradients.
     all_reduce:     HSDP's sums over replicas.
-    exchange_*:     the expert-parallel all-to-alls, out and back; ``backward`` includes what is sent again when activation
-                    checkpointing recomputes the forward.
+    exchange_*:     the expert-parallel all-to-alls, out and back; ``backward`` includes what activation checkpointing sends again when
+                    it recomputes the forward.
     """
 
     gather_forward: int = 0
@@ -240,15 +238,15 @@ class Traffic:
 
     @property
     def forward(self) -> "Traffic":
-        """The part that a forward without gradients has."""
+        """The part that a forward without gradients causes."""
         return Traffic(gather_forward=self.gather_forward, exchange_forward=self.exchange_forward)
 
 
 def weight_traffic(
     parameters: Iterable[ShardedParameter], precision: Precision, gathers_again: int
 ) -> Traffic:
-    """One forward and backward of FSDP units: gathering W bytes sends (n - 1) / n * W, a reduce-scatter as much in its own
-    dtype, the replicas' all-reduce 2 (n - 1) / n of a shard. ``gathers_again``: how often the backward gathers them."""
+    """One forward and backward of FSDP units: an all-gather of W bytes sends (n - 1) / n * W, a reduce-scatter the same in its own
+    dtype, the all-reduce over replicas 2 (n - 1) / n of a shard. ``gathers_again``: how often the backward gathers the weights."""
     gather = scatter = replicas = 0
     for p in parameters:
         leaving = p.gathered * (p.shard - 1) // p.shard
@@ -265,8 +263,8 @@ def weight_traffic(
 
 
 def gathers_in_backward(stage: str, last_block: str, reshard: str) -> int:
-    """How often the backward gathers a stage; ``reshard`` is ``parallelism.fsdp_reshard_after_forward``. See ``fsdp``: the root
-    and the last block stay gathered by default, and with ``always`` the last block is gathered once too often."""
+    """How often the backward gathers a stage; ``reshard`` is ``parallelism.fsdp_reshard_after_forward``. By default the root and the
+    last block stay gathered; with ``always`` the last block is gathered once too often, see ``fsdp.gather_ahead``."""
     if reshard == "never" or stage == "tok_embeddings":
         return 0
     if reshard == "default":
@@ -277,9 +275,11 @@ def gathers_in_backward(stage: str, last_block: str, reshard: str) -> int:
 def exchange_traffic(
     num_copies: int, dim: int, degree: int, precision: Precision, *, recomputed: bool
 ) -> Traffic:
-    """One MoE layer: ``num_copies`` (T * K) rows of width D go out and come back, in the forward and as gradients. With even
-    routing a share of (n - 1) / n leaves the rank; the token counts, 8 bytes an expert, are left out. ``recomputed``: the
-    forward's two exchanges run again in the backward."""
+    """One MoE layer: ``num_copies`` (T * K) rows of width D go out and come back, in the forward and as gradients.
+
+    Assumes even routing, so that a share of (n - 1) / n leaves the rank; ignores the token counts, 8 bytes per expert.
+    ``recomputed``: the forward's two exchanges run again in the backward.
+    """
     one_way = num_copies * dim * precision.computed * (degree - 1) // degree
     return Traffic(
         exchange_forward=2 * one_way, exchange_backward=2 * one_way * (2 if recomputed else 1)
@@ -292,8 +292,8 @@ def traffic_by_stage(
     reshard: str,
     exchanges: Mapping[str, Traffic] = MappingProxyType({}),
 ) -> dict[str, Traffic]:
-    """Stage (a block, or a unit outside of blocks; "" is the root) -> traffic of one forward and backward. ``exchanges``: those
-    of the stages that have experts."""
+    """Stage (a block, or a unit outside of blocks; "" is the root) -> traffic of one forward and backward. ``exchanges``: traffic of
+    the stages that have experts."""
     stages: dict[str, list[ShardedParameter]] = {}
     for parameter in parameters:
         stages.setdefault(stage_of(parameter.unit), []).append(parameter)
@@ -315,14 +315,14 @@ def pattern_of(name: str) -> str:
 
 
 def shape_rows(parameters: Iterable[ShardedParameter]) -> list[dict[str, Any]]:
-    """One row per kind, pattern of names and shape: the whole, this rank's shard, and how many there are."""
+    """One table row per kind, name pattern and shape: full shape, this rank's shard, and how many parameters have them."""
     counts = Counter((p.kind, pattern_of(p.name), p.shape, p.local) for p in parameters)
     columns = ("kind", "parameter", "shape", "local", "count")
     return [dict(zip(columns, (*row, count), strict=True)) for row, count in counts.items()]
 
 
 def traffic_rows(stages: Mapping[str, Traffic]) -> list[dict[str, Any]]:
-    """One row per run of blocks with equal traffic, and how many they are."""
+    """One table row per run of blocks with equal traffic, and how many blocks it has."""
     groups: dict[tuple[str, Traffic], list[str]] = {}
     for stage, traffic in stages.items():
         groups.setdefault((pattern_of(stage), traffic), []).append(stage or "root")

@@ -1,12 +1,8 @@
 """How many bytes of activations one rank holds, estimated from the config.
 
 Counted is what autograd saves between forward and backward on the CUDA path (fused attention, grouped matmuls), per token and
-in the dtype of the computation where nothing else is said. Not counted: index tensors, statistics of norms, temporaries of a
-kernel, the ViT's projector, what the allocator wastes. ``FORMULA`` says the same in one paragraph.
-
-Letters: T tokens of a micro-batch, D width, H and J query and key/value heads, C head width, K experts per token, F and S hidden
-widths of a routed and the shared (or dense) expert, E experts, V vocabulary, P ViT patches, W width of the ViT, b bytes of a
-computed number, L length of a row.
+in the dtype of the computation unless stated otherwise. Not counted: index tensors, statistics of norms, temporaries of kernels, the
+ViT's projector, the allocator's waste. ``FORMULA`` is the same as a formula; tests compare the estimate with what autograd saves.
 """
 
 from dataclasses import dataclass
@@ -18,13 +14,13 @@ from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.parallel.dry_run import Precision
 
 FORMULA = """\
-Saved per token; b bytes a number, D width, HC query and JC key/value channels, K of E experts of width F, shared or dense width S:
-  none       b(4D + 4HC + 3JC + 4S) + 4H, with routed experts b(2KD + 4KF) + 4D + 9E + 16K more, without QK norm b(HC + JC)
+Saved per token; b bytes per number, D width, UC query and uC key/value channels, K of E experts of width F, shared or dense width f:
+  none       b(4D + 4UC + 3uC + 4f) + 4U, with routed experts b(2KD + 4KF) + 4D + 9E + 16K more, without QK norm b(UC + uC)
              less; with sdpa b for every position of the row (the mask as numbers)
   full       bD a block, and one block of `none` while it is recomputed
-  selective  op: b(2D + 2HC + JC + S) + 4H, with routed experts bK(2F + D) + 4E more, under expert parallelism 2bKD more, and one
+  selective  op: b(2D + 2UC + uC + f) + 4U, with routed experts bK(2F + D) + 4E more, under expert parallelism 2bKD more, and one
              block of `none`; a number N: every N-th block as `full`, the others as `none`
-  ViT        b(11W + 2F) a patch and block; with sdpa b for every patch of the row more
+  ViT        b(11S + 2F) per patch and block, S the width of the ViT; with sdpa b for every patch of the sequence more
   heads      logits bV, and 12V more while the loss is differentiated
   masks      with sdpa one byte for every pair of positions, and of patches, of a row, and for every patch that a query may read"""
 
@@ -34,10 +30,10 @@ class ActivationMemory:
     """Bytes on one rank.
 
     decoder:    saved between forward and backward by all blocks of the decoder.
-    vit, masks: the same of the image encoder and of dense masks.
+    vit, masks: the same for the image encoder and for dense masks.
     logits:     held from the forward to the end of the backward.
-    loss:       more, while the loss is differentiated.
-    recomputed: more, while one block is recomputed.
+    loss:       in addition, while the loss is differentiated.
+    recomputed: in addition, while one block is recomputed.
     """
 
     decoder: int
@@ -49,30 +45,33 @@ class ActivationMemory:
 
     @property
     def peak(self) -> int:
-        """The loss is done before the first block is recomputed."""
+        """The largest sum at any time."""
+        # The gradient of the loss is done before the first block is recomputed, so the two never coexist.
         return self.decoder + self.vit + self.masks + self.logits + max(self.loss, self.recomputed)
 
 
 def saved_by_block(args: ModelArgs, computed: int, length: int, *, has_experts: bool) -> int:
-    """Bytes per token that one decoder block saves without checkpointing, in rows of ``length``."""
+    """Bytes per token that one decoder block saves without checkpointing, in sequences of ``length`` tokens."""
     heads, kv_heads = args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
-    # norm: in, out; queries and keys before their norm and after rotary, values; result, as computed and with heads joined.
+    # Norm: in, out; queries and keys before their norm and after rotary, values; result, as computed and with heads joined.
     numbers = 2 * args.dim + 2 * heads + 3 * kv_heads + 2 * heads
     numbers += length if args.attention_backend == "sdpa" else 0
     if args.qk_norm == "none":
         numbers -= heads + kv_heads
-    numbers += 2 * args.dim  # norm: in, out
+    numbers += 2 * args.dim  # the second norm: in, out
     if not has_experts:
         return computed * (numbers + 4 * args.dense_hidden_dim) + 4 * args.num_heads
-    # rows in and out of the banks; gate, up, activated gate, their product.
+    # Rows in and out of the experts; gate, up, activated gate, their product.
     numbers += args.top_k * (2 * args.dim + 4 * args.expert_hidden_dim)
     numbers += 4 * args.shared_hidden_dim
-    # float32 input, logits and scores, mask; indices and weights of the chosen.
+    # Router: float32 input, logits and scores, mask; indices and weights of the chosen experts.
     router = 4 * args.dim + 9 * args.num_experts + 16 * args.top_k
     return computed * numbers + router + 4 * args.num_heads
 
 
-def kept_per_op(args: ModelArgs, computed: int, *, has_experts: bool, expert_parallel: bool) -> int:
+def saved_per_op(
+    args: ModelArgs, computed: int, *, has_experts: bool, expert_parallel: bool
+) -> int:
     """Bytes per token that one block saves with per-op checkpointing: its input, every second matrix product (wq, wv, the
     router's, w1 and w2 of the shared or dense expert), attention, the three grouped products, and what crossed the network."""
     heads, kv_heads = args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
@@ -87,7 +86,7 @@ def kept_per_op(args: ModelArgs, computed: int, *, has_experts: bool, expert_par
 
 
 def recomputed_blocks(config: ActivationCheckpoint, num_layers: int) -> list[bool]:
-    """Per block whether its whole forward, with its exchanges, runs again in the backward. Per-op saves the exchanges."""
+    """For every block, whether its whole forward with its all-to-alls runs again in the backward. Per-op saves the all-to-alls."""
     if config.mode == "selective" and config.selective_ac_option != "op":
         every = int(config.selective_ac_option)
         return [every == 0 or (i + 1) % every == 0 for i in range(num_layers)]
@@ -97,7 +96,7 @@ def recomputed_blocks(config: ActivationCheckpoint, num_layers: int) -> list[boo
 def activation_memory(
     config: JobConfig, args: ModelArgs, precision: Precision, *, expert_parallel: bool
 ) -> ActivationMemory:
-    """The estimate for one micro-batch of full rows."""
+    """The estimate for one micro-batch of full sequences."""
     training, checkpoint = config.training, config.activation_checkpoint
     rows, length = training.local_batch_size, training.seq_len
     tokens, b = rows * length, precision.computed
@@ -110,7 +109,7 @@ def activation_memory(
         if is_recomputed:
             kept = tokens * b * args.dim
         elif per_op:
-            kept = tokens * kept_per_op(
+            kept = tokens * saved_per_op(
                 args, b, has_experts=has_experts, expert_parallel=expert_parallel
             )
         decoder += kept

@@ -1,13 +1,13 @@
 """Float8 training: the model converter ``float8``.
 
-Converted are the linear layers of attention, dense feed-forward and shared experts (torchao's Float8Linear), and the expert
-banks' matmuls (their kernel is replaced). Routers, heads and embeddings keep the model's precision, as in arXiv 2412.19437
+It converts the linear layers of attention, dense feed-forward and shared experts (to torchao's Float8Linear), and the matmuls of the
+grouped experts (by replacing their kernel). Routers, heads and embeddings keep the model's precision, as in arXiv 2412.19437
 section 3.3.1, and so do the latent modules and the ViT.
 
-Names and shapes of parameters do not change, so checkpoints fit with and without. Without ``emulate`` this needs a GPU; the
-checks refuse what the GPU cannot do. torchao is imported when a model is converted, not before: its import prints.
+Names and shapes of parameters do not change, so checkpoints are interchangeable. Without ``emulate`` this needs a GPU;
+``training.checks`` refuses what the GPU cannot do.
 
-Letters: N rows, D width in, F width out, E experts.
+Shape letters: sequence/shapes.py. N are rows sorted by expert.
 """
 
 import re
@@ -38,7 +38,9 @@ _LINEAR_LAYERS = re.compile(
 
 def float8_linear_config(job_config: JobConfig, sharded: bool) -> "Float8LinearConfig":
     """torchao's configuration for what [float8] says; ``sharded``: FSDP gathers the weights."""
-    from torchao.float8 import Float8LinearConfig
+    from torchao.float8 import (
+        Float8LinearConfig,  # only when needed: importing torchao prints warnings
+    )
 
     options = job_config.float8
     return replace(
@@ -49,9 +51,9 @@ def float8_linear_config(job_config: JobConfig, sharded: bool) -> "Float8LinearC
 
 
 def scaled_float8_swiglu() -> SwiGLUKernel:
-    """The kernel on a GPU. Operands are bfloat16; each expert's rows are whole blocks of ``FLOAT8_MULTIPLE``, at least one:
-    the kernels that round cannot be started on no rows, and a grouped matmul over no rows has left its part of the weights'
-    gradient unwritten on some GPUs (pytorch issue 172439)."""
+    """The kernel for a GPU. Operands are bfloat16; each expert's rows are whole blocks of ``FLOAT8_MULTIPLE``, at least one block."""
+    # At least one: the rounding kernels cannot be launched on zero rows, and a grouped matmul over zero rows leaves its part of the
+    # weights' gradient unwritten on some GPUs (pytorch issue 172439).
     from torchao.prototype.moe_training import _to_fp8_rowwise_then_scaled_grouped_mm as scaled_mm
 
     def swiglu(
@@ -71,7 +73,7 @@ def scaled_float8_swiglu() -> SwiGLUKernel:
 
 
 def convert_linear_layers(model: nn.Module, config: "Float8LinearConfig") -> tuple[int, list[str]]:
-    """(number of layers converted in place, names of those left alone because a dim is no multiple of 16)."""
+    """(number of layers converted in place, names of those left alone because a dim is not a multiple of 16)."""
     from torchao.float8 import convert_to_float8_training
 
     linear_layers = {
@@ -91,20 +93,20 @@ def convert_linear_layers(model: nn.Module, config: "Float8LinearConfig") -> tup
 
 
 def convert_grouped_experts(model: nn.Module, emulate: bool) -> int:
-    """Number of banks converted in place."""
+    """Number of ``GroupedExperts`` converted in place."""
     kernel = emulated_float8_swiglu if emulate else scaled_float8_swiglu()
-    num_banks = 0
+    num_groups = 0
     for module in model.modules():
         if isinstance(module, GroupedExperts):
             module.swiglu = kernel
-            num_banks += 1
+            num_groups += 1
         elif isinstance(module, PartitionedMoE) and not emulate:
             module.block_rows = FLOAT8_MULTIPLE
-    return num_banks
+    return num_groups
 
 
 class Float8Converter(upstream.ModelConverter):
-    """Converts a model before it is made parallel."""
+    """torchtitan's converter interface; it runs before the model is made parallel."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
         self.options = job_config.float8
@@ -112,12 +114,12 @@ class Float8Converter(upstream.ModelConverter):
 
     def convert(self, model: nn.Module) -> None:
         num_linear, skipped = convert_linear_layers(model, self.linear_config)
-        num_banks = (
+        num_groups = (
             convert_grouped_experts(model, self.options.emulate) if self.options.experts else 0
         )
         how = "emulated" if self.options.emulate else "on the GPU"
         logger.info(
-            f"float8, {how}: {num_linear} linear layers ({self.options.recipe}), {num_banks} expert banks"
+            f"float8, {how}: {num_linear} linear layers ({self.options.recipe}), {num_groups} groups of experts"
         )
         if skipped:
             logger.warning(
@@ -125,7 +127,7 @@ class Float8Converter(upstream.ModelConverter):
             )
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """The scales of all weights that FSDP will gather in float8, by one all-reduce instead of one for each."""
+        """Compute the scales of all weights that FSDP gathers in float8 with one all-reduce instead of one per weight."""
         if not self.linear_config.enable_fsdp_float8_all_gather:
             return
         from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp

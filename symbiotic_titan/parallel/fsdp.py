@@ -1,8 +1,8 @@
-"""FSDP2: the wrapping plan, what is gathered ahead of time, and the gradient arithmetic.
+"""FSDP2: which modules are units, what is gathered ahead of time, and how gradients are reduced.
 
-Units inside a block: shared experts, each expert bank, then the rest of the block (attention, norms, router), so that no
-reduce-scatter of a bank waits between the two all-to-alls of the backward. Outside: every block of the ViT, its rest, the
-latent embedding, the token embeddings; the root holds what is left (norm, output, flow head). Losses are divided by global
+Units inside a block: the shared expert, each group's experts, then the rest of the block (attention, norms, router), so that no
+reduce-scatter of expert gradients waits between the two all-to-alls of the backward. Outside of blocks: every block of the ViT, its
+rest, the latent embedding, the token embeddings; the root holds the remainder (norm, output, flow head). Losses are divided by global
 token counts, so gradients are summed over ranks, never averaged.
 """
 
@@ -27,8 +27,8 @@ from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.experts import GroupedExperts, PartitionedMoE
 from symbiotic_titan.moe.kernels import local_tensor
 
-# ``parallelism.fsdp_reshard_after_forward`` -> whether weights are freed behind the forward: (of the units, of the last block and
-# the root). The backward starts with these two, so by default they stay.
+# ``parallelism.fsdp_reshard_after_forward`` -> whether weights are freed after the forward: (those of most units, those of the last
+# block and the root). The backward starts with the last block and the root, so by default these stay gathered.
 _RESHARD = {"default": (True, False), "always": (True, True), "never": (False, False)}
 
 
@@ -39,7 +39,7 @@ def data_mesh(parallel_dims: ParallelDims) -> DeviceMesh:
 
 
 def expert_mesh(parallel_dims: ParallelDims) -> DeviceMesh:
-    """Mesh over which an expert bank is sharded besides the ``ep`` axis."""
+    """Mesh over which experts are sharded in addition to the ``ep`` axis."""
     if not parallel_dims.ep_enabled:
         return data_mesh(parallel_dims)
     names = ["dp_replicate", "efsdp"] if parallel_dims.dp_replicate_enabled else ["efsdp"]
@@ -47,28 +47,31 @@ def expert_mesh(parallel_dims: ParallelDims) -> DeviceMesh:
 
 
 def sum_gradients(model: nn.Module, device_type: str) -> None:
-    """Make every FSDP unit sum gradients over ranks. gloo has no pre-scaled sum, so on CPU the plain sum is forced."""
+    """Make every FSDP unit sum gradients over ranks instead of averaging them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            # Without this FSDP divides by the size of a unit's own mesh, which differs between dense parameters and experts.
             module.set_gradient_divide_factor(1.0)
+            # A divide factor selects a pre-multiplied sum, which gloo does not have.
             if device_type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)
 
 
 def expert_shard_placement(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
-    """Where FSDP cuts an expert weight (E, rows, columns) over ``num_ranks``: between experts where each rank gets equally
-    many (None, FSDP's default), else inside every expert. Four experts over 32 ranks would be gathered as 32 otherwise."""
+    """Where FSDP shards an expert weight (E, rows, columns) over ``num_ranks``: dim 0, between experts, if that is even (None, FSDP's
+    default), else dim 1, inside every expert."""
+    # Dim 0 is padded to a multiple of the ranks: 4 experts over 32 ranks would be gathered as 32.
 
-    def cut(weight: nn.Parameter) -> Shard | None:
+    def placement(weight: nn.Parameter) -> Shard | None:
         num_experts, num_rows = local_tensor(weight).shape[:2]
         inside = num_experts % num_ranks != 0 and num_rows % num_ranks == 0
         return Shard(1) if inside else None
 
-    return cut
+    return placement
 
 
 def units_inside(block: nn.Module) -> list[nn.Module]:
-    """What of a decoder block is sharded apart from the rest of it, in the order that it runs."""
+    """Parts of a decoder block that are FSDP units of their own, in the order in which they run."""
     moe: PartitionedMoE | None = getattr(block, "moe", None)
     if moe is None:
         return []
@@ -79,13 +82,15 @@ def units_inside(block: nn.Module) -> list[nn.Module]:
 def gather_ahead(model: SymbioticModel, *, end_is_freed: bool) -> None:
     """Start the all-gathers of the next block when a block begins, in both directions.
 
-    Without it the host, which waits for token counts in every MoE layer, would start them too late. Costs the memory of one
-    more gathered block. Only a block's own unit starts gathers: its hook runs once per direction, while those of the units
-    inside run again when activation checkpointing recomputes the block. They must never gather there: per-op checkpointing
-    would look for the gather among the operations of the forward. So where the last block was freed, the root starts its
-    gathers; that hook runs for every tensor the model returns, which costs one gather of the last block too many. The rest of the
-    ViT, which may return several tensors (``deepstack``), starts none for the same reason: its last block is gathered with it.
+    Without prefetching, the host, which waits for token counts in every MoE layer, would start them too late. The price is the memory
+    of one more gathered block.
     """
+    # Only a block's own unit starts gathers: its hook runs once per direction, while the hooks of the units inside run again when
+    # activation checkpointing recomputes the block. A gather during recomputation is an error under per-op checkpointing, which
+    # would look for it among the operations of the forward.
+    # If the last block was freed, the root starts its gathers. The root's hook runs for every tensor that the model returns, which
+    # costs one superfluous gather of the last block. For the same reason the rest of the ViT, which may return several tensors
+    # (``deepstack``), starts none: its last block is gathered together with it.
     blocks = [[block, *units_inside(block)] for block in model.layers.values()]
     vit_blocks = [[block] for block in model.vit.layers.values()]
     embeddings: list[list[nn.Module]] = [[model.latent_embedding]]
@@ -105,34 +110,33 @@ def gather_ahead(model: SymbioticModel, *, end_is_freed: bool) -> None:
 def apply_fsdp(
     model: SymbioticModel, parallel_dims: ParallelDims, config: JobConfig, device_type: str
 ) -> None:
-    """Shard ``model`` in place.
-
-    Inputs are not cast by FSDP (timesteps must stay float32); the model casts patches and latents itself.
-    """
+    """Shard ``model`` in place."""
     training = config.training
     free, free_end = _RESHARD[config.parallelism.fsdp_reshard_after_forward]
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
-            cast_forward_inputs=False,
+            cast_forward_inputs=False,  # timesteps must stay float32; the model casts patches and latents itself
         ),
         "offload_policy": CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy(),
     }
     dense = {**options, "mesh": data_mesh(parallel_dims)}
-    banks = {**options, "mesh": expert_mesh(parallel_dims)}
-    banks["shard_placement_fn"] = expert_shard_placement(banks["mesh"].shape[-1])
+    experts = {**options, "mesh": expert_mesh(parallel_dims)}
+    experts["shard_placement_fn"] = expert_shard_placement(experts["mesh"].shape[-1])
 
     for part in (*model.vit.layers.values(), model.vit, model.latent_embedding):
         fully_shard(part, reshard_after_forward=free, **dense)
-    if not model.args.tie_embeddings:  # tied, the weight is the root's, together with the output
+    if (
+        not model.args.tie_embeddings
+    ):  # a tied weight belongs to the root, because the output uses it too
         unit = fully_shard(model.tok_embeddings, reshard_after_forward=free, **dense)
-        unit.set_unshard_in_backward(False)  # a look-up's backward reads no weight
+        unit.set_unshard_in_backward(False)  # the backward of a look-up does not read the weight
     last = list(model.layers.values())[-1]
     for block in model.layers.values():
         free_block = free_end if block is last else free
         for part in units_inside(block):
-            where = banks if isinstance(part, GroupedExperts) else dense
+            where = experts if isinstance(part, GroupedExperts) else dense
             fully_shard(part, reshard_after_forward=free_block, **where)
         fully_shard(block, reshard_after_forward=free_block, **dense)
     fully_shard(model, reshard_after_forward=free_end, **dense)

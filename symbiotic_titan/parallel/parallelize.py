@@ -1,38 +1,44 @@
-"""The order in which a finished single-device model is made parallel, on one screen."""
+"""Make a finished single-device model parallel: expert parallelism, activation checkpointing, torch.compile, FSDP2, in this order."""
 
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.device import device_type
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.parallel.activation_checkpoint import apply_activation_checkpoint
+from symbiotic_titan.moe import float8_matmul  # noqa: F401 - registers a custom op that is listed below
 from symbiotic_titan.parallel.compile import apply_compile
 from symbiotic_titan.parallel.expert_parallel import apply_expert_parallel
 from symbiotic_titan.parallel.fsdp import apply_fsdp
 
-
-def parallel_dims_of(config: JobConfig, world_size: int) -> ParallelDims:
-    """The mesh that a config's degrees give; the kinds of parallelism that are not supported stay at 1."""
-    degrees = config.parallelism
-    return ParallelDims(
-        dp_replicate=degrees.data_parallel_replicate_degree,
-        dp_shard=degrees.data_parallel_shard_degree,
-        cp=1,
-        tp=1,
-        pp=1,
-        ep=degrees.expert_parallel_degree,
-        etp=1,
-        world_size=world_size,
-    )
+# Per-op activation checkpointing saves matrix products, attention and what crossed the network; the rest is recomputed.
+_SAVED_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_grouped_mm.default,
+    torch.ops.symbiotic_titan.swiglu_loop.default,
+    torch.ops.symbiotic_titan.float8_grouped_linear.default,
+    torch.ops.aten.max.default,  # a float8 scale: one number for a whole tensor, costly to compute
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
+}
 
 
 def parallelize_symbiotic(
     model: SymbioticModel, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> SymbioticModel:
-    """Fills the train spec's parallelize slot: expert parallel -> activation checkpoint -> compile -> FSDP2.
+    """The parallelize function of the train spec. In a single process the model stays as it is, apart from checkpointing and compile.
 
-    One process keeps the plain model: the same code runs without any of it.
+    Expert parallelism comes first, because it replaces parameters. Checkpoint wrappers come before compile, which looks inside them,
+    and FSDP comes last, because its hooks must stand outside the wrappers and the compiled parts.
     """
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims.get_mesh("ep"))
@@ -46,3 +52,25 @@ def parallelize_symbiotic(
             f"expert parallel {parallel_dims.ep}"
         )
     return model
+
+
+def apply_activation_checkpoint(
+    model: nn.Module, config: ActivationCheckpoint, base_folder: str
+) -> None:
+    """Wrap the blocks in ``model.layers`` in place; mode ``none`` does nothing."""
+    if config.mode == "none":
+        return
+    _ignore_profiler_ops()
+    apply_ac(model, config, op_sac_save_list=_SAVED_OPS, base_folder=base_folder)
+
+
+def _ignore_profiler_ops() -> None:
+    """Keep per-op checkpointing from counting the profiler marks of FSDP's hooks."""
+    # From torch 2.13 on FSDP emits these ops inside a checkpointed block. The recomputation emits more of them than the forward
+    # did, and per-op checkpointing fails on an op that it has no result for. Older versions have neither the list nor the failure.
+    ignored = getattr(torch.utils.checkpoint, "SAC_IGNORED_OPS", None)
+    if ignored is not None:
+        ignored |= {
+            torch.ops.profiler._record_function_enter_new.default,
+            torch.ops.profiler._record_function_exit._RecordFunction,
+        }

@@ -1,4 +1,4 @@
-"""This process among those that read different rows."""
+"""The device meshes of a config, and this process among those that read different data."""
 
 import os
 from dataclasses import dataclass
@@ -11,12 +11,30 @@ from torchtitan.distributed import utils as dist_utils
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.device import device_type
-from symbiotic_titan.parallel.parallelize import parallel_dims_of
+
+
+def parallel_dims_of(config: JobConfig, world_size: int) -> ParallelDims:
+    """The meshes that a config's degrees describe; unsupported kinds of parallelism stay at 1."""
+    degrees = config.parallelism
+    return ParallelDims(
+        dp_replicate=degrees.data_parallel_replicate_degree,
+        dp_shard=degrees.data_parallel_shard_degree,
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=degrees.expert_parallel_degree,
+        etp=1,
+        world_size=world_size,
+    )
 
 
 @dataclass(frozen=True)
 class DataRanks:
-    """This process among those that read different rows. ``dims`` is None where there is one."""
+    """This process among those that read different data.
+
+    rank, size: of the data-parallel ranks; expert parallelism runs inside these, so its ranks read different data too.
+    dims:       None if this process is alone.
+    """
 
     device: torch.device
     rank: int
@@ -24,14 +42,14 @@ class DataRanks:
     dims: ParallelDims | None
 
     def sum(self, values: Tensor) -> Tensor:
-        """``values`` summed over the processes, in place."""
+        """``values`` summed over all data ranks, in place."""
         if self.dims is not None:
             dist.all_reduce(values, group=self.dims.get_mesh("batch").get_group())
         return values
 
 
 def data_ranks(device: torch.device, dims: ParallelDims) -> DataRanks:
-    """This process in ``dims``."""
+    """This process in the meshes of ``dims``."""
     if not dims.dp_enabled:
         return DataRanks(device, 0, 1, None)
     mesh = dims.get_mesh("batch")
@@ -39,13 +57,13 @@ def data_ranks(device: torch.device, dims: ParallelDims) -> DataRanks:
 
 
 def join_ranks(config: JobConfig) -> DataRanks:
-    """The processes that torchrun started, joined; or this one alone."""
+    """Join the processes that torchrun started, or return this process alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device(device_type(), int(os.environ.get("LOCAL_RANK", "0")))
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     if size == 1:
         return DataRanks(device, 0, 1, None)
-    if not dist.is_initialized():
+    if not dist.is_initialized():  # the trainer or a test may have joined already
         dist_utils.init_distributed(config.comm, base_folder=config.job.dump_folder)
     return data_ranks(device, parallel_dims_of(config, size))

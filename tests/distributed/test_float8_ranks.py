@@ -117,8 +117,8 @@ def in_blocks(rank, block_rows):
             seen.append(operands[-1])
             return grouped_swiglu(*operands)
 
-        for bank in layer.experts.values():
-            bank.swiglu = watched
+        for experts in layer.experts.values():
+            experts.swiglu = watched
         layer.block_rows = block_rows
         out_TD, _ = step(layer, *make_inputs(modalities, rank, torch.float32))
         grads = [getattr(p.grad, "_local_tensor", p.grad) for p in layer.parameters()]

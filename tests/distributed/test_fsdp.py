@@ -8,9 +8,7 @@ import torch.distributed as dist
 
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.parallel import (
-    dry_run as plan,
-)
-from symbiotic_titan.parallel import (
+    dry_run,
     fsdp,
 )
 from tests.helpers.debug_model import backward, build, config_of, forward
@@ -99,7 +97,7 @@ def on_rank(rank, case, patch):
         backward(output)
     exchanges = sum(event.name == "c10d::alltoall_base_" for event in profile.events())
     norm = torch.stack([p.grad.full_tensor().norm() for p in model.parameters()]).norm()
-    parameters = plan.sharded_parameters(model)
+    parameters = dry_run.sharded_parameters(model)
     return {
         "parameters": parameters,
         "local": {p.name: tuple(q.to_local().shape) for p, q in zip(parameters, model.parameters(), strict=True)},
@@ -130,8 +128,10 @@ def test_traffic_is_the_planned_one(results, case):
     config = config_of(CASES[case])
     for result in (rank[case] for rank in results):
         reshard = config.parallelism.fsdp_reshard_after_forward
-        stages = plan.traffic_by_stage(result["parameters"], plan.Precision.of(config), reshard)
-        planned = sum(stages.values(), plan.Traffic())
+        stages = dry_run.traffic_by_stage(
+            result["parameters"], dry_run.Precision.of(config), reshard
+        )
+        planned = sum(stages.values(), dry_run.Traffic())
         # A collective of n ranks is counted whole; (n - 1) / n of it leaves the rank.
         forward, backward = (size * (RANKS - 1) // RANKS for size in result["gathered"])
         assert (forward, backward) == (planned.gather_forward, planned.gather_backward)
@@ -152,8 +152,8 @@ def test_an_odd_number_of_experts_is_cut_inside_each(results):
         ("odd_experts_padded", (7, 64, 128), 14),
     ):
         parameters = {p.name: p for p in results[0][case]["parameters"]}
-        bank = parameters["layers.1.moe.experts.understanding.w1"]
-        assert bank.local == local and bank.gathered == gathered * 64 * 128
+        experts = parameters["layers.1.moe.experts.understanding.w1"]
+        assert experts.local == local and experts.gathered == gathered * 64 * 128
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -161,10 +161,10 @@ def test_the_next_block_is_gathered_before_this_one_computes(results, case):
     for result in (rank[case] for rank in results):
         gathers = {stage: 0 for stage in ("layers.0", "layers.1", "layers.2")}
         before = 0
-        for unit, members in plan.units_of(result["parameters"]).items():
+        for unit, members in dry_run.units_of(result["parameters"]).items():
             if members[0].shard == 1:
                 continue  # nothing to gather
-            stage = plan.stage_of(unit)
+            stage = dry_run.stage_of(unit)
             if stage in gathers:
                 gathers[stage] += 1
             else:

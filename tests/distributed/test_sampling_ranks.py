@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from symbiotic_titan.data.tokenizer import ByteTokenizer
-from symbiotic_titan.parallel.parallelize import parallel_dims_of
-from symbiotic_titan.parallel.ranks import DataRanks
+from symbiotic_titan.parallel.ranks import DataRanks, parallel_dims_of
 from symbiotic_titan.training.sample_grids import SampleGrids
 from tests.helpers.debug_model import backward, build, config_of, forward
 from tests.helpers.gloo import run_on_ranks

@@ -39,7 +39,7 @@ def assert_near(run, reference, tag, tolerance):
 def test_losses_stay_near_those_of_float32(tmp_path, demo, reference, options):
     run = launch(tmp_path, demo, training__steps=NUM_STEPS, **FLOAT8, **options)
     assert run.status == 0, run.text[-3000:]
-    assert "float8, emulated: 21 linear layers" in run.text and "4 expert banks" in run.text
+    assert "float8, emulated: 21 linear layers" in run.text and "4 groups of experts" in run.text
     for tag in ("loss/text", "loss/flow"):
         assert_near(run, reference, tag, LOSS_TOLERANCE)
     assert_near(run, reference, "grad_norm/all", NORM_TOLERANCE)

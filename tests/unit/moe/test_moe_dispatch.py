@@ -16,8 +16,8 @@ def dispatch(dtype=torch.float64):
     counts_E = torch.tensor([3, 0, 3, 2, 2])
     x_TD = torch.arange(1.0, 7).unsqueeze(-1).repeat(1, 4).to(dtype).requires_grad_()
     dispatcher = LocalDispatcher()
-    dispatched, plan = dispatcher.dispatch(x_TD, experts_TK, group_T, counts_E, SIZES)
-    return dispatcher, x_TD, dispatched, plan
+    dispatched, layout = dispatcher.dispatch(x_TD, experts_TK, group_T, counts_E, SIZES)
+    return dispatcher, x_TD, dispatched, layout
 
 
 def test_rows_are_sorted_by_expert_and_by_token_inside_one():
@@ -38,28 +38,28 @@ def test_zero_rows_round_every_expert_up():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_combine_is_the_weighted_sum_of_each_tokens_copies(dtype):
-    dispatcher, x_TD, dispatched, plan = dispatch(dtype)
+    dispatcher, x_TD, dispatched, layout = dispatch(dtype)
     weights_TK = torch.tensor([[0.25, 0.5]] * 6)
     rows = tuple(10 * r for r in dispatched.rows)
-    out_TD = dispatcher.combine(rows, weights_TK, plan)
+    out_TD = dispatcher.combine(rows, weights_TK, layout)
     expected_TD = 7.5 * x_TD.detach()
     expected_TD[2] = 0
     torch.testing.assert_close(out_TD, expected_TD)
 
 
 def test_gradients_equal_those_of_plain_indexing():
-    dispatcher, x_TD, dispatched, plan = dispatch()
+    dispatcher, x_TD, dispatched, layout = dispatch()
     factors = [torch.randn_like(r) for r in dispatched.rows]
     weights_TK = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
     rows = tuple(f * r for f, r in zip(factors, dispatched.rows, strict=True))
     direction_TD = torch.randn(6, 4, dtype=torch.float64)
-    loss = (dispatcher.combine(rows, weights_TK, plan) * direction_TD).sum()
+    loss = (dispatcher.combine(rows, weights_TK, layout) * direction_TD).sum()
     found = torch.autograd.grad(loss, [x_TD, weights_TK])
 
     total = 0.0
-    for factor, bank in zip(factors, plan, strict=True):
-        plain = factor * x_TD[bank.source_n]
-        for token, row_K in zip(bank.token_t.tolist(), bank.row_tK, strict=True):
+    for factor, group in zip(factors, layout, strict=True):
+        plain = factor * x_TD[group.source_n]
+        for token, row_K in zip(group.token_t.tolist(), group.row_tK, strict=True):
             total = total + (weights_TK[token] @ plain[row_K] * direction_TD[token]).sum()
     for grad, wanted in zip(found, torch.autograd.grad(total, [x_TD, weights_TK]), strict=True):
         torch.testing.assert_close(grad, wanted)
@@ -67,10 +67,10 @@ def test_gradients_equal_those_of_plain_indexing():
 
 
 def test_dispatcher_keeps_nothing_between_calls():
-    dispatcher, _, first, first_plan = dispatch()
+    dispatcher, _, first, first_layout = dispatch()
     x_TD = torch.zeros(1, 4, dtype=torch.float64)
     one = torch.tensor([[0, 1]])
     dispatcher.dispatch(x_TD, one, torch.tensor([0]), torch.tensor([1, 1, 0, 0, 0]), SIZES)
-    out_TD = dispatcher.combine(first.rows, torch.ones(6, 2), first_plan)
+    out_TD = dispatcher.combine(first.rows, torch.ones(6, 2), first_layout)
     assert out_TD[:, 0].tolist() == [2, 4, 0, 8, 10, 12]
     assert vars(dispatcher) == {}

@@ -11,7 +11,7 @@ from torchtitan.config.job_config import ActivationCheckpoint
 from symbiotic_titan.config.experts import Shielding
 from symbiotic_titan.moe.experts import SharedExpert
 from symbiotic_titan.optim.shield_schedule import shield_scale
-from symbiotic_titan.parallel.activation_checkpoint import apply_activation_checkpoint
+from symbiotic_titan.parallel.parallelize import apply_activation_checkpoint
 from symbiotic_titan.sequence.batch import stack_rows
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from tests.helpers.moe_reference import grads, make_args, make_layer, make_tokens, routed_output

@@ -150,8 +150,8 @@ def test_padding_gets_exact_zeros_and_no_gradient_and_touches_nobody(bad):
 def test_padding_rows_are_not_computed():
     layer = make_layer(make_args())
     rows = []
-    for bank in layer.experts.values():
-        bank.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
+    for experts in layer.experts.values():
+        experts.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
     x_TD, modality_T = make_tokens(40)
     layer(x_TD, modality_T, NO_SHIELD)
     assert rows == [20 * 3, 10 * 3]

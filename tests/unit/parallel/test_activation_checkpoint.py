@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.config.job_config import ActivationCheckpoint
 
-from symbiotic_titan.parallel.activation_checkpoint import apply_activation_checkpoint
+from symbiotic_titan.parallel.parallelize import apply_activation_checkpoint
 from tests.helpers.tiny_models import MIXED, pack_row, run_model, tiny_args, tiny_model
 
 

@@ -83,15 +83,15 @@ def test_converted_are_the_big_layers_of_the_decoder_and_nothing_else():
     for name in ("router", "vit.", "flow_head.", "latent_embedding."):
         assert any(name in p for p, _ in model.named_parameters())
         assert not any(name in converted for converted in converted_names(model))
-    banks = [m for m in model.modules() if isinstance(m, GroupedExperts)]
-    assert len(banks) == 2 and all(bank.swiglu is emulated_float8_swiglu for bank in banks)
+    groups = [m for m in model.modules() if isinstance(m, GroupedExperts)]
+    assert len(groups) == 2 and all(experts.swiglu is emulated_float8_swiglu for experts in groups)
 
 
-def test_experts_false_leaves_the_banks_alone():
+def test_experts_false_leaves_grouped_experts_alone():
     model = tiny_model(make_args())
     convert(model, experts=False)
-    banks = [m for m in model.modules() if isinstance(m, GroupedExperts)]
-    assert all(bank.swiglu is grouped_swiglu for bank in banks)
+    groups = [m for m in model.modules() if isinstance(m, GroupedExperts)]
+    assert all(experts.swiglu is grouped_swiglu for experts in groups)
     assert converted_names(model)
 
 
@@ -104,7 +104,7 @@ def test_a_dim_that_does_not_fit_is_left_out_and_named(caplog):
         "float8 leaves out layers.0.feed_forward.w1, layers.0.feed_forward.w2, layers.0.feed_forward.w3: "
         "a dim is no multiple of 16" in caplog.text
     )
-    assert "float8, emulated: 11 linear layers (tensorwise), 2 expert banks" in caplog.text
+    assert "float8, emulated: 11 linear layers (tensorwise), 2 groups of experts" in caplog.text
 
 
 def test_names_and_values_of_parameters_stay():

@@ -18,29 +18,20 @@ from symbiotic_titan.model.decoder import TransformerBlock
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.layers import RMSNorm
 from symbiotic_titan.model.rope import frequencies, frequency_axes, rotary_tables
-from symbiotic_titan.parallel import (
-    activation_checkpoint,
-    fsdp,
-)
-from symbiotic_titan.parallel import (
-    dry_run as plan,
-)
-from symbiotic_titan.parallel import (
-    dry_run_activations as activation_plan,
-)
+from symbiotic_titan.parallel import dry_run, dry_run_activations, fsdp, parallelize
 from tests.helpers.query_models import with_queries
 
 ROOT = Path(__file__).parents[3]
-BF16 = plan.Precision(kept=4, computed=2, reduced=4)
+BF16 = dry_run.Precision(stored=4, computed=2, reduced=4)
 TOKENS = 64
 
 
 def parameter(name, unit, shape, local, gathered, **changes):
     settings = {"shard": 4, "replicate": 1, "expert": 1, "trainable": True} | changes
-    return plan.ShardedParameter(name, unit, shape, local, gathered, **settings)
+    return dry_run.ShardedParameter(name, unit, shape, local, gathered, **settings)
 
 
-# Two units of a block on 4 ranks, the bank on 2 x 2, and a root; ten rows do not divide by four.
+# Two units of a block on 4 ranks, the experts on 2 x 2, and a root; ten rows do not divide by four.
 BY_HAND = [
     parameter("output.weight", "", (10, 8), (3, 8), 96),
     parameter("layers.0.attention.wq.weight", "layers.0", (8, 8), (2, 8), 64),
@@ -52,30 +43,30 @@ BY_HAND = [
 
 
 def test_state_is_weights_gradients_and_two_moments():
-    assert plan.state_memory(BY_HAND, BF16) == plan.StateMemory(4 * 104, 4 * 104, 8 * 104)
+    assert dry_run.state_memory(BY_HAND, BF16) == dry_run.StateMemory(4 * 104, 4 * 104, 8 * 104)
     frozen = [replace(BY_HAND[0], trainable=False), *BY_HAND[1:]]
-    assert plan.state_memory(frozen, BF16) == plan.StateMemory(4 * 104, 4 * 80, 8 * 80)
+    assert dry_run.state_memory(frozen, BF16) == dry_run.StateMemory(4 * 104, 4 * 80, 8 * 80)
 
 
 def test_weights_send_what_does_not_stay():
     # Three quarters of 96 and 64, half of 128.
-    assert plan.weight_traffic(BY_HAND, BF16, 1) == plan.Traffic(
+    assert dry_run.weight_traffic(BY_HAND, BF16, 1) == dry_run.Traffic(
         gather_forward=2 * (72 + 48 + 64),
         gather_backward=2 * (72 + 48 + 64),
         reduce_scatter=4 * (72 + 48 + 64),
     )
-    assert plan.weight_traffic(BY_HAND, BF16, 0).gather_backward == 0
+    assert dry_run.weight_traffic(BY_HAND, BF16, 0).gather_backward == 0
 
 
 def test_replicas_sum_their_shards():
     replicated = [replace(p, replicate=2) for p in BY_HAND]
     # A ring over two replicas sends each shard once: 96 / 4, 64 / 4, 128 / 2 numbers.
-    assert plan.weight_traffic(replicated, BF16, 1).all_reduce == 4 * (24 + 16 + 64)
+    assert dry_run.weight_traffic(replicated, BF16, 1).all_reduce == 4 * (24 + 16 + 64)
 
 
 def test_frozen_weights_send_no_gradients():
     frozen = [replace(p, trainable=False, replicate=2) for p in BY_HAND]
-    traffic = plan.weight_traffic(frozen, BF16, 1)
+    traffic = dry_run.weight_traffic(frozen, BF16, 1)
     assert traffic.reduce_scatter == traffic.all_reduce == 0 and traffic.gather_forward > 0
 
 
@@ -85,25 +76,25 @@ def test_frozen_weights_send_no_gradients():
 )
 def test_backward_gathers_what_was_freed(reshard, expected):
     stages = ("", "tok_embeddings", "layers.0", "layers.1")
-    assert [plan.gathers_in_backward(s, "layers.1", reshard) for s in stages] == expected
+    assert [dry_run.gathers_in_backward(s, "layers.1", reshard) for s in stages] == expected
 
 
 def test_exchange_goes_out_and_back_in_both_directions():
     # 100 copies of 8 numbers in bf16; three of four ranks are elsewhere.
-    traffic = plan.exchange_traffic(100, 8, 4, BF16, recomputed=False)
-    assert traffic == plan.Traffic(exchange_forward=2 * 1200, exchange_backward=2 * 1200)
-    again = plan.exchange_traffic(100, 8, 4, BF16, recomputed=True)
-    assert again == plan.Traffic(exchange_forward=2 * 1200, exchange_backward=4 * 1200)
-    assert plan.exchange_traffic(100, 8, 1, BF16, recomputed=True) == plan.Traffic()
+    traffic = dry_run.exchange_traffic(100, 8, 4, BF16, recomputed=False)
+    assert traffic == dry_run.Traffic(exchange_forward=2 * 1200, exchange_backward=2 * 1200)
+    again = dry_run.exchange_traffic(100, 8, 4, BF16, recomputed=True)
+    assert again == dry_run.Traffic(exchange_forward=2 * 1200, exchange_backward=4 * 1200)
+    assert dry_run.exchange_traffic(100, 8, 1, BF16, recomputed=True) == dry_run.Traffic()
 
 
 def test_stages_hold_all_traffic_of_their_units():
-    exchange = plan.Traffic(exchange_forward=5)
-    stages = plan.traffic_by_stage(BY_HAND, BF16, "default", {"layers.0": exchange})
+    exchange = dry_run.Traffic(exchange_forward=5)
+    stages = dry_run.traffic_by_stage(BY_HAND, BF16, "default", {"layers.0": exchange})
     assert list(stages) == ["", "layers.0"]
     assert stages["layers.0"].exchange_forward == 5
-    total = sum(stages.values(), plan.Traffic())
-    assert total == plan.weight_traffic(BY_HAND, BF16, 0) + exchange
+    total = sum(stages.values(), dry_run.Traffic())
+    assert total == dry_run.weight_traffic(BY_HAND, BF16, 0) + exchange
     assert total.forward.total == total.gather_forward + 5
 
 
@@ -112,10 +103,10 @@ def test_gathered_memory_is_the_root_and_two_neighbouring_blocks():
         parameter(f"layers.{i}.attention.wq.weight", f"layers.{i}", (n,), (n // 4,), n)
         for i, n in enumerate((40, 80, 60, 20))
     ]
-    memory = plan.gathered_memory([*blocks, BY_HAND[0]], BF16, "default")
-    assert memory == plan.GatheredMemory("root", 2 * 96, 4 * 96, 2 * (80 + 60 + 96))
-    assert plan.gathered_memory(blocks, BF16, "never").peak == 2 * 200
-    assert plan.gathered_memory(blocks, BF16, "default").unit == "layers.1"
+    memory = dry_run.gathered_memory([*blocks, BY_HAND[0]], BF16, "default")
+    assert memory == dry_run.GatheredMemory("root", 2 * 96, 4 * 96, 2 * (80 + 60 + 96))
+    assert dry_run.gathered_memory(blocks, BF16, "never").peak == 2 * 200
+    assert dry_run.gathered_memory(blocks, BF16, "default").unit == "layers.1"
 
 
 def test_equal_layers_share_a_row():
@@ -123,7 +114,7 @@ def test_equal_layers_share_a_row():
         parameter(f"vit.layers.{i}.wo.weight", f"vit.layers.{i}", (8, 8), (2, 8), 64)
         for i in range(3)
     ]
-    assert plan.shape_rows(blocks) == [
+    assert dry_run.shape_rows(blocks) == [
         {
             "kind": "vit",
             "parameter": "vit.layers.*.wo.weight",
@@ -132,7 +123,7 @@ def test_equal_layers_share_a_row():
             "count": 3,
         }
     ]
-    (row,) = plan.traffic_rows(plan.traffic_by_stage(blocks, BF16, "default"))
+    (row,) = dry_run.traffic_rows(dry_run.traffic_by_stage(blocks, BF16, "default"))
     assert row["stage"] == "vit.layers.0 to vit.layers.2" and row["count"] == 3
 
 
@@ -175,9 +166,9 @@ def test_shards_of_all_ranks_make_up_the_model(num_ranks, overrides):
         assert first.gathered == prod(first.local) * first.shard
 
 
-def test_units_are_blocks_banks_and_shared_experts():
+def test_units_are_blocks_grouped_experts_and_shared_experts():
     (parameters, *_) = on_fake_ranks(2)
-    units = set(plan.units_of(parameters))
+    units = set(dry_run.units_of(parameters))
     assert {"", "vit", "vit.layers.0", "latent_embedding", "tok_embeddings", "layers.0"} <= units
     assert {
         "layers.2",
@@ -189,9 +180,9 @@ def test_units_are_blocks_banks_and_shared_experts():
 
 def test_few_experts_are_cut_inside_and_not_padded():
     (parameters, *_) = on_fake_ranks(8)
-    bank = {p.name: p for p in parameters}["layers.1.moe.experts.generation.w1"]
-    assert bank.shape == (4, 64, 128) and bank.local == (4, 8, 128)
-    assert bank.gathered == prod(bank.shape)
+    experts = {p.name: p for p in parameters}["layers.1.moe.experts.generation.w1"]
+    assert experts.shape == (4, 64, 128) and experts.local == (4, 8, 128)
+    assert experts.gathered == prod(experts.shape)
 
 
 @pytest.mark.parametrize("offload", [True, False])
@@ -204,16 +195,16 @@ def test_offload_to_the_cpu_reaches_every_unit(offload, monkeypatch):
 
     monkeypatch.setattr(fsdp, "fully_shard", noted)
     (parameters, *_) = on_fake_ranks(2, *(["--training.enable_cpu_offload"] if offload else []))
-    assert len(policies) == 2 * len(plan.units_of(parameters))  # of both ranks
+    assert len(policies) == 2 * len(dry_run.units_of(parameters))  # of both ranks
     assert {isinstance(policy, CPUOffloadPolicy) for policy in policies} == {offload}
 
 
 def test_one_rank_needs_no_traffic_and_gathers_nothing_apart():
     (parameters,) = on_fake_ranks(1)
     assert {(p.shard, p.unit) for p in parameters} == {(1, "")}
-    assert plan.weight_traffic(parameters, BF16, 1) == plan.Traffic()
+    assert dry_run.weight_traffic(parameters, BF16, 1) == dry_run.Traffic()
     num_weights = sum(prod(p.shape) for p in parameters)
-    assert plan.gathered_memory(parameters, BF16, "default").peak == 2 * num_weights
+    assert dry_run.gathered_memory(parameters, BF16, "default").peak == 2 * num_weights
 
 
 def test_tool_prints_a_table_and_one_line_of_json(capsys):
@@ -248,7 +239,7 @@ class FusedNorm(torch.autograd.Function):
 
 
 def grouped(rows_ND, w1, w2, w3, counts_E):
-    """The CUDA path of the banks, which a CPU has too, at another speed."""
+    """The CUDA path of the grouped experts, which a CPU has too, at another speed."""
     offsets = counts_E.cumsum(0).to(torch.int32)
     gate, up = (F.grouped_mm(rows_ND, w.transpose(1, 2), offs=offsets) for w in (w1, w3))
     return F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=offsets)
@@ -262,8 +253,8 @@ def block_and_inputs(args, layer, monkeypatch):
     block = TransformerBlock(args, layer)
     for weight in block.parameters():
         torch.nn.init.normal_(weight, std=0.05)
-    for bank in block.moe.experts.values() if layer else ():
-        bank.swiglu = grouped
+    for experts in block.moe.experts.values() if layer else ():
+        experts.swiglu = grouped
     num = args.rotary_dim // 2
     axes = frequency_axes(args.mrope, args.mrope_sections, num, torch.device("cpu"))
     positions = torch.arange(TOKENS).view(1, -1, 1).expand(1, -1, 3)
@@ -289,10 +280,10 @@ def test_saved_bytes_are_those_that_autograd_saves(layer, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         block(*inputs)
     measured = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in known)
-    planned = TOKENS * activation_plan.saved_by_block(args, 4, TOKENS, has_experts=bool(layer))
-    # In float32 the router needs no copy of its input; indices are left out of the plan.
-    planned -= TOKENS * 4 * args.dim * layer
-    assert measured == pytest.approx(planned, rel=0.03)
+    estimate = TOKENS * dry_run_activations.saved_by_block(args, 4, TOKENS, has_experts=bool(layer))
+    # In float32 the router needs no copy of its input; indices are left out of the dry_run.
+    estimate -= TOKENS * 4 * args.dim * layer
+    assert measured == pytest.approx(estimate, rel=0.03)
 
 
 class SavedByPolicy(TorchDispatchMode):
@@ -306,9 +297,7 @@ class SavedByPolicy(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         is_product = func == torch.ops.aten.mm.default
         self.num_products += is_product
-        if func in activation_checkpoint._SAVED_OPS and not (
-            is_product and self.num_products % 2 == 0
-        ):
+        if func in parallelize._SAVED_OPS and not (is_product and self.num_products % 2 == 0):
             tensors = result if isinstance(result, tuple) else (result,)
             self.num_bytes += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
         return result
@@ -320,15 +309,17 @@ def test_per_op_bytes_are_those_of_the_saved_ops(layer, monkeypatch):
     block, inputs = block_and_inputs(args, layer, monkeypatch)
     with SavedByPolicy() as kept:
         block(*inputs)
-    planned = activation_plan.kept_per_op(args, 4, has_experts=bool(layer), expert_parallel=False)
-    assert kept.num_bytes + 4 * TOKENS * args.dim == pytest.approx(TOKENS * planned, rel=0.03)
+    estimate = dry_run_activations.saved_per_op(
+        args, 4, has_experts=bool(layer), expert_parallel=False
+    )
+    assert kept.num_bytes + 4 * TOKENS * args.dim == pytest.approx(TOKENS * estimate, rel=0.03)
 
 
 def test_modes_differ_as_their_formulas_say():
     def decoder(*overrides):
         config = config_of(*overrides)
         args = FLAVORS["debug"]
-        memory = activation_plan.activation_memory(config, args, BF16, expert_parallel=False)
+        memory = dry_run_activations.activation_memory(config, args, BF16, expert_parallel=False)
         return memory.decoder, memory.recomputed
 
     everything, nothing_again = decoder("--activation_checkpoint.mode", "none")
@@ -345,7 +336,7 @@ def test_patches_that_queries_read_are_held_for_whole_images():
 
     def images(args, *overrides):
         config = config_of("--model.attention_backend", args.attention_backend, *overrides)
-        memory = activation_plan.activation_memory(config, args, BF16, expert_parallel=False)
+        memory = dry_run_activations.activation_memory(config, args, BF16, expert_parallel=False)
         return memory.vit, memory.masks
 
     squares = replace(FLAVORS["debug"], attention_backend="flex")
@@ -359,7 +350,10 @@ def test_patches_that_queries_read_are_held_for_whole_images():
 
 def test_every_second_layer_is_recomputed():
     config = ActivationCheckpoint(mode="selective", selective_ac_option="2")
-    assert activation_plan.recomputed_blocks(config, 5) == [False, True, False, True, False]
+    assert dry_run_activations.recomputed_blocks(config, 5) == [False, True, False, True, False]
     config = ActivationCheckpoint(mode="selective", selective_ac_option="op")
-    assert activation_plan.recomputed_blocks(config, 2) == [False, False]
-    assert activation_plan.recomputed_blocks(ActivationCheckpoint(mode="full"), 2) == [True, True]
+    assert dry_run_activations.recomputed_blocks(config, 2) == [False, False]
+    assert dry_run_activations.recomputed_blocks(ActivationCheckpoint(mode="full"), 2) == [
+        True,
+        True,
+    ]
