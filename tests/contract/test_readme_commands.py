@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from symbiotic_titan.cli import COMMANDS
+
 ROOT = Path(__file__).parents[2]
-OURS = ("./", "tools/", "tests/")
+SYMBIOTIC = ".venv/bin/symbiotic"
+OURS = ("./", "tools/", "tests/", SYMBIOTIC)
 
 
 def commands(markdown: str) -> list[list[str]]:
@@ -33,7 +36,9 @@ def problems(words: list[str]) -> list[str]:
     found = []
     program = next(w for w in words if w.startswith(OURS))
     is_interpreted = any(w.rpartition("/")[2].startswith("python") for w in words)
-    if not (ROOT / program).is_file():
+    if program == SYMBIOTIC:
+        found += [f"{name}: no such subcommand" for name in words[1:2] if name not in COMMANDS]
+    elif not (ROOT / program).is_file():
         found.append(f"{program}: no such file")
     elif not is_interpreted and not os.access(ROOT / program, os.X_OK):
         found.append(f"{program}: not executable")
@@ -61,6 +66,7 @@ def test_commands_of_the_readme_name_existing_programs_and_configs():
             "train_configs/no.toml: no such config",
         ),
         (".venv/bin/python tools/nothing.py", "tools/nothing.py: no such file"),
+        (".venv/bin/symbiotic nothing --x 1", "nothing: no such subcommand"),
         ("tests/conftest.py", "tests/conftest.py: not executable"),
     ],
 )

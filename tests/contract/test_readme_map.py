@@ -1,4 +1,4 @@
-"""The README's file map: one line per file at the root of the package, per folder of it, and per tool.
+"""The README's file map: the rooms of the package, floor by floor as ``test_layout.FLOORS`` has them, then the other folders.
 
 The map is the fenced block below the heading "File map"; a line is a path from the repository's root and what it is for.
 """
@@ -6,7 +6,8 @@ The map is the fenced block below the heading "File map"; a line is a path from 
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.contract.test_layout import FLOORS
+from tests.helpers.structure import PACKAGE, ROOT
 
 
 def read_map(readme: str) -> dict[str, str]:
@@ -21,12 +22,21 @@ def mapped() -> dict[str, str]:
     return read_map((ROOT / "README.md").read_text())
 
 
-def test_every_file_and_folder_is_on_the_map():
-    files = [*ROOT.glob("symbiotic_titan/*.py"), *ROOT.glob("tools/*.py")]
-    folders = [path.parent for path in ROOT.glob("symbiotic_titan/*/__init__.py")]
-    expected = {path.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py"}
-    expected |= {path.relative_to(ROOT).as_posix() + "/" for path in folders}
-    assert not expected - mapped().keys()
+def path_of(room: str) -> str:
+    path = f"{PACKAGE}/{room.replace('.', '/')}"
+    return f"{path}/" if (ROOT / path).is_dir() else f"{path}.py"
+
+
+def test_the_package_is_mapped_floor_by_floor():
+    floors = {path_of(room): words for floor in FLOORS for room, words in floor.items()}
+    rooms = {path: words for path, words in mapped().items() if path.startswith(PACKAGE)}
+    assert list(rooms.items()) == list(floors.items())
+
+
+def test_every_folder_of_the_repository_is_on_the_map():
+    found = {Path(name).parts[0] for name in mapped()}
+    folders = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("*/**/*.py")}
+    assert not {f for f in folders if not f.startswith(".")} - found - {"outputs", "build"}
 
 
 def test_the_map_names_nothing_that_does_not_exist():
