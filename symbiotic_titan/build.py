@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: loader, tokenizer, loss, parallel model."""
+"""Builders of the parts of a run from its config: loader, tokenizer, loss, parallel model."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def build_dataloader(
     job_config: JobConfig,
     table: str = "[[data.sources]]",
 ) -> PackedLoader:
-    """Packed rows of the configured mixture, with the geometry of the configured flavor. ``table``: where the user wrote it."""
+    """Packed rows of the configured mixture, with the geometry of the configured flavor. ``table``: that of the sources, for messages."""
     workers = job_config.training.dataloader
     return build_loader(
         job_config.data,
@@ -52,7 +52,7 @@ def build_dataloader(
 def loader_options(
     job_config: JobConfig, tokenizer: BaseTokenizer, dp_rank: int, dp_world_size: int
 ) -> dict[str, Any]:
-    """Keywords of ``build_loader`` that say what a row is and which rows are this rank's."""
+    """Arguments of ``build_loader``: the shape of a row, and which rows belong to this rank."""
     args = FLAVORS[job_config.model.flavor]
     args.update_from_config(job_config)
     return {
@@ -87,7 +87,7 @@ def build_tokenizer(job_config: JobConfig) -> ByteTokenizer | FileTokenizer:
         )
     logger.info(
         f"tokenizer: {tokenizer.fingerprint}, {tokenizer.vocab_size} ids of {num_rows} embeddings"
-        + (f"; new behind the file's: {' '.join(added)}" if added else "")
+        + (f"; added after those of the file: {' '.join(added)}" if added else "")
     )
     return tokenizer
 
@@ -95,7 +95,7 @@ def build_tokenizer(job_config: JobConfig) -> ByteTokenizer | FileTokenizer:
 def parallelize(
     model: SymbioticModel, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> nn.Module:
-    """Freeze what the parameter groups say, then make the model parallel; FSDP looks at the flag when it shards."""
+    """Freeze the frozen parameter groups, then make the model parallel: FSDP reads requires_grad when it shards."""
     freeze_parameters(model, job_config.optimizer.param_groups)
     return parallelize_symbiotic(model, parallel_dims, job_config)
 
@@ -105,7 +105,7 @@ def build_loss(job_config: JobConfig, **kwargs: Any) -> LossFunction:
     settings = job_config.compile
     if not (settings.enable and "loss" in settings.components):
         return LossFunction(job_config.losses)
-    # Compiled, the logits' float32 copy and the softmax are never written to memory.
+    # Compiled, the float32 copy of the logits and the softmax are never written to memory.
     compiled = torch.compile(text_errors, backend=settings.backend, fullgraph=True, dynamic=False)
     return LossFunction(job_config.losses, cross_entropy=compiled)
 

@@ -1,8 +1,8 @@
-"""The device seam: decides what device this process trains on, and gives torchtitan what it expects of an accelerator.
+"""The device seam: which device this process uses, and what torchtitan expects of an accelerator.
 
-``prepare()`` runs when the package is imported, so no other module has to care about the order of imports. On a machine with an
-accelerator it changes nothing. Without one it tells torchtitan that the device is the CPU, and hands it an object with the
-functions that torch.cuda has and torch.cpu lacks. torch itself is never patched.
+``prepare()`` runs when the package is imported, so the order of imports does not matter. On a machine with an accelerator it
+changes nothing. Without one, torchtitan sees the CPU as its device, through an object with the functions that torch.cuda has and
+torch.cpu lacks. torch itself is never patched.
 """
 
 import importlib.util
@@ -92,7 +92,7 @@ class CpuDeviceModule:
 
 
 def stub_triton_kernels() -> None:
-    """Stand in for torchtitan's Triton kernels where there is no Triton; they are never called by this project."""
+    """Replace torchtitan's Triton kernels by stubs where Triton is missing; this project never calls them."""
     name = "torchtitan.models.moe.kernels"
     if name in sys.modules or importlib.util.find_spec("triton") is not None:
         return
@@ -106,12 +106,12 @@ def stub_triton_kernels() -> None:
 
 
 def _tell_cpu() -> None:
-    """Say to every module of torchtitan that is loaded that the device is the CPU."""
+    """Set the CPU as the device in every loaded module of torchtitan, since several copy it on import."""
     answers = {
         "device_type": "cpu",
         "device_module": CpuDeviceModule,
         "get_device_info": lambda: ("cpu", CpuDeviceModule),
-        # A CPU has no listed peak: utilisation is left out of the metrics there.
+        # A CPU has no listed peak, so metrics leave utilisation out.
         "get_peak_flops": lambda device_name: float("nan"),
     }
     for name, module in list(sys.modules.items()):
@@ -121,7 +121,7 @@ def _tell_cpu() -> None:
 
 
 class _UtilsFinder(MetaPathFinder):
-    """Finds torchtitan's module of devices, and corrects it before any other module copies from it."""
+    """Import hook: corrects torchtitan's device module before any other module copies from it."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if name != _UTILS:
@@ -139,9 +139,9 @@ class _UtilsFinder(MetaPathFinder):
 
 
 def prepare() -> None:
-    """Make torchtitan usable on this machine as soon as somebody imports it (importing it takes 5 s). Idempotent.
+    """Make torchtitan usable on this machine whenever it is imported (here that would take 5 s). Idempotent.
 
-    Runs when the package is imported. With an accelerator it only stands in for a missing Triton.
+    Runs when the package is imported. With an accelerator it only provides stubs for a missing Triton.
     """
     stub_triton_kernels()
     if has_accelerator():

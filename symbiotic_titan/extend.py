@@ -36,7 +36,7 @@ def _into(registry: Registry[T], name: str) -> Callable[[T], T]:
 
 
 def register_partition_rule(name: str) -> Callable[[PartitionRule], PartitionRule]:
-    """Decorator: ``experts.partition_rule = name`` chooses this function in ``tools/convert.py plan``."""
+    """Decorator: ``experts.partition_rule = name`` chooses this function in ``symbiotic convert plan``."""
     return _into(PARTITION_RULES, name)
 
 
@@ -73,7 +73,7 @@ def register_loss_term(
     """Decorator: the function is a term of the loss, with the weight ``losses.<name>``, the metric ``loss/<name>`` and, where
     ``count`` is given, ``loss/by_task/<task>_<name>``.
 
-    weight: where the config says none. help: the sentence in --help. The function and ``count``: see ``config.losses.LossTerm``.
+    weight: the default. help: the sentence in --help. The function and ``count``: see ``config.losses.LossTerm``.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from symbiotic_titan.training.trainer import SymbioticTrainer
 
 
 def train(config: JobConfig) -> None:
-    """One run of a checked config, in a frame of its own: the model and its process groups are gone when it returns."""
+    """Train a checked config. A function of its own, so that the model and its process groups are freed when it returns."""
     trainer = None
     try:
         trainer = SymbioticTrainer(config)
@@ -34,10 +34,10 @@ def train(config: JobConfig) -> None:
 
 @record
 def run(args: list[str]) -> None:
-    """Train as ``args`` say.
+    """Read the config from ``args``, check it, train.
 
     Raises:
-        ValueError: a user's mistake, before anything is built where it can be known by then.
+        ValueError: a user's mistake, raised before anything is built wherever possible.
     """
     if "LOCAL_RANK" not in os.environ and "--help" not in args:
         raise ValueError("no rank is set: start training with ./run_train.sh or torchrun")
@@ -49,17 +49,17 @@ def run(args: list[str]) -> None:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        gc.collect()  # the trainer's reference cycles, and with them the loader's worker processes
+        gc.collect()  # frees the trainer's reference cycles, and with them the loader's worker processes
 
 
 def raised_by_us(error: ValueError) -> bool:
-    """Whether ``error`` was raised in this package: then its message is meant for the user and no traceback is needed."""
+    """Whether ``error`` was raised in this package: then its message is meant for the user, who needs no traceback."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("symbiotic_titan")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 when the run ended or was stopped by a signal, 2 on a user's mistake (one line tells it)."""
+    """Exit status: 0 when the run ended or was stopped by a signal, 2 on a user's mistake, reported in one line."""
     init_logger()
     try:
         run(sys.argv[1:] if arguments is None else arguments)
@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process. One of several skips the interpreter's shutdown: torch's caches keep process groups alive until then, and
-    a thread of theirs that asks for the interpreter's lock at that time aborts the process (seen in 2 of 60 runs on gloo)."""
+    """End the process. With several processes the interpreter's shutdown is skipped: torch's caches keep process groups alive until
+    then, and one of their threads that takes the GIL during shutdown aborts the process (seen in 2 of 60 runs on gloo)."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)
     logging.shutdown()

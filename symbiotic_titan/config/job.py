@@ -1,9 +1,4 @@
-"""JobConfig: torchtitan's sections and ours. One field per section, nothing else.
-
-[float8]: how ``model.converters = ["float8"]`` converts.
-
-[validation] and [[validation.sources]]: losses on held-out data while training.
-"""
+"""JobConfig: torchtitan's sections and ours, one field per section; and the short sections themselves."""
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal
@@ -27,6 +22,8 @@ from symbiotic_titan.registry import choice
 
 @dataclass
 class Float8:
+    """[float8]: how ``model.converters = ["float8"]`` converts."""
+
     emulate: bool = False
     """Round operands to float8 and multiply them in the model's precision: any device, for tests; slower than no float8."""
 
@@ -34,7 +31,7 @@ class Float8:
     """Scales of linear layers: per tensor, per row, or per row with the weights' gradients in the model's precision."""
 
     experts: bool = True
-    """Whether the expert banks' matmuls are converted too. Their scales are per row whatever the recipe."""
+    """Whether the grouped matmuls of routed experts are converted too. Their scales are per row whatever the recipe."""
 
     all_gather: bool = False
     """Whether FSDP gathers the weights of linear layers in float8: half the bytes of bfloat16. Recipe 'tensorwise' only."""
@@ -49,6 +46,8 @@ class Float8:
 
 @dataclass
 class Validation(UpstreamValidation):
+    """[validation] and [[validation.sources]]: losses on held-out data while training."""
+
     enable: bool = False
     """Whether to measure the losses on held-out data: before the first step, every ``freq`` steps and at the last step"""
 
@@ -59,8 +58,8 @@ class Validation(UpstreamValidation):
     """Batches of one validation, each as large as a global batch of training. The same rows, made once, are used every time"""
 
     sources: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
-    """Rows of [[validation.sources]], with the keys of [[data.sources]]; set in TOML. They are read as [data] says, but in an
-    order that data.seed does not change, and no caption is dropped."""
+    """Rows of [[validation.sources]], with the keys of [[data.sources]]; set in TOML. [data] applies to them, except that their
+    order does not depend on data.seed and no caption is dropped."""
 
     def __post_init__(self) -> None:
         for name in ("freq", "steps"):
@@ -89,24 +88,24 @@ class Model(UpstreamModel):
 @dataclass
 class Checkpoint(UpstreamCheckpoint):
     last_save_model_only: bool = False
-    """Whether the last save holds the model alone; such a run cannot go on with more steps"""
+    """Whether the last save holds the model alone; such a run cannot be resumed"""
 
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise ValueError(f"checkpoint.interval: must be at least 1, got {self.interval}")
         if self.keep_latest_k < 0 or self.keep_latest_k == 1:
             raise ValueError(
-                "checkpoint.keep_latest_k: must be 0 (all) or at least 2, for the newest may be in the middle of its "
-                f"save, got {self.keep_latest_k}"
+                "checkpoint.keep_latest_k: must be 0 (all) or at least 2, since the newest may still be "
+                f"in the middle of its save, got {self.keep_latest_k}"
             )
 
 
 @dataclass
 class Metrics(UpstreamMetrics):
     routing_freq: int = 100
-    """Steps from one full account of routing to the next (counts, heat maps, statistics of every layer); 0: none. The first
-    and the last step have one. These steps are logged even where they are no multiple of ``log_freq``. An account of 47
-    layers with 128 experts takes 160 kB of the log."""
+    """Steps between two full routing reports (counts, heat maps, statistics of every layer); 0: none. The first and the last step have
+    one. These steps are logged even if they are no multiple of ``log_freq``. A report of 47 layers with 128 experts takes 160 kB of
+    the log."""
 
     def __post_init__(self) -> None:
         if self.routing_freq < 0:
@@ -118,7 +117,7 @@ class Metrics(UpstreamMetrics):
 @dataclass
 class LRScheduler(UpstreamLRScheduler):
     decay_type: str = choice(LR_DECAYS, "linear")  # type: ignore[assignment]
-    """Line along which the rate falls in its last part"""
+    """Shape of the learning rate's decay"""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Command line and TOML file -> JobConfig, with every key and type checked.
 
-torchtitan's ConfigManager merges defaults, TOML and command line; it rejects unknown keys but does not look at types or
-Literal values that come from TOML. They are checked here, before it runs, in every file that the config extends.
+torchtitan's ConfigManager merges defaults, TOML and command line; it rejects unknown keys but checks neither types nor
+choices that come from TOML. They are checked here first, in every file that the config extends.
 """
 
 from dataclasses import fields, is_dataclass
@@ -53,7 +53,7 @@ def check_table(cls: type, table: Any, where: str = "") -> None:
 
 
 def check_layers(layers: list[extends.Layer], cls: type[JobConfig], *, only_ours: bool) -> None:
-    """Check what each file says, so that a message can name the file; with ``only_ours`` other sections are passed over.
+    """Check every file by itself, so that a message can name it; with ``only_ours`` other sections are not checked.
 
     Raises:
         ValueError: names the file where there are several, the key, the value and the rule.
@@ -68,7 +68,7 @@ def check_layers(layers: list[extends.Layer], cls: type[JobConfig], *, only_ours
 
 
 def check_choices(args: list[str], cls: type[JobConfig]) -> None:
-    """Refuse unregistered names on the command line as those in files are, before the parser says less about them.
+    """Refuse unregistered names on the command line with the same message as in files, which says more than the parser's.
 
     Raises:
         ValueError: names the key, the value and the choices.
@@ -82,7 +82,7 @@ def check_choices(args: list[str], cls: type[JobConfig]) -> None:
 
 
 class MergedConfigManager(ConfigManager):
-    """torchtitan's manager over a table that is read already: upstream knows nothing of ``extends``."""
+    """torchtitan's manager over a table that has been merged already: upstream does not know ``extends``."""
 
     def __init__(self, config_cls: type[JobConfig], table: dict[str, Any]) -> None:
         super().__init__(config_cls)
@@ -93,7 +93,7 @@ class MergedConfigManager(ConfigManager):
 
 
 def load_job_config(args: list[str]) -> JobConfig:
-    """The job's config from command-line ``args`` (command line over TOML over what it extends over defaults).
+    """The job's config from command-line ``args`` (which override TOML files, which override what they extend, which override defaults).
 
     A module named in ``job.custom_config_module`` may add sections of its own, as in torchtitan; its sections are not
     checked here.
@@ -106,7 +106,7 @@ def load_job_config(args: list[str]) -> JobConfig:
     table = extends.merged_table(layers)
     extension = _chosen(args, table, "experimental.custom_import")
     if extension:
-        import_extension(extension)  # first of all: it may register what the config chooses
+        import_extension(extension)  # first: the config may choose what it registers
     cls = job_config_class()
     offer_choices(cls)
     check_choices(args, cls)
@@ -115,7 +115,7 @@ def load_job_config(args: list[str]) -> JobConfig:
 
 
 def _chosen(args: list[str], table: dict[str, Any], name: str) -> str | None:
-    """What the command line, or else the files, say for ``section.key`` if it is a text."""
+    """The value of ``section.key`` on the command line, or else in the files, if it is a string."""
     section, _, key = name.partition(".")
     rows = table.get(section)
     value = option_of(args, name) or (rows.get(key) if isinstance(rows, dict) else None)

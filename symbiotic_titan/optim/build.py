@@ -1,9 +1,7 @@
-"""Optimizer with parameter groups, and its learning-rate schedule, for the train spec.
+"""Parameter groups and their optimizer: every parameter belongs to the first rule that matches its name.
 
-Settings (rates, decay, betas, schedule) come from the config, state from the checkpoint: a resumed run uses what its config
-says, so it may change; ``group_record`` tells what did.
-
-Which rule claims which parameter: every parameter exactly one, the first that matches.
+Settings (rates, decay, betas, schedule) come from the config, state from the checkpoint, so a resumed run may change its settings;
+``group_record`` logs what changed.
 """
 
 import re
@@ -66,8 +64,8 @@ def freeze_parameters(model: nn.Module, rules: list[ParamGroupRow]) -> None:
 
 
 def torch_param_groups(model: nn.Module, config: Optimizer) -> list[dict[str, Any]]:
-    """torch.optim parameter groups, in the order of the rules, each with its ``name`` and ``schedule``, which holds what the
-    group says otherwise than [lr_scheduler]. Frozen groups are left out.
+    """torch.optim parameter groups, in the order of the rules, each with its ``name`` and its ``schedule``, the keys
+    in which it differs from [lr_scheduler]. Frozen groups are left out.
     """
     parameters = dict(model.named_parameters())
     rules = {rule.name: rule for rule in config.param_groups}
@@ -92,7 +90,7 @@ def torch_param_groups(model: nn.Module, config: Optimizer) -> list[dict[str, An
 
 
 class ParamGroupOptimizers(OptimizersContainer):
-    """One torch optimizer over the groups that ``torch_param_groups`` gives, and its state by parameter name.
+    """One torch optimizer over the groups of ``torch_param_groups``; its state is saved by parameter name.
 
     The saved state holds no settings and nothing of frozen parameters, so it loads on other ranks and under other groups.
     """
@@ -111,14 +109,14 @@ class ParamGroupOptimizers(OptimizersContainer):
         return {k: v for k, v in super().state_dict().items() if k.startswith("state.")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # torch's loader wants settings as well: those of this run.
+        # torch expects settings in the state too: those of this run.
         settings = {k: v for k, v in super().state_dict().items() if not k.startswith("state.")}
         super().load_state_dict({**state_dict, **settings})
 
 
 OptimizerBuilder = Callable[[nn.Module, Optimizer, ParallelDims], ParamGroupOptimizers]
-"""(model, made parallel and initialised; [optimizer]; ranks) -> what steps, saves and loads. torchtitan's OptimizersContainer
-with ``groups`` will do: dicts as in a torch optimizer, each with its ``name``, in the order of its ``optimizers``."""
+"""(model, parallel and initialised; [optimizer]; ranks) -> optimizer. Any OptimizersContainer of torchtitan with ``groups`` will do:
+dicts as in a torch optimizer, each with its ``name``, in the order of its ``optimizers``."""
 
 
 def build_adam(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
@@ -135,13 +133,13 @@ def build_adam(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
 def param_group_optimizers(
     model: nn.Module, config: Optimizer, parallel_dims: ParallelDims
 ) -> ParamGroupOptimizers:
-    """The builder that a config has unless it names another."""
+    """The default builder."""
     return ParamGroupOptimizers(model, build_adam(model, config))
 
 
 def build_optimizers(
     model_parts: list[nn.Module], config: Optimizer, parallel_dims: ParallelDims
 ) -> ParamGroupOptimizers:
-    """Fills the train spec's optimizer slot, by the builder that the config names."""
-    (model,) = model_parts  # pipeline parallelism is refused by the checks
+    """The optimizer of the configured builder, for the train spec."""
+    (model,) = model_parts  # the checks refuse pipeline parallelism
     return OPTIMIZER_BUILDERS[config.builder](model, config, parallel_dims)

@@ -1,6 +1,6 @@
 """Gradient norm and update-to-weight ratio of each parameter group, over all ranks. Computed on logged steps only.
 
-Parameters that are spread over ranks, each over a mesh of its own: this rank's part, and sums over all parts.
+Parameters may be sharded, each over a mesh of its own, so norms are summed over shards.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,17 +12,17 @@ from torch.distributed.tensor import DTensor
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of ``tensor`` that this rank holds, as a view; a plain tensor itself."""
+    """This rank's shard of ``tensor`` as a view; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_over_shards(
     sums: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """``sums[i]``, taken over this rank's part of ``tensors[i]``, as it is over the whole tensor.
+    """``sums[i]``, computed over this rank's shard of ``tensors[i]``, summed over all shards of it.
 
-    All ``sums`` have one shape. One all-reduce for each way in which tensors are spread, whatever their number; every rank
-    that holds a part of them must call this.
+    All ``sums`` have one shape. One all-reduce for each mesh and placement, however many tensors share it; a collective of all
+    ranks that hold shards.
     """
     whole = list(sums)
     spread: dict[tuple[object, tuple[int, ...]], list[int]] = {}
@@ -49,7 +49,7 @@ def _square(tensor: torch.Tensor) -> torch.Tensor:
 def _norms(
     groups: list[Group], squares: Callable[[Group, torch.Tensor], torch.Tensor]
 ) -> dict[str, list[float]]:
-    """Group name -> roots of the sums of ``squares(group, parameter)``, a vector over this rank's part of the parameter."""
+    """Group name -> roots of the sums of ``squares(group, parameter)``, a vector over this rank's shard of the parameter."""
     owners = [(group, parameter) for group in groups for parameter in group["params"]]
     sums = sum_over_shards([squares(*owner) for owner in owners], [p for _, p in owners])
     roots = {}
@@ -71,13 +71,14 @@ def group_grad_norms(groups: list[Group]) -> dict[str, float]:
 
 
 def adam_update(parameter: torch.Tensor, group: Group, state: dict[str, Any]) -> torch.Tensor:
-    """What Adam's last step took from this rank's part of ``parameter``, in float32, found from the state it left.
+    """What Adam's last step subtracted from this rank's shard of ``parameter``, float32, recomputed from Adam's state.
 
-    lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) of Adam (1412.6980, algorithm 1), whose decay is part of m and v.
-    AdamW (1711.05101, algorithm 2) takes lr * decay * w more, w the weight before the step: (w_after + the above) / (1 - lr * decay).
+    lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) of Adam (arXiv 1412.6980, algorithm 1), whose decay is part of m and v.
+    AdamW (arXiv 1711.05101, algorithm 2) also subtracts lr * decay * w, w the weight before the step:
+    (w_after + the above) / (1 - lr * decay).
     """
     beta1, beta2 = group["betas"]
-    step = state["step"].double()  # in float32, 1 - 0.999 has four digits
+    step = state["step"].double()  # in float64: in float32, 1 - 0.999 has four correct digits
     mean = local_part(state["exp_avg"]).float() / (1 - beta1**step)
     root = (local_part(state["exp_avg_sq"]).float() / (1 - beta2**step)).sqrt()
     update = mean.mul_(group["lr"]).div_(root.add_(group["eps"]))
@@ -92,10 +93,9 @@ def adam_update(parameter: torch.Tensor, group: Group, state: dict[str, Any]) ->
 def group_update_ratios(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
     """L2 norm of each parameter group's last update over that of its weights. A collective where parameters are sharded.
 
-    Call it between the optimizer's step and the schedule's, while gradients are there and rates are those of the step. It
-    needs no copy of the weights: the update is computed again from Adam's state, in the memory of a few copies of one
-    parameter. That is the reason why only Adam and AdamW have a ratio; groups of other optimizers are left out. For weights
-    in bfloat16 it is the update as it was meant, before rounding.
+    Call it between the optimizer's step and the schedule's, while gradients exist and rates are those of the step. No copy of the
+    weights is kept: the update is recomputed from Adam's state, one parameter at a time. So only Adam and AdamW have a ratio;
+    groups of other optimizers are left out. For bfloat16 weights it is the update before rounding.
     """
     ratios: dict[str, float] = {}
     for optimizer in optimizers:
@@ -110,7 +110,7 @@ def _update_and_weight(
 ) -> Callable[[Group, torch.Tensor], torch.Tensor]:
     def squares(group: Group, parameter: torch.Tensor) -> torch.Tensor:
         weight = _square(local_part(parameter))
-        if parameter.grad is None:  # Adam passed it over
+        if parameter.grad is None:  # it had no gradient
             return torch.stack([torch.zeros_like(weight), weight])
         update = adam_update(parameter, group, optimizer.state[parameter])
         return torch.stack([_square(update), weight])

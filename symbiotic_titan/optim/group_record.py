@@ -1,4 +1,4 @@
-"""What the parameter groups of a run are, saved with its checkpoints, and what a resumed run changed about them."""
+"""A record of the parameter groups in every checkpoint, and the log of what a resumed run changed about them."""
 
 import json
 import logging
@@ -18,9 +18,9 @@ class HasGroups(Protocol):
 
 
 class GroupRecord:
-    """Settings of a run's groups, for its checkpoints; loaded into a run with others, it logs what is other and changes nothing.
+    """The settings of a run's groups, saved in its checkpoints. Loading one logs the differences and changes nothing.
 
-    A checkpoint holds it beside the optimizer's state, so that one without it loads as well, with this part left out.
+    It is an entry of its own beside the optimizer's state, so that checkpoints without it load as well.
     """
 
     def __init__(self, model: nn.Module, optimizers: HasGroups) -> None:
@@ -28,7 +28,7 @@ class GroupRecord:
         self.optimizers = optimizers
 
     def settings(self) -> Settings:
-        """Of the groups as they are now; ``lr`` is the rate before the schedule."""
+        """The groups as they are now; ``lr`` is the rate before the schedule."""
         record = {}
         for group in self.optimizers.groups:
             own = {k: v for k, v in group.items() if k not in ("name", "params", "schedule")}
@@ -38,17 +38,17 @@ class GroupRecord:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        # Text is one entry of the checkpoint, whatever the groups are called, and read by any tool.
+        # As text it is one entry of the checkpoint, whatever the groups are called, and any tool can read it.
         return {"json": json.dumps(self.settings(), default=str)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        now = self.state_dict()  # through JSON as well: it turns pairs into lists
+        now = self.state_dict()  # through JSON too, which turns tuples into lists
         for line in describe_changes(json.loads(state_dict["json"]), json.loads(now["json"])):
             logging.getLogger(__name__).info(line)
 
 
 def describe_changes(saved: Settings, now: Settings) -> list[str]:
-    """One line for each group that is not as it was saved, e.g. ``group new: lr 0.001 -> 0.0005``."""
+    """One line for each group that differs from the saved one, e.g. ``group new: lr 0.001 -> 0.0005``."""
     home = {parameter: name for name, group in saved.items() for parameter in group["parameters"]}
     lines = []
     for name, group in now.items():

@@ -19,7 +19,7 @@ from symbiotic_titan.config.optimizer import (
 
 
 class StepLRSchedulers(LRSchedulersContainer):
-    """One factor per group on its rate. The saved state is the step alone: base rates stay the config's on a resume."""
+    """A factor on the learning rate of each group. The saved state is the step alone, so a resume uses the rates of its config."""
 
     def __init__(
         self, optimizers: OptimizersContainer, factors: list[list[Callable[[int], float]]]
@@ -97,9 +97,9 @@ def _factor(
 def build_schedulers(
     optimizers: OptimizersContainer, config: LRScheduler, training_steps: int
 ) -> StepLRSchedulers:
-    """Fills the train spec's schedule slot: [lr_scheduler], with what a group says otherwise.
+    """The schedules of all groups, for the train spec: [lr_scheduler], overridden by a group's own keys.
 
-    Every group's ``schedule`` then holds all that its factor follows from.
+    Afterwards every group's ``schedule`` holds all settings that its factor depends on.
     """
     factors = []
     for optimizer in optimizers:

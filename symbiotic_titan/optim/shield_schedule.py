@@ -4,7 +4,7 @@ from symbiotic_titan.config.experts import SHIELD_SCHEDULES, Shielding
 
 
 def step_ramp(config: Shielding, step: int) -> float:
-    """0: what shielded tokens would change is blocked whole."""
+    """0: shielded tokens send no gradient at all."""
     return 0.0
 
 

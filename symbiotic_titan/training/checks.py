@@ -1,7 +1,4 @@
-"""What [sampling] asks for, checked before anything is built.
-
-Rules that span sections, checked before anything is built.
-"""
+"""Rules that span several config sections, checked before anything is built."""
 
 import math
 import os
@@ -24,7 +21,7 @@ from symbiotic_titan.partition.plan import PARTITION_RULES
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A torchtitan option that has no effect here unless it stays at ``allowed``."""
+    """A torchtitan option that this trainer ignores, so it must stay at its default ``allowed``."""
 
     key: str
     allowed: Any
@@ -46,32 +43,40 @@ _UNSUPPORTED = (
     Unsupported("training.dataset", "c4_test", "name files in [[data.sources]]"),
     Unsupported("training.dataset_path", None, "name files in [[data.sources]]"),
     Unsupported(
-        "training.dataloader.persistent_workers", False, "workers live as long as the run here"
+        "training.dataloader.persistent_workers",
+        False,
+        "loader workers always live as long as the run",
     ),
     Unsupported("validation.dataset", "c4_validation", "name files in [[validation.sources]]"),
     Unsupported("validation.dataset_path", None, "name files in [[validation.sources]]"),
-    Unsupported("validation.local_batch_size", 8, "held-out rows come in batches like training's"),
-    Unsupported("validation.seq_len", 2048, "held-out rows are as long as training rows"),
+    Unsupported("validation.local_batch_size", 8, "validation uses the batch size of training"),
+    Unsupported("validation.seq_len", 2048, "validation uses training.seq_len"),
     Unsupported(
-        "validation.dataloader", DataLoader(), "held-out rows are made once, before training"
+        "validation.dataloader", DataLoader(), "held-out sequences are packed once, before training"
     ),
     Unsupported("fault_tolerance.enable", False, "resume from a checkpoint"),
     Unsupported("memory_estimation.enable", False, "run a few steps with metrics on"),
-    Unsupported("optimizer.early_step_in_backward", False, "use gradient clipping as it is"),
+    Unsupported(
+        "optimizer.early_step_in_backward",
+        False,
+        "gradients are clipped, which needs all of them at once",
+    ),
     Unsupported("checkpoint.last_save_in_hf", False, "save a distributed checkpoint"),
     Unsupported(
         "checkpoint.initial_load_in_hf",
         False,
-        "leave it out; what checkpoint.initial_load_path is tells how it is read",
+        "leave it out; checkpoint.initial_load_path is read according to what it contains",
     ),
     Unsupported(
-        "checkpoint.create_seed_checkpoint", False, "weights do not depend on the ranks here"
+        "checkpoint.create_seed_checkpoint",
+        False,
+        "initial weights do not depend on the number of ranks",
     ),
     Unsupported(
         "parallelism.enable_async_tensor_parallel", False, "there is no tensor parallelism"
     ),
     Unsupported("model.tokenizer_path", None, "name the file in tokenizer.path"),
-    Unsupported("comm.mode", "default", "for a dry run use tools/show_parallel.py"),
+    Unsupported("comm.mode", "default", "for a dry run use `symbiotic show-parallel`"),
     Unsupported("debug.moe_force_load_balance", False, "train with real routing"),
 )
 
@@ -84,7 +89,7 @@ def _value(config: JobConfig, key: str) -> Any:
 
 
 def check_supported(config: JobConfig) -> None:
-    """Options of torchtitan that this trainer does not act on must stay at their defaults."""
+    """Options of torchtitan that this trainer ignores must stay at their defaults."""
     for option in _UNSUPPORTED:
         value = _value(config, option.key)
         if value != option.allowed:
@@ -138,7 +143,7 @@ def _check_finite(where: str, value: Any) -> None:
 
 
 def check_device(config: JobConfig, args: ModelArgs) -> None:
-    """What the device cannot do is said now, not at the first backward."""
+    """Refuse what the device cannot do now, rather than at the first backward."""
     if args.attention_backend == "flex" and not supports_flex_attention():
         raise ValueError(
             "attention_backend = 'flex' needs a CUDA device: FlexAttention has no backward on this one; use 'sdpa'"
@@ -147,7 +152,7 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
         return
     if config.training.enable_cpu_offload:
         raise ValueError(
-            "training.enable_cpu_offload = True needs an accelerator: on a CPU the weights are where they would go; remove it"
+            "training.enable_cpu_offload = True needs an accelerator: without one the weights are on the CPU already; remove it"
         )
     for key in ("profiling.enable_profiling", "profiling.enable_memory_snapshot"):
         if _value(config, key):
@@ -161,7 +166,7 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
 
 
 def check_converters(config: JobConfig) -> None:
-    """Converters must be known, and a section about a converter must have one to speak of."""
+    """Converters must be known, and the section of a converter needs that converter."""
     chosen = config.model.converters
     registered = model_converter._registry_model_converter_cls
     known = sorted({float8.NAME, *(n for n in registered if not n.startswith("quantize."))})
@@ -174,7 +179,7 @@ def check_converters(config: JobConfig) -> None:
             raise ValueError(f"model.converters: {name!r} is given twice; name it once")
     if config.quantize != Quantize():
         raise ValueError(
-            "[quantize] has no effect: it speaks to converters that do not know the expert banks; "
+            "[quantize] has no effect: its converters do not handle grouped experts; "
             f"use model.converters = ['{float8.NAME}'] and [float8]"
         )
     if config.float8 != Float8() and float8.NAME not in chosen:
@@ -184,7 +189,7 @@ def check_converters(config: JobConfig) -> None:
 
 
 def check_float8(config: JobConfig, args: ModelArgs, world_size: int) -> None:
-    """What float8 cannot do with this model, its shield or this number of ranks."""
+    """Refuse float8 where the model, the shield or the number of ranks does not allow it."""
     if float8.NAME not in config.model.converters:
         return
     options = config.float8
@@ -192,7 +197,7 @@ def check_float8(config: JobConfig, args: ModelArgs, world_size: int) -> None:
         check_float8_all_gather(config, world_size)
     if config.shielding.enabled and config.shielding.mode == "weights":
         raise ValueError(
-            "shielding.mode = 'weights' takes the shared experts' gradients apart, which their float8 layers cannot; "
+            "shielding.mode = 'weights' scales the gradients of the shared experts' weights, which float8 layers do not support; "
             "use shielding.mode = 'output' or train without float8"
         )
     for name in ("dim", "expert_hidden_dim"):
@@ -207,22 +212,22 @@ def check_float8(config: JobConfig, args: ModelArgs, world_size: int) -> None:
 
 
 def check_float8_all_gather(config: JobConfig, world_size: int) -> None:
-    """Weights travel in float8 between several GPUs, and nowhere else."""
+    """Only FSDP between several GPUs can gather weights in float8."""
     if world_size == 1:
         why = "nothing is gathered on one rank"
     elif device_type() == "cpu":
         why = "gloo, which connects CPUs, cannot send float8"
     elif config.training.enable_cpu_offload:
-        why = "weights that training.enable_cpu_offload keeps on the CPU have no scales there"
+        why = "weights offloaded to the CPU (training.enable_cpu_offload) have no scales there"
     else:
         return
     raise ValueError(f"float8.all_gather = true: {why}; set it to false")
 
 
 def check_float8_device(config: JobConfig) -> None:
-    """Float8 matmuls need a GPU that has them, and give bfloat16."""
+    """Float8 matmuls need a GPU that supports them, and return bfloat16."""
     options, capability = config.float8, cuda_capability()
-    if options.experts:  # a grouped kernel exists for these two generations only
+    if options.experts:  # the grouped kernel exists for these two generations only
         needed, fits = "9.x or 10.x", capability is not None and capability[0] in (9, 10)
     elif options.recipe == "tensorwise":
         needed, fits = "8.9 or newer", capability is not None and capability >= (8, 9)
@@ -236,7 +241,7 @@ def check_float8_device(config: JobConfig) -> None:
         )
     if config.training.mixed_precision_param != "bfloat16":
         raise ValueError(
-            f"training.mixed_precision_param = {config.training.mixed_precision_param!r}: float8 matmuls give bfloat16; "
+            f"training.mixed_precision_param = {config.training.mixed_precision_param!r}: float8 matmuls return bfloat16; "
             "set it to 'bfloat16', or float8.emulate = true"
         )
 
@@ -262,7 +267,7 @@ def check_parallelism(config: JobConfig, args: ModelArgs, world_size: int) -> No
         )
     if config.training.enable_cpu_offload and world_size == 1:
         raise ValueError(
-            "training.enable_cpu_offload = True: FSDP does it, which one rank runs without; use at least 2 ranks or remove it"
+            "training.enable_cpu_offload = True: FSDP does it, and one rank runs without FSDP; use at least 2 ranks or remove it"
         )
     if shard % p.expert_parallel_degree != 0:
         raise ValueError(
@@ -286,7 +291,7 @@ def check_batch(config: JobConfig, num_data_ranks: int) -> None:
 
 
 def check_shielding(config: JobConfig, args: ModelArgs) -> None:
-    """Shielding acts on shared experts: asking for it without them is an error."""
+    """Shielding acts on shared experts, so it needs some."""
     check_schedule(config.shielding, config.training.steps)
     if config.shielding.enabled and not args.shared_hidden_dim:
         why, remedy = "experts.shared = false", "keep the shared expert"
@@ -299,7 +304,7 @@ def check_shielding(config: JobConfig, args: ModelArgs) -> None:
 
 
 def check_start(config: JobConfig) -> None:
-    """Initial weights are read by the checkpointer."""
+    """The checkpointer reads initial weights, so it must be enabled."""
     path, enabled = config.checkpoint.initial_load_path, config.checkpoint.enable
     if path and not enabled:
         raise ValueError(
@@ -332,7 +337,7 @@ def check_job(config: JobConfig) -> None:
         raise ValueError(f"training.steps: must be at least 1, got {config.training.steps}")
     if not config.data.sources:
         raise ValueError("[[data.sources]]: none given; name at least one source of samples")
-    _ = PARTITION_RULES[config.experts.partition_rule]  # raises where nobody registered it
+    _ = PARTITION_RULES[config.experts.partition_rule]
     _ = OPTIMIZER_BUILDERS[config.optimizer.builder]
     check_validation(config)
     check_start(config)

@@ -24,7 +24,7 @@ from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one logged step has to tell; all numbers are over all ranks.
+    """The numbers of one logged step, over all ranks.
 
     losses       by name; ``total``, ``text``, ``flow``, ``balance`` and ``by_task/*``.
     grad_norms   before clipping; ``all`` and one per parameter group.
@@ -72,24 +72,24 @@ class SymbioticMetrics(MetricsProcessor):
         self.tokens_at_last_log = torch.zeros(NUM_MODALITIES, dtype=torch.int64)
 
     def should_log(self, step: int) -> bool:
-        """As upstream, and the last step, and those with a full account of routing."""
+        """Besides upstream's steps: the last one, and those with a full routing report."""
         return super().should_log(step) or step == self.num_steps or self.shows_routing(step)
 
     def shows_routing(self, step: int) -> bool:
-        """Whether ``step`` gets a full account of routing, see ``metrics.routing_freq``."""
+        """Whether ``step`` gets a full routing report, see ``metrics.routing_freq``."""
         if self.routing_freq == 0:
             return False
         return step % self.routing_freq == 0 or step in (1, self.num_steps)
 
     def flops_per_token(self, tokens_seen: torch.Tensor) -> float:
-        """Training FLOPs of a token, with the modalities' real shares since the last call."""
+        """Training FLOPs per token, weighted by the modalities' shares of tokens since the last call."""
         assert self.cost is not None
         shares = (tokens_seen - self.tokens_at_last_log).tolist()
         self.tokens_at_last_log = tokens_seen.clone()
         return self.cost.training_flops_per_token(tuple(float(share) for share in shares))
 
     def performance(self, step: int, tokens_seen: torch.Tensor) -> dict[str, float]:
-        """Throughput since the last call; model FLOPS utilisation only where the device's peak is known."""
+        """Throughput since the last call; MFU only where the peak FLOPS of the device are known."""
         elapsed = time.perf_counter() - self.time_last_log
         num_steps = max(step - (self.last_logged_step or step - 1), 1)
         tokens_per_second = self.ntokens_since_last_log / elapsed
@@ -134,7 +134,7 @@ class SymbioticMetrics(MetricsProcessor):
         self.log_console(report, metrics)
 
     def routing(self, step: int, assignments: torch.Tensor) -> dict[str, float]:
-        """Scalars about the step's (layers, modalities, E) assignments; a full account goes to TensorBoard where one is due."""
+        """Scalars about the step's (layers, modalities, E) assignments; the full report goes to TensorBoard where one is due."""
         counts = assignments.cpu()  # device sync
         statistics = layer_statistics(counts, self.groups, self.capacity_factor)
         metrics = means_over_layers(statistics)

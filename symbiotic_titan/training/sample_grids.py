@@ -1,8 +1,8 @@
-"""Pictures of fixed prompts while training, drawn by the model in training and shown as one grid in TensorBoard.
+"""Sample grids: images that the model in training generates for fixed prompts, shown as one grid in TensorBoard.
 
-Prompts and noise are the same every time, so a difference between two grids is the weights'. Nothing is drawn from a global
-generator and nothing the optimizer sees is touched: training with and without sampling is bitwise the same. Several processes
-share the prompts, and do equally many forwards.
+Prompts and noise are the same every time, so two grids differ only by the weights. No global random generator and nothing that the
+optimizer sees is touched: training with and without sampling is bitwise the same. Several processes share the prompts, and
+each runs the same number of forwards.
 Letters: N pictures, H and W pixels.
 """
 
@@ -36,10 +36,10 @@ from symbiotic_titan.training.stop import (
 
 
 class SampleGrids:
-    """Draws what [sampling] says. Every process calls it; those with a TensorBoard of their own write.
+    """Generates the grids of [sampling]. Every process calls it; the one that logs to TensorBoard writes.
 
-    autocast: in what precision the model computes. stop_requested: a collective with one answer for all processes. codec: of
-    [latents]; built where it is None.
+    autocast: context manager of the model's compute precision. stop_requested: a collective with one answer for all processes.
+    codec: that of [latents]; built here if None.
 
     Raises:
         ValueError: the codec's weights are missing.
@@ -70,7 +70,7 @@ class SampleGrids:
         return step % self._settings.freq == 0 or step == self._num_steps
 
     def draw_if_due(self, step: int) -> None:
-        """Draw and write the grid of ``step``. On a stop signal it ends behind the current step of the sampler, without a grid."""
+        """Generate and write the grid of ``step``. A stop signal ends it after the current solver step, without a grid."""
         if not self.is_due(step):
             return
         start = time.perf_counter()
@@ -83,12 +83,12 @@ class SampleGrids:
             )
 
     def _pictures(self) -> np.ndarray:
-        """(N, H, W, 3) uint8: the pictures of all prompts, on every process."""
+        """(N, H, W, 3) uint8: the images of all prompts, on every process."""
         settings, ranks = self._settings, self._ranks
         num_prompts = len(settings.prompts)
         share = -(-num_prompts // ranks.size)
         first = ranks.rank * share
-        # Who has fewer prompts than others draws some again, for as many forwards as theirs.
+        # A process with fewer prompts generates some twice: under FSDP all must run the same number of forwards.
         own = [settings.prompts[i % num_prompts] for i in range(first, first + share)]
         drawn = self._generator.images(
             own,
@@ -106,7 +106,7 @@ class SampleGrids:
         all_NHW3 = torch.zeros(
             num_prompts, *drawn_NHW3.shape[1:], dtype=torch.uint8, device=ranks.device
         )
-        place = slice(first, first + share)  # of the last ones fewer, or none
+        place = slice(first, first + share)  # the last processes may have fewer, or none
         all_NHW3[place] = drawn_NHW3[: len(all_NHW3[place])].to(ranks.device)
         return ranks.sum(all_NHW3).cpu().numpy()  # device sync
 
@@ -125,7 +125,7 @@ class SampleGrids:
 
 
 def check_sampling(config: JobConfig, geometry: ImageGeometry) -> None:
-    """Pass if the pictures can be drawn and shown, and if the run teaches the model to draw.
+    """Pass if the images can be generated and shown, and if the run trains image generation.
 
     Raises:
         ValueError: names the key.
@@ -133,14 +133,14 @@ def check_sampling(config: JobConfig, geometry: ImageGeometry) -> None:
     sampling = config.sampling
     why = None
     if not sampling.prompts:
-        why = "there is nothing to draw; give captions in sampling.prompts"
+        why = "there are no prompts; give captions in sampling.prompts"
     elif not generates(config.data.sources):
-        why = "no source in [[data.sources]] has images to be generated; add one"
+        why = "no source in [[data.sources]] has target images; add one"
     elif not config.metrics.enable_tensorboard:
-        why = "pictures are shown in TensorBoard; set metrics.enable_tensorboard = true"
+        why = "sample grids are shown in TensorBoard; set metrics.enable_tensorboard = true"
     if why is not None:
         raise ValueError(f"sampling.enable = true: {why}, or set it to false")
-    codec_info(config.latents)  # raises where nothing could decode a picture
+    codec_info(config.latents)  # raises where latents could not be decoded
     try:
         _check_request(config, geometry)
     except ValueError as error:

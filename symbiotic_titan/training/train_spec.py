@@ -1,4 +1,4 @@
-"""Which part fills which slot of torchtitan's train spec."""
+"""The train spec ``symbiotic``: our parts in the slots of torchtitan's TrainSpec."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
 """The trainer: batch -> noise -> model -> loss terms -> step.
 
-It is torchtitan's Trainer with one ``train_step`` of its own, because two losses have two normalisers and because routing
-records leave the model beside its predictions. What differs from upstream's step: targets are counted per task and divided
-once; noise is drawn per row; the balancing loss may need the whole step's expert counts; every step is checked for
-non-finite values before the weights change; a stop signal ends the run at a step's end with a checkpoint.
+torchtitan's Trainer with a ``train_step`` of its own, because every loss term has its own normaliser and because the model returns
+routing records beside its predictions. What differs from upstream's step: targets are counted over the whole step and each term is
+divided once; noise is drawn per row; the balancing loss may need the expert counts of the whole step; losses and gradient norm are
+checked before the weights change; a stop signal ends the run after the current step, with a checkpoint.
 """
 
 import concurrent.futures
@@ -69,7 +69,7 @@ class SymbioticTrainer(Trainer):
         self.stop, self.saved_config = StopRequest(), SavedConfig(job_config)
         self.tokens_seen = torch.zeros(len(MODALITY_NAMES), dtype=torch.int64)
         with warnings.catch_warnings():
-            # In float32 on one process upstream makes an autocast that torch warns about and disables.
+            # In float32 on one process upstream creates an autocast that torch disables with a warning.
             warnings.filterwarnings("ignore", message="In CPU autocast")
             super().__init__(job_config)
         if job_config.training.mixed_precision_param == "float32":
@@ -122,7 +122,7 @@ class SymbioticTrainer(Trainer):
             yield batch
 
     def to_device(self, batch: PackedBatch) -> PackedBatch:
-        """``batch`` on the training device, images to be generated as latents."""
+        """``batch`` on the training device, target images encoded as latents."""
         return self.encode(batch.to(self.device))
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ class SymbioticTrainer(Trainer):
         totals: StepTotals,
         step_routing: RoutingTotals | None,
     ) -> MicroBatchResult:
-        """The micro-batch's losses and counts, after its backward."""
+        """Forward and backward of one micro-batch."""
         output, target_BLZ = self.forward(batch, micro_batch)
         routing = routing_totals(output.records) if output.records else None
         if self.job_config.losses.balance_scope == "global" and step_routing is None and routing:
@@ -247,10 +247,10 @@ class SymbioticTrainer(Trainer):
             self.samples.draw_if_due(self.step)
 
     def count_skipped(self) -> dict[str, int]:
-        """Bad samples that all ranks have skipped since the run began: ``skipped``, and by reason those that there are.
+        """Bad samples that all ranks have skipped since the run began: ``skipped``, and the number for each reason that occurred.
 
         Raises:
-            ValueError: more than the run tolerates. (A rank that alone has skipped too many stops in its loader.)
+            ValueError: more than data.max_bad_samples. (A rank that exceeds the limit alone stops in its loader.)
         """
         loader = cast(PackedLoader, self.dataloader)
         own = {"skipped": loader.num_skipped} | {
@@ -278,7 +278,7 @@ class SymbioticTrainer(Trainer):
     def check_finite(
         self, losses: dict[str, float], grad_norm: float, results: list[MicroBatchResult]
     ) -> None:
-        """Stop before the weights change if a loss or the gradient norm is not finite. The last checkpoint stays."""
+        """Raise before the weights change if a loss or the gradient norm is not finite. The last checkpoint is kept."""
         bad = self.loss_fn.not_finite(losses, grad_norm)
         if not bad:
             return
@@ -302,10 +302,10 @@ class SymbioticTrainer(Trainer):
         super().train()
 
     def choose_checkpoint(self) -> None:
-        """Point ``checkpoint.load_step`` at the newest complete checkpoint, and see that what will be loaded fits this run.
+        """Point ``checkpoint.load_step`` at the newest complete checkpoint and check that it belongs to this model.
 
         Raises:
-            ValueError: none is complete, or what is there, or what a new run is to begin with, is of another model.
+            ValueError: no checkpoint is complete, or the one to resume from, or to start from, belongs to another model.
         """
         config = self.job_config.checkpoint
         if not config.enable:
@@ -317,12 +317,12 @@ class SymbioticTrainer(Trainer):
             read_weights(start, self.model_parts[0])
             self.checkpointer.initial_load_path = None
         elif start is not None and not holds(start, "param_groups.json"):
-            # It is from before there was a record of the parameter groups.
+            # An old checkpoint, saved before parameter groups were recorded.
             excluded = self.checkpointer.exclude_from_loading
             self.checkpointer.exclude_from_loading = [*excluded, "param_groups"]
 
     def should_continue_training(self) -> bool:
-        """Whether to take another step; on a stop signal anywhere, or when the data has ended, all ranks save and stop."""
+        """Whether to take another step. On a stop signal on any rank, or at the end of the data, all ranks save and stop."""
         if not super().should_continue_training():
             return False
         reason = self.reason_to_stop() if self.step else None
@@ -337,7 +337,7 @@ class SymbioticTrainer(Trainer):
         return False
 
     def reason_to_stop(self) -> str | None:
-        """What ends the run before its last step, if anything; None on all ranks or on none of them."""
+        """Why the run ends before its last step, or None; all ranks agree."""
         if self.stop_requested():
             return self.stop.signal_name or "a stop signal on another rank"
         loader = cast(PackedLoader, self.dataloader)
@@ -353,7 +353,7 @@ class SymbioticTrainer(Trainer):
         return bool(self.sum_over_ranks(flag) > 0)
 
     def save_this_step(self) -> None:
-        """A full checkpoint of this step, unless the step was just saved; then only the end of that save is awaited."""
+        """Save a full checkpoint of this step; if the step was just saved, wait for that save to finish."""
         if self.step % self.job_config.checkpoint.interval == 0:
             self.checkpointer._async_wait()
             return
@@ -361,14 +361,16 @@ class SymbioticTrainer(Trainer):
         self.checkpointer.save(self.step, last_step=True)
 
     def close(self) -> None:
-        """Close loggers and checkpointer, after a save that is under way has ended: also when the run ends by an exception."""
+        """Close loggers and checkpointer once a running save has finished, also after an exception."""
         checkpointer = getattr(self, "checkpointer", None)
         pending = getattr(checkpointer, "save_future", None)
         if pending is not None:
-            # Bounded: after an error on one rank the others may be gone, and the save with them.
+            # With a timeout: after an error on one rank the others may be gone, and the save would never finish.
             done, _ = concurrent.futures.wait([pending], timeout=120)
             if not done:
-                logger.warning("the last asynchronous save did not end; its folder is incomplete")
+                logger.warning(
+                    "the last asynchronous save did not finish; its folder is incomplete"
+                )
         super().close()
 
     def state_dict(self) -> dict[str, Any]:

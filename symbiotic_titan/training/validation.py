@@ -1,9 +1,9 @@
-"""Held-out losses while training: the same rows, noise and timesteps at every validation, whatever the number of ranks.
+"""Held-out losses while training: the same sequences, noise and timesteps at every validation, on any number of ranks.
 
-Rows are made once, before training, by the loader's own code, and stay in the host's memory. Timesteps follow the law of
-training, so that the numbers compare with the training losses; the seeds are fixed, so that a difference between two
-validations, or between two runs, is the weights' and not the draw's. Nothing is drawn from a global generator and nothing the
-optimizer sees is touched: training with and without validation is bitwise the same.
+Held-out sequences are packed once, before training, by the loader itself, and stay in host memory. Timesteps follow the distribution
+of training, so that the numbers compare with training losses; seeds are fixed, so that two validations, or two runs, differ only
+by the weights. No global random generator and nothing that the optimizer sees is touched: training with and without validation
+is bitwise the same.
 Letters: J tasks.
 """
 
@@ -36,9 +36,9 @@ from symbiotic_titan.training.stop import (
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """A rank's share of the held-out rows, on the CPU; ``first_rows[i]`` is the index of the first row of ``batches[i]`` over all ranks.
+    """A rank's share of the held-out rows, on the CPU; ``first_rows[i]`` is the global index of the first row of ``batches[i]``.
 
-    On another number of ranks the shares differ, but not the rows and their indices.
+    Another number of ranks splits the same rows, with the same indices, differently.
     """
 
     batches: list[PackedBatch]
@@ -52,7 +52,7 @@ class HeldOutRows:
 def read_held_out(
     loader: PackedLoader, steps: int, local_batch_size: int, dp_rank: int, dp_world_size: int
 ) -> HeldOutRows:
-    """The rank's rows of ``steps`` global batches, as a ``loader`` with one stream per row of the global batch hands them out."""
+    """The rank's rows of ``steps`` global batches, read from a ``loader`` with one stream per row of the global batch."""
     rows_of_rank = len(loader.streams)
     per_step = rows_of_rank // local_batch_size
     first_rows = [
@@ -85,7 +85,7 @@ class SymbioticValidator(BaseValidator):
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
         stop_requested: Callable[[], bool],
     ) -> None:
-        """What only the trainer has. ``stop_requested`` is a collective with one answer for all ranks."""
+        """Hand over what only the trainer has. ``stop_requested`` is a collective with one answer for all ranks."""
         self.to_device = to_device
         self.autocast = autocast
         self.sum_over_ranks = sum_over_ranks
@@ -96,7 +96,7 @@ class SymbioticValidator(BaseValidator):
         return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Score and log. On a stop signal it ends behind the current batch, without a number."""
+        """Measure and log. A stop signal ends it after the current batch, without a result."""
         (model,) = model_parts
         with paused_training(model, self.metrics_processor, f"validation at step {step}"):
             start = time.perf_counter()
@@ -148,7 +148,7 @@ def build_validator(
     metrics_processor: MetricsProcessor,
     **unused: Any,
 ) -> SymbioticValidator:
-    """The validator, with its held-out rows read. Upstream passes what pipelines and its own validator need besides."""
+    """The validator with its held-out rows. ``unused``: what upstream passes for pipelines and its own validator."""
     loader = build_loader(
         held_out_data(job_config),
         **loader_options(job_config, tokenizer, dp_rank, dp_world_size),
