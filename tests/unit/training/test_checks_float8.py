@@ -89,7 +89,7 @@ def test_a_gpu_multiplies_float8_into_bfloat16(gpu):
     gpu(9, 0)
     message = refusal(check_float8, config_of(*FLOAT8), FLAVORS["debug"], 1)
     assert message.startswith(
-        "training.mixed_precision_param = 'float32': float8 matmuls give bfloat16"
+        "training.mixed_precision_param = 'float32': float8 matmuls return bfloat16"
     )
 
 
@@ -108,7 +108,9 @@ def test_experts_of_odd_width_are_refused_and_named(name):
 def test_shielding_of_weights_is_refused():
     overrides = (*FLOAT8, "--float8.emulate", "--shielding.mode", "weights")
     message = refusal(check_job, config_of(*overrides))
-    assert message.startswith("shielding.mode = 'weights' takes the shared experts' gradients")
+    assert message.startswith(
+        "shielding.mode = 'weights' scales the gradients of the shared experts' weights"
+    )
     assert "use shielding.mode = 'output'" in message
     check_job(config_of(*overrides, "--shielding.steps", "0", "--shielding.after_scale", "1"))
 
@@ -154,7 +156,7 @@ def test_float8_gather_needs_one_scale_per_weight():
         (("--float8.emulate",), "[float8] has no effect without its converter"),
         (
             ("--quantize.linear.float8.emulate",),
-            "[quantize] has no effect: it speaks to converters that do not know the expert banks",
+            "[quantize] has no effect: its converters do not handle grouped experts",
         ),
     ],
 )

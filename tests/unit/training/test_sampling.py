@@ -203,7 +203,7 @@ def test_a_codec_that_training_has_is_not_loaded_again():
         ),
         (
             "--metrics.no_enable_tensorboard",
-            "sampling.enable = true: pictures are shown in TensorBoard; set metrics.enable_tensorb",
+            "sampling.enable = true: sample grids are shown in TensorBoard; set metrics.enable_tensorb",
         ),
         ("--latents.codec flux", "latents.path: codec 'flux' needs its weights"),
     ],
@@ -218,11 +218,11 @@ def test_without_prompts_or_a_task_that_draws_it_is_refused():
     config = config_of()
     check_job(config)
     config.sampling.prompts = []
-    with pytest.raises(ValueError, match="there is nothing to draw; give captions in sampling.pr"):
+    with pytest.raises(ValueError, match="there are no prompts; give captions in sampling.pr"):
         check_job(config)
     config = config_of()
     config.data.sources = [row for row in config.data.sources if row.task in ("lm", "mmu")]
-    with pytest.raises(ValueError, match=r"no source in \[\[data.sources\]\] has images to be gen"):
+    with pytest.raises(ValueError, match=r"no source in \[\[data.sources\]\] has target images"):
         check_job(config)
     config.sampling.enable = False
     check_job(config)

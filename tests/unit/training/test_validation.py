@@ -319,13 +319,13 @@ def test_steps_that_are_validated(config_of):
         (
             "enable = true",
             "--validation.local_batch_size 4",
-            "validation.local_batch_size = 4 is not supported by this trainer; held-out rows come in batches like training's",
+            "validation.local_batch_size = 4 is not supported by this trainer; validation uses the batch size of training",
         ),
         ("enable = true", "--validation.dataset c4", "name files in [[validation.sources]]"),
         (
             "enable = true",
             "--validation.dataloader.num_workers 2",
-            "held-out rows are made once, before training",
+            "held-out sequences are packed once, before training",
         ),
     ],
 )
