@@ -1,4 +1,4 @@
-"""A suite of tools/evaluate.py: how long the model's answers to a question are."""
+"""An evaluation suite: how long the model's answers to a question are."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ class Options:
     """What the model is asked"""
 
     answers: int = 4
-    """How many answers are drawn"""
+    """How many answers are generated"""
 
     def __post_init__(self) -> None:
         if self.answers < 1:

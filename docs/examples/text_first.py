@@ -1,4 +1,4 @@
-"""A partition rule: the groups are dealt the experts in the order in which text tokens, and nobody else, prefer them."""
+"""A partition rule: groups take experts in the order of text tokens' preference, whatever other modalities prefer."""
 
 import torch
 from torch import Tensor

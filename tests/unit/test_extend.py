@@ -15,9 +15,10 @@ from torch import nn
 from symbiotic_titan.commands import show_parallel
 from symbiotic_titan.config.experts import ROUTER_SCORES, SHIELD_SCHEDULES, Shielding
 from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.generation import SOLVERS
 from symbiotic_titan.config.job import JobConfig, job_config_class
 from symbiotic_titan.config.load import check_table, load_job_config
-from symbiotic_titan.config.losses import LOSS_TERMS
+from symbiotic_titan.config.losses import LOSS_TERMS, TIMESTEP_DISTRIBUTIONS
 from symbiotic_titan.config.optimizer import LR_DECAYS, OPTIMIZER_BUILDERS, Optimizer
 from symbiotic_titan.evaluation.suite import SUITES
 from symbiotic_titan.extend import (
@@ -35,6 +36,7 @@ from symbiotic_titan.partition.plan import (
     check_order,
 )
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
+from symbiotic_titan.sequence.tasks import TASKS
 from symbiotic_titan.training.checks import check_job
 from tests.helpers.moe_reference import grads, make_args, make_layer, make_tokens
 
@@ -48,13 +50,16 @@ REGISTRIES = (
     SHIELD_SCHEDULES,
     ROUTER_SCORES,
     OPTIMIZER_BUILDERS,
+    SOLVERS,
     SUITES,
+    TASKS,
+    TIMESTEP_DISTRIBUTIONS,
 )
 
 
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch):
-    """What a test registers or imports is gone behind it."""
+    """What a test registers or imports is forgotten after it."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     known = set(sys.modules)
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,84 @@
+"""The examples of docs/extending.md act as their page says; tests/unit/test_extend.py checks that each registers its part."""
+
+import contextlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.generation import SOLVERS
+from symbiotic_titan.config.losses import LOSS_TERMS, TIMESTEP_DISTRIBUTIONS, Flow
+from symbiotic_titan.config.optimizer import LR_DECAYS
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK
+from symbiotic_titan.sequence.tasks import TASKS, task_names, task_number
+
+REGISTRIES = (LOSS_TERMS, LR_DECAYS, SOLVERS, TASKS, TIMESTEP_DISTRIBUTIONS)
+
+
+@pytest.fixture(autouse=True)
+def own_registries(monkeypatch):
+    """What an example registers is forgotten after its test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    known = set(sys.modules)
+    with contextlib.ExitStack() as stack:
+        for registry in REGISTRIES:
+            stack.enter_context(registry.temporarily())
+        yield
+    for name in set(sys.modules) - known:
+        if name.startswith("docs"):
+            del sys.modules[name]
+
+
+def import_example(name: str) -> None:
+    import_extension(f"docs.examples.{name}")
+
+
+def test_a_task_from_outside_gets_the_next_number_and_keeps_the_others():
+    before = task_names()
+    import_example("describe_task")
+    assert task_names() == (*before, "describe")
+    assert task_number("describe") == len(before)
+    task = TASKS["describe"]
+    assert task.is_understanding and task.has_images and not task.is_cacheable
+
+
+def test_the_z_loss_is_the_squared_normaliser_of_labelled_tokens():
+    import_example("z_loss")
+    term = LOSS_TERMS["z"]
+    logits_BTV = torch.randn(2, 5, 7)
+    labels_BT = torch.randint(7, (2, 5))
+    labels_BT[0, :2] = IGNORE_INDEX
+    task_BT = torch.zeros(2, 5, dtype=torch.int64)
+    task_BT[1] = 1
+    task_BT[1, 4], labels_BT[1, 4] = NO_TASK, IGNORE_INDEX
+    batch = SimpleNamespace(labels=labels_BT, task=task_BT)
+    sums_J = term.value_function()(SimpleNamespace(logits=logits_BTV, batch=batch))
+    squares_BT = logits_BTV.exp().sum(-1).log() ** 2
+    torch.testing.assert_close(
+        sums_J[:2], torch.stack([squares_BT[0, 2:].sum(), squares_BT[1, :4].sum()])
+    )
+    assert term.count_function()(batch)[:2].tolist() == [3, 4]
+
+
+def test_the_quadratic_decay_falls_from_1_to_0():
+    import_example("quadratic_decay")
+    assert [LR_DECAYS["quadratic"](p) for p in (0.0, 0.5, 1.0)] == [1.0, 0.25, 0.0]
+
+
+def test_the_midpoint_solver_is_exact_where_the_velocity_is_linear_in_time():
+    import_example("midpoint_solver")
+    x_t = torch.tensor([1.0, 2.0])
+    # dx/dt = t: x(t') = x(t) + (t'^2 - t^2) / 2
+    x_next = SOLVERS["midpoint"](lambda x, t: torch.full_like(x, t), x_t, 1.0, 0.5)
+    torch.testing.assert_close(x_next, x_t + (0.25 - 1.0) / 2)
+
+
+def test_cosmap_timesteps_lie_in_0_to_1_and_are_symmetric():
+    import_example("cosmap_timesteps")
+    t = TIMESTEP_DISTRIBUTIONS["cosmap"]((20_000,), Flow(), torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() <= 1
+    assert t.mean().item() == pytest.approx(0.5, abs=0.01)
+    # P(t < a) = 2/pi * atan(a / (1 - a))
+    assert (t < 0.25).float().mean().item() == pytest.approx(0.2048, abs=0.01)
