@@ -10,7 +10,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.data.loader import PackedLoader, build_loader
+from symbiotic_titan.data.loader import PackedLoader
+from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.losses.terms import text_errors
@@ -23,7 +24,7 @@ from symbiotic_titan.optim.build import (
 from symbiotic_titan.parallel.parallelize import parallelize_symbiotic
 
 
-def _share_over_ranks(part: dict[int, Any]) -> list[dict[int, Any]]:
+def _gather_over_ranks(part: dict[int, Any]) -> list[dict[int, Any]]:
     parts: list[dict[int, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, part)
     return parts
@@ -65,7 +66,7 @@ def loader_options(
         "global_batch_size": global_batch_size(job_config, dp_world_size),
         "dp_rank": dp_rank,
         "dp_world_size": dp_world_size,
-        "share": _share_over_ranks if dp_world_size > 1 else None,
+        "gather": _gather_over_ranks if dp_world_size > 1 else None,
     }
 
 

@@ -64,10 +64,13 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         self.check(self.key, name)
-        if name in self._unloaded:
-            self._parts[name] = load_part(str(self._parts[name]))
-            self._unloaded.remove(name)
-        return self._parts[name]  # type: ignore[return-value]
+        part = self._parts[name]
+        if name in self._unloaded and isinstance(
+            part, str
+        ):  # no str where another thread was first
+            part = self._parts[name] = load_part(part)
+            self._unloaded.discard(name)
+        return part  # type: ignore[return-value]
 
     def __contains__(self, name: object) -> bool:
         return name in self._parts

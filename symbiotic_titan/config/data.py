@@ -7,7 +7,26 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from symbiotic_titan.config.rows import row_from_dict
+from symbiotic_titan.registry import Registry, choice
 from symbiotic_titan.sequence.tasks import TASKS
+
+_FORMATS = "symbiotic_titan.data.formats"
+# Values of ``format``: subclasses of ``data.formats.shard.FileFormat``.
+FORMATS: Registry[Any] = Registry(
+    "format",
+    {
+        "webdataset": f"{_FORMATS}.webdataset:WebDataset",
+        "jsonl": f"{_FORMATS}.jsonl:JsonLines",
+        "parquet": f"{_FORMATS}.parquet:Parquet",
+    },
+)
+
+_PACKINGS = "symbiotic_titan.data.packing"
+# Values of ``data.packing``: functions of the type ``data.packing.Packing``.
+PACKINGS: Registry[Any] = Registry(
+    "data.packing",
+    {"longest_first": f"{_PACKINGS}:longest_first", "fullest": f"{_PACKINGS}:fullest"},
+)
 
 MixtureBy = Literal["samples", "tokens"]
 AtEnd = Literal["repeat", "stop"]
@@ -25,11 +44,11 @@ class DataSource:
     """What its samples train: ``lm``: plain text; ``mmu``: questions about images; ``t2i`` and ``t2i_long``: images from short or long
     captions; ``interleaved``: text among input and target images; or a task that ``experimental.custom_import`` registers."""
 
-    format: Literal["webdataset", "jsonl", "parquet"]
+    format: str = choice(FORMATS)
     """``webdataset``: tar shards; ``jsonl``: one JSON object a line; ``parquet``: tables. The first two may be compressed
     (``.gz``, ``.bz2``, ``.xz``, ``.zst``), see ``data.cache_folder``."""
 
-    path: str
+    path: str  # type: ignore[misc]  # mypy takes what ``choice`` returns for a default
     """Path or fsspec URL of the files; ``*`` matches several."""
 
     keys: dict[str, str] = field(default_factory=dict)
@@ -138,7 +157,7 @@ class Data:
     lookahead: int = 32
     """Samples a stream holds while it looks for one that fills the row."""
 
-    packing: Literal["longest_first", "fullest"] = "longest_first"
+    packing: str = choice(PACKINGS, "longest_first")
     """Which of the samples held share a row, besides the oldest: ``longest_first`` takes the longest that still fits, again and
     again; ``fullest`` those that leave the fewest positions empty. The first is enough where a row holds many samples; where it
     holds few, the second fills it better (mini.toml: 97.6 instead of 93.0 %) for some tenths of a millisecond a row of 2048, more

@@ -1,16 +1,12 @@
-"""The data loader: streams shared out over ranks and worker processes, and a state that fits any number of both.
+"""The data loader: streams shared out over ranks and worker processes, and a state that does not depend on their numbers.
 
     rank k of N                streams [k L/N, (k+1) L/N) of the L streams
     worker w of W on a rank    every W-th of the rank's streams
-    main process               puts rows in order: always the stream with the fewest rows, of equals the lowest
+    main process               restores the order: always the stream with the fewest rows, of equals the lowest
 
 So rows come round robin over the streams, whatever N and W are, also right after a resume in the middle of a round. The state
-holds every stream of every rank, as of the rows that the trainer got; rows a worker made ahead of that are made again.
-
-A row on its way from a worker process: one tensor instead of one per field.
-
-Every tensor sent between processes occupies a file descriptor on both sides while it lives; with a dozen fields per row,
-rows made ahead would exhaust the usual limit of 1024.
+holds every stream of every rank as of the rows that the trainer received. Rows that a worker made ahead of that are not in it
+and are made again after a resume.
 """
 
 import atexit
@@ -24,15 +20,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.tools.logging import logger
 
-from symbiotic_titan.config.data import Data
-from symbiotic_titan.config.generation import Latents
-from symbiotic_titan.data.fingerprint import (
-    check_fingerprint,
-    fingerprint_of,
-)
-from symbiotic_titan.data.pipeline import build_spec
+from symbiotic_titan.data.fingerprint import check_fingerprint, fingerprint_of
 from symbiotic_titan.data.streams import (
     OpenSource,
     PipelineSpec,
@@ -46,15 +35,16 @@ from symbiotic_titan.data.streams import (
     open_mixture,
     resumed,
 )
-from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
-from symbiotic_titan.sequence.geometry import ImageGeometry
-from symbiotic_titan.sequence.positions import RotaryLayout
 
 
 @dataclass(frozen=True)
 class SerializedRow:
-    """The bytes of all fields behind each other, widest elements first so that each stays aligned."""
+    """A row on its way from a worker process: one tensor instead of one per field.
+
+    Every tensor sent between processes holds a file descriptor on both sides while it lives. With a dozen fields per row, the
+    rows that workers make ahead would exceed the usual limit of 1024.
+    """
 
     buffer: torch.Tensor
     layout: list[tuple[str, torch.dtype, tuple[int, ...]]]
@@ -62,6 +52,7 @@ class SerializedRow:
     @classmethod
     def of(cls, row: PackedBatch) -> "SerializedRow":
         values = {f.name: getattr(row, f.name) for f in fields(row)}
+        # Widest elements first, so that every field starts at a multiple of its element size, as view(dtype) demands.
         names = sorted(values, key=lambda name: -values[name].element_size())
         buffer = torch.cat([values[name].reshape(-1).view(torch.uint8) for name in names])
         return cls(buffer, [(n, values[n].dtype, tuple(values[n].shape)) for n in names])
@@ -77,86 +68,15 @@ class SerializedRow:
         return PackedBatch(**values)
 
 
+# Stream number -> state; what a stream yields: its number, the row, and the state after that row.
 States = dict[int, StreamState]
-StreamItem = tuple[int, PackedBatch, StreamState]
-Share = Callable[[States], list[States]]
-
-
-def build_loader(
-    config: Data,
-    *,
-    latents: Latents,
-    geometry: ImageGeometry,
-    rotary_layout: RotaryLayout,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    local_batch_size: int,
-    global_batch_size: int,
-    dp_rank: int = 0,
-    dp_world_size: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    prefetch_factor: int | None = None,
-    share: Share | None = None,
-    table: str = "[[data.sources]]",
-) -> "PackedLoader":
-    """The loader of data rank ``dp_rank``, with every shard indexed and every setting checked.
-
-    ``share`` gathers a dict over the data ranks (an all-gather of objects); None where there is one rank. Each worker makes
-    ``prefetch_factor`` batches' worth of rows ahead (None: 2). ``table`` is where the user wrote the sources of ``config``.
-
-    Raises:
-        ValueError: shards are missing, empty or unreadable, an image cannot fit a row, or streams, ranks and workers do not divide.
-    """
-    spec = build_spec(
-        config, latents, geometry, rotary_layout, tokenizer, seq_len, global_batch_size, table
-    )
-    if global_batch_size % spec.num_streams:
-        logger.warning(
-            f"data.num_lanes: {spec.num_streams} does not divide the global batch size "
-            f"{global_batch_size}: which rows share a global batch depends on the number of ranks"
-        )
-    if pin_memory and not torch.accelerator.is_available():
-        logger.warning("training.dataloader.pin_memory: ignored, there is no accelerator here")
-        pin_memory = False
-    streams = _streams_of_rank(spec.num_streams, dp_rank, dp_world_size)
-    _check_workers(num_workers, len(streams))
-    assert share is not None or dp_world_size == 1
-    return PackedLoader(
-        spec,
-        streams,
-        local_batch_size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor,
-        share=share or (lambda states: [states]),
-    )
-
-
-def _streams_of_rank(num_streams: int, dp_rank: int, dp_world_size: int) -> range:
-    per_rank, rest = divmod(num_streams, dp_world_size)
-    if rest or not per_rank:
-        nearest = dp_world_size * max(1, round(num_streams / dp_world_size))
-        raise ValueError(
-            f"data.num_lanes: {num_streams} streams cannot be shared evenly by {dp_world_size} data "
-            f"ranks; set it to {nearest} (it is fixed for the life of a run), or use a number of "
-            f"ranks that divides it"
-        )
-    return range(dp_rank * per_rank, (dp_rank + 1) * per_rank)
-
-
-def _check_workers(num_workers: int, num_streams: int) -> None:
-    if num_workers and num_streams % num_workers:
-        fitting = max(w for w in range(1, num_workers) if num_streams % w == 0)
-        raise ValueError(
-            f"training.dataloader.num_workers: {num_workers} workers cannot share the {num_streams} "
-            f"streams of a rank evenly; set it to {fitting}, or data.num_lanes to a multiple of "
-            f"ranks x workers"
-        )
+StreamRow = tuple[int, PackedBatch, StreamState]
+# All-gather of ``States`` over the data ranks.
+Gather = Callable[[States], list[States]]
 
 
 class PackedLoader(BaseDataLoader):
-    """Endless batches of this rank's rows. Each new iterator goes on behind the last batch that was handed out.
+    """Endless batches of this rank's rows. Every new iterator continues after the last batch that was handed out.
 
     Where a source stops the run, batches are empty once ``ended_sources`` names it: other ranks may still have rows.
     """
@@ -170,7 +90,7 @@ class PackedLoader(BaseDataLoader):
         num_workers: int,
         pin_memory: bool,
         prefetch_factor: int | None,
-        share: Share,
+        gather: Gather,
     ) -> None:
         self._spec = spec
         self._states: States = {stream: new_state(spec) for stream in streams}
@@ -178,26 +98,26 @@ class PackedLoader(BaseDataLoader):
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._prefetch_factor = prefetch_factor
-        self._share = share
+        self._gather = gather
 
     @property
     def spec(self) -> PipelineSpec:
-        """All that decides the rows, besides the streams of this rank."""
+        """All that decides the rows, besides which streams this rank has."""
         return self._spec
 
     @property
     def streams(self) -> list[int]:
-        """Streams of this rank."""
+        """Numbers of this rank's streams."""
         return list(self._states)
 
     @property
     def num_skipped(self) -> int:
-        """Bad samples that were skipped in the streams this rank owns, since the run began."""
+        """Bad samples that this rank's streams have skipped since the run began."""
         return sum(num_skipped(self._spec, list(self._states.values())))
 
     @property
     def skip_reasons(self) -> dict[str, int]:
-        """Samples of the streams this rank owns that were skipped, by reason, and ``truncated`` ones; the same keys always."""
+        """Samples that this rank's streams have skipped, by reason, and ``truncated`` ones; the keys are always the same."""
         return count_reasons(list(self._states.values()))
 
     @property
@@ -208,13 +128,14 @@ class PackedLoader(BaseDataLoader):
 
     @property
     def ended_sources(self) -> list[str]:
-        """Sources whose end this rank's streams have met; empty while one of the streams has a row left."""
+        """Sources whose end this rank's streams have reached; empty while one of the streams has a row left."""
         return ended_sources(self._spec, list(self._states.values()))
 
     def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
         rows = self._rows()
         while True:
             taken = [next(rows) for _ in range(self._local_batch_size)]
+            # The state advances with rows that are handed out, not with those that workers made ahead.
             for stream, _, state in taken:
                 self._states[stream] = state
             check_skipped(self._spec, list(self._states.values()))
@@ -222,49 +143,46 @@ class PackedLoader(BaseDataLoader):
             yield batch.pin_memory() if self._pin_memory else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """All streams of all ranks and what they are tied to; the same on every rank. Collective where there are several."""
-        states = {
-            stream: state for part in self._share(self._states) for stream, state in part.items()
-        }
+        """All streams of all ranks and their fingerprint; the same on every rank. A collective where there are several."""
+        states = {n: state for part in self._gather(self._states) for n, state in part.items()}
         assert sorted(states) == list(range(self._spec.num_streams))
-        identity = fingerprint_of(self._spec)
-        return {"state": json.dumps({"identity": identity, "lanes": states}, sort_keys=True)}
+        # One string, because a distributed checkpoint stores a nested dict leaf by leaf; its keys are those of older versions.
+        saved = {"identity": fingerprint_of(self._spec), "lanes": states}
+        return {"state": json.dumps(saved, sort_keys=True)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, on any number of ranks and workers.
+        """Continue where ``state_dict`` was taken, on any number of ranks and workers.
 
         Raises:
-            ValueError: it was taken from other data or with other settings; the message says which.
+            ValueError: it was taken with other data or settings; the message says which.
         """
         saved = json.loads(state_dict["state"])
         check_fingerprint(saved["identity"], fingerprint_of(self._spec))
-        self._states = {
-            stream: resumed(self._spec, saved["lanes"][str(stream)]) for stream in self._states
-        }
+        self._states = {n: resumed(self._spec, saved["lanes"][str(n)]) for n in self._states}
 
-    def _rows(self) -> Iterator[StreamItem]:
+    def _rows(self) -> Iterator[StreamRow]:
         dataset = StreamDataset(self._spec, self._states)
         if not self._num_workers:
             return _checked(iter(dataset))
         return _in_stream_order(_checked(self._worker_rows(dataset)), self._states)
 
-    def _worker_rows(self, dataset: "StreamDataset") -> Iterator["StreamItem | WorkerError"]:
+    def _worker_rows(self, dataset: "StreamDataset") -> Iterator["StreamRow | WorkerError"]:
         """Rows of the workers in turn. The workers end with this generator, or with the interpreter."""
         running = [
             iter(
                 DataLoader(
                     dataset,
                     batch_size=None,
-                    collate_fn=_flattened,
+                    collate_fn=_serialized,
                     num_workers=self._num_workers,
                     prefetch_factor=(self._prefetch_factor or 2) * self._local_batch_size,
                     worker_init_fn=_ignore_signals,
-                    # It draws a seed for the workers, which must not come from the global generator.
+                    # DataLoader draws a seed for its workers; from the global generator, that would change the noise of training.
                     generator=torch.Generator(),
                 )
             )
         ]
-        # Workers ignore SIGTERM, with which Python ends what its exit finds alive: it would wait forever.
+        # At exit Python sends SIGTERM to child processes and waits for them; workers ignore it, so they must be gone by then.
         atexit.register(running.clear)
         try:
             while True:
@@ -276,7 +194,7 @@ class PackedLoader(BaseDataLoader):
 
 
 class WorkerError:
-    """Message of a ValueError in a worker; raised in the main process without the worker's traceback around it."""
+    """Message of a ValueError in a worker. Passed on as a value: DataLoader would wrap an exception in the worker's traceback."""
 
     def __init__(self, message: str) -> None:
         self.message = message
@@ -289,12 +207,13 @@ class StreamDataset(IterableDataset):
         self._spec = spec
         self._states = states
 
-    def __iter__(self) -> Iterator[StreamItem | WorkerError]:
+    def __iter__(self) -> Iterator[StreamRow | WorkerError]:
         worker = get_worker_info()
         numbers = sorted(self._states)
         if worker is not None:
             numbers = numbers[worker.id :: worker.num_workers]
         spec, mixture = self._spec, open_mixture(self._spec)
+        # Files are opened here, in the worker: processes that inherit an open file share its position.
         sources = [OpenSource(spec, i) for i in range(len(spec.sources))]
         try:
             streams = {n: Stream(spec, sources, mixture, n, self._states[n]) for n in numbers}
@@ -313,28 +232,29 @@ def _round_robin(rows: dict[int, int]) -> Iterator[int]:
         yield stream
 
 
-def _checked(rows: Iterator[StreamItem | WorkerError]) -> Iterator[StreamItem]:
+def _checked(rows: Iterator[StreamRow | WorkerError]) -> Iterator[StreamRow]:
     for row in rows:
         if isinstance(row, WorkerError):
             raise ValueError(row.message)
         yield row
 
 
-def _in_stream_order(rows: Iterator[StreamItem], states: States) -> Iterator[StreamItem]:
-    """``rows``, each stream's in order, brought into the order of ``_round_robin`` over all streams.
+def _in_stream_order(rows: Iterator[StreamRow], states: States) -> Iterator[StreamRow]:
+    """``rows``, in order within each stream, brought into the order of ``_round_robin`` over all streams.
 
-    At the start of a round nothing waits; after a resume in the middle of one, a few rows per worker do.
+    DataLoader asks its workers in turn, always from the first. At the start of a round that is the right order and nothing is
+    held back; after a resume in the middle of a round, a few rows per worker are.
     """
-    early: dict[int, deque[StreamItem]] = {stream: deque() for stream in states}
-    for stream in _round_robin({stream: state["rows"] for stream, state in states.items()}):
+    early: dict[int, deque[StreamRow]] = {stream: deque() for stream in states}
+    for stream in _round_robin({n: state["rows"] for n, state in states.items()}):
         while not early[stream]:
             row = next(rows)
             early[row[0]].append(row)
         yield early[stream].popleft()
 
 
-def _flattened(item: Any) -> Any:
-    """Runs in the worker: the row becomes a single tensor."""
+def _serialized(item: Any) -> Any:
+    """Runs in the worker."""
     return item if isinstance(item, WorkerError) else (item[0], SerializedRow.of(item[1]), item[2])
 
 

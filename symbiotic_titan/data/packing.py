@@ -1,6 +1,7 @@
-"""Documents -> rows: which documents share a row, and the tensors of that row.
+"""Packing: which documents share a packed sequence, and the tensors of that sequence.
 
-Letters: T positions of a row, N patches or latent tokens of one kind of image, Q numbers in each of them.
+A packed sequence is one row of a batch: T positions, filled by whole documents and padded at the end. All its tensors have
+static sizes, so that every step of training compiles to the same graph and takes the same memory.
 """
 
 from collections.abc import Callable
@@ -34,8 +35,14 @@ from symbiotic_titan.sequence.positions import RotaryLayout, image_positions, te
 
 @dataclass(frozen=True)
 class SequenceSize:
-    """What a row holds: T positions, among them at most so many tokens of each kind of image, and of a task that
-    ``task_tokens`` names. ``num_vit_patches``: what so many ViT tokens may stand for; None where each is a square of patches."""
+    """Room in a packed sequence.
+
+    num_tokens:      positions, T.
+    num_vit_tokens:  ViT tokens among them.
+    num_vae_tokens:  latent tokens among them.
+    task_tokens:     index of a task -> positions that its documents may take; a task that is not named may take all.
+    num_vit_patches: patches that ``num_vit_tokens`` may stand for; None where a ViT token always is a square of patches.
+    """
 
     num_tokens: int
     num_vit_tokens: int
@@ -44,7 +51,7 @@ class SequenceSize:
     num_vit_patches: int | None = None
 
     def of_task(self, task: int) -> int:
-        """Tokens of ``task`` that the row holds."""
+        """Positions that documents of ``task`` may take."""
         return min(self.num_tokens, self.task_tokens.get(task, self.num_tokens))
 
     def fits(self, document: Document) -> bool:
@@ -56,6 +63,7 @@ class SequenceSize:
         )
 
     def minus(self, document: Document) -> "SequenceSize":
+        """The room that is left after ``document``."""
         return SequenceSize(
             self.num_tokens - document.num_tokens,
             self.num_vit_tokens - document.num_vit_tokens,
@@ -67,11 +75,16 @@ class SequenceSize:
         )
 
 
-def longest_first(waiting: list[Document], size: SequenceSize) -> list[int]:
-    """Indices into ``waiting`` of the documents of the next row, in the order they are laid out.
+# data.packing: (waiting documents by age, room) -> indices of those that form the next sequence, in their order there. Index 0,
+# the oldest, must be among them, so that none waits for ever. A pure function: a resumed run must choose as before.
+Packing = Callable[[list[Document], SequenceSize], list[int]]
 
-    The oldest one always goes first, so that none waits for more than ``len(waiting)`` rows. Then, again and again, the
-    longest that still fits (of equals the oldest).
+
+def longest_first(waiting: list[Document], size: SequenceSize) -> list[int]:
+    """The oldest document, then again and again the longest that still fits (of equals the oldest).
+
+    This is first-fit decreasing for one bin at a time. The oldest goes first so that none waits for more than ``len(waiting)``
+    sequences.
     """
     chosen = [0]
     left = size.minus(waiting[0])
@@ -84,55 +97,50 @@ def longest_first(waiting: list[Document], size: SequenceSize) -> list[int]:
 
 
 def fullest(waiting: list[Document], size: SequenceSize) -> list[int]:
-    """Like ``longest_first``, but behind the oldest come those documents, by age, that leave the fewest positions empty.
+    """The oldest document, then those, by age, that leave the fewest positions empty.
 
-    Subset sums: one way is kept to every length that can be reached, the first found, which favours older documents. So the
-    row is the fullest there is unless a limit on the tokens of images or of a task shuts off that way. Up to num_tokens x
-    len(waiting) steps; it ends early when the row is full to the last position.
+    A dynamic program over subset sums. For every total length that can be reached it keeps one subset, the first found, which
+    favours older documents. The result is the fullest sequence possible, unless limits on image tokens or on a task rule out
+    the subset that was kept and not another one of the same length. At most num_tokens x len(waiting) steps; it ends early
+    when the sequence is full to the last position.
     """
     left = size.minus(waiting[0])
     tasks = list(left.task_tokens)
     limits = [left.num_vit_tokens, left.num_vae_tokens, *left.task_tokens.values()]
-    # All limits stand in one number, each below a bit that a difference clears where it falls below zero.
+    # All limits are fields of one Python integer, so that one subtraction and one comparison serve them all. Above each field
+    # is a guard bit, which the subtraction borrows, and thereby clears, where a limit would fall below zero.
     width = size.num_tokens.bit_length() + 1
     spare = _side_by_side([1 << width - 1] * len(limits), width)
     rest = _side_by_side([min(limit, size.num_tokens) for limit in limits], width) + spare
-    # Length behind the oldest document -> what is left of the limits, and the document that was added last.
-    ways = {0: (rest, 0)}
+    # Length without the oldest document -> what is left of the limits, and the document that was added last.
+    reached = {0: (rest, 0)}
     for i, document in enumerate(waiting[1:], start=1):
         count = document.num_tokens
         of_task = [count * (task == document.task) for task in tasks]
         needs = [document.num_vit_tokens, document.num_vae_tokens, *of_task]
         longest, needed = left.num_tokens - count, _side_by_side(needs, width)
-        ways |= {
+        reached |= {
             length + count: (rest - needed, i)
-            for length, (rest, _) in ways.items()
+            for length, (rest, _) in reached.items()
             if length <= longest and (rest - needed) & spare == spare
-            if length + count not in ways
+            if length + count not in reached
         }
-        if left.num_tokens in ways:
+        if left.num_tokens in reached:
             break
-    chosen, length = [], max(ways)
+    chosen, length = [], max(reached)
     while length:
-        chosen.append(ways[length][1])
+        chosen.append(reached[length][1])
         length -= waiting[chosen[-1]].num_tokens
     return [0, *reversed(chosen)]
 
 
 def _side_by_side(values: list[int], width: int) -> int:
-    """``values``, none negative and each of at most ``width`` bits, in one number."""
+    """``values`` as the fields of one integer; none is negative, each has at most ``width`` bits."""
     return sum(value << width * number for number, value in enumerate(values))
 
 
-# data.packing -> which of the waiting documents share the next row.
-PACKINGS: dict[str, Callable[[list[Document], SequenceSize], list[int]]] = {
-    "longest_first": longest_first,
-    "fullest": fullest,
-}
-
-
 class SequenceBuilder:
-    """Lays documents out in rows of one size."""
+    """Lays documents out in packed sequences of one size."""
 
     def __init__(
         self,
@@ -143,7 +151,9 @@ class SequenceBuilder:
         latents: TokenForm | None = None,
     ) -> None:
         stated = size.num_vit_patches is not None
-        assert stated or not geometry.vit_queries, "queries do not say how many patches they read"
+        assert stated or not geometry.vit_queries, (
+            "the number of queries does not tell that of patches"
+        )
         self._size = size
         self._geometry = geometry
         self._layout = layout
@@ -151,15 +161,15 @@ class SequenceBuilder:
         self._latents = latents or TokenForm(geometry.vae_token_values, torch.float32)
 
     def build(self, documents: list[Document]) -> PackedBatch:
-        """One row (B = 1): the documents behind each other, then padding; of padding alone where there is none."""
-        row = _Row(self._geometry, self._layout, self._special, self._latents)
+        """A batch of one sequence (B = 1): the documents one after another, then padding; only padding where there is none."""
+        sequence = _Sequence(self._geometry, self._layout, self._special, self._latents)
         for number, document in enumerate(documents):
-            row.add(number, document)
-        return row.padded(self._size)
+            sequence.add(number, document)
+        return sequence.padded(self._size)
 
 
-class _Row:
-    """A row while it is written: one list entry per token, per ViT patch and per latent token."""
+class _Sequence:
+    """A sequence while it is written: one list entry per token, per ViT patch and per latent token."""
 
     def __init__(
         self,
@@ -181,7 +191,9 @@ class _Row:
         self._vae = _Images(latents)
 
     def add(self, number: int, document: Document) -> None:
-        position = 0
+        position = (
+            0  # of every document: what it means must not depend on where it lies in the sequence
+        )
         for segment in document.segments:
             start = len(self._tokens)
             if isinstance(segment, TextSegment):
@@ -215,7 +227,7 @@ class _Row:
             self._vae.add(segment.latents, at, span, range(start, start + count))
 
     def padded(self, size: SequenceSize) -> PackedBatch:
-        """The row as a batch of one; every list is filled up to its static size."""
+        """The sequence as a batch of one, every list padded to its static size."""
         num_tokens, num_patches = size.num_tokens, size.num_vit_patches
         if num_patches is None:
             num_patches = size.num_vit_tokens * self._geometry.vit_merge**2
@@ -240,13 +252,13 @@ class _Row:
         )
 
     def _labels(self) -> torch.Tensor:
-        """The next token where that one is trained. A document's first token never is, so no label crosses documents."""
+        """The next token, where that one is trained. A document's first token never is, so no label crosses documents."""
         following = zip(self._tokens[1:], self._trained[1:], strict=True)
         return _int64([token if trained else IGNORE_INDEX for token, trained in following])
 
 
 class _Images:
-    """Values, coordinates, span numbers and positions in the row of all images of one kind."""
+    """Values, coordinates, span numbers and positions of all images of one kind in a sequence."""
 
     def __init__(self, form: TokenForm) -> None:
         self._values = [torch.empty(0, form.num_values, dtype=form.dtype)]
@@ -277,13 +289,14 @@ class _Images:
         return _int64(self._index)
 
 
-# Images come in few sizes; making their coordinates anew was a tenth of writing a row. Rows copy them.
+# Cached: images come in few sizes, and making their coordinates anew was a tenth of the time of building a sequence. The
+# results are shared; ``padded`` copies them.
 _vit_coords = lru_cache(256)(vit_patch_coords)
 _vae_coords = lru_cache(256)(coords)
 
 
 def _int64(values: list[int]) -> torch.Tensor:
-    """``torch.tensor`` of a list, int64 also when it is empty; by way of NumPy, which is faster."""
+    """``torch.tensor(values, dtype=int64)`` by way of NumPy, which takes a third of the time for lists."""
     return torch.from_numpy(np.array(values, dtype=np.int64))
 
 

@@ -1,6 +1,9 @@
-"""From config to PipelineSpec: index the shards, work out the sizes, refuse what cannot work. Runs once, before training."""
+"""From config to loader: index the shards, compute the sizes, refuse what cannot work. Runs once per process, before training."""
 
 from math import ceil
+
+import torch
+from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
@@ -8,6 +11,7 @@ from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latent_cache import cached_sources
 from symbiotic_titan.data.latents import TargetImages
+from symbiotic_titan.data.loader import Gather, PackedLoader
 from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
 from symbiotic_titan.data.readers import check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
@@ -16,6 +20,81 @@ from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.positions import RotaryLayout
 from symbiotic_titan.sequence.tasks import TASKS, task_number
+
+
+def build_loader(
+    config: Data,
+    *,
+    latents: Latents,
+    geometry: ImageGeometry,
+    rotary_layout: RotaryLayout,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    local_batch_size: int,
+    global_batch_size: int,
+    dp_rank: int = 0,
+    dp_world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
+    gather: Gather | None = None,
+    table: str = "[[data.sources]]",
+) -> PackedLoader:
+    """The loader of data rank ``dp_rank``, with every shard indexed and every setting checked.
+
+    prefetch_factor: batches' worth of rows that each worker makes ahead; None: 2.
+    gather:          all-gather of a dict over the data ranks; needed where there are several.
+    table:           where the user wrote the sources of ``config``, for messages.
+
+    Raises:
+        ValueError: shards are missing, empty or unreadable, an image cannot fit a packed sequence, or streams, ranks and workers
+            do not divide.
+    """
+    spec = build_spec(
+        config, latents, geometry, rotary_layout, tokenizer, seq_len, global_batch_size, table
+    )
+    if global_batch_size % spec.num_streams:
+        logger.warning(
+            f"data.num_lanes: {spec.num_streams} does not divide the global batch size "
+            f"{global_batch_size}: which rows share a global batch depends on the number of ranks"
+        )
+    if pin_memory and not torch.accelerator.is_available():
+        logger.warning("training.dataloader.pin_memory: ignored, there is no accelerator here")
+        pin_memory = False
+    streams = _streams_of_rank(spec.num_streams, dp_rank, dp_world_size)
+    _check_workers(num_workers, len(streams))
+    assert gather is not None or dp_world_size == 1
+    return PackedLoader(
+        spec,
+        streams,
+        local_batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor,
+        gather=gather or (lambda states: [states]),
+    )
+
+
+def _streams_of_rank(num_streams: int, dp_rank: int, dp_world_size: int) -> range:
+    per_rank, rest = divmod(num_streams, dp_world_size)
+    if rest or not per_rank:
+        nearest = dp_world_size * max(1, round(num_streams / dp_world_size))
+        raise ValueError(
+            f"data.num_lanes: {num_streams} streams cannot be shared evenly by {dp_world_size} data "
+            f"ranks; set it to {nearest} (it is fixed for the life of a run), or use a number of "
+            f"ranks that divides it"
+        )
+    return range(dp_rank * per_rank, (dp_rank + 1) * per_rank)
+
+
+def _check_workers(num_workers: int, num_streams: int) -> None:
+    if num_workers and num_streams % num_workers:
+        fitting = max(w for w in range(1, num_workers) if num_streams % w == 0)
+        raise ValueError(
+            f"training.dataloader.num_workers: {num_workers} workers cannot share the {num_streams} "
+            f"streams of a rank evenly; set it to {fitting}, or data.num_lanes to a multiple of "
+            f"ranks x workers"
+        )
 
 
 def build_spec(
@@ -28,10 +107,10 @@ def build_spec(
     global_batch_size: int,
     table: str = "[[data.sources]]",
 ) -> PipelineSpec:
-    """The spec of all streams; sources of weight zero are left out. ``table`` is where the user wrote the sources.
+    """The spec of all streams. Sources of weight zero are left out. ``table``: where the user wrote the sources, for messages.
 
     Raises:
-        ValueError: no source, shards that are missing, empty or unreadable, or images that cannot fit a row.
+        ValueError: no source, shards that are missing, empty or unreadable, or images that cannot fit a packed sequence.
     """
     rows = [(i, s) for i, s in enumerate(config.sources, start=1) if s.weight > 0]
     if not rows:
@@ -43,7 +122,7 @@ def build_spec(
                 f"data.{key}: {getattr(config, key)} is more than a row holds, training.seq_len = "
                 f"{seq_len}; lower it, or set 0 for as many as fit"
             )
-    size = row_size(config, seq_len, geometry)
+    size = sequence_size(config, seq_len, geometry)
     overhead = image_document_overhead(tokenizer)
     _check_images_fit(config, sources, geometry, size, overhead)
     _check_texts_fit(sources, size, len(tokenizer.opening))
@@ -69,15 +148,15 @@ def build_spec(
 
 
 def indexed(config: Data, source: DataSource, where: str) -> list[Shard]:
-    """The shards of ``source``, and a look at whether its samples have what its task needs."""
+    """The shards of ``source``, checked for the fields that its task needs."""
     tolerant = source.bad_samples_of(config) == "skip"
     shards = index_source(source, where, cache_folder=config.cache_folder, tolerant=tolerant)
     check_names(source, shards, where)
     return shards
 
 
-def row_size(config: Data, seq_len: int, geometry: ImageGeometry) -> SequenceSize:
-    """What a row of ``seq_len`` positions holds."""
+def sequence_size(config: Data, seq_len: int, geometry: ImageGeometry) -> SequenceSize:
+    """Room in a packed sequence of ``seq_len`` positions."""
     tokens, patches = geometry.vit_room(config.max_vit_tokens or seq_len, config.seen_pixels)
     return SequenceSize(
         seq_len,
@@ -121,8 +200,8 @@ def _check_image(
     task: str,
     held: int,
 ) -> None:
-    """Refuse a row, or a part of it for ``task``, that is too short for the largest image with the least text, and a row that may
-    hold fewer tokens of such images, ``held``, than one has."""
+    """Refuse a sequence, or the part of one that ``task`` may take, that is too short for the largest image with the least text,
+    and one that may hold fewer tokens of such images, ``held``, than a single image has."""
     if not num_tokens:
         raise ValueError(
             f"data.{kind}_pixels: {pixels} pixels hold no token of {step} x {step}; set at least {step**2}"

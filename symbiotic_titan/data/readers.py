@@ -1,7 +1,7 @@
-"""Shards on disk or behind an fsspec URL: an index of where each sample lies, and a reader that fetches samples by number.
+"""Sources on disk or behind an fsspec URL: their shards, indexed once, and a reader that fetches samples by number.
 
-The index is plain data and travels to worker processes; the reader owns open files and is made in the process that reads.
-What a shard is in each format: see ``formats``.
+The shards are plain data and are sent to worker processes; the reader owns open files and is made in the process that reads.
+How files of each format are indexed and read: see ``formats``.
 """
 
 import functools
@@ -9,28 +9,24 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.config.data import FORMATS, DataSource
 from symbiotic_titan.data.fields import (
     Fields,
     check_fields,
     dotted,
     names_of,
 )
-from symbiotic_titan.data.formats.byte_ranges import (
-    index_lines,
-    index_tar,
-)
 from symbiotic_titan.data.formats.index_cache import cached_index
-from symbiotic_titan.data.formats.parquet import index_parquet
 from symbiotic_titan.data.formats.shard import (
     BadSample,
     DamagedRest,
     File,
+    FileFormat,
     Indexed,
     OpenShard,
     Sample,
@@ -39,35 +35,28 @@ from symbiotic_titan.data.formats.shard import (
 from symbiotic_titan.data.formats.unpack import compression_of, unpacked
 from symbiotic_titan.sequence.tasks import TASKS
 
-# Samples that are read to see which names a source has.
-NUM_PROBED = 16
+# Samples of a source that are read to see which names its samples have.
+NUM_INSPECTED = 16
 
-FORMATS: dict[str, Callable[[File, Callable[[list[str]], list[str]]], Indexed]] = {
-    "webdataset": index_tar,
-    "jsonl": index_lines,
-    "parquet": index_parquet,
-}
-# Formats whose indexes are worth keeping. A Parquet file ends with its own.
-KEPT_FORMATS = ("webdataset", "jsonl")
-
-# Seconds between two lines of the log, where indexing takes long.
+# Seconds between two log lines about indexing.
 LOG_SECONDS = 15
 
 
 def index_source(
     source: DataSource, where: str, *, cache_folder: str = "", tolerant: bool = False
 ) -> list[Shard]:
-    """All shards of ``source``, sorted by path. Reads the tar headers, the lines, or the tables' footers of every file once.
+    """All shards of ``source``, sorted by path. Every file is read once, as far as its format needs: tar headers, lines, footers.
 
-    With a ``cache_folder`` what was found stays there. Every process goes through the files in an order of its own then, so
-    that those that start together share the work.
-
-    With ``tolerant`` the part of a file that cannot be read stands as one bad sample behind the others.
+    where:        the config row, which leads the messages.
+    cache_folder: where indexes are kept and compressed files are unpacked to; "" for neither.
+    tolerant:     the part of a file that cannot be read counts as one bad sample after the others, instead of an error.
 
     Raises:
-        ValueError: no file matches, or a file is empty or is not of its format; ``where`` (the config row) leads the message.
+        ValueError: no file matches, or a file is empty, damaged or not of its format.
     """
     paths = expand(source.path, where)
+    # Processes that start together share the work through the cache, if each goes through the files in an order of its own.
+    # This random order decides nothing else: the shards are sorted below.
     order = random.Random().sample(paths, len(paths)) if cache_folder else paths
     found: dict[str, list[Shard]] = {}
     for path in _logged(order, where):
@@ -95,27 +84,28 @@ def _logged(paths: list[str], where: str) -> Iterator[str]:
 def _index_file(
     source: DataSource, path: str, cache_folder: str, where: str
 ) -> tuple[File, Indexed]:
-    """The file ``path`` and what it holds."""
+    """The file ``path`` and its shards."""
     file, damage = _plain(path, cache_folder, where)
-    index = functools.partial(FORMATS[source.format], file, functools.partial(_columns, source))
+    file_format: FileFormat = FORMATS[source.format]()
+    index = functools.partial(file_format.index, file, functools.partial(_columns, source))
     if not file.num_bytes:
         indexed = Indexed([])
-    elif cache_folder and source.format in KEPT_FORMATS:
-        indexed = cached_index(index, file, source.format, cache_folder)
+    elif cache_folder and file_format.cached_shard:
+        indexed = cached_index(index, file, source.format, file_format.cached_shard, cache_folder)
     else:
         indexed = index()
     return file, Indexed(indexed.shards, damage or indexed.damage)
 
 
 def check_names(source: DataSource, shards: list[Shard], where: str) -> None:
-    """Raise ValueError when no sample has what the task of ``source`` needs, as far as a few samples or a schema tell."""
+    """Raise ValueError when no sample has the fields of the source's task, judged by a few samples or by a schema."""
     names = _names_seen(shards)
     if names:
         check_fields(TASKS[source.task], source.keys, names, where)
 
 
 def _plain(path: str, cache_folder: str, where: str) -> tuple[File, str]:
-    """The file ``path``, unpacked where needed, and what was wrong with it then."""
+    """The file ``path``, unpacked where it is compressed, and why it could not be unpacked to its end."""
     data, damage = path, ""
     if compression_of(path):
         data, damage = unpacked(path, cache_folder, where)
@@ -124,7 +114,7 @@ def _plain(path: str, cache_folder: str, where: str) -> tuple[File, str]:
 
 
 def _columns(source: DataSource, names: list[str]) -> list[str]:
-    """Columns that hold the fields of the source's task."""
+    """Those of ``names`` that may hold fields of the source's task; other columns are not decoded."""
     fields = {"image", *TASKS[source.task].fields}
     wanted = [name for field in fields for name in names_of(field, source.keys)]
     heads = {name for path in wanted for name in (path, *(head for head, _ in dotted(path)))}
@@ -132,14 +122,14 @@ def _columns(source: DataSource, names: list[str]) -> list[str]:
 
 
 def _names_seen(shards: list[Shard]) -> set[str]:
-    """All names that some samples have, spread over the shards; none where these are bad."""
+    """Names of a few samples, spread over the shards; empty where all of these are bad."""
     reader = Reader(shards)
     names: set[str] = set()
-    probed = range(0, len(shards), -(-len(shards) // NUM_PROBED))
-    for number in probed:
+    inspected = range(0, len(shards), -(-len(shards) // NUM_INSPECTED))
+    for number in inspected:
         shard = shards[number]
         names.update(shard.names)
-        count = 0 if shard.names else min(shard.num_samples, NUM_PROBED // len(probed))
+        count = 0 if shard.names else min(shard.num_samples, NUM_INSPECTED // len(inspected))
         for sample in range(count):
             try:
                 names |= Fields(reader.read(number, sample), {}).names
@@ -149,7 +139,7 @@ def _names_seen(shards: list[Shard]) -> set[str]:
 
 
 def expand(path: str, where: str) -> list[str]:
-    """Files that ``path`` names, sorted. A path that exists is taken as it is, whatever characters it holds."""
+    """Files that ``path`` names, sorted: the order of samples depends on it. A path that exists is no pattern, even with a ``*``."""
     try:
         filesystem, pattern = url_to_fs(path)
     except (ValueError, ImportError) as error:
@@ -165,7 +155,7 @@ def expand(path: str, where: str) -> list[str]:
 
 
 class Reader:
-    """Fetches samples of one source by shard and number. Not shared between processes: they would share file positions."""
+    """Fetches samples of one source by shard and number. Not to be shared between processes, which would share file positions."""
 
     def __init__(self, shards: list[Shard]) -> None:
         self._shards = shards
@@ -188,6 +178,7 @@ class Reader:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
+        # Least recently used first: the streams of a process read near each other, so a few open shards serve them all.
         if len(self._files) >= self._shards[shard].max_open:
             self._files.popitem(last=False)[1].close()
         self._files[shard] = self._shards[shard].open()

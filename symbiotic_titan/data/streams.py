@@ -1,41 +1,45 @@
-"""Streams: independent, endless streams of packed rows. Global row r belongs to stream r % num_streams.
+"""Streams: independent, endless series of packed sequences. Row r of the run comes from stream r % num_streams.
 
-A stream is a pure function of (config, seed, stream number). Its steps, one sample at a time until enough documents wait:
+A stream is a pure function of (config, seed, stream number), so that neither the number of ranks nor that of workers changes
+what is trained, and a resume continues exactly. One sample at a time, until enough documents wait:
 
-    1. the mixture names the source                                       counts of this stream -> source
-    2. the stream's k-th sample of a source is number k * num_streams + stream  -> index in the source's endless sequence
-    3. the order turns the index into shard and sample, the reader fetches it                       -> bytes
-    4. the sample becomes documents, which join the waiting ones; a bad sample is skipped or stops the run
-    5. the packing chooses documents among those waiting                                            -> one row
+    1. the mixture names the source                         counts of this stream -> source
+    2. the stream's k-th sample of a source is number k * num_streams + stream of the source's endless sequence
+    3. the order locates that number, the reader fetches it                number -> shard and sample -> bytes
+    4. the sample becomes documents, which wait; a bad sample is skipped or stops the run
+    5. the packing chooses documents among those waiting                         documents -> packed sequence
 
-A stream ends where step 2 leads beyond the first epoch of a source that stops the run (``data.at_end``). The documents that wait
-still become rows; from then on its rows are empty.
+A stream ends where step 2 leads beyond the first epoch of a source that stops the run (``data.at_end``). Waiting documents are
+still packed; after them its sequences are empty.
 
-The state after a row is a few counters and the names of the documents that wait; these are read again on resume.
+The state between two sequences is a few counters and the numbers of the waiting documents, which are read again on resume: a
+checkpoint stays small, whatever the look-ahead.
 """
 
 import logging
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
-from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.config.data import PACKINGS, Data, DataSource
 from symbiotic_titan.data.documents import Document
-from symbiotic_titan.data.formats.shard import (
-    REASONS,
-    BadSample,
-    Shard,
-)
+from symbiotic_titan.data.formats.shard import REASONS, BadSample, Sample, Shard
 from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.order import SourceOrder
-from symbiotic_titan.data.packing import PACKINGS, SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import Packing, SequenceBuilder, SequenceSize
 from symbiotic_titan.data.readers import Reader
-from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.sequence.batch import PackedBatch
+
+
+class MakesDocuments(Protocol):
+    """What a stream needs of ``samples.DocumentMaker``."""
+
+    def make(self, source: DataSource, sample: Sample, index: int) -> list[Document]:
+        """The documents of number ``index`` of the source's endless sequence; raises BadSample."""
 
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """All that decides a stream's rows, besides its number. Plain data: it travels to worker processes."""
+    """All that decides a stream's sequences, besides its number. Plain data: worker processes get a copy."""
 
     config: Data
     sources: list[DataSource]
@@ -43,22 +47,22 @@ class PipelineSpec:
     num_streams: int
     tokenizer: str
     size: SequenceSize
-    maker: DocumentMaker
+    maker: MakesDocuments
     builder: SequenceBuilder
 
 
 class StreamState(TypedDict):
-    """A stream between two rows, JSON-able.
+    """A stream between two sequences, JSON-able. Its keys are part of checkpoints. Lists have one entry per source.
 
-    rows:      rows made so far.
-    scheduled: samples that the mixture has had of each source.
+    rows:      sequences made so far.
+    scheduled: samples of each source that the mixture has counted.
     read:      samples read of each source; those beyond ``scheduled`` were skipped.
-    skipped:   how many of each source, by reason. (States of older versions lack this and the next four.)
-    in_a_row:  how many of each source since its last good one.
-    truncated: samples of each source whose text did not fit.
-    tokens:    of the samples that the mixture has had of each source.
-    ended:     the source whose end the stream has met, else -1. Once nothing waits, all further rows are empty.
-    waiting:   (source, index in its endless sequence, part) of each document that waits for its row.
+    skipped:   of each source, how many by reason. (States of older versions lack this and the next four.)
+    in_a_row:  of each source, how many were skipped since its last good sample.
+    truncated: of each source, how many were cut to fit.
+    tokens:    of each source, the tokens of the samples that the mixture has counted.
+    ended:     the source whose end the stream has reached, else -1. Once nothing waits, all further sequences are empty.
+    waiting:   (source, number in its endless sequence, part) of each waiting document.
     """
 
     rows: int
@@ -73,7 +77,7 @@ class StreamState(TypedDict):
 
 
 class OpenSource:
-    """A source in the process that reads it: its order and its open files."""
+    """A source in the process that reads it: its order and its open files, shared by all streams of the process."""
 
     def __init__(self, spec: PipelineSpec, number: int) -> None:
         self.config = spec.sources[number]
@@ -84,17 +88,17 @@ class OpenSource:
         self._stops = self.config.at_end_of(spec.config) == "stop"
 
     def has(self, index: int) -> bool:
-        """Whether the run goes on at number ``index`` of the endless sequence."""
+        """Whether number ``index`` of the endless sequence may be read; not beyond the end of a source that stops the run."""
         return not self._stops or index < self._order.num_samples
 
     def documents(self, index: int) -> list[Document]:
-        """Documents of number ``index`` of the source's endless sequence; raises BadSample."""
+        """The documents of number ``index`` of the endless sequence; raises BadSample."""
         return self._maker.make(self.config, self._reader.read(*self._order.locate(index)), index)
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A document that waits for its row, and where it can be read again."""
+    """A document that waits to be packed, and where it can be read again."""
 
     source: int
     index: int
@@ -103,7 +107,7 @@ class Waiting:
 
 
 class Stream:
-    """One stream, at the moment that ``state`` tells."""
+    """One stream, continued from ``state``."""
 
     def __init__(
         self,
@@ -117,6 +121,7 @@ class Stream:
         self._sources = sources
         self._mixture = mixture
         self._number = number
+        self._choose: Packing = PACKINGS[spec.config.packing]
         self._num_rows = state["rows"]
         self._scheduled = list(state["scheduled"])
         self._read = list(state["read"])
@@ -128,19 +133,19 @@ class Stream:
         self._waiting = _read_again(sources, state["waiting"])
 
     def next_row(self) -> PackedBatch:
-        """The next row; raises ValueError for a bad sample, as data.bad_samples says."""
-        self._fill(self._spec.config.lookahead)
+        """The next packed sequence; raises ValueError for a bad sample, as data.bad_samples says."""
+        self._read_ahead(self._spec.config.lookahead)
         documents = [waiting.document for waiting in self._waiting]
-        choose = PACKINGS[self._spec.config.packing]
-        chosen = choose(documents, self._spec.size) if documents else []
+        chosen = self._choose(documents, self._spec.size) if documents else []
         taken = set(chosen)
         self._waiting = [w for i, w in enumerate(self._waiting) if i not in taken]
         self._num_rows += 1
-        self._fill(1)  # so that the state tells whether this was the last row
+        # Only reading tells that a source has ended. Done now, the state says whether this was the last sequence.
+        self._read_ahead(1)
         return self._spec.builder.build([documents[i] for i in chosen])
 
     def state(self) -> StreamState:
-        """``Stream(..., state)`` goes on with exactly the rows that would have come next."""
+        """``Stream(..., state)`` continues with exactly the sequences that would have come next."""
         return {
             "rows": self._num_rows,
             "scheduled": list(self._scheduled),
@@ -153,13 +158,13 @@ class Stream:
             "waiting": [(w.source, w.index, w.part) for w in self._waiting],
         }
 
-    def _fill(self, number: int) -> None:
-        """Draw until ``number`` documents wait or the stream has ended."""
+    def _read_ahead(self, number: int) -> None:
+        """Read until ``number`` documents wait or the stream has ended."""
         while len(self._waiting) < number and self._ended < 0:
-            self._draw()
+            self._read_next()
 
-    def _draw(self) -> None:
-        """Read one sample. After a bad one the mixture stays where it is, so the next comes from the same source."""
+    def _read_next(self) -> None:
+        """Read one sample. A bad one does not count for the mixture, so the next sample comes from the same source."""
         by_tokens = self._spec.config.mixture_by == "tokens"
         source = self._mixture.next(self._number, self._tokens if by_tokens else self._scheduled)
         index = self._read[source] * self._spec.num_streams + self._number
@@ -190,7 +195,7 @@ class Stream:
             raise ValueError(f"{error} (source {config.name!r}); {remedy}") from error
         count = self._skipped[source].get(error.reason, 0) + 1
         self._skipped[source][error.reason] = count
-        if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a damaged shard must not fill the log
+        if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a damaged shard must not flood the log
             logging.getLogger(__name__).warning(
                 f"source {config.name!r}, stream {self._number}: skipped {count} samples so far as "
                 f"{error.reason!r}; the last one is {error}"
@@ -198,7 +203,7 @@ class Stream:
         self._in_a_row[source] += 1
         if self._in_a_row[source] > data.max_bad_in_a_row:
             raise ValueError(
-                f"source {config.name!r}: skipped {self._in_a_row[source]} samples one behind another, more than "
+                f"source {config.name!r}: skipped {self._in_a_row[source]} samples in a row, more than "
                 f"data.max_bad_in_a_row = {data.max_bad_in_a_row}; the last one is {error}; repair the shards, correct the "
                 "source, or raise the limit"
             )
@@ -207,24 +212,26 @@ class Stream:
 
 
 def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -> list[Waiting]:
-    """The documents of a saved state. The parts of one long text wait together: it is read once."""
+    """The documents of a saved state. Several parts of one long text may wait; it is read once."""
     samples: dict[tuple[int, int], list[Document]] = {}
     for source, index, _ in places:
         if (source, index) not in samples:
             try:
                 samples[source, index] = sources[source].documents(index)
             except BadSample as error:
-                raise ValueError(f"{error}; it was good when the checkpoint was saved") from error
+                raise ValueError(
+                    f"{error}; when the checkpoint was saved, it could be used"
+                ) from error
     if any(part >= len(samples[source, index]) for source, index, part in places):
         raise ValueError(
-            "a text gives fewer rows than when the checkpoint was saved; its source or its keys were changed: set them back, "
+            "a text has fewer parts than when the checkpoint was saved; its source or its keys were changed: set them back, "
             'or start the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
         )
     return [Waiting(s, i, part, samples[s, i][part]) for s, i, part in places]
 
 
 def new_state(spec: PipelineSpec) -> StreamState:
-    """State of a stream that has not begun."""
+    """State of a stream before its first sequence."""
     zeros = [0] * len(spec.sources)
     return {
         "rows": 0,
@@ -240,7 +247,7 @@ def new_state(spec: PipelineSpec) -> StreamState:
 
 
 def resumed(spec: PipelineSpec, saved: dict[str, Any]) -> StreamState:
-    """``saved``, with what was not counted when it was saved; a stream that met the end of a source which now repeats goes on."""
+    """``saved`` with zeros for keys that older versions lacked. A stream that reached the end of a source that now repeats continues."""
     state: StreamState = new_state(spec) | saved  # type: ignore[assignment, operator]
     if state["ended"] >= 0 and spec.sources[state["ended"]].at_end_of(spec.config) == "repeat":
         state["ended"] = -1
@@ -248,20 +255,20 @@ def resumed(spec: PipelineSpec, saved: dict[str, Any]) -> StreamState:
 
 
 def ended_sources(spec: PipelineSpec, states: list[StreamState]) -> list[str]:
-    """Names of the sources whose end the streams of ``states`` have met; empty while any of them has a row left."""
+    """Names of the sources whose end the streams of ``states`` have reached; empty while one of these has a document left."""
     if any(state["ended"] < 0 or state["waiting"] for state in states):
         return []
     return [spec.sources[number].name for number in sorted({s["ended"] for s in states})]
 
 
 def open_mixture(spec: PipelineSpec) -> Mixture:
-    """The schedule of the spec's streams."""
+    """The schedule that all streams of ``spec`` follow."""
     weights = [source.weight for source in spec.sources]
     return Mixture(weights, spec.num_streams, spec.config.mixture_by)
 
 
 def num_skipped(spec: PipelineSpec, states: list[StreamState]) -> list[int]:
-    """Bad samples skipped so far, per source: those read beyond those the mixture asked for, without those that
+    """Bad samples skipped so far, per source: those read and not counted by the mixture, without those that
     ``too_long = "skip"`` passes over."""
     return [
         sum(
@@ -277,7 +284,7 @@ def num_skipped(spec: PipelineSpec, states: list[StreamState]) -> list[int]:
 
 
 def count_reasons(states: list[StreamState]) -> dict[str, int]:
-    """Samples skipped by reason, and samples truncated, over all sources; every reason is there."""
+    """Samples skipped by reason, and samples ``truncated``, over all sources. Reasons that did not occur count 0."""
     counts = dict.fromkeys((*REASONS, "truncated"), 0)
     for state in states:
         for reasons in state["skipped"]:
@@ -288,7 +295,7 @@ def count_reasons(states: list[StreamState]) -> dict[str, int]:
 
 
 def check_skipped(spec: PipelineSpec, states: list[StreamState], last: str = "") -> None:
-    """Raise ValueError when more than data.max_bad_samples were skipped in the streams of ``states``."""
+    """Raise ValueError when the streams of ``states`` have skipped more than data.max_bad_samples."""
     counts, limit = num_skipped(spec, states), spec.config.max_bad_samples
     if sum(counts) > limit:
         named = ", ".join(

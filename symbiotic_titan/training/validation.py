@@ -24,7 +24,8 @@ from torchtitan.tools.logging import logger
 
 from symbiotic_titan.build import loader_options
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.data.loader import PackedLoader, build_loader
+from symbiotic_titan.data.loader import PackedLoader
+from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.inference.held_out import held_out_data, held_out_losses
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.sequence.batch import PackedBatch

@@ -49,20 +49,14 @@ from symbiotic_titan.build import (
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.data import (
-    samples,
-    streams,
-)
+from symbiotic_titan.data import samples
 from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.latents import TargetImages
-from symbiotic_titan.data.loader import (
-    PackedLoader,
-    SerializedRow,
-    build_loader,
-)
+from symbiotic_titan.data.loader import PackedLoader, SerializedRow
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.packing import SequenceBuilder
+from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.data.readers import Reader
 from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.streams import (
@@ -70,6 +64,7 @@ from symbiotic_titan.data.streams import (
     PipelineSpec,
     Stream,
     new_state,
+    open_mixture,
 )
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
@@ -111,7 +106,7 @@ def make_documents(spec: PipelineSpec) -> Iterator[list[Document]]:
 def one_stream(spec: PipelineSpec) -> Stream:
     """Stream 0 of the spec, at its beginning."""
     sources = [OpenSource(spec, number) for number in range(len(spec.sources))]
-    return Stream(spec, sources, streams.open_mixture(spec), 0, new_state(spec))
+    return Stream(spec, sources, open_mixture(spec), 0, new_state(spec))
 
 
 def samples_read(stream: Stream) -> int:
@@ -200,8 +195,7 @@ def stage_times(spec: PipelineSpec, num_samples: int) -> dict[str, float]:
     """
     timers, stream = Timers(), one_stream(spec)
     make_rows(stream, 1)
-    packing = streams.PACKINGS
-    chosen = {spec.config.packing: timers.around("choose", packing[spec.config.packing])}
+    assert isinstance(spec.maker, DocumentMaker)
     tokenizer = type(spec.maker._tokenizer)
     places: list[tuple[Any, str, str]] = [
         (Reader, "read", "read"),
@@ -210,13 +204,13 @@ def stage_times(spec: PipelineSpec, num_samples: int) -> dict[str, float]:
         (TargetImages, "from_image", "resize"),
         (tokenizer, "encode", "tokenise"),
         (DocumentMaker, "make", "documents"),
+        (stream, "_choose", "choose"),
         (SequenceBuilder, "build", "build"),
     ]
     with ExitStack() as patches:
         for owner, attribute, name in places:
             timed = timers.around(name, getattr(owner, attribute))
             patches.enter_context(patch.object(owner, attribute, timed))
-        patches.enter_context(patch.dict(packing, chosen))
         before = samples_read(stream)
         rows = make_rows(stream, num_samples)
         count = samples_read(stream) - before

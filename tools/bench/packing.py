@@ -24,7 +24,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -37,6 +37,7 @@ from symbiotic_titan.build import (
     build_dataloader,
     build_tokenizer,
 )
+from symbiotic_titan.config.data import PACKINGS
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.data.documents import (
     Document,
@@ -44,7 +45,7 @@ from symbiotic_titan.data.documents import (
     VaeSegment,
 )
 from symbiotic_titan.data.mixture import Mixture
-from symbiotic_titan.data.packing import PACKINGS, SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import Packing, SequenceBuilder, SequenceSize
 from symbiotic_titan.data.streams import (
     OpenSource,
     PipelineSpec,
@@ -61,8 +62,6 @@ GEOMETRY = ImageGeometry(
     vit_patch=4, vit_merge=2, vit_channels=3, latent_channels=3, latent_stride=1, latent_patch=4
 )
 LM, T2I = task_number("lm"), task_number("t2i")
-
-Choose = Callable[[list[Document], SequenceSize], list[int]]
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,15 @@ def by_age(waiting: list[Document], size: SequenceSize, stop: bool) -> list[int]
     return chosen
 
 
-CONTENDERS: dict[str, Choose] = {
-    **PACKINGS,
+CONTENDERS: dict[str, Packing] = {
+    **{name: PACKINGS[name] for name in PACKINGS},
     "first_fit": partial(by_age, stop=False),
     "next_fit": partial(by_age, stop=True),
     "none": lambda waiting, size: [0],
 }
 
 
-def pack(choose: Choose, case: Case) -> list[list[Document]]:
+def pack(choose: Packing, case: Case) -> list[list[Document]]:
     """Documents of each row, as a stream packs them, until the stream ends; what waits then is left out."""
     rows: list[list[Document]] = []
     waiting: list[Document] = []

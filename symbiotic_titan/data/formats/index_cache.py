@@ -1,69 +1,65 @@
-"""Indexes of shards, kept in the cache folder: finding the samples of a large data set takes long, and every process needs them.
+"""Indexes of files, kept in the cache folder: making them reads whole data sets, and every process of a run needs them.
 
-file = digest of the rest, then safetensors: the index's arrays, what is no array as JSON in bytes
-
-Files that are derived from a user's files and kept in the cache folder (data.cache_folder).
-
-Their names depend on the path, size and time of what they come from, so that a changed file is never taken for the old one.
-Several processes may write at once: each writes a file of its own, which gets its name when it is whole.
+A cached index is one file: a SHA-256 digest of the rest, then safetensors with the arrays of the shard's dataclass; a field that
+is no array is JSON in an array of bytes. Its name depends on the path, size and time of the file that it was made from, so that a
+changed file is never read with an old index. Several processes may write at once: each writes a file of its own, which then
+replaces that of the others with equal contents. A damaged cache file is made anew.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from fsspec.core import url_to_fs
 from safetensors.numpy import load, save
 
 from symbiotic_titan.config.files import replacing
-from symbiotic_titan.data.formats.byte_ranges import (
-    Extents,
-    Lines,
-)
-from symbiotic_titan.data.formats.shard import File, Indexed
+from symbiotic_titan.data.formats.shard import File, FilePart, Indexed
+
+# Part of the files' names: raise it with every change to what is in them.
+VERSION = 1
+DIGEST_BYTES = 32
 
 
 def version_of(path: str) -> str:
-    """Changes when the file at ``path``, local or behind a URL, does, as far as its file system tells."""
+    """A hash that changes when the file at ``path``, local or behind a URL, changes, as far as its file system tells."""
     filesystem, name = url_to_fs(path)
-    # Some file systems' own keys leave out what they know of the version, a web server's entity tag for one.
+    # ukey leaves out what some file systems know of the version, e.g. a web server's entity tag; info has it.
     parts = (path, filesystem.ukey(name), sorted(map(str, filesystem.info(name).items())))
     return sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-# Part of the files' names: raise it with every change to what is in them.
-VERSION = 1
-DIGEST = 32
-CLASSES = {"Extents": Extents, "Lines": Lines}
+def cached_index(
+    index: Callable[[], Indexed], file: File, format_name: str, shard: type[FilePart], folder: str
+) -> Indexed:
+    """The index of ``file``: read from ``folder`` where it is there and whole, else made by ``index`` and written there.
 
-
-def cached_index(index: Callable[[], Indexed], file: File, form: str, cache_folder: str) -> Indexed:
-    """What ``index`` returns for ``file`` of the format ``form``: from the cache where it is whole there, else made and kept.
+    shard: the dataclass of the one shard that such an index has at most.
 
     Raises:
-        ValueError: the cache folder cannot be written.
+        ValueError: the folder cannot be written.
     """
     name = PurePosixPath(file.path).name[-100:]
-    path = Path(cache_folder) / f"{version_of(file.data)}-{name}.{form}-index{VERSION}"
+    path = Path(folder) / f"{version_of(file.data)}-{name}.{format_name}-index{VERSION}"
     content = _read(path)
     if content is None:
         indexed = index()
         _write(path, _packed(indexed))
         return indexed
-    return _unpacked(content, file)
+    return _unpacked(content, file, shard)
 
 
 def _read(path: Path) -> bytes | None:
-    """What was written to ``path``; None where it is missing or damaged."""
+    """The safetensors in ``path``; None where the file is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    digest, content = content[:DIGEST], content[DIGEST:]
+    digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     return content if sha256(content).digest() == digest else None
 
 
@@ -79,12 +75,29 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _packed(indexed: Indexed) -> bytes:
+    assert len(indexed.shards) <= 1
     values: dict[str, Any] = {"damage": indexed.damage, "class": ""}
-    for shard in indexed.shards:  # at most one
-        assert isinstance(shard, (Extents, Lines))
+    for shard in indexed.shards:
         values["class"] = type(shard).__name__
-        values |= {f.name: getattr(shard, f.name) for f in fields(shard) if f.name != "file"}
+        values |= {f.name: getattr(shard, f.name) for f in _fields_of(type(shard))}
     return save({name: _as_array(value) for name, value in values.items()})
+
+
+def _unpacked(content: bytes, file: File, shard: type[FilePart]) -> Indexed:
+    arrays = load(content)
+    if not _from_json(arrays["class"]):
+        return Indexed([], _from_json(arrays["damage"]))
+    types = get_type_hints(shard)
+    values = {
+        f.name: arrays[f.name] if types[f.name] is np.ndarray else _from_json(arrays[f.name])
+        for f in _fields_of(shard)
+    }
+    return Indexed([shard(file, **values)], _from_json(arrays["damage"]))  # type: ignore[list-item]
+
+
+def _fields_of(shard: type) -> list[Field]:
+    # The file's path is not kept: the folder of the data may be mounted elsewhere.
+    return [f for f in fields(shard) if f.name != "file"]
 
 
 def _as_array(value: Any) -> np.ndarray:
@@ -93,11 +106,5 @@ def _as_array(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
 
 
-def _unpacked(content: bytes, file: File) -> Indexed:
-    arrays = load(content)
-    damage, kind = (json.loads(arrays.pop(name).tobytes()) for name in ("damage", "class"))
-    if not kind:
-        return Indexed([], damage)
-    if "kinds" in arrays:
-        arrays["kinds"] = json.loads(arrays["kinds"].tobytes())
-    return Indexed([CLASSES[kind](file, **arrays)], damage)
+def _from_json(array: np.ndarray) -> Any:
+    return json.loads(array.tobytes())

@@ -1,9 +1,10 @@
-"""Parquet files. Each row group is a shard, so that the order reads one row group after the other and decodes it once.
+"""Parquet: each row group is a shard, because a row group is the least that can be decoded.
 
-Nothing but a row group can be fetched from a Parquet file: a sample drawn from anywhere would cost the decoding of thousands.
+The order of samples walks through one shard before the next, so each row group is decoded once per stream and epoch. In an
+order over the whole file every sample would cost the decoding of thousands.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -12,22 +13,29 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from symbiotic_titan.data.formats.shard import BadSample, File, FilePart, Indexed
+from symbiotic_titan.data.formats.shard import (
+    BadSample,
+    ChooseColumns,
+    File,
+    FileFormat,
+    FilePart,
+    Indexed,
+)
 
-# Those of Arrow are OSError or ValueError too, except for features that it lacks.
+# Arrow's errors derive from OSError or ValueError, except those for features that it lacks.
 PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
 class RowGroup(FilePart):
-    """Row group ``number`` of a file, which begins at row ``first_row``; only ``columns`` are read."""
+    """Row group ``number`` of a file. Its first row is row ``first_row`` of the file; only ``columns`` are read."""
 
     number: int
     first_row: int
     num_samples: int
     columns: tuple[str, ...]
     names: tuple[str, ...]
-    # Decoded row groups are large; streams walk through one, at a shard's turn through two.
+    # Decoded row groups are large. The streams read from one, and from two where some have moved on to the next.
     max_open: ClassVar[int] = 2
 
     def key(self, sample: int) -> str:
@@ -44,7 +52,7 @@ class OpenRowGroup:
         self._names = shard.columns
         try:
             with fsspec.open(shard.file.data, "rb") as opened:
-                # No threads: this may run in a forked worker process.
+                # No threads: Arrow's thread pool does not survive a fork, and this may run in a forked worker process.
                 table = pq.ParquetFile(
                     opened, pre_buffer=False, page_checksum_verification=True
                 ).read_row_group(shard.number, columns=list(shard.columns), use_threads=False)
@@ -54,7 +62,7 @@ class OpenRowGroup:
             ) from error
         if table.num_rows != shard.num_samples:
             raise OSError(
-                f"row group {shard.number} has {table.num_rows} rows, {shard.num_samples} are told"
+                f"row group {shard.number} has {table.num_rows} rows, {shard.num_samples} were indexed"
             )
         self._columns = [table.column(name) for name in shard.columns]
 
@@ -69,26 +77,28 @@ class OpenRowGroup:
         self._columns = []
 
 
-def index_parquet(file: File, columns: Callable[[list[str]], list[str]]) -> Indexed:
-    """Row groups, with those of all columns that ``columns`` chooses."""
-    try:
-        with fsspec.open(file.data, "rb") as opened:
-            parquet = pq.ParquetFile(opened, pre_buffer=False)
-            schema, metadata = parquet.schema_arrow, parquet.metadata
-            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-            if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
-                raise ValueError(f"{metadata.num_rows} rows, {sizes} in its row groups")
-    except PARQUET_ERRORS as error:
-        damage = f"cannot be read as a Parquet file ({_one_line(error)}); write it again, or correct format"
-        return Indexed([], damage)
-    chosen, names = tuple(columns(schema.names)), tuple(_names(schema))
-    starts = accumulate(sizes, initial=0)
-    groups = [
-        RowGroup(file, number, start, size, chosen, names)
-        for number, (start, size) in enumerate(zip(starts, sizes, strict=False))
-        if size
-    ]
-    return Indexed(list(groups))
+class Parquet(FileFormat):
+    """One shard a row group. A Parquet file ends with an index of its own, so none is kept in the cache folder."""
+
+    def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
+        try:
+            with fsspec.open(file.data, "rb") as opened:
+                parquet = pq.ParquetFile(opened, pre_buffer=False)
+                schema, metadata = parquet.schema_arrow, parquet.metadata
+                sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+                if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
+                    raise ValueError(f"{metadata.num_rows} rows, {sizes} in its row groups")
+        except PARQUET_ERRORS as error:
+            damage = f"cannot be read as a Parquet file ({_one_line(error)}); write it again, or correct format"
+            return Indexed([], damage)
+        chosen, names = tuple(choose_columns(schema.names)), tuple(_names(schema))
+        starts = accumulate(sizes, initial=0)
+        groups = [
+            RowGroup(file, number, start, size, chosen, names)
+            for number, (start, size) in enumerate(zip(starts, sizes, strict=False))
+            if size
+        ]
+        return Indexed(list(groups))
 
 
 def _one_line(error: Exception) -> str:
@@ -96,6 +106,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _names(schema: pa.Schema) -> Iterator[str]:
+    """Columns, and the fields of those that are structs, as ``column.field``."""
     for column in schema:
         yield column.name
         if pa.types.is_struct(column.type):

@@ -1,11 +1,20 @@
-"""What every format gives: shards, which say how many samples they have, and open shards, which read them."""
+"""What every format provides: shards, which say how many samples they have, and open shards, which read them.
 
+FileFormat.index(file)  ->  Indexed: shards          in every process, once; plain data, which worker processes are sent
+Shard.open()            ->  OpenShard                in the process that reads
+OpenShard.read(number)  ->  the values of a sample
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+# Picks, among the names of a file's columns, those that the task of the source needs.
+ChooseColumns = Callable[[list[str]], list[str]]
+
 
 class OpenShard(Protocol):
-    """A shard in the process that reads it."""
+    """A shard in the process that reads it; it may hold open files."""
 
     def read(self, sample: int) -> dict[str, Any]:
         """``Sample.members`` of one sample; raises BadSample."""
@@ -14,12 +23,14 @@ class OpenShard(Protocol):
 
 
 class Shard(Protocol):
-    """Samples that are read near each other: a file, or a part of one. Plain data, it travels to worker processes.
+    """Samples that are stored together: a file, or a part of one. Plain data: worker processes get a copy.
 
-    path:      what the user calls the file.
+    path:      the file as the user named it.
     num_bytes: length of the file at ``path``.
     max_open:  how many shards of this kind a reader keeps open.
-    names:     names that its samples have, where that is known without reading them.
+    names:     names of its samples' values, where the index tells them; empty otherwise.
+
+    The order of a run's samples follows from ``num_samples`` of all shards, so an index must not depend on chance.
     """
 
     max_open: ClassVar[int]
@@ -45,10 +56,11 @@ class Shard(Protocol):
 
 @dataclass(frozen=True)
 class File:
-    """A file of shards.
+    """A file of samples.
 
-    path: what the user calls it.
-    data: where its plain bytes are; another place than ``path`` where that is compressed.
+    path:      as the user named it.
+    data:      where its plain bytes are: a copy in the cache folder where the file at ``path`` is compressed.
+    num_bytes: length of the file at ``path``.
     """
 
     path: str
@@ -58,7 +70,7 @@ class File:
 
 @dataclass(frozen=True)
 class FilePart:
-    """What shards share that are a file or a part of one."""
+    """Base of shards that are a file or a part of one."""
 
     file: File
 
@@ -73,15 +85,33 @@ class FilePart:
 
 @dataclass(frozen=True)
 class Indexed:
-    """The shards of a file, and what is wrong with the rest of it, if anything is."""
+    """The shards of a file, and what is wrong with the rest of the file; empty where nothing is."""
 
     shards: list[Shard]
     damage: str = ""
 
 
+class FileFormat:
+    """One format of ``data.sources.format``. Others are registered with ``extend.register_format``.
+
+    cached_shard: a dataclass with the field ``file`` and others that are NumPy arrays or JSON values. Where a format has one,
+                  ``index`` returns at most one shard, of this class, and the index is kept in ``data.cache_folder``. None
+                  where making the index costs no more than reading it back.
+    """
+
+    cached_shard: ClassVar[type[FilePart] | None] = None
+
+    def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
+        """The shards of ``file``, which is not empty. The same file must give the same shards in every process.
+
+        A file that is damaged gives the shards before the damage, and no error.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class DamagedRest:
-    """What cannot be read of a file. It counts as one bad sample, so that skipping it is counted like any other skip."""
+    """The part of a file that cannot be read. It counts as one bad sample, so that it is skipped and counted like any other."""
 
     path: str
     num_bytes: int
@@ -119,7 +149,7 @@ REASONS = (
 
 
 class BadSample(Exception):
-    """A sample that cannot be used; ``reason`` is one of REASONS. What happens then is the policy of the caller."""
+    """A sample that cannot be used; ``reason`` is one of REASONS. The caller decides whether to skip it or to stop."""
 
     def __init__(self, reason: str, message: str) -> None:
         assert reason in REASONS
@@ -131,7 +161,7 @@ class BadSample(Exception):
         return f"{self.place}{self.args[0]}"
 
     def at(self, shard: str, key: str) -> "BadSample":
-        """The same, naming where the sample is."""
+        """The same error, whose text now names the sample's shard and key."""
         self.place = f"{shard}: sample {key!r}: "
         return self
 
@@ -140,7 +170,7 @@ class BadSample(Exception):
 class Sample:
     """Values of one sample, as its format stores them, and where they came from.
 
-    members: bytes of the members of a tar file, by extension; the bytes of a JSON line, as ``json``; or values of Parquet columns.
+    members: bytes of the members of a tar file, by extension; the bytes of a JSON line, as ``json``; values of Parquet columns.
     """
 
     shard: str

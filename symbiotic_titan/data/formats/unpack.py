@@ -1,4 +1,4 @@
-"""Compressed files -> plain ones in a cache folder. A compressed stream has no random access, and samples come in any order."""
+"""Compressed files -> plain ones in the cache folder. Samples are read in any order; a compressed stream has no random access."""
 
 import lzma
 import zlib
@@ -11,24 +11,27 @@ from fsspec.compression import compr
 from symbiotic_titan.config.files import replacing
 from symbiotic_titan.data.formats.index_cache import version_of
 
-# Ending of a file -> what fsspec calls its compression.
+# Suffix of a file -> fsspec's name of its compression.
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
 UNPACK_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
-# Bytes that are unpacked at once.
+# Bytes unpacked at a time.
 CHUNK = 2**20
 
 
 def compression_of(path: str) -> str | None:
-    """Compression that the name of ``path`` tells, or None."""
+    """fsspec's name of the compression that the suffix of ``path`` stands for, or None."""
     return next((name for end, name in COMPRESSIONS.items() if path.endswith(end)), None)
 
 
 def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
-    """(plain copy of the compressed file ``path`` in the cache, what is wrong with the rest of it or "").
+    """A plain copy of the compressed file ``path`` in the cache folder.
 
-    Processes that start together may each unpack the file; the copies are equal and the last one stays.
+    Processes that start together may each unpack the file: the copies are equal and the last one stays.
+
+    Returns:
+        the path of the copy, and why the file could not be unpacked to its end ("" where it could).
 
     Raises:
         ValueError: there is no cache folder, or no library for the compression.
@@ -52,7 +55,7 @@ def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
 
 
 def _unpack(path: str, compression: Any, target: Path, damage: Path) -> None:
-    """Write ``target``, whole or, where ``path`` is damaged, up to there and ``damage`` beside it."""
+    """Write ``target``. Where ``path`` is damaged, it ends there and ``damage`` says why, so that the samples before it can be used."""
     with replacing(target) as unfinished, unfinished.open("wb") as out:
         error = _copy(path, compression, out)
         if error:
@@ -60,11 +63,11 @@ def _unpack(path: str, compression: Any, target: Path, damage: Path) -> None:
 
 
 def _copy(path: str, compression: Any, out: Any) -> str:
-    """Copy the plain bytes of ``path`` to ``out``; what stopped this before the end, or ""."""
+    """Copy the plain bytes of ``path`` to ``out``. Returns the error that stopped it, or "" at the end of the file."""
     with fsspec.open(path, "rb", compression=compression) as file:
         while True:
             try:
-                chunk = file.read1(CHUNK)  # unlike read it gives what it has before it meets damage
+                chunk = file.read1(CHUNK)  # unlike read, it returns what comes before the damage
             except UNPACK_ERRORS as error:
                 return str(error) or type(error).__name__
             if not chunk:

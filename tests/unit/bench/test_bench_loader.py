@@ -13,7 +13,7 @@ from PIL import Image
 
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.generation import Latents
-from symbiotic_titan.data.loader import build_loader
+from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from tools.bench import loader
@@ -129,11 +129,11 @@ def test_timers_count_the_time_of_inner_functions_once(monkeypatch):
 
 
 def test_every_stage_of_a_row_takes_time_and_nothing_stays_patched(spec):
-    before = loader.DocumentMaker.make, dict(loader.streams.PACKINGS)
+    before = loader.DocumentMaker.make, loader.SequenceBuilder.build
     times = loader.stage_times(spec, 20)
     stages = {"read", "decode", "resize", "tokenise", "documents", "choose", "build", "flatten"}
     assert times.keys() == stages and all(value > 0 for value in times.values())
-    assert (loader.DocumentMaker.make, loader.streams.PACKINGS) == before
+    assert (loader.DocumentMaker.make, loader.SequenceBuilder.build) == before
 
 
 def test_the_loader_is_measured_with_and_without_workers(make_loader):

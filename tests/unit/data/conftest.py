@@ -7,7 +7,7 @@ import pytest
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.config.tokenizer import Tokenizer
-from symbiotic_titan.data.loader import build_loader
+from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer, open_tokenizer
 from symbiotic_titan.demo.write import (
     write_world,

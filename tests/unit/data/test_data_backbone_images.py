@@ -22,7 +22,7 @@ from symbiotic_titan.data.images import (
 )
 from symbiotic_titan.data.pipeline import (
     build_spec,
-    row_size,
+    sequence_size,
 )
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import unpatchify
@@ -96,14 +96,14 @@ def test_a_budget_that_no_queries_are_for_is_refused():
         vit_patches(noise_image(40, 40), HIGH, ARIA, 0)
     row = {"name": "mmu", "task": "mmu", "format": "parquet", "path": "-"}
     with pytest.raises(ValueError, match=message):
-        row_size(Data(sources=[row], vit_pixels=HIGH), 2048, ARIA)
+        sequence_size(Data(sources=[row], vit_pixels=HIGH), 2048, ARIA)
 
 
 def test_rows_have_room_for_the_patches_that_their_queries_read():
     def room(geometry, tokens, task="mmu", **settings):
         row = {"name": "a", "task": task, "format": "parquet", "path": "-"}
         config = Data(sources=[row], max_vit_tokens=tokens, **settings)
-        size = row_size(config, 2048, geometry)
+        size = sequence_size(config, 2048, geometry)
         return size.num_vit_tokens, size.num_vit_patches
 
     assert room(ARIA, 300, vit_pixels=490**2) == (256, 2 * 35**2)

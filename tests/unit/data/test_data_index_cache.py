@@ -10,13 +10,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.config.data import FORMATS, DataSource
 from symbiotic_titan.data import readers
-from symbiotic_titan.data.formats.byte_ranges import (
-    Extents,
-    Lines,
-)
+from symbiotic_titan.data.formats.jsonl import Lines
 from symbiotic_titan.data.formats.shard import DamagedRest
+from symbiotic_titan.data.formats.webdataset import TarSamples
 from symbiotic_titan.data.readers import Reader, index_source
 from tests.helpers.tar_files import tar_bytes
 
@@ -56,7 +54,7 @@ def test_a_kept_index_gives_the_same_samples_and_is_not_made_again(files, monkey
     row, cache = source(files / name, form), str(files / "deep" / "cache")
     plain = content(index_source(row, WHERE))
     assert content(index_source(row, WHERE, cache_folder=cache)) == plain
-    monkeypatch.setitem(readers.FORMATS, form, refuse)
+    monkeypatch.setattr(FORMATS[form], "index", refuse)
     assert content(index_source(row, WHERE, cache_folder=cache)) == plain
     with pytest.raises(AssertionError, match="indexed anew"):
         index_source(row, WHERE)
@@ -170,6 +168,6 @@ def test_an_index_is_arrays_of_a_few_bytes_per_sample(tmp_path):
     [lines] = index_source(source(tmp_path / "l.jsonl", "jsonl"), WHERE)
     (tmp_path / "t.tar").write_bytes(tar_bytes([(f"{i:06d}.txt", b"") for i in range(1000)]))
     [tar] = index_source(source(tmp_path / "t.tar"), WHERE)
-    for shard, kind, limit in ((lines, Lines, 16), (tar, Extents, 24 + 16 + 6)):
+    for shard, kind, limit in ((lines, Lines, 16), (tar, TarSamples, 24 + 16 + 6)):
         arrays = [value for value in vars(shard).values() if isinstance(value, np.ndarray)]
         assert isinstance(shard, kind) and sum(a.nbytes for a in arrays) == limit * 1000

@@ -30,14 +30,16 @@ def assert_same(left, right):
 
 
 def ranks_of(make_loader, num_ranks, **settings):
-    """Loaders of all ranks in one process; ``share`` shows each the states of all."""
+    """Loaders of all ranks in one process; ``gather`` shows each the states of all."""
     loaders = []
 
-    def share(own):
+    def gather(own):
         return [loader._states for loader in loaders]
 
     for rank in range(num_ranks):
-        loaders.append(make_loader(dp_rank=rank, dp_world_size=num_ranks, share=share, **settings))
+        loaders.append(
+            make_loader(dp_rank=rank, dp_world_size=num_ranks, gather=gather, **settings)
+        )
     return loaders
 
 
@@ -220,7 +222,7 @@ PROGRAM = """
 import sys
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.generation import Latents
-from symbiotic_titan.data.loader import build_loader
+from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 

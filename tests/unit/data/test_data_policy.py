@@ -80,7 +80,7 @@ def test_a_row_of_bad_samples_stops_the_run_before_the_total_does(make_loader, t
     data = {"sources": [row], "bad_samples": "skip", "max_bad_in_a_row": 5}
     with pytest.raises(ValueError) as error:
         read(make_loader(data | {"max_bad_samples": 10**6}, seq_len=64), 20)
-    assert "source 'broken': skipped 6 samples one behind another" in str(error.value)
+    assert "source 'broken': skipped 6 samples in a row" in str(error.value)
     assert "more than data.max_bad_in_a_row = 5; the last one is " in str(error.value)
 
 
@@ -108,7 +108,7 @@ def test_long_samples_that_are_skipped_are_counted_apart_from_bad_ones(make_load
 
 def test_a_source_of_nothing_but_long_samples_stops_the_run(make_loader, tmp_path):
     row = write(tmp_path, "chat", LONG[-2:]) | {"too_long": "skip"}
-    with pytest.raises(ValueError, match="skipped 101 samples one behind another, .* 107 tokens"):
+    with pytest.raises(ValueError, match="skipped 101 samples in a row, .* 107 tokens"):
         read(make_loader({"sources": [row]}, seq_len=64), 2)
 
 
@@ -140,7 +140,7 @@ def test_text_that_gives_fewer_rows_than_when_it_was_saved_is_refused(make_loade
     write(tmp_path, "texts", [{"text": "a", "rest": "b" * 587}] * 3)
     after = make_loader({"sources": [row]}, seq_len=64)
     after.load_state_dict(loader.state_dict())
-    with pytest.raises(ValueError, match="a text gives fewer rows than when the checkpoint was"):
+    with pytest.raises(ValueError, match="a text has fewer parts than when the checkpoint was"):
         next(iter(after))
 
 

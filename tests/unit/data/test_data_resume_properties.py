@@ -136,7 +136,7 @@ def loaders_of(make_loader, sources, leg):
             num_workers=leg.workers,
             dp_rank=rank,
             dp_world_size=leg.ranks,
-            share=lambda own: [loader._states for loader in loaders],
+            gather=lambda own: [loader._states for loader in loaders],
         )
         loaders.append(loader)
     return loaders

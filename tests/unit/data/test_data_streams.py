@@ -160,7 +160,7 @@ def test_sample_that_went_bad_since_the_checkpoint_is_named(make_loader, tmp_pat
         path.write_text(path.read_text().replace("{", "["))
     after = make_loader({"sources": [row]}, seq_len=64)
     after.load_state_dict(loader.state_dict())
-    with pytest.raises(ValueError, match="it was good when the checkpoint was saved"):
+    with pytest.raises(ValueError, match="when the checkpoint was saved, it could be used"):
         next(iter(after))
 
 
@@ -215,12 +215,12 @@ def test_bad_samples_of_all_streams_of_a_rank_are_added_up(make_loader, tmp_path
         ({}, {"max_vit_tokens": 257}, "data.max_vit_tokens: 257 is more than a row holds"),
         ({}, {"sources": []}, "[[data.sources]]: there is none"),
         (
-            {"dp_world_size": 3, "share": list},
+            {"dp_world_size": 3, "gather": list},
             {},
             "data.num_lanes: 4 streams cannot be shared evenly by 3 data ranks; set it to 3",
         ),
         (
-            {"dp_world_size": 8, "share": list},
+            {"dp_world_size": 8, "gather": list},
             {},
             "data.num_lanes: 4 streams cannot be shared evenly by 8 data ranks; set it to 8",
         ),
