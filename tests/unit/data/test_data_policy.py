@@ -165,7 +165,7 @@ def test_text_that_gives_fewer_rows_than_when_it_was_saved_is_refused(make_loade
         ({"too_long": "split"}, "#1.too_long: must be"),
         (
             {"format": "csv"},
-            "#1.format: must be one of 'webdataset', 'jsonl', 'parquet', got 'csv'",
+            "#1.format = 'csv': nothing is registered under this name; choose from webdataset, jsonl, parquet",
         ),
     ],
 )
