@@ -1,9 +1,9 @@
 """From config to loader: index the shards, compute the sizes, refuse what cannot work. Runs once per process, before training."""
 
+import logging
 from math import ceil
 
 import torch
-from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
@@ -50,6 +50,7 @@ def build_loader(
         ValueError: shards are missing, empty or unreadable, an image cannot fit a packed sequence, or streams, ranks and workers
             do not divide.
     """
+    logger = logging.getLogger(__name__)
     spec = build_spec(
         config, latents, geometry, rotary_layout, tokenizer, seq_len, global_batch_size, table
     )

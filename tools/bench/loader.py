@@ -49,7 +49,7 @@ from symbiotic_titan.build import (
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.data import samples
+from symbiotic_titan.data import layouts
 from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.latents import TargetImages
@@ -199,8 +199,8 @@ def stage_times(spec: PipelineSpec, num_samples: int) -> dict[str, float]:
     tokenizer = type(spec.maker._tokenizer)
     places: list[tuple[Any, str, str]] = [
         (Reader, "read", "read"),
-        (samples, "decode_image", "decode"),
-        (samples, "vit_patches", "resize"),
+        (layouts, "decode_image", "decode"),
+        (layouts, "vit_patches", "resize"),
         (TargetImages, "from_image", "resize"),
         (tokenizer, "encode", "tokenise"),
         (DocumentMaker, "make", "documents"),
