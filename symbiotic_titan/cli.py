@@ -1,12 +1,17 @@
-"""The command ``symbiotic``: ``symbiotic NAME [OPTION ...]`` runs the module of ``symbiotic_titan.commands`` of that name."""
+"""The command ``symbiotic``: ``symbiotic NAME [OPTION ...]`` runs the module of ``symbiotic_titan.commands`` of that name.
 
+Each command is imported when it is called, so that ``symbiotic plot`` needs no model and ``symbiotic train`` no matplotlib.
+"""
+
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 COMMANDS = {
     "make-demo-data": "write the demo world",
-    "train": "train the model of a config; run_train.sh starts several processes",
+    "train": "train the model of a config in one process; run_train.sh starts several",
     "show-config": "the merged config, or what differs between two",
     "show-batch": "packed sequences as text and images, in one HTML page",
     "show-parallel": "dry run: shapes, memory and traffic per rank",
@@ -19,15 +24,35 @@ COMMANDS = {
     "run-study": "the study of train_configs/mini from beginning to end",
 }
 
+# Optional package -> the extra of pyproject.toml that installs it.
+EXTRAS = {
+    "datasets": "bench",
+    "diffusers": "diffusers",
+    "lm_eval": "lm-eval",
+    "matplotlib": "plot",
+    "sklearn": "demo",
+    "torchmetrics": "torchmetrics",
+    "transformers": "torchmetrics",
+    "webdataset": "bench",
+}
+
+TRAIN_USAGE = """usage: symbiotic train CONFIG.toml [--section.key VALUE ...]
+
+Example: symbiotic train train_configs/debug.toml --training.steps 50
+
+One process, on one GPU or a CPU. ./run_train.sh and torchrun start several. --job.config_file CONFIG.toml names the config as well.
+"""
+
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {sentence}" for name, sentence in COMMANDS.items()]
-    return "\n".join(["usage: symbiotic COMMAND [OPTION ...]", "", *lines])
+    last = "symbiotic COMMAND --help explains one."
+    return "\n".join(["usage: symbiotic COMMAND [OPTION ...]", "", *lines, "", last])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: the command's own, 2 where there is no such command."""
+    """Exit status: the command's own, 2 where there is no such command or a package is missing."""
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
@@ -36,17 +61,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"symbiotic: no command {name!r}\n{usage()}", file=sys.stderr)
         return 2
-    module = f"commands.{command.replace('-', '_')}" if command != "train" else "train"
     sys.argv = [f"symbiotic {command}", *rest]
     try:
-        chosen = import_module(f"symbiotic_titan.{module}")
+        if command == "train":
+            return train(rest)
+        return load(f"commands.{command.replace('-', '_')}").main(rest)
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] != "matplotlib":
+        package = str(error.name).partition(".")[0]
+        if package not in EXTRAS:
             raise
-        install = f"{sys.executable} -m pip install 'symbiotic_titan[plot]'"
-        print(f"error: plotting needs matplotlib: {install}", file=sys.stderr)
+        install = f"{sys.executable} -m pip install 'symbiotic_titan[{EXTRAS[package]}]'"
+        print(f"error: symbiotic {command} needs {package}: {install}", file=sys.stderr)
         return 2
-    return chosen.main(rest)
+
+
+def load(module: str) -> ModuleType:
+    return import_module(f"symbiotic_titan.{module}")
+
+
+def train(arguments: list[str]) -> int:
+    """Train in this process, which is the only one unless torchrun says otherwise."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(TRAIN_USAGE)
+        if not arguments:
+            return 2
+        arguments = ["--help" if word == "-h" else word for word in arguments]
+    if not arguments[0].startswith("-"):
+        arguments = ["--job.config_file", *arguments]
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        # Port 0 lets the system choose a free one.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    module = load("train")
+    status = module.main(arguments)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        module.leave(status)
+    return status
 
 
 if __name__ == "__main__":

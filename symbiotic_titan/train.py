@@ -40,7 +40,9 @@ def run(args: list[str]) -> None:
         ValueError: a user's mistake, raised before anything is built wherever possible.
     """
     if "LOCAL_RANK" not in os.environ and "--help" not in args:
-        raise ValueError("no rank is set: start training with ./run_train.sh or torchrun")
+        raise ValueError(
+            "no rank is set: start training with symbiotic train, ./run_train.sh or torchrun"
+        )
     config = load_job_config(args)
     register()
     check_job(config)

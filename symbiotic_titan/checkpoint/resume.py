@@ -125,7 +125,7 @@ def check_weights(
     misfit = _misfit(held, shapes)
     if misfit:
         raise ValueError(
-            f"{START}: {start} is of another model: {misfit}; split it as [experts] says with tools/convert.py, or name one "
+            f"{START}: {start} is of another model: {misfit}; split it as [experts] says with symbiotic convert, or name one "
             "that was"
         )
     if not model_only:

@@ -2,8 +2,8 @@
 """Encode the images to be generated once, so that training reads latents: sources of the tasks t2i and t2i_long.
 
 Examples:
-    tools/cache_latents.py train_configs/mini.toml --out latents --latents.codec flux --latents.path ae.safetensors
-    torchrun --nproc-per-node 8 tools/cache_latents.py CONFIG --out latents       each process encodes shards of its own
+    symbiotic cache-latents train_configs/mini.toml --out latents --latents.codec flux --latents.path ae.safetensors
+    torchrun --nproc-per-node 8 -m symbiotic_titan.cli cache-latents CONFIG --out latents       each process encodes shards of its own
 
 Then train with the same config and --latents.cache latents. What is encoded follows from [latents], data.vae_pixels,
 data.max_aspect and the flavor; training refuses a cache that was made with others. Call it again after an interruption: shards

@@ -1,14 +1,14 @@
 """From a released model to one whose experts are in groups, and back.
 
 Examples:
-  tools/convert.py from-hf --hf Qwen3-VL-30B-A3B-Instruct --out outputs/qwen
-  tools/profile_experts.py --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-400 --out profile.json
-  tools/convert.py plan --profile profile.json --config train_configs/mini/symbiotic.toml --out plan.json
-  tools/convert.py partition --checkpoint outputs/mini/vlm/checkpoint/step-400 --config train_configs/mini/symbiotic.toml \\
+  symbiotic convert from-hf --hf Qwen3-VL-30B-A3B-Instruct --out outputs/qwen
+  symbiotic profile-experts --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-400 --out profile.json
+  symbiotic convert plan --profile profile.json --config train_configs/mini/symbiotic.toml --out plan.json
+  symbiotic convert partition --checkpoint outputs/mini/vlm/checkpoint/step-400 --config train_configs/mini/symbiotic.toml \\
       --plan plan.json --out outputs/mini/start/24_8
-  tools/convert.py check --config train_configs/mini/symbiotic.toml --checkpoint outputs/mini/start/24_8 \\
+  symbiotic convert check --config train_configs/mini/symbiotic.toml --checkpoint outputs/mini/start/24_8 \\
       --original outputs/mini/vlm/checkpoint/step-400
-  tools/convert.py to-hf --checkpoint outputs/mini/symbiotic/checkpoint/step-250 --part whole --out outputs/mini/symbiotic/safetensors
+  symbiotic convert to-hf --checkpoint outputs/mini/symbiotic/checkpoint/step-250 --part whole --out outputs/mini/symbiotic/safetensors
 
 A checkpoint is a training or model-only checkpoint of any number of ranks, the folder of a released model, or what to-hf --part whole
 wrote. from-hf writes a checkpoint and beside it model.json, the model's shape, for configs: model.flavor = "outputs/qwen/model.json".
@@ -143,7 +143,7 @@ def from_hf(options: argparse.Namespace, overrides: list[str]) -> None:
         )
     shape = options.out / shape_file.NAME
     print(
-        f"written to {options.out}; next, as a run needs the latent parts too:\n  tools/convert.py partition "
+        f"written to {options.out}; next, as a run needs the latent parts too:\n  symbiotic convert partition "
         f"--checkpoint {options.hf if options.shape_only else options.out} --config CONFIG --out START\n"
         f'where CONFIG has model.flavor = "{shape}"; it trains from START'
     )

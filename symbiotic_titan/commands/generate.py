@@ -1,8 +1,8 @@
 """Images and texts from a checkpoint.
 
 Examples:
-    tools/generate.py image --run outputs/debug --prompt "a red circle" --out outputs/images
-    tools/generate.py text  --checkpoint outputs/debug/checkpoint/step-400 \\
+    symbiotic generate image --run outputs/debug --prompt "a red circle" --out outputs/images
+    symbiotic generate text  --checkpoint outputs/debug/checkpoint/step-400 \\
                             --prompt "Which digit is this?" --image seven.png --out outputs/texts
 
 --run takes the newest complete checkpoint of a run. The config is the one that the run kept, unless --config names another; with

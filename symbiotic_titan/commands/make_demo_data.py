@@ -2,7 +2,7 @@
 """Write the demo world: handwritten digits, drawn scenes and English text, as shards that the main job reads.
 
 Example:
-    python tools/make_demo_data.py --out demo_data
+    symbiotic make-demo-data --out demo_data
 """
 
 import argparse

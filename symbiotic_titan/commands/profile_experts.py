@@ -1,6 +1,6 @@
-"""How often each expert of a checkpoint is chosen by text and by ViT tokens: what tools/convert.py plans a partition from.
+"""How often each expert of a checkpoint is chosen by text and by ViT tokens: what symbiotic convert plans a partition from.
 
-Example: tools/profile_experts.py --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-400 --out profile.json
+Example: symbiotic profile-experts --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-400 --out profile.json
 
 The checkpoint runs without gradients over the config's sources of text (task lm) and of questions about images (task mmu), mixed
 and packed as in training. Sources of images to be generated are left out: their tokens are not what is profiled. Per layer it

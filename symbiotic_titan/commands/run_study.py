@@ -1,12 +1,12 @@
 """The study of train_configs/mini from beginning to end: train the start, profile it, split it, check every split, train every run.
 
-Examples: tools/run_study.py --steps 50                            all runs for 50 steps
-          tools/run_study.py symbiotic standard_moe --steps 400    two of them, longer
-          tools/run_study.py --controls 3 --check-only             no run: every split beside three drawn by lot
+Examples: symbiotic run-study --steps 50                            all runs for 50 steps
+          symbiotic run-study symbiotic standard_moe --steps 400    two of them, longer
+          symbiotic run-study --controls 3 --check-only             no run: every split beside three random ones
 
 Each stage calls the command that a user would call, and prints it. What is already there is not done again, and training goes on
 from its last checkpoint, so an interrupted study is started again with the same command. Losses before the first step of every
-run go to outputs/mini/check/RUN.json and to the table printed at the end; tools/plot.py draws the rest.
+run go to outputs/mini/check/RUN.json and to the table printed at the end; symbiotic plot draws the rest.
 """
 
 import argparse
@@ -79,14 +79,14 @@ def train(run: StudyRun, steps: int) -> None:
 
 
 def tool(name: str, *arguments: str | Path) -> None:
-    call([sys.executable, f"tools/{name}.py", *arguments])
+    call([sys.executable, "-m", "symbiotic_titan.cli", name, *arguments])
 
 
 def profile(start: StudyRun, checkpoint: Path) -> Path:
     """The profile that every split is planned from."""
     out = start.dump_folder / "profile.json"
     if not out.is_file():
-        tool("profile_experts", "--config", start.config, "--checkpoint", checkpoint, "--out", out)
+        tool("profile-experts", "--config", start.config, "--checkpoint", checkpoint, "--out", out)
     return out
 
 
@@ -126,8 +126,8 @@ class Check:
 def check_controls(
     runs: list[StudyRun], check: Check, profile_file: Path, number: int
 ) -> dict[str, Path]:
-    """Reports of every split that ``runs`` begin with, and of ``number`` with the same groups whose experts are drawn by lot: what
-    a split costs because of which experts it has, and what because it has so few. All with the shared expert."""
+    """Reports of every split that ``runs`` begin with, and of ``number`` with the same groups whose experts are chosen at
+    random. Their difference is the cost of choosing experts badly; the rest is the cost of having so few. All with the shared expert."""
     reports = {}
     splits = {run.start: run for run in runs if run.start not in (None, check.original)}
     for start, run in splits.items():
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="steps of each run; default: as its config says")
     parser.add_argument("--batches", type=int, default=25, help="held-out batches of a check")
     parser.add_argument(
-        "--controls", type=int, default=0, help="splits drawn by lot to check beside each one"
+        "--controls", type=int, default=0, help="random splits to check beside each one"
     )
     parser.add_argument("--check-only", action="store_true", help="train no run but the start")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """What a config feeds the model: its packed rows as text and pictures, on one HTML page that needs nothing else.
 
-Examples: tools/show_batch.py train_configs/debug.toml --out batch.html
-          tools/show_batch.py train_configs/debug.toml --batches 50 --row 7 --out batch.html --data.packing fullest
+Examples: symbiotic show-batch train_configs/debug.toml --out batch.html
+          symbiotic show-batch train_configs/debug.toml --batches 50 --row 7 --out batch.html --data.packing fullest
 
 Rows come in the order in which a single process reads them. The page shows the rows of the first batch, or --row N alone. Summary
 and tables, there and on the terminal, count all of --batches: fill, tokens, sizes of images, what was cut off them. Per row: its

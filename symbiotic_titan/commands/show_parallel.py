@@ -1,6 +1,6 @@
 """What a config's parallel layout costs one rank, without its GPUs: shapes, memory, bytes sent. A dry run on one CPU.
 
-Example: tools/show_parallel.py train_configs/30b_a3b.toml --ranks 8 64 256 --parallelism.expert_parallel_degree 8
+Example: symbiotic show-parallel train_configs/30b_a3b.toml --ranks 8 64 256 --parallelism.expert_parallel_degree 8
 
 The model is built on the meta device and made parallel by the trainer's own function, over a process group in which nothing is
 sent; rank 0's shards are counted and the last rank's are compared with them. Weights, gradients and optimizer states are

@@ -43,7 +43,7 @@ class Experts:
     """Tables [experts.partition.<name>] with ``modalities`` and ``num_experts``; set in TOML. None: one pool for all."""
 
     partition_rule: str = "cumulative"
-    """Rule by which ``tools/convert.py plan`` deals the experts of an unpartitioned checkpoint to the groups: a name that we or
+    """Rule by which ``symbiotic convert plan`` deals the experts of an unpartitioned checkpoint to the groups: a name that we or
     a module of yours registered. Training does not read it."""
 
     score_function: str | None = choice(ROUTER_SCORES, None)
@@ -53,7 +53,7 @@ class Experts:
     """Whether the flavor's shared expert is kept."""
 
     new_shared_experts: int = 0
-    """For a flavor without a shared expert: one is made, as wide as so many routed experts. ``tools/convert.py plan`` chooses the
+    """For a flavor without a shared expert: one is made, as wide as so many routed experts. ``symbiotic convert plan`` chooses the
     most used experts of each layer and ``partition`` copies them into it, with an output of zero: what the model says at step 0
     does not change. (Ours; the paper's backbone has a shared expert.)"""
 

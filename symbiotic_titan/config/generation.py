@@ -42,7 +42,7 @@ class Latents:
     """Precision in which the autoencoder computes and in which a cache keeps its latents; the flow's own is float32 always."""
 
     cache: str = ""
-    """Folder that tools/cache_latents.py wrote for this config. Images to be generated are then read from it, and nothing is
+    """Folder that symbiotic cache-latents wrote for this config. Images to be generated are then read from it, and nothing is
     encoded while training."""
 
     @property

@@ -142,19 +142,19 @@ def cached_sources(
 
 
 def _check(folder: Path, encoding: Encoding, source: DataSource, where: str) -> None:
-    remedy = "make it with: python tools/cache_latents.py CONFIG --out FOLDER"
+    remedy = "make it with: symbiotic cache-latents CONFIG --out FOLDER"
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(f"{where}: latents.cache has no {folder}/{MANIFEST}; {remedy}")
     if manifest.encoding != encoding:
         raise ValueError(
             f"{where}: the latents in {folder} were made with {manifest.encoding}; this run has {encoding}. Set these keys "
-            "back, or make another cache with tools/cache_latents.py"
+            "back, or make another cache with symbiotic cache-latents"
         )
     if manifest.source_files != (_source_files(source, where) or manifest.source_files):
         raise ValueError(
             f"{where}: the latents in {folder} were made of other files than path {source.path!r} now matches (names or sizes); "
-            "make another cache with tools/cache_latents.py"
+            "make another cache with symbiotic cache-latents"
         )
     missing = manifest.missing(folder)
     if missing:

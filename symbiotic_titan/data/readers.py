@@ -149,7 +149,7 @@ def expand(path: str, where: str) -> list[str]:
     if not files:
         remedy = "check path; a * in it matches several files"
         if path.startswith("demo_data"):
-            remedy = "make the demo data with: python tools/make_demo_data.py --out demo_data"
+            remedy = "make the demo data with: symbiotic make-demo-data --out demo_data"
         raise ValueError(f"{where}: no file matches path {path!r}; {remedy}")
     return [filesystem.unstrip_protocol(name) for name in files] if "://" in path else files
 

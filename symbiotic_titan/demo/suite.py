@@ -98,7 +98,7 @@ class DemoWorldOptions(DrawingSettings):
                 raise ValueError(f"{name}: must be zero or positive, got {getattr(self, name)}")
         if not (Path(self.data) / "heldout").is_dir():
             raise ValueError(
-                f"data: no demo world in {self.data!r}; make it with tools/make_demo_data.py, or name its folder"
+                f"data: no demo world in {self.data!r}; make it with symbiotic make-demo-data, or name its folder"
             )
         if self.knowledge_file is not None:
             if not Path(self.knowledge_file).is_file():

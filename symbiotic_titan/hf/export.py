@@ -84,7 +84,7 @@ def find_source(checkpoint: Path, flavor: str) -> Path:
             return folder / SOURCE
     raise ValueError(
         f"no {SOURCE}/{CONFIG} in {' or '.join(map(str, beside))}: nothing says which released architecture the model has. Use the "
-        f"model.json of tools/convert.py from-hf as model.flavor; {WHOLE_REMEDY}"
+        f"model.json of symbiotic convert from-hf as model.flavor; {WHOLE_REMEDY}"
     )
 
 

@@ -122,7 +122,7 @@ _RELEASED = Path(__file__).parent / "released"
 
 
 class Flavors(Mapping[str, ModelArgs]):
-    """Name -> fresh ModelArgs. A name that ends in .json is the path of a model config, such as tools/convert.py writes next to a
+    """Name -> fresh ModelArgs. A name that ends in .json is the path of a model config, such as symbiotic convert writes next to a
     checkpoint."""
 
     def __init__(self, builders: Mapping[str, Callable[[], ModelArgs]], released: Path) -> None:

@@ -70,7 +70,7 @@ def top_overlap(counts_a_E: Tensor, counts_b_E: Tensor, k: int) -> Tensor:
     return (top_a.unsqueeze(-1) == top_b.unsqueeze(-2)).sum((-2, -1))
 
 
-# Tensors in TensorBoard that tools/plot.py reads.
+# Tensors in TensorBoard that symbiotic plot reads.
 COUNTS_TAG = "routing/counts"  # (Y, M, E) assignments of the step
 REACHABLE_TAG = "routing/reachable"  # (M, E) whether a modality's tokens can reach an expert
 LAYERS_TAG = "routing/layers"  # (Y,) number of each MoE layer, as in parameter names

@@ -66,7 +66,7 @@ def expert_slots(
         )
     if plan is None:
         raise ValueError(
-            "the config partitions the experts: --plan must say which expert goes where (tools/convert.py plan makes one)"
+            "the config partitions the experts: --plan must say which expert goes where (symbiotic convert plan makes one)"
         )
     if plan.groups != groups:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The options of each command of tools/convert.py."""
+"""The options of each command of symbiotic convert."""
 
 import argparse
 import re
@@ -36,7 +36,7 @@ def from_hf_options(command: argparse.ArgumentParser) -> None:
 def plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", required=True, help=_PARTITIONED)
     command.add_argument(
-        "--profile", required=True, type=Path, help="file of tools/profile_experts.py"
+        "--profile", required=True, type=Path, help="file of symbiotic profile-experts"
     )
     command.add_argument("--out", required=True, type=Path, help="file to write")
     command.add_argument(

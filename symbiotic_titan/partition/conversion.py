@@ -18,7 +18,7 @@ from symbiotic_titan.weights.reader import (
 _SHARED_TENSOR = re.compile(r"(layers\.\d+)\.moe\.shared_experts\.(w[123])\.weight")
 _REMEDY = (
     "use the model.flavor and [latents] it was trained with; for a released model that flavor is the model.json that "
-    "tools/convert.py from-hf --shape-only writes"
+    "symbiotic convert from-hf --shape-only writes"
 )
 _EXPERT_TENSOR = re.compile(r"(layers\.\d+)\.moe\.(router|experts)\.(\w+)\.(weight|bias|w[123])")
 

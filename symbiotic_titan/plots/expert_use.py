@@ -108,7 +108,7 @@ def from_run(run: Run, *, step: int | None, window: int) -> ExpertUse | None:
 
 
 def from_profile(path: Path) -> ExpertUse:
-    """Counts of a JSON file whose key ``counts`` is [layers][text, vit, vae][experts], as ``tools/profile_experts.py`` writes it.
+    """Counts of a JSON file whose key ``counts`` is [layers][text, vit, vae][experts], as ``symbiotic profile-experts`` writes it.
 
     Of its other keys, ``layers`` names the layers and ``model.groups`` gives the sizes of a partitioned model's groups.
 

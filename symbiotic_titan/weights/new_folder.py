@@ -38,7 +38,7 @@ def check_target(folder: Path, *, overwrite: bool, num_bytes: int = 0) -> None:
 def _check_written_here(folder: Path) -> None:
     if not (folder / MARK).is_file():
         raise ValueError(
-            f"{folder} is no folder that tools/convert.py wrote and is not overwritten; choose another --out"
+            f"{folder} is no folder that symbiotic convert wrote and is not overwritten; choose another --out"
         )
     written = read_json(folder / MARK, _KIND, ("names",))["names"]
     more = sorted(path.name for path in folder.iterdir() if path.name not in {MARK, *written})

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_timing import interleave, machine, ratio, restart_with, summary
 from torch.nn.attention.flex_attention import BlockMask
 
 from symbiotic_titan.device import device_type, supports_flex_attention
 from symbiotic_titan.model.layers import attend
 from symbiotic_titan.model.masks import MaskRule, block_mask, dense_mask
-from tools.bench.timing import interleave, machine, ratio, restart_with, summary
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
 DOCUMENT, IMAGE = 192, 64  # tokens of a document, and of the image in the middle of it

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time and memory of importing a released model: tools/convert.py from-hf on a synthetic checkpoint of some gigabytes.
+"""Time and memory of importing a released model: symbiotic convert from-hf on a synthetic checkpoint of some gigabytes.
 
 Example: tools/bench/convert.py --gigabytes 4 --scratch /tmp/bench_convert
 
@@ -178,7 +178,7 @@ def main() -> int:
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from tools.bench.timing import machine  # imports torch, which the children must not inherit
+    from bench_timing import machine  # imports torch, which the children must not inherit
 
     print(json.dumps({**result, **machine()}))
     return 0

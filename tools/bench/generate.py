@@ -17,6 +17,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from bench_timing import interleave, machine, ratio, summary
 
 from symbiotic_titan import device
 from symbiotic_titan.build import (
@@ -42,7 +43,6 @@ from symbiotic_titan.inference.text import (
     continue_prompts,
 )
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from tools.bench.timing import interleave, machine, ratio, summary
 
 CAPTION = "A square picture with a black background: a red circle at the top left and a blue square at the bottom right."
 

@@ -69,9 +69,9 @@ from symbiotic_titan.data.streams import (
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.tasks import IMAGE_EXTENSIONS
-from tools.bench.loader_loops import LOOPS, Sample, loop_of, parsed, write_photos
-from tools.bench.packing import mixed_indices
-from tools.bench.timing import interleave, machine, summary
+from loader_loops import LOOPS, Sample, loop_of, parsed, write_photos
+from packing import mixed_indices
+from bench_timing import interleave, machine, summary
 
 BAR = 0.9
 POINTS = 10

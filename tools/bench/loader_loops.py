@@ -11,11 +11,11 @@ from typing import Any
 
 import fsspec
 import numpy as np
+from packing import mixed_indices
 from PIL import Image
 
 from symbiotic_titan.data.streams import PipelineSpec
 from symbiotic_titan.sequence.tasks import IMAGE_EXTENSIONS
-from tools.bench.packing import mixed_indices
 
 Sample = dict[str, Any]
 Loop = Callable[[list[str]], Iterator[Sample]]

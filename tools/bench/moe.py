@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_timing import interleave, machine, ratio, restart_with, summary
 from torch import Tensor, nn
 
 from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
-from tools.bench.timing import interleave, machine, ratio, restart_with, summary
 
 NUM_EXPERTS, TOP_K = 128, 8
 PARTITION = (ExpertGroup("und", (TEXT, VIT), 96), ExpertGroup("gen", (VAE,), 32))

@@ -32,6 +32,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from bench_timing import interleave, machine, summary
 
 from symbiotic_titan.build import (
     build_dataloader,
@@ -54,7 +55,6 @@ from symbiotic_titan.data.streams import (
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.tasks import task_number
-from tools.bench.timing import interleave, machine, summary
 
 BAR = 0.97
 LONG_ROW = 2048

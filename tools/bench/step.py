@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_timing import interleave, machine, ratio, restart_with, summary
 from torch import nn
 
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.training.checks import check_job
 from symbiotic_titan.training.train_spec import register
 from symbiotic_titan.training.trainer import SymbioticTrainer
-from tools.bench.timing import interleave, machine, ratio, restart_with, summary
 
 PARTS = ("data", "vit", "attention", "routing", "experts", "optimizer", "other")
 

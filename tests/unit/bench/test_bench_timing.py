@@ -1,14 +1,21 @@
 """Benchmarks take turns, and their baselines compute the same thing."""
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 
+import bench_timing as timing
 import pytest
 import torch
 
 from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import MoEArgs
-from tools.bench import moe, timing
+from tests.helpers.structure import ROOT
+from tools.bench import moe
+
+BENCH = ROOT / "tools" / "bench"
 
 
 def test_contenders_take_turns_and_warm_up_does_not_count():
@@ -73,3 +80,13 @@ def test_the_loop_baseline_computes_what_the_layer_computes(monkeypatch):
 def test_ratios_name_their_direction():
     times = {"partitioned": [2.0, 2.0], "standard": [2.0, 2.0], "dense": [1.0, 1.0]}
     assert moe.ratios(times) == {"partitioned_over_standard": 1.0, "partitioned_over_dense": 0.5}
+
+
+@pytest.mark.parametrize(
+    "script", sorted(p.name for p in BENCH.glob("*.py") if "def main(" in p.read_text())
+)
+def test_a_benchmark_is_started_by_its_path_from_anywhere(script, tmp_path):
+    command = [sys.executable, str(BENCH / script), "--help"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"tools/bench/{script}" in done.stdout, done.stderr

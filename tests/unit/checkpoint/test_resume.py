@@ -112,7 +112,7 @@ def test_start_of_this_model_can_be_begun_with(tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "model_only", "message"),
     [
-        ({"w": (4, 3)}, True, r"of another model: w has shape \(2, 3\) .* tools/convert.py"),
+        ({"w": (4, 3)}, True, r"of another model: w has shape \(2, 3\) .* symbiotic convert"),
         ({"v": (2, 3)}, True, "v is missing in it"),
         ({"w": (2, 3)}, False, "set checkpoint.initial_load_model_only = true"),
     ],

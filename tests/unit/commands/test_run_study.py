@@ -87,25 +87,25 @@ def test_the_commands_take_their_arguments(study):
     assert main("mot", "standard_moe") == 0
     parser = convert.parser()
     for words in [*commands.of("plan"), *commands.of("partition"), *commands.of("check")]:
-        options, overrides = parser.parse_known_args(words[2:])
+        options, overrides = parser.parse_known_args(words[4:])
         assert options.config.startswith("train_configs/mini/")
         assert overrides in ([], ["--experts.shared"])
     assert all(VLM in words for words in commands.of("check"))
 
 
-def test_controls_are_splits_by_lot_of_the_same_groups_and_leave_only_a_report(study, capsys):
+def test_controls_are_random_splits_of_the_same_groups_and_leave_only_a_report(study, capsys):
     main, commands = study
     names = ["symbiotic", "mot", "standard_moe", "tripartite_8_8_16"]
     assert main(*names, "--controls", "2", "--check-only") == 0
-    by_lot = [words for words in commands.of("plan") if "random" in words]
-    assert [(words[words.index("--out") + 1], words[-1]) for words in by_lot] == [
+    at_random = [words for words in commands.of("plan") if "random" in words]
+    assert [(words[words.index("--out") + 1], words[-1]) for words in at_random] == [
         (f"outputs/mini/start/{split}_random_{seed}_plan.json", str(seed))
         for split in ("24_8", "8_8_16")
         for seed in (0, 1)
     ]
     parser = convert.parser()
-    for words in by_lot:
-        assert parser.parse_known_args(words[2:])[1] == []
+    for words in at_random:
+        assert parser.parse_known_args(words[4:])[1] == []
     checks = {path.stem for path in Path("outputs/mini/check").glob("*.json")}
     drawn = {f"{s}_{r}" for s in ("24_8", "8_8_16") for r in ("activation", "random_0", "random_1")}
     assert checks == {*names, *drawn}

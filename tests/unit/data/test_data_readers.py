@@ -83,7 +83,7 @@ def test_url_of_an_unknown_kind_is_refused():
 def test_missing_demo_shards_are_answered_with_the_command_that_makes_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = message_of("demo_data/train/t2i/*.tar", "webdataset")
-    assert "make the demo data with: python tools/make_demo_data.py --out demo_data" in message
+    assert "make the demo data with: symbiotic make-demo-data --out demo_data" in message
 
 
 @pytest.mark.parametrize("content", [b"", tar_bytes([])])

@@ -240,7 +240,7 @@ def test_existing_targets_are_refused(tmp_path, vlm):
         partition_checkpoint(source, tiny_args(), None, source)
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="papers is no folder that tools/convert.py wrote"):
+    with pytest.raises(ValueError, match="papers is no folder that symbiotic convert wrote"):
         partition_checkpoint(source, tiny_args(), None, tmp_path / "papers", overwrite=True)
 
 

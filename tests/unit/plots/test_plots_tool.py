@@ -1,4 +1,4 @@
-"""tools/plot.py as a user calls it: pictures, page, messages."""
+"""symbiotic plot as a user calls it: pictures, page, messages."""
 
 import base64
 import json

@@ -25,10 +25,10 @@ RELEASE = ("config.json", "model.safetensors.index.json", "model-00001-of-00001.
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (RELEASE, "out is no folder that tools/convert.py wrote and is not overwritten"),
-        ((".metadata", "__0_0.distcp"), "out is no folder that tools/convert.py wrote"),
-        ((), "out is no folder that tools/convert.py wrote"),
-        (None, "out is no folder that tools/convert.py wrote"),
+        (RELEASE, "out is no folder that symbiotic convert wrote and is not overwritten"),
+        ((".metadata", "__0_0.distcp"), "out is no folder that symbiotic convert wrote"),
+        ((), "out is no folder that symbiotic convert wrote"),
+        (None, "out is no folder that symbiotic convert wrote"),
     ],
     ids=["release", "training checkpoint", "empty", "file"],
 )

@@ -1,0 +1,115 @@
+"""The command ``symbiotic``: every subcommand explains itself, and what is missing is one line."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+
+from symbiotic_titan import cli
+from tests.helpers.structure import ROOT
+
+NAMES = sorted(set(cli.COMMANDS) - {"train"})
+
+
+def test_without_a_command_all_are_listed(capsys):
+    assert cli.main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in cli.COMMANDS)
+
+
+def test_an_unknown_command_is_named_with_those_that_exist(capsys):
+    assert cli.main(["draw"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("symbiotic: no command 'draw'\n") and "generate" in error
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_shows_an_example_of_the_command(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert text.startswith(f"usage: symbiotic {name}")
+    assert re.search(rf"(?m)^ *(Examples?: )? *symbiotic {name} ", text) and "tools/" not in text
+
+
+def test_every_tool_is_a_command_under_its_old_name():
+    for path in ROOT.glob("tools/*.py"):
+        name = path.stem.replace("_", "-")
+        assert f'main(["{name}", *sys.argv[1:]])' in path.read_text()
+        assert name in cli.COMMANDS and os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("matplotlib.axes", "plot"), ("sklearn", "demo"), ("lm_eval", "lm-eval")]
+)
+def test_a_missing_extra_is_one_line_that_installs_it(monkeypatch, capsys, package, extra):
+    def load(module):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(cli, "load", load)
+    assert cli.main(["plot"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: symbiotic plot needs {package.partition('.')[0]}: ")
+    assert error.endswith(f" -m pip install 'symbiotic_titan[{extra}]'\n")
+
+
+def test_a_package_of_ours_that_is_missing_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "load", lambda module: import_module("symbiotic_titan.nothing"))
+    with pytest.raises(ModuleNotFoundError, match="nothing"):
+        cli.main(["plot"])
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The arguments that train.main gets, and the environment at that time."""
+    calls = []
+
+    def main(arguments):
+        calls.append((arguments, dict(os.environ)))
+        return 0
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(cli, "load", lambda module: SimpleNamespace(main=main, leave=leave))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MASTER_ADDR", "x")
+    monkeypatch.setenv("MASTER_PORT", "x")
+    return calls
+
+
+@pytest.mark.parametrize("given", [["a.toml"], ["--job.config_file", "a.toml"]])
+def test_train_needs_no_launcher_for_one_process(trained, given):
+    assert cli.main(["train", *given, "--training.steps", "5"]) == 0
+    [(arguments, environment)] = trained
+    assert arguments == ["--job.config_file", "a.toml", "--training.steps", "5"]
+    assert environment["RANK"] == "0" and environment["WORLD_SIZE"] == "1"
+    assert environment["MASTER_ADDR"] == "127.0.0.1" and environment["MASTER_PORT"] == "0"
+
+
+def test_train_leaves_the_ranks_of_torchrun_as_they_are(trained, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "a.toml"])
+    [(_, environment)] = trained
+    assert environment["RANK"] == "3" and environment["MASTER_PORT"] == "x"
+
+
+def test_train_without_a_config_shows_how_to_name_one(trained, capsys):
+    assert cli.main(["train"]) == 2 and not trained
+    assert "symbiotic train train_configs/debug.toml" in capsys.readouterr().out
+
+
+def test_the_module_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "symbiotic_titan.cli", "train", "no.toml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no such file: no.toml" in done.stdout + done.stderr
