@@ -41,6 +41,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from bench_timing import interleave, machine, summary
+from loader_loops import LOOPS, Sample, loop_of, parsed, write_photos
+from packing import mixed_indices
 
 from symbiotic_titan.build import (
     build_dataloader,
@@ -69,9 +72,6 @@ from symbiotic_titan.data.streams import (
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.tasks import IMAGE_EXTENSIONS
-from loader_loops import LOOPS, Sample, loop_of, parsed, write_photos
-from packing import mixed_indices
-from bench_timing import interleave, machine, summary
 
 BAR = 0.9
 POINTS = 10
