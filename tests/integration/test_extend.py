@@ -1,11 +1,12 @@
 """Parts from outside, in a run as a user starts it: named in the config, and seen to act."""
 
 import math
+import subprocess
 
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.helpers.launch import launch
+from tests.helpers.launch import ROOT, Run, arguments_of, command_of, environment, launch
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,45 @@ def test_a_module_that_does_not_exist_ends_the_run_with_one_line(tmp_path, demo)
     run = launch(tmp_path, demo, training__steps=1, experimental__custom_import=name)
     assert run.status == 2, run.text[-2000:]
     assert f"there is no module '{name}'" in run.text and "Traceback" not in run.text
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory, demo):
+    """A run with a task and a loss term of a module that lies outside the repository."""
+    folder = tmp_path_factory.mktemp("described")
+    module = folder / "outside_parts.py"
+    module.write_text("from docs.examples import describe_task, quadratic_decay, z_loss\n")
+    arguments = arguments_of(
+        folder / "run",
+        demo,
+        {
+            "experimental.custom_import": "outside_parts",
+            "losses.z": 1e-3,
+            "lr_scheduler.decay_type": "quadratic",
+            "training.steps": 2,
+        },
+    )
+    job = folder / "run" / "job.toml"
+    source = f'[[data.sources]]\nname = "describe"\ntask = "describe"\nformat = "webdataset"\npath = "{demo}/train/t2i/t2i-*.tar"\n'
+    job.write_text(f"{job.read_text()}\n{source}weight = 5\n")
+    environ = environment(1)
+    environ["PYTHONPATH"] += f":{folder}"
+    done = subprocess.run(
+        command_of(1, arguments), cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300
+    )
+    run = Run(done.returncode, done.stdout + done.stderr, folder / "run")
+    assert run.status == 0, run.text[-3000:]
+    return run
+
+
+def test_a_task_from_outside_is_trained_and_logged(described):
+    losses = described.scalars("loss/by_task/describe_text")
+    assert losses and all(5 < loss < 8 for loss in losses.values())
+
+
+def test_a_loss_term_from_outside_is_weighted_into_the_total(described):
+    step = {name: described.scalars(f"loss/{name}")[1] for name in ("text", "flow", "balance", "z")}
+    assert step["z"] > 1  # log(320) squared is 33
+    expected = step["text"] + step["flow"] + 0.01 * step["balance"] + 1e-3 * step["z"]
+    assert described.scalars("loss/total")[1] == pytest.approx(expected, rel=1e-5)
+    assert described.scalars("loss/by_task/describe_z")[1] > 1
