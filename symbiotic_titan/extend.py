@@ -9,6 +9,7 @@ A module of yours registers them when it is imported, and ``experimental.custom_
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from symbiotic_titan.config.data import FORMATS, PACKINGS
 from symbiotic_titan.config.experts import ROUTER_SCORES, SHIELD_SCHEDULES, ShieldSchedule
 from symbiotic_titan.config.generation import SOLVERS, SolverStep
 from symbiotic_titan.config.losses import (
@@ -18,6 +19,8 @@ from symbiotic_titan.config.losses import (
     TimestepDistribution,
 )
 from symbiotic_titan.config.optimizer import LR_DECAYS, OPTIMIZER_BUILDERS, LRDecay
+from symbiotic_titan.data.formats.shard import FileFormat
+from symbiotic_titan.data.packing import Packing
 from symbiotic_titan.moe.scores import RouterScore
 from symbiotic_titan.optim.build import OptimizerBuilder
 from symbiotic_titan.partition.plan import (
@@ -29,6 +32,7 @@ from symbiotic_titan.sequence.tasks import Task as Task
 from symbiotic_titan.sequence.tasks import register_task as register_task
 
 T = TypeVar("T")
+Format = TypeVar("Format", bound=type[FileFormat])
 
 
 def _into(registry: Registry[T], name: str) -> Callable[[T], T]:
@@ -48,6 +52,16 @@ def register_shield_schedule(name: str) -> Callable[[ShieldSchedule], ShieldSche
 def register_router_score(name: str) -> Callable[[RouterScore], RouterScore]:
     """Decorator: ``experts.score_function = name`` chooses this function for every router."""
     return _into(ROUTER_SCORES, name)
+
+
+def register_format(name: str) -> Callable[[Format], Format]:
+    """Decorator: ``data.sources.format = name`` chooses this class to index files and to read samples from them."""
+    return _into(FORMATS, name)
+
+
+def register_packing(name: str) -> Callable[[Packing], Packing]:
+    """Decorator: ``data.packing = name`` chooses this function to say which documents share a packed sequence."""
+    return _into(PACKINGS, name)
 
 
 def register_timestep_distribution(

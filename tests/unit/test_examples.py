@@ -2,19 +2,25 @@
 
 import contextlib
 import sys
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from symbiotic_titan.build import build_dataloader, build_tokenizer
+from symbiotic_titan.config.data import FORMATS, PACKINGS
 from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.generation import SOLVERS
+from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.losses import LOSS_TERMS, TIMESTEP_DISTRIBUTIONS, Flow
 from symbiotic_titan.config.optimizer import LR_DECAYS
+from symbiotic_titan.data.documents import Document, TextSegment
+from symbiotic_titan.data.packing import SequenceSize
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK
 from symbiotic_titan.sequence.tasks import TASKS, task_names, task_number
 
-REGISTRIES = (LOSS_TERMS, LR_DECAYS, SOLVERS, TASKS, TIMESTEP_DISTRIBUTIONS)
+REGISTRIES = (FORMATS, PACKINGS, LOSS_TERMS, LR_DECAYS, SOLVERS, TASKS, TIMESTEP_DISTRIBUTIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +48,52 @@ def test_a_task_from_outside_gets_the_next_number_and_keeps_the_others():
     assert task_number("describe") == len(before)
     task = TASKS["describe"]
     assert task.is_understanding and task.has_images and not task.is_cacheable
+
+
+def packed_rows(tmp_path, name, data, source, number=4):
+    """The first rows that a TOML file, which names the example, gives."""
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f"""
+        [experimental]
+        custom_import = "docs.examples.{name}"
+        [training]
+        seq_len = 32
+        local_batch_size = 1
+        [data]
+        {data}
+        [[data.sources]]
+        name = "texts"
+        task = "lm"
+        {source}
+        """
+    )
+    job = load_job_config(["--job.config_file", str(config)])
+    tokenizer = build_tokenizer(job)
+    loader = build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=job)
+    documents = [
+        tokenizer.decode(row.tokens[row.document == number].tolist())
+        for row in islice(loader, number)
+        for number in range(int(row.document.max()) + 1)
+    ]
+    return documents
+
+
+def test_csv_files_are_read_by_the_loader_like_any_format(tmp_path):
+    (tmp_path / "a.csv").write_text('text,other\none,x\n"two, and a comma",y\n')
+    (tmp_path / "b.csv").write_text("text\nthree\n")
+    source = f'format = "csv"\npath = "{tmp_path}/*.csv"'
+    documents = packed_rows(tmp_path, "csv_format", "lookahead = 3", source)
+    assert {"one", "two, and a comma", "three"} == set(documents)
+
+
+def test_first_fit_chooses_by_age(tmp_path):
+    lines = "".join(f'{{"text": "{"x" * n}"}}\n' for n in (5, 9, 13, 20))
+    (tmp_path / "a.jsonl").write_text(lines)
+    source = f'format = "jsonl"\npath = "{tmp_path}/a.jsonl"'
+    assert packed_rows(tmp_path, "first_fit", 'packing = "first_fit"', source)
+    waiting = [Document(0, (TextSegment([1] * n),)) for n in (5, 9, 3, 2, 1)]
+    assert PACKINGS["first_fit"](waiting, SequenceSize(10, 0, 0)) == [0, 2, 3]
 
 
 def test_the_z_loss_is_the_squared_normaliser_of_labelled_tokens():

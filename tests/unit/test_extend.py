@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from symbiotic_titan.commands import show_parallel
+from symbiotic_titan.config.data import FORMATS, PACKINGS
 from symbiotic_titan.config.experts import ROUTER_SCORES, SHIELD_SCHEDULES, Shielding
 from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.generation import SOLVERS
@@ -44,6 +45,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 REGISTRIES = (
+    FORMATS,
+    PACKINGS,
     LOSS_TERMS,
     LR_DECAYS,
     PARTITION_RULES,
