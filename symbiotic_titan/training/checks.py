@@ -8,15 +8,21 @@ from typing import Any
 from torchtitan.config.job_config import DataLoader, Quantize
 from torchtitan.protocols import model_converter
 
+from symbiotic_titan.codecs.files import codec_info
 from symbiotic_titan.config.job import Float8, JobConfig
 from symbiotic_titan.config.optimizer import OPTIMIZER_BUILDERS
+from symbiotic_titan.data.images import aspect_buckets
+from symbiotic_titan.data.latents import generates
+from symbiotic_titan.data.tokenizer import open_tokenizer
 from symbiotic_titan.device import cuda_capability, device_type, supports_flex_attention
+from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
 from symbiotic_titan.optim.shield_schedule import check_schedule
 from symbiotic_titan.parallel import float8
 from symbiotic_titan.partition.plan import PARTITION_RULES
+from symbiotic_titan.sequence.geometry import ImageGeometry
 
 
 @dataclass(frozen=True)
@@ -321,6 +327,45 @@ def check_validation(config: JobConfig) -> None:
         )
 
 
+def check_sampling(config: JobConfig, geometry: ImageGeometry) -> None:
+    """Pass if the images can be generated and shown, and if the run trains image generation.
+
+    Raises:
+        ValueError: names the key.
+    """
+    sampling = config.sampling
+    why = None
+    if not sampling.prompts:
+        why = "there are no prompts; give captions in sampling.prompts"
+    elif not generates(config.data.sources):
+        why = "no source in [[data.sources]] has target images; add one"
+    elif not config.metrics.enable_tensorboard:
+        why = "sample grids are shown in TensorBoard; set metrics.enable_tensorboard = true"
+    if why is not None:
+        raise ValueError(f"sampling.enable = true: {why}, or set it to false")
+    codec_info(config.latents)  # raises where latents could not be decoded
+    try:
+        _check_request(config, geometry)
+    except ValueError as error:
+        raise ValueError(f"[sampling] {error}") from None
+
+
+def _check_request(config: JobConfig, geometry: ImageGeometry) -> None:
+    # Imported here: training without sample grids loads nothing of inference.
+    from symbiotic_titan.inference.images import choose_size
+    from symbiotic_titan.inference.prompts import PromptMaker
+
+    sampling, data, side = config.sampling, config.data, geometry.vae_token_pixels
+    shift = config.flow.shift if sampling.shift is None else sampling.shift
+    SolverOptions(sampling.steps, sampling.sampler, shift, sampling.guidance)
+    buckets = aspect_buckets(data.vae_pixels, side, data.max_aspect)
+    height, width = choose_size(None, sampling.aspect, buckets)
+    maker = PromptMaker(open_tokenizer(config.tokenizer), geometry, data, config.training.seq_len)
+    captions = [maker.image(prompt) for prompt in sampling.prompts]
+    num_tokens = height // side * (width // side)
+    maker.check_room(captions, [num_tokens] * len(captions), "of its image")
+
+
 def check_job(config: JobConfig) -> None:
     """All rules that span sections.
 
@@ -346,8 +391,6 @@ def check_job(config: JobConfig) -> None:
     args.update_from_config(config)
     check_shielding(config, args)
     if config.sampling.enable:
-        from symbiotic_titan.training.sample_grids import check_sampling  # loads the generator
-
         check_sampling(config, args.geometry)
     check_device(config, args)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -15,19 +15,13 @@ from PIL import Image
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.codecs.codec import Codec
-from symbiotic_titan.codecs.files import codec_info
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.data.images import aspect_buckets
-from symbiotic_titan.data.latents import generates
-from symbiotic_titan.data.tokenizer import Tokenizer, open_tokenizer
-from symbiotic_titan.flow.solver import SolverOptions
+from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.inference.generator import Generator
-from symbiotic_titan.inference.images import choose_size, picture_grid
-from symbiotic_titan.inference.prompts import PromptMaker
+from symbiotic_titan.inference.images import picture_grid
 from symbiotic_titan.inference.session import Autocast
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.parallel.ranks import DataRanks
-from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.training.metrics import SymbioticMetrics
 from symbiotic_titan.training.stop import (
     Interrupted,
@@ -122,38 +116,3 @@ class SampleGrids:
         grid_HW3 = np.asarray(picture_grid(images, self._settings.prompts))
         for writer in writers:
             writer.add_image("sampling/pictures", grid_HW3, step, dataformats="HWC")
-
-
-def check_sampling(config: JobConfig, geometry: ImageGeometry) -> None:
-    """Pass if the images can be generated and shown, and if the run trains image generation.
-
-    Raises:
-        ValueError: names the key.
-    """
-    sampling = config.sampling
-    why = None
-    if not sampling.prompts:
-        why = "there are no prompts; give captions in sampling.prompts"
-    elif not generates(config.data.sources):
-        why = "no source in [[data.sources]] has target images; add one"
-    elif not config.metrics.enable_tensorboard:
-        why = "sample grids are shown in TensorBoard; set metrics.enable_tensorboard = true"
-    if why is not None:
-        raise ValueError(f"sampling.enable = true: {why}, or set it to false")
-    codec_info(config.latents)  # raises where latents could not be decoded
-    try:
-        _check_request(config, geometry)
-    except ValueError as error:
-        raise ValueError(f"[sampling] {error}") from None
-
-
-def _check_request(config: JobConfig, geometry: ImageGeometry) -> None:
-    sampling, data, side = config.sampling, config.data, geometry.vae_token_pixels
-    shift = config.flow.shift if sampling.shift is None else sampling.shift
-    SolverOptions(sampling.steps, sampling.sampler, shift, sampling.guidance)
-    buckets = aspect_buckets(data.vae_pixels, side, data.max_aspect)
-    height, width = choose_size(None, sampling.aspect, buckets)
-    maker = PromptMaker(open_tokenizer(config.tokenizer), geometry, data, config.training.seq_len)
-    captions = [maker.image(prompt) for prompt in sampling.prompts]
-    num_tokens = height // side * (width // side)
-    maker.check_room(captions, [num_tokens] * len(captions), "of its image")
