@@ -4,9 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
@@ -15,13 +13,7 @@ from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.losses.terms import text_errors
-from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
-from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.optim.build import (
-    freeze_parameters,
-)
-from symbiotic_titan.parallel.parallelize import parallelize_symbiotic
 
 
 def _gather_over_ranks(part: dict[int, Any]) -> list[dict[int, Any]]:
@@ -93,14 +85,6 @@ def build_tokenizer(job_config: JobConfig) -> ByteTokenizer | FileTokenizer:
     return tokenizer
 
 
-def parallelize(
-    model: SymbioticModel, parallel_dims: ParallelDims, job_config: JobConfig
-) -> nn.Module:
-    """Freeze the frozen parameter groups, then make the model parallel: FSDP reads requires_grad when it shards."""
-    freeze_parameters(model, job_config.optimizer.param_groups)
-    return parallelize_symbiotic(model, parallel_dims, job_config)
-
-
 def build_loss(job_config: JobConfig, **kwargs: Any) -> LossFunction:
     """The terms of [losses], which the trainer sums over micro-batches and ranks."""
     settings = job_config.compile
@@ -115,14 +99,3 @@ def global_batch_size(config: JobConfig, num_data_ranks: int) -> int:
     """Rows of one optimizer step over all ranks; -1 in the config means one micro-batch per rank."""
     total = config.training.global_batch_size
     return total if total > 0 else config.training.local_batch_size * num_data_ranks
-
-
-def model_args(config: JobConfig) -> ModelArgs:
-    """The shape of the config's model.
-
-    Raises:
-        ValueError: an unknown flavor, or sections that break its rules.
-    """
-    args = FLAVORS[config.model.flavor]
-    args.update_from_config(config)
-    return args

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from symbiotic_titan import device
-from symbiotic_titan.build import model_args
 from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.config.job import JobConfig
@@ -27,6 +26,7 @@ from symbiotic_titan.data.latent_cache import encoding_of, folder_of
 from symbiotic_titan.data.latent_writer import CacheWriter
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.pipeline import indexed
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.process import Counter, exit_status
 from symbiotic_titan.sequence.tasks import TASKS
 

@@ -28,7 +28,6 @@ from typing import Any
 
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from symbiotic_titan.build import model_args
 from symbiotic_titan.config.files import check_file, write_json
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
@@ -47,6 +46,7 @@ from symbiotic_titan.hf.model import (
 )
 from symbiotic_titan.model import model_config as shape_file
 from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.parallel.ranks import join_ranks
 from symbiotic_titan.partition.apply import partition_checkpoint
 from symbiotic_titan.partition.command_options import (

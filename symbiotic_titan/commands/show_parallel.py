@@ -21,16 +21,14 @@ import torch.distributed as dist
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import set_default_dtype
 
-from symbiotic_titan.build import (
-    global_batch_size,
-    model_args,
-    parallelize,
-)
+from symbiotic_titan.build import global_batch_size
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.parallel import dry_run, dry_run_activations
+from symbiotic_titan.parallel.parallelize import parallelize
 from symbiotic_titan.parallel.ranks import parallel_dims_of
 from symbiotic_titan.process import exit_status
 from symbiotic_titan.training.checks import check_parallelism

@@ -15,14 +15,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import set_default_dtype
 
-from symbiotic_titan.build import (
-    model_args,
-    parallelize,
-)
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.hf.model import open_model
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.initialize import initialize
 from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
+from symbiotic_titan.parallel.parallelize import parallelize
 from symbiotic_titan.parallel.ranks import DataRanks
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.weights.compatibility import (

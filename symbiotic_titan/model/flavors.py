@@ -15,6 +15,7 @@ Every look-up returns fresh ModelArgs, so a caller may change what it gets.
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.model_config import read_model_config
 from symbiotic_titan.model.vit_args import VitArgs
@@ -161,3 +162,14 @@ FLAVORS = Flavors(
     },
     _RELEASED,
 )
+
+
+def model_args(config: JobConfig) -> ModelArgs:
+    """The shape of the config's model.
+
+    Raises:
+        ValueError: an unknown flavor, or sections that break its rules.
+    """
+    args = FLAVORS[config.model.flavor]
+    args.update_from_config(config)
+    return args

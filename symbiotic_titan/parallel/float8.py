@@ -28,6 +28,13 @@ from symbiotic_titan.moe.float8_matmul import emulated_float8_swiglu
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
 
+
+from torchtitan.config.job_config import Quantize
+
+from symbiotic_titan.config.job import Float8
+from symbiotic_titan.device import cuda_capability, device_type
+from symbiotic_titan.model.args import ModelArgs
+
 NAME = "float8"  # what the user writes into model.converters
 FLOAT8_MULTIPLE = 16  # float8 matmuls on a GPU read rows of whole 16 bytes
 
@@ -140,3 +147,84 @@ def register_float8() -> None:
     """Make ``model.converters = ["float8"]`` known to torchtitan. Idempotent."""
     if NAME not in upstream._registry_model_converter_cls:
         upstream.register_model_converter(Float8Converter, NAME)  # type: ignore[arg-type]
+
+
+def check_converters(config: JobConfig) -> None:
+    """Converters must be known, and the section of a converter needs that converter."""
+    chosen = config.model.converters
+    registered = upstream._registry_model_converter_cls
+    known = sorted({NAME, *(n for n in registered if not n.startswith("quantize."))})
+    for name in chosen:
+        if name not in known:
+            raise ValueError(
+                f"model.converters: unknown converter {name!r}; choose from {', '.join(known)}"
+            )
+        if chosen.count(name) > 1:
+            raise ValueError(f"model.converters: {name!r} is given twice; name it once")
+    if config.quantize != Quantize():
+        raise ValueError(
+            "[quantize] has no effect: its converters do not handle grouped experts; "
+            f"use model.converters = ['{NAME}'] and [float8]"
+        )
+    if config.float8 != Float8() and NAME not in chosen:
+        raise ValueError(
+            f"[float8] has no effect without its converter; set model.converters = ['{NAME}'] or remove it"
+        )
+
+
+def check_float8(config: JobConfig, args: ModelArgs, world_size: int) -> None:
+    """Refuse float8 where the model, the shield or the number of ranks does not allow it."""
+    if NAME not in config.model.converters:
+        return
+    options = config.float8
+    if options.all_gather:
+        check_float8_all_gather(config, world_size)
+    if config.shielding.enabled and config.shielding.mode == "weights":
+        raise ValueError(
+            "shielding.mode = 'weights' scales the gradients of the shared experts' weights, which float8 layers do not support; "
+            "use shielding.mode = 'output' or train without float8"
+        )
+    for name in ("dim", "expert_hidden_dim"):
+        size = getattr(args, name)
+        if options.experts and size % FLOAT8_MULTIPLE != 0:
+            raise ValueError(
+                f"float8.experts: {name} = {size} of flavor {config.model.flavor!r} is not a multiple of "
+                f"{FLOAT8_MULTIPLE}; set float8.experts = false or choose another flavor"
+            )
+    if not options.emulate:
+        check_float8_device(config)
+
+
+def check_float8_all_gather(config: JobConfig, world_size: int) -> None:
+    """Only FSDP between several GPUs can gather weights in float8."""
+    if world_size == 1:
+        why = "nothing is gathered on one rank"
+    elif device_type() == "cpu":
+        why = "gloo, which connects CPUs, cannot send float8"
+    elif config.training.enable_cpu_offload:
+        why = "weights offloaded to the CPU (training.enable_cpu_offload) have no scales there"
+    else:
+        return
+    raise ValueError(f"float8.all_gather = true: {why}; set it to false")
+
+
+def check_float8_device(config: JobConfig) -> None:
+    """Float8 matmuls need a GPU that supports them, and return bfloat16."""
+    options, capability = config.float8, cuda_capability()
+    if options.experts:  # the grouped kernel exists for these two generations only
+        needed, fits = "9.x or 10.x", capability is not None and capability[0] in (9, 10)
+    elif options.recipe == "tensorwise":
+        needed, fits = "8.9 or newer", capability is not None and capability >= (8, 9)
+    else:
+        needed, fits = "9.0 or newer", capability is not None and capability >= (9, 0)
+    if not fits:
+        found = "there is none" if capability is None else "this one has {}.{}".format(*capability)
+        raise ValueError(
+            f"model.converters = ['{NAME}'] needs a CUDA device of compute capability {needed}, {found}; "
+            "set float8.emulate = true to try it here"
+        )
+    if config.training.mixed_precision_param != "bfloat16":
+        raise ValueError(
+            f"training.mixed_precision_param = {config.training.mixed_precision_param!r}: float8 matmuls return bfloat16; "
+            "set it to 'bfloat16', or float8.emulate = true"
+        )

@@ -12,6 +12,9 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.device import device_type
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe import float8_matmul  # noqa: F401 - registers a custom op that is listed below
+from symbiotic_titan.optim.build import (
+    freeze_parameters,
+)
 from symbiotic_titan.parallel.compile import apply_compile
 from symbiotic_titan.parallel.expert_parallel import apply_expert_parallel
 from symbiotic_titan.parallel.fsdp import apply_fsdp
@@ -32,14 +35,16 @@ _SAVED_OPS = {
 }
 
 
-def parallelize_symbiotic(
+def parallelize(
     model: SymbioticModel, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> SymbioticModel:
     """The parallelize function of the train spec. In a single process the model stays as it is, apart from checkpointing and compile.
 
-    Expert parallelism comes first, because it replaces parameters. Checkpoint wrappers come before compile, which looks inside them,
+    Frozen parameter groups are frozen before anything else, since FSDP reads requires_grad when it shards. Expert parallelism comes
+    next, because it replaces parameters. Checkpoint wrappers come before compile, which looks inside them,
     and FSDP comes last, because its hooks must stand outside the wrappers and the compiled parts.
     """
+    freeze_parameters(model, job_config.optimizer.param_groups)
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims.get_mesh("ep"))
     apply_activation_checkpoint(model, job_config.activation_checkpoint, job_config.job.dump_folder)

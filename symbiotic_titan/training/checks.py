@@ -5,22 +5,21 @@ import os
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-from torchtitan.config.job_config import DataLoader, Quantize
-from torchtitan.protocols import model_converter
+from torchtitan.config.job_config import DataLoader
 
 from symbiotic_titan.codecs.files import codec_info
-from symbiotic_titan.config.job import Float8, JobConfig
+from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import OPTIMIZER_BUILDERS
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.tokenizer import open_tokenizer
-from symbiotic_titan.device import cuda_capability, device_type, supports_flex_attention
+from symbiotic_titan.device import device_type, supports_flex_attention
 from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
 from symbiotic_titan.optim.shield_schedule import check_schedule
-from symbiotic_titan.parallel import float8
+from symbiotic_titan.parallel.float8 import check_converters, check_float8
 from symbiotic_titan.partition.plan import PARTITION_RULES
 from symbiotic_titan.sequence.geometry import ImageGeometry
 
@@ -168,87 +167,6 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
     if config.checkpoint.async_mode == "async_with_pinned_mem":
         raise ValueError(
             "checkpoint.async_mode = 'async_with_pinned_mem' needs an accelerator; use 'async'"
-        )
-
-
-def check_converters(config: JobConfig) -> None:
-    """Converters must be known, and the section of a converter needs that converter."""
-    chosen = config.model.converters
-    registered = model_converter._registry_model_converter_cls
-    known = sorted({float8.NAME, *(n for n in registered if not n.startswith("quantize."))})
-    for name in chosen:
-        if name not in known:
-            raise ValueError(
-                f"model.converters: unknown converter {name!r}; choose from {', '.join(known)}"
-            )
-        if chosen.count(name) > 1:
-            raise ValueError(f"model.converters: {name!r} is given twice; name it once")
-    if config.quantize != Quantize():
-        raise ValueError(
-            "[quantize] has no effect: its converters do not handle grouped experts; "
-            f"use model.converters = ['{float8.NAME}'] and [float8]"
-        )
-    if config.float8 != Float8() and float8.NAME not in chosen:
-        raise ValueError(
-            f"[float8] has no effect without its converter; set model.converters = ['{float8.NAME}'] or remove it"
-        )
-
-
-def check_float8(config: JobConfig, args: ModelArgs, world_size: int) -> None:
-    """Refuse float8 where the model, the shield or the number of ranks does not allow it."""
-    if float8.NAME not in config.model.converters:
-        return
-    options = config.float8
-    if options.all_gather:
-        check_float8_all_gather(config, world_size)
-    if config.shielding.enabled and config.shielding.mode == "weights":
-        raise ValueError(
-            "shielding.mode = 'weights' scales the gradients of the shared experts' weights, which float8 layers do not support; "
-            "use shielding.mode = 'output' or train without float8"
-        )
-    for name in ("dim", "expert_hidden_dim"):
-        size = getattr(args, name)
-        if options.experts and size % float8.FLOAT8_MULTIPLE != 0:
-            raise ValueError(
-                f"float8.experts: {name} = {size} of flavor {config.model.flavor!r} is not a multiple of "
-                f"{float8.FLOAT8_MULTIPLE}; set float8.experts = false or choose another flavor"
-            )
-    if not options.emulate:
-        check_float8_device(config)
-
-
-def check_float8_all_gather(config: JobConfig, world_size: int) -> None:
-    """Only FSDP between several GPUs can gather weights in float8."""
-    if world_size == 1:
-        why = "nothing is gathered on one rank"
-    elif device_type() == "cpu":
-        why = "gloo, which connects CPUs, cannot send float8"
-    elif config.training.enable_cpu_offload:
-        why = "weights offloaded to the CPU (training.enable_cpu_offload) have no scales there"
-    else:
-        return
-    raise ValueError(f"float8.all_gather = true: {why}; set it to false")
-
-
-def check_float8_device(config: JobConfig) -> None:
-    """Float8 matmuls need a GPU that supports them, and return bfloat16."""
-    options, capability = config.float8, cuda_capability()
-    if options.experts:  # the grouped kernel exists for these two generations only
-        needed, fits = "9.x or 10.x", capability is not None and capability[0] in (9, 10)
-    elif options.recipe == "tensorwise":
-        needed, fits = "8.9 or newer", capability is not None and capability >= (8, 9)
-    else:
-        needed, fits = "9.0 or newer", capability is not None and capability >= (9, 0)
-    if not fits:
-        found = "there is none" if capability is None else "this one has {}.{}".format(*capability)
-        raise ValueError(
-            f"model.converters = ['{float8.NAME}'] needs a CUDA device of compute capability {needed}, {found}; "
-            "set float8.emulate = true to try it here"
-        )
-    if config.training.mixed_precision_param != "bfloat16":
-        raise ValueError(
-            f"training.mixed_precision_param = {config.training.mixed_precision_param!r}: float8 matmuls return bfloat16; "
-            "set it to 'bfloat16', or float8.emulate = true"
         )
 
 

@@ -8,13 +8,13 @@ from symbiotic_titan.build import (
     build_dataloader,
     build_loss,
     build_tokenizer,
-    parallelize,
 )
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.optim.build import build_optimizers
 from symbiotic_titan.optim.lr_schedule import build_schedulers
 from symbiotic_titan.parallel.float8 import register_float8
+from symbiotic_titan.parallel.parallelize import parallelize
 from symbiotic_titan.training.metrics import build_metrics
 
 

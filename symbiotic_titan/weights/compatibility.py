@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from symbiotic_titan.model.symbiotic import SymbioticModel
+from torch import nn
+
 from symbiotic_titan.weights.reader import (
     StoredModel,
     TensorKind,
@@ -16,7 +17,7 @@ OPTIONAL_PARTS = ("vit", "latent_embedding", "flow_head")
 SHARED = ".moe.shared_experts."
 
 
-def tensors_of_model(model: SymbioticModel) -> dict[str, TensorKind]:
+def tensors_of_model(model: nn.Module) -> dict[str, TensorKind]:
     """What a checkpoint of ``model`` holds."""
     return {name: TensorKind.of(tensor) for name, tensor in model.state_dict().items()}
 

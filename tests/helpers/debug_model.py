@@ -12,7 +12,7 @@ from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
-from symbiotic_titan.parallel.parallelize import parallelize_symbiotic
+from symbiotic_titan.parallel.parallelize import parallelize
 from symbiotic_titan.sequence.batch import stack_rows
 from tests.helpers.tiny_models import MIXED, OTHER, pack_row
 
@@ -40,7 +40,7 @@ def build(config: JobConfig, **vit: object) -> tuple[SymbioticModel, ModelArgs]:
     )
     with torch.device("meta"):
         model = SymbioticModel(args)
-    parallelize_symbiotic(model, dims, config)
+    parallelize(model, dims, config)
     model.to_empty(device="cpu")
     with torch.no_grad():
         model.init_weights()

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from symbiotic_titan.build import model_args
 from symbiotic_titan.commands import convert, profile_experts
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.hf.model import open_model
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.weights.new_folder import MARK
 from symbiotic_titan.weights.reader import InDtype

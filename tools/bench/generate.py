@@ -20,10 +20,7 @@ import torch
 from bench_timing import interleave, machine, ratio, summary
 
 from symbiotic_titan import device
-from symbiotic_titan.build import (
-    build_tokenizer,
-    model_args,
-)
+from symbiotic_titan.build import build_tokenizer
 from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
@@ -42,6 +39,7 @@ from symbiotic_titan.inference.text import (
     TextSampling,
     continue_prompts,
 )
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 
 CAPTION = "A square picture with a black background: a red circle at the top left and a blue square at the bottom right."

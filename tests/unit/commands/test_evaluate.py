@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from symbiotic_titan.build import model_args
 from symbiotic_titan.commands import evaluate
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import SavedConfig
@@ -26,6 +25,7 @@ from symbiotic_titan.evaluation.suites.drawing import (
     draw,
 )
 from symbiotic_titan.inference.generator import Generator
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 
 CONFIG = str(Path(__file__).parents[3] / "train_configs" / "debug.toml")

@@ -10,11 +10,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 
-from symbiotic_titan.build import model_args
 from symbiotic_titan.commands import generate
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import SavedConfig
 from symbiotic_titan.inference.generator import Generator
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 
 CONFIG = str(Path(__file__).parents[3] / "train_configs" / "debug.toml")

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from symbiotic_titan.build import model_args
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.evaluation.ablation import (
     ablated,
     masked_groups,
 )
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from symbiotic_titan.build import build_tokenizer, model_args
+from symbiotic_titan.build import build_tokenizer
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.demo.references import (
     ChoiceItem,
@@ -26,6 +26,7 @@ from symbiotic_titan.inference.generator import (
     Completion,
     Generator,
 )
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 
 pytestmark = pytest.mark.slow  # importing lm-eval takes seconds

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from symbiotic_titan.build import build_tokenizer, model_args
+from symbiotic_titan.build import build_tokenizer
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.data.formats.shard import Sample
@@ -15,6 +15,7 @@ from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.prompts import PromptMaker
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from tests.helpers.query_models import with_queries
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from symbiotic_titan.build import model_args
 from symbiotic_titan.data.documents import (
     Document,
     VaeSegment,
@@ -25,6 +24,7 @@ from symbiotic_titan.inference.images import (
     choose_size,
 )
 from symbiotic_titan.inference.prompts import PromptMaker
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.sequence.batch import stack_rows
 from symbiotic_titan.sequence.geometry import patchify

@@ -5,12 +5,12 @@ import pytest
 from symbiotic_titan.config.job import Float8, JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.flavors import FLAVORS
-from symbiotic_titan.training import checks
-from symbiotic_titan.training.checks import (
+from symbiotic_titan.parallel import float8
+from symbiotic_titan.parallel.float8 import (
     check_converters,
     check_float8,
-    check_job,
 )
+from symbiotic_titan.training.checks import check_job
 from tests.unit.training.test_checks import DEBUG
 
 FLOAT8 = ("--model.converters", "float8")
@@ -37,16 +37,16 @@ def gpu(monkeypatch):
     """A machine with a GPU of the compute capability that is asked for."""
 
     def install(*capability):
-        monkeypatch.setattr(checks, "cuda_capability", lambda: capability)
-        monkeypatch.setattr(checks, "device_type", lambda: "cuda")
+        monkeypatch.setattr(float8, "cuda_capability", lambda: capability)
+        monkeypatch.setattr(float8, "device_type", lambda: "cuda")
 
     return install
 
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(checks, "cuda_capability", lambda: None)
-    monkeypatch.setattr(checks, "device_type", lambda: "cpu")
+    monkeypatch.setattr(float8, "cuda_capability", lambda: None)
+    monkeypatch.setattr(float8, "device_type", lambda: "cpu")
 
 
 def test_emulation_passes_everywhere(no_gpu):
@@ -126,7 +126,7 @@ def test_shielding_of_weights_is_refused():
 def test_weights_travel_in_float8_between_gpus_only(
     monkeypatch, world_size, device, overrides, why
 ):
-    monkeypatch.setattr(checks, "device_type", lambda: device)
+    monkeypatch.setattr(float8, "device_type", lambda: device)
     config = config_of(*FLOAT8, "--float8.emulate", "--float8.all_gather", *overrides)
     message = refusal(check_float8, config, FLAVORS["debug"], world_size)
     assert (
@@ -165,7 +165,7 @@ def test_converters_and_their_sections_must_fit(overrides, message):
 
 
 def test_a_converter_that_the_user_registered_is_known(monkeypatch):
-    registry = checks.model_converter._registry_model_converter_cls
+    registry = float8.upstream._registry_model_converter_cls
     monkeypatch.setitem(registry, "mine", object)
     config = JobConfig()
     config.model.converters = ["mine"]
