@@ -3,7 +3,7 @@
 
 Example: tools/bench/attention.py --length 512 1024 2048 --repeats 11
 
-Rows hold documents of text with images to be understood and to be generated, packed as in training; forward and backward, 8
+Rows hold documents of text with input and target images, packed as in training; forward and backward, 8
 query heads, 4 key/value heads of width 64. ``causal`` is SDPA without a mask, the cost of plain causal attention. Flex runs
 where FlexAttention has a backward (CUDA); elsewhere its columns are null and the reason is printed.
 

@@ -232,7 +232,7 @@ def worker_speeds(
     times: dict[str, list[float]] = {str(workers): [] for workers in WORKERS}
     for _, workers in itertools.product(range(repeats), WORKERS):
         loader = make_loader(workers)
-        rows_ahead = 2 * 2 * max(1, workers)  # what is made while nobody measures
+        rows_ahead = 2 * 2 * max(1, workers)  # what workers prefetch before the measurement
         with closing(iter(loader)) as batches:  # type: ignore[type-var]  # ends the worker processes
             rows = len(next(batches).tokens)
             for _ in range(rows_ahead):
@@ -260,7 +260,7 @@ def resident_mib() -> float | None:
 
 
 def memory_points(spec: PipelineSpec, num_samples: int) -> list[tuple[int, float]]:
-    """(samples read, resident MiB) at ten points of a run; the first one lies behind a tenth of it."""
+    """(samples read, resident MiB) at ten points of a run; the first one after a tenth of it."""
     stream = one_stream(spec)
     points: list[tuple[int, float]] = []
     for _ in range(POINTS):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Forward + backward of the partitioned MoE layer against other ways to compute it, on a CPU.
+"""Forward + backward of the partitioned MoE layer against other implementations, on a CPU.
 
 Example: tools/bench/moe.py --repeats 20 --threads 2
 

@@ -3,7 +3,7 @@
 
 Example: tools/bench/packing.py --config train_configs/debug.toml --samples 4000
 
-Contenders, all over the same look-ahead buffer, the oldest document of which always goes first:
+Contenders, all over the same look-ahead buffer; its oldest document always goes first:
   longest_first, fullest   data.packing of this project
   first_fit                by age, each document that still fits
   next_fit                 by age, up to the first document that does not fit
@@ -75,7 +75,7 @@ class Case:
 
 
 def by_age(waiting: list[Document], size: SequenceSize, stop: bool) -> list[int]:
-    """The oldest, then each one that fits; with ``stop`` none behind the first that does not."""
+    """The oldest, then each one that fits; with ``stop`` none after the first that does not."""
     chosen, left = [0], size.minus(waiting[0])
     for i in range(1, len(waiting)):
         if left.fits(waiting[i]):

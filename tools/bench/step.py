@@ -3,9 +3,9 @@
 
 Example: tools/bench/step.py train_configs/debug.toml train_configs/mini.toml --steps 10
 
-The real trainer runs on the config's data; parts are timed by marks in the forward and the backward pass, so a part's time is
+The real trainer runs on the config's data; parts are timed by hooks in the forward and the backward pass, so a part's time is
 forward plus backward. ``routing`` is the MoE layers without their experts: router, dispatch and combine. ``other`` is what no
-mark covers: embeddings, heads, norms, losses. One table per config, then one JSON line.
+hook covers: embeddings, heads, norms, losses. One table per config, then one JSON line.
 
 With --compare several trainers of one config take their steps in turn, and ratios of step times are printed.
 """
@@ -107,7 +107,7 @@ def time_call(owner: Any, name: str, part: str, clock: Clock) -> None:
 
 
 def instrument(trainer: SymbioticTrainer, clock: Clock) -> None:
-    """Put marks on the parts of the trainer's model."""
+    """Put timers on the parts of the trainer's model."""
     (model,) = trainer.model_parts
     for block in model.layers.values():  # type: ignore[operator, union-attr]
         time_module(block.attention, "attention", clock)
@@ -149,7 +149,7 @@ def stepper(trainer: SymbioticTrainer) -> Callable[[], None]:
 
 
 def measure(config_file: str, *, steps: int, warmup: int, overrides: list[str]) -> dict[str, Any]:
-    """Medians over ``steps`` steps behind ``warmup`` steps that are not counted."""
+    """Medians over ``steps`` steps after ``warmup`` steps that are not counted."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config_file, folder, steps + warmup, overrides)
         clock = Clock()
