@@ -2,6 +2,7 @@
 
 import json
 import sys
+import sysconfig
 from random import Random
 
 import numpy as np
@@ -216,6 +217,6 @@ def test_missing_scikit_learn_is_named(tool, tmp_path, capsys, monkeypatch):
 
 
 def test_python_without_its_sources_is_named(tool, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("symbiotic_titan.demo.docstrings._modules", list)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "empty")})
     assert tool.main(["--out", str(tmp_path / "demo_data")]) == 2
     assert "has no source files of its standard library" in capsys.readouterr().err

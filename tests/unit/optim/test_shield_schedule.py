@@ -9,8 +9,9 @@ from symbiotic_titan.optim.shield_schedule import check_schedule, shield_scale
 
 
 @pytest.fixture(autouse=True)
-def own_registry(monkeypatch):
-    monkeypatch.setattr(SHIELD_SCHEDULES, "_parts", dict(SHIELD_SCHEDULES._parts))
+def own_registry():
+    with SHIELD_SCHEDULES.temporarily():
+        yield
 
 
 @pytest.mark.parametrize(
