@@ -2,7 +2,6 @@
 
 import json
 import sys
-import sysconfig
 from random import Random
 
 import numpy as np
@@ -217,6 +216,6 @@ def test_missing_scikit_learn_is_named(tool, tmp_path, capsys, monkeypatch):
 
 
 def test_python_without_its_sources_is_named(tool, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "empty")})
+    monkeypatch.setattr(sys, "stdlib_module_names", frozenset())
     assert tool.main(["--out", str(tmp_path / "demo_data")]) == 2
     assert "has no source files of its standard library" in capsys.readouterr().err
