@@ -204,8 +204,8 @@ class Data:
     """With ``skip``: how many bad samples the run tolerates, over all ranks, before it stops."""
 
     max_bad_in_a_row: int = 100
-    """With ``skip``: how many samples of one source a stream skips one behind another before the run stops; those that ``too_long``
-    skips count too."""
+    """With ``skip``: how many consecutive samples of one source a stream skips before the run stops; those that ``too_long`` skips
+    count too."""
 
     too_long: TooLong = "bad"
     """What becomes of a sample that is longer than a row, or than its task's part of one: it is ``bad``; or it is skipped, and

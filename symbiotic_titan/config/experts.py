@@ -1,4 +1,4 @@
-"""[experts] and [shielding]: how routed experts are split, and what the shared expert is shielded from."""
+"""[experts] and [shielding]: how routed experts are partitioned, and which gradients shared experts are shielded from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ ROUTER_SCORES: Registry[Callable[..., Any]] = Registry(
 
 ShieldSchedule = Callable[["Shielding", int], float]
 """([shielding], step) -> scale in [0, 1], for the steps 1 to ``shielding.steps``; after them ``after_scale`` holds. A pure
-function of the two, so that a resumed run goes on exactly."""
+function, so that a resumed run continues exactly."""
 
 _RAMPS = "symbiotic_titan.optim.shield_schedule"
 SHIELD_SCHEDULES: Registry[ShieldSchedule] = Registry(
@@ -31,34 +31,35 @@ class ExpertGroupRow:
     """One table of [experts.partition.<name>]."""
 
     modalities: list[str]
-    """Modalities whose tokens route inside this group: text, vit, vae."""
+    """Modalities whose tokens are routed within this group: text, vit, vae."""
 
     num_experts: int
-    """Experts of the group, in every MoE layer."""
+    """Number of experts in the group, in every MoE layer."""
 
 
 @dataclass
 class Experts:
     partition: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=dict)
-    """Tables [experts.partition.<name>] with ``modalities`` and ``num_experts``; set in TOML. None: one pool for all."""
+    """Tables [experts.partition.<name>] with ``modalities`` and ``num_experts``; set in TOML. Without any, all modalities share all
+    experts."""
 
     partition_rule: str = "cumulative"
-    """Rule by which ``symbiotic convert plan`` deals the experts of an unpartitioned checkpoint to the groups: a name that we or
-    a module of yours registered. Training does not read it."""
+    """Rule by which ``symbiotic convert plan`` assigns the experts of an unpartitioned checkpoint to the groups: a built-in name or
+    one that ``experimental.custom_import`` registers. Training does not read it."""
 
     score_function: str | None = choice(ROUTER_SCORES, None)
-    """Function of the router's logits that the choice and the weights of experts are made of. None: the flavor's."""
+    """Function that turns the router's logits into the scores by which experts are chosen and weighted. None: the flavor's."""
 
     shared: bool = True
     """Whether the flavor's shared expert is kept."""
 
     new_shared_experts: int = 0
-    """For a flavor without a shared expert: one is made, as wide as so many routed experts. ``symbiotic convert plan`` chooses the
-    most used experts of each layer and ``partition`` copies them into it, with an output of zero: what the model says at step 0
-    does not change. (Ours; the paper's backbone has a shared expert.)"""
+    """For a flavor without a shared expert: adds one, N times a routed expert's width. ``symbiotic convert plan`` chooses the most
+    used experts of each layer and ``partition`` copies them into it, with output weights of zero, so that the model's outputs at
+    step 0 do not change. (Ours; the paper's backbone has a shared expert.)"""
 
     capacity_factor: float = 1.0
-    """Factor on the fair share of assignments per expert in the capacity-rate metric. No token is ever dropped."""
+    """Factor on an expert's fair share of assignments in the capacity-rate metric. It has no effect on training: no token is dropped."""
 
     def __post_init__(self) -> None:
         self.partition = {

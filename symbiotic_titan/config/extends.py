@@ -1,12 +1,13 @@
-"""A config file laid over others, so that what several runs share is said once. Standard library only: it starts at once.
+"""Config files that extend others, so that what several runs share is written once.
 
     extends = "base.toml"                            # above the first [section]; relative to the file that says it
-    extends = ["symbiotic.toml", "my_data.toml"]     # each stands for itself and all that it extends
+    extends = ["symbiotic.toml", "my_data.toml"]     # each with all that it extends itself
 
-Tables merge key by key. Every other value is replaced, arrays too: who says ``[[data.sources]]`` says all of them. Of a list
-later files win over earlier ones, and the file itself wins over all.
+Tables merge key by key. Every other value is replaced, arrays too: a file with ``[[data.sources]]`` replaces all of them. In a list
+later files override earlier ones, and the file itself overrides all.
 
 As a program it prints the merged table as one line of JSON:  python -P symbiotic_titan/config/extends.py FILE
+``run_train.sh`` calls it before torch is imported, so this file uses nothing but the standard library.
 """
 
 import functools
@@ -24,23 +25,23 @@ KEY = "extends"
 
 @dataclass(frozen=True)
 class Layer:
-    """One file of a chain: its path, as messages show it, and what it says itself, without ``extends``."""
+    """One file of a chain: its path, as messages show it, and its own table, without ``extends``."""
 
     path: str
     table: dict[str, Any]
 
 
 def read_layers(path: str) -> list[Layer]:
-    """The file and all that it extends, in the order in which they are laid over each other: the file itself is the last.
+    """The file and all that it extends, each after those that it overrides; the file itself is the last.
 
     Raises:
-        ValueError: a file is missing or is not TOML, ``extends`` is no path, or the chain is a circle.
+        ValueError: a file is missing or is not TOML, ``extends`` is not a path, or a file extends itself.
     """
     return _read(path, ())
 
 
 def _read(path: str, above: tuple[str, ...]) -> list[Layer]:
-    """``read_layers`` for a file that the last of the files ``above`` named."""
+    """``read_layers`` for a file that the last of the files ``above`` extends."""
     chain = " -> ".join([*above, path])
     if os.path.realpath(path) in map(os.path.realpath, above):
         raise ValueError(
@@ -77,7 +78,7 @@ def _paths_of(value: Any, chain: str) -> list[str]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``above`` laid over ``below``: tables merge key by key, every other value is replaced."""
+    """``below`` overridden by ``above``: tables merge key by key, every other value is replaced."""
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
@@ -98,7 +99,7 @@ def stamp(table: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def origins(layers: Iterable[Layer]) -> dict[str, Any]:
-    """The merged table with, in place of every value, the path of the file that says it."""
+    """The merged table with, in place of every value, the path of the file that it comes from."""
     return merged_table(Layer(layer.path, stamp(layer.table, layer.path)) for layer in layers)
 
 

@@ -55,7 +55,7 @@ def write_json(path: Path, kind: str, values: dict[str, Any]) -> None:
     """Write ``values`` as a file of ``kind``; a file of this name is replaced once the new one is complete.
 
     Raises:
-        OSError: names the file, of which nothing is kept.
+        OSError: names the file; no part of it is left.
     """
     text = json.dumps({"kind": kind, **values}, indent=1) + "\n"
     try:

@@ -1,6 +1,6 @@
-"""[optimizer] with [[optimizer.param_groups]]: which parameter learns how fast.
+"""[optimizer] with [[optimizer.param_groups]]: the learning rate, decay and schedule of each group of parameters.
 
-Names of parameters, as rules and checkpoints know them.
+A group names its parameters by regular expressions over their clean names, which are also those of checkpoints.
 """
 
 import re
@@ -15,8 +15,8 @@ from symbiotic_titan.config.rows import row_from_dict
 from symbiotic_titan.registry import Registry, choice
 
 LRDecay = Callable[[float], float]
-"""Progress in (0, 1] through the last part of a run -> share of the learning rate that is left, from 1 down to 0;
-``min_lr_factor`` lifts its end. A pure function, so that a resumed run goes on exactly."""
+"""Progress in (0, 1] through the decay -> factor on the learning rate, from 1 down to 0; ``min_lr_factor`` raises its end. A pure
+function, so that a resumed run continues exactly."""
 
 # Name -> ``optim.build.OptimizerBuilder``.
 OPTIMIZER_BUILDERS: Registry[Callable[..., Any]] = Registry(
@@ -34,19 +34,19 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def clean_name(name: str) -> str:
-    """The parameter's name as the plain model has it."""
+    """The parameter's name in the model without wrappers."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 SCHEDULE_KEYS = ("warmup_steps", "decay_ratio", "decay_type", "min_lr_factor")
-"""Keys of [lr_scheduler] that a parameter group may have for itself."""
+"""Keys of [lr_scheduler] that a parameter group may override."""
 
 
 @dataclass
 class ParamGroupRow:
-    """One row of [[optimizer.param_groups]]; the first row that matches a parameter claims it."""
+    """One row of [[optimizer.param_groups]]. A parameter belongs to the first row that matches its name."""
 
     name: str
     """Name of the group, unique; used in metrics (``lr/<name>``)."""
@@ -64,22 +64,22 @@ class ParamGroupRow:
     """Adam betas; ``optimizer.beta1`` and ``beta2`` where absent."""
 
     frozen: bool = False
-    """Whether these parameters stay as they are."""
+    """Whether these parameters are not trained."""
 
     warmup_steps: int | None = None
-    """Steps over which the group's rate rises; ``lr_scheduler.warmup_steps`` where absent."""
+    """Steps over which the group's learning rate rises; ``lr_scheduler.warmup_steps`` where absent."""
 
     decay_ratio: float | None = None
-    """Last share of the run in which the rate falls; ``lr_scheduler.decay_ratio`` where absent."""
+    """Share of the run, at its end, over which the learning rate decays; ``lr_scheduler.decay_ratio`` where absent."""
 
     decay_type: str | None = choice(LR_DECAYS, None)
-    """Line along which it falls; ``lr_scheduler.decay_type`` where absent."""
+    """Curve of the decay; ``lr_scheduler.decay_type`` where absent."""
 
     min_lr_factor: float | None = None
-    """Share of the rate that it falls to; ``lr_scheduler.min_lr_factor`` where absent."""
+    """Final learning rate over the peak; ``lr_scheduler.min_lr_factor`` where absent."""
 
     def schedule(self) -> dict[str, Any]:
-        """What the group says otherwise than [lr_scheduler]."""
+        """The keys of [lr_scheduler] that the group overrides."""
         return {key: getattr(self, key) for key in SCHEDULE_KEYS if getattr(self, key) is not None}
 
 
@@ -89,10 +89,10 @@ class Optimizer(UpstreamOptimizer):
     """Optimizer to use"""
 
     lr: float = 1e-4
-    """Learning rate of groups that name none."""
+    """Learning rate of groups that set none."""
 
     weight_decay: float = 0.0
-    """Weight decay of groups that name none."""
+    """Weight decay of groups that set none."""
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How Adam's arithmetic is launched: one kernel for many parameters (``fused``), one per operation (``foreach``), or one per
@@ -103,10 +103,10 @@ class Optimizer(UpstreamOptimizer):
     """Function that makes the optimizer. ``param_groups``: Adam or AdamW over the rows of [[optimizer.param_groups]]."""
 
     builder_options: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=dict)
-    """What a registered builder wants to know, a table set in TOML; ``param_groups`` has no options."""
+    """Options of a registered builder, a table set in TOML; ``param_groups`` has none."""
 
     param_groups: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
-    """Rows of [[optimizer.param_groups]]; set in TOML. None: one group of all parameters."""
+    """Rows of [[optimizer.param_groups]]; set in TOML. Without any, all parameters form one group."""
 
     def __post_init__(self) -> None:
         for key in ("lr", "weight_decay", "eps"):
@@ -133,7 +133,7 @@ class Optimizer(UpstreamOptimizer):
             _check_numbers(where, row)
         if self.param_groups and all(row.frozen for row in self.param_groups):
             raise ValueError(
-                "[[optimizer.param_groups]]: every group is frozen, so nothing would train; unfreeze one"
+                "[[optimizer.param_groups]]: every group is frozen, so nothing would be trained; unfreeze one"
             )
 
 

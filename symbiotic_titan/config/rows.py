@@ -1,4 +1,4 @@
-"""Turn rows of a TOML array (or inline tables) into dataclasses, with messages a user can act on."""
+"""Rows of a TOML array, or inline tables, as dataclasses: every key and type is checked, with messages a user can act on."""
 
 import math
 from dataclasses import MISSING, fields
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def unknown_key_message(where: str, key: str, known: list[str]) -> str:
-    """Message for a key that no config class has, with the nearest known one."""
+    """Message for a key that the config class lacks, with the nearest one that it has."""
     near = get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
     return f"{where}: unknown key {key!r}; {hint}"
@@ -33,7 +33,7 @@ def _describe(annotation: Any) -> str:
 
 
 def _is_scalar(value: Any, annotation: Any) -> bool:
-    """Whether ``value`` is of a plain type; an integer serves as a float, a bool never as a number."""
+    """Whether ``value`` is of a scalar type. An integer passes as a float; a bool, which Python counts among the integers, does not."""
     if annotation is Any:
         return True
     if annotation is float:
@@ -45,7 +45,7 @@ def _is_scalar(value: Any, annotation: Any) -> bool:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether ``value`` fits an annotation that is no union and no dict."""
+    """Whether ``value`` has the type ``annotation``, which is neither a union nor a dict."""
     if get_origin(annotation) is Literal:
         return any(value == v and type(value) is type(v) for v in get_args(annotation))
     if get_origin(annotation) in (list, tuple):
@@ -55,10 +55,10 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def check_value(where: str, value: Any, annotation: Any) -> None:
-    """Raise ValueError unless ``value`` fits ``annotation``; ``where`` is the key as the user wrote it.
+    """Raise ValueError unless ``value`` has the type ``annotation``; ``where`` is the key as the user wrote it.
 
     Understands bool, int, float, str, Literal, X | Y, X | None, list[X], tuple[X, ...] and dict[str, X]. The message names the
-    innermost key that does not fit, e.g. ``rates[1]``.
+    innermost key at fault, e.g. ``rates[1]``.
     """
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):

@@ -1,6 +1,6 @@
-"""The config of a run, kept in its folder: what a checkpoint was trained with, without the files and options it came from.
+"""The config of a run, written as TOML into the run's folder: what its checkpoints were trained with, after all files and options.
 
-Values and tables as TOML, as the standard library reads it but does not write it.
+The standard library reads TOML but does not write it; the writer here knows the values that a config can have.
 """
 
 import json
@@ -17,7 +17,7 @@ COMMENT_COLUMN = 44
 
 
 def without_none(value: Any) -> Any:
-    """``value`` without keys that are not set, which TOML cannot say."""
+    """``value`` without keys whose value is None, which TOML has no word for."""
     if isinstance(value, dict):
         return {k: without_none(v) for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple)):
@@ -26,19 +26,19 @@ def without_none(value: Any) -> Any:
 
 
 def key_text(key: str) -> str:
-    """A key, quoted where it must be."""
+    """A key, quoted where TOML demands it."""
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else string_text(key)
 
 
 def string_text(value: str) -> str:
-    """A TOML string: literal where that saves escapes, as in regular expressions."""
+    """A TOML string. It is literal where that saves escapes: regular expressions then stay readable."""
     if "\\" in value and "'" not in value and value.isprintable():
         return f"'{value}'"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def value_text(value: Any) -> str:
-    """One value on one line; tables inside arrays or comparisons are written inline."""
+    """A value on one line; tables in it are written inline."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -57,12 +57,12 @@ def is_rows(value: Any) -> bool:
 
 
 def with_comment(line: str, origin: Any) -> str:
-    """``line`` with where its value comes from, if anywhere but from the defaults."""
+    """``line`` with the file that its value comes from, as a comment; without one where the value is a default."""
     return f"{line:<{COMMENT_COLUMN}}  # {origin}" if isinstance(origin, str) else line
 
 
 def block(header: str, table: dict[str, Any], origin: dict[str, Any]) -> str:
-    """One header and the lines below it."""
+    """A header and its keys."""
     lines = [
         with_comment(f"{key_text(key)} = {value_text(value)}", origin.get(key))
         for key, value in table.items()
@@ -73,7 +73,7 @@ def block(header: str, table: dict[str, Any], origin: dict[str, Any]) -> str:
 def blocks(
     table: dict[str, Any], origin: dict[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[str]:
-    """The table as TOML, one text per header. ``origin``: nested like the table, with a file's name in place of a value."""
+    """The table as TOML, one text per header. ``origin``: see ``extends.origins``; empty for no comments."""
     plain = {k: v for k, v in table.items() if not isinstance(v, dict) and not is_rows(v)}
     name = ".".join(map(key_text, path))
     if plain:

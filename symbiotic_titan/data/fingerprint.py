@@ -1,7 +1,8 @@
-"""What a saved data state is tied to, and what to tell a user who resumes with something else.
+"""The fingerprint of a data state: what must be the same on resume, and what to tell a user who resumes with something else.
 
-Tied are the order of the samples and the documents they become. Not tied are how rows are put together (packing, look-ahead,
-workers, ranks), what happens at a source's end, and which samples are bad: a run that stopped there goes on with the remedy.
+It covers the order of the samples and the documents they become. It leaves out how documents are packed (packing, look-ahead), who
+reads them (workers, ranks), what happens at a source's end, and which samples are bad: a run that stopped for such a reason must be
+able to continue with the remedy.
 """
 
 from hashlib import sha256
@@ -22,7 +23,7 @@ DOCUMENT_KEYS = (
 
 
 def fingerprint_of(spec: PipelineSpec) -> dict[str, Any]:
-    """JSON-able. Files count by name, size and number of samples, so that data may move to another folder."""
+    """The fingerprint, JSON-able. A file counts by name, size and number of samples, so that data may move to another folder."""
     files = {
         source.name: _hash_files(
             [(PurePosixPath(s.path).name, s.num_bytes, s.num_samples) for s in shards]
@@ -53,7 +54,7 @@ def _hash_files(files: list[tuple[str, int, int]]) -> str:
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise ValueError when the state was saved with other data or settings than the current ones.
 
-    A key that the state lacks is younger than the state, and taken as it is now.
+    A key that an older version did not save counts as unchanged.
     """
     saved = {"data.mixture_by": "samples"} | saved
     document_keys = [f"data.{key}" for key in DOCUMENT_KEYS]
@@ -88,7 +89,7 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def _check_sources(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """What each source says besides its files, name and weight."""
+    """Tasks, keys and ``too_long`` of the sources."""
     for what, key in (("tasks", "task"), ("keys", "keys")):
         for name, value in saved.get(what, {}).items():
             if value != current[what][name]:
@@ -97,7 +98,7 @@ def _check_sources(saved: dict[str, Any], current: dict[str, Any]) -> None:
                     "set it back",
                 )
     for name, value in saved.get("too_long", {}).items():
-        # The other way round is the remedy for a sample that was too long; nothing that waits was cut.
+        # A change to "truncate" is allowed: it is the remedy for a sample that was too long, and no waiting document was cut.
         if value == "truncate" != current["too_long"][name]:
             _refuse(
                 f"too_long of source {name!r} was 'truncate', now it is {current['too_long'][name]!r}",

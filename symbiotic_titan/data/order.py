@@ -1,7 +1,7 @@
-"""Which sample comes when, as arithmetic: nothing is drawn, so nothing has to be remembered.
+"""The order of samples as arithmetic: nothing is drawn, so there is no random state to save.
 
-The samples of a source stand in one endless sequence, epoch behind epoch. Number ``g`` of it lies in epoch ``g // n`` at
-position ``g % n``. Inside an epoch the shards are permuted, then the samples of each shard, so that reads stay close together
+The samples of a source form one endless sequence, one epoch after another: number ``g`` is in epoch ``g // n`` at position
+``g % n``. Within an epoch the shards are permuted, then the samples of each shard. Reads thus stay within few files at a time,
 while every epoch has another order.
 """
 
@@ -10,12 +10,12 @@ from hashlib import blake2b
 
 import numpy as np
 
-# Permutations kept per source: enough for all streams, which walk through the same shard at about the same time.
+# Permutations kept per source. Enough for all streams, which are in the same shard at about the same time.
 CACHED_PERMUTATIONS = 8
 
 
 def hash_key(*parts: object) -> int:
-    """64 bits that depend on ``parts`` alone: not on the process, the platform or a library's version."""
+    """64 bits that depend on ``parts`` alone; Python's own ``hash`` of a string differs between processes."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -28,10 +28,10 @@ def hash_fraction(*parts: object) -> float:
 def permutation(length: int, key: int) -> np.ndarray:
     """(length,) int64: 0 .. length-1 in an order given by ``key``.
 
-    Sorts by the splitmix64 hash of each number (Steele, Lea and Flood, OOPSLA 2014); NumPy's own generators may change their
-    streams between versions.
+    Sorts by the splitmix64 hash of each number (Steele, Lea and Flood, OOPSLA 2014). NumPy's generators are not used: their output
+    may change between versions, and a resumed run would then lose and repeat samples.
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # the arithmetic is modulo 2**64
         mixed = np.uint64(key) + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(
             0x9E3779B97F4A7C15
         )
@@ -42,10 +42,7 @@ def permutation(length: int, key: int) -> np.ndarray:
 
 
 class SourceOrder:
-    """Order of one source's samples; a pure function of seed, source name and shard sizes.
-
-    The caches hold permutations that can be computed again at any time; they are no state.
-    """
+    """Order of one source's samples; a pure function of seed, source name and shard sizes. Its caches are no state."""
 
     def __init__(self, seed: int, name: str, shard_sizes: list[int]) -> None:
         self.num_samples = sum(shard_sizes)

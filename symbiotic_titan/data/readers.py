@@ -1,4 +1,4 @@
-"""Sources on disk or behind an fsspec URL: their shards, indexed once, and a reader that fetches samples by number.
+"""Sources on disk or at an fsspec URL: their shards, indexed once, and a reader that fetches samples by number.
 
 The shards are plain data and are sent to worker processes; the reader owns open files and is made in the process that reads.
 How files of each format are indexed and read: see ``formats``.

@@ -1,4 +1,4 @@
-"""Shards of which any sample can be read by seeking in the plain file: its parts are byte ranges, which an index tells."""
+"""Shards that allow random access: the index says which byte ranges of the plain file are the parts of a sample."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar

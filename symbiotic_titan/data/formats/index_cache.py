@@ -26,7 +26,7 @@ DIGEST_BYTES = 32
 
 
 def version_of(path: str) -> str:
-    """A hash that changes when the file at ``path``, local or behind a URL, changes, as far as its file system tells."""
+    """A hash that changes when the file at ``path``, local or at a URL, changes, as far as its file system tells."""
     filesystem, name = url_to_fs(path)
     # ukey leaves out what some file systems know of the version, e.g. a web server's entity tag; info has it.
     parts = (path, filesystem.ukey(name), sorted(map(str, filesystem.info(name).items())))

@@ -86,7 +86,7 @@ def test_rule_without_parameters_is_named():
         ),
         (
             {"name": "a", "match": ["x"], "frozen": True},
-            "every group is frozen, so nothing would train; unfreeze one",
+            "every group is frozen, so nothing would be trained; unfreeze one",
         ),
         ({"name": "", "match": ["x"]}, "name is empty; metrics need one"),
         (
