@@ -21,9 +21,10 @@ from symbiotic_titan.config.losses import (
 from symbiotic_titan.config.optimizer import LR_DECAYS, OPTIMIZER_BUILDERS, LRDecay
 from symbiotic_titan.data.formats.shard import FileFormat
 from symbiotic_titan.data.packing import Packing
+from symbiotic_titan.hf.architectures.base import ARCHITECTURES, Architecture
 from symbiotic_titan.moe.scores import RouterScore
 from symbiotic_titan.optim.build import OptimizerBuilder
-from symbiotic_titan.partition.plan import (
+from symbiotic_titan.partition.rules import (
     PARTITION_RULES,
     PartitionRule,
 )
@@ -37,6 +38,11 @@ Format = TypeVar("Format", bound=type[FileFormat])
 
 def _into(registry: Registry[T], name: str) -> Callable[[T], T]:
     return lambda part: registry.register(name, part)
+
+
+def register_architecture(model_type: str, architecture: Architecture) -> Architecture:
+    """Releases whose config.json has this ``model_type`` are read and written by ``architecture``."""
+    return ARCHITECTURES.register(model_type, architecture)
 
 
 def register_partition_rule(name: str) -> Callable[[PartitionRule], PartitionRule]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from symbiotic_titan.extend import register_partition_rule
-from symbiotic_titan.partition.plan import Groups
+from symbiotic_titan.partition.rules import Groups
 from symbiotic_titan.sequence.modality import TEXT
 
 

@@ -1,4 +1,4 @@
-"""What a run begins with: its own newest complete checkpoint, the one that the config names, the weights of another, or nothing."""
+"""Where a run starts: its own newest complete checkpoint, the one that the config names, the weights of another, or nothing."""
 
 from pathlib import Path
 from typing import cast
@@ -10,42 +10,44 @@ from torchtitan.config.job_config import Checkpoint
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.checkpoint.resume import (
-    check_fits,
+    check_resumable,
     check_start,
     check_weights,
-    check_whole,
-    choose_step,
-    set_aside,
 )
 from symbiotic_titan.config.optimizer import clean_name
-from symbiotic_titan.hf.model import open_model
 from symbiotic_titan.process import is_first_process
+from symbiotic_titan.weights.damage import (
+    check_complete,
+    choose_step,
+    rename_damaged,
+)
+from symbiotic_titan.weights.reader import CheckpointReader
 from symbiotic_titan.weights.safetensors import has_weights
 
 
 def choose_start(config: Checkpoint, folder: Path, model: nn.Module) -> Path | None:
-    """Point ``config.load_step`` at the newest complete checkpoint in ``folder`` where it names none; the checkpoint that will be
-    loaded, or None. Called on every rank; damaged ones are renamed.
+    """The checkpoint that will be loaded, or None. Where ``config.load_step`` names none, it is set to the newest complete
+    checkpoint in ``folder``, and damaged ones after it are renamed. Collective: every rank must call it.
 
     Raises:
-        ValueError: none is complete, or what is there, or what a new run is to begin with, is of another model.
+        ValueError: no complete checkpoint, or it belongs to another model.
     """
     parameters = {clean_name(n): p for n, p in model.named_parameters()}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     if config.load_step == -1 and folder.is_dir():
         config.load_step, damaged = choose_step(folder)
-        _set_all_aside(damaged)
+        _rename_all(damaged)
     if config.load_step > 0:
         chosen = folder / f"step-{config.load_step}"
-        check_whole(chosen, "checkpoint.load_step", "name another step, or leave the key out")
-        check_fits(chosen, shapes, [n for n, p in parameters.items() if p.requires_grad])
+        check_complete(chosen, "checkpoint.load_step", "name another step, or leave the key out")
+        check_resumable(chosen, shapes, [n for n, p in parameters.items() if p.requires_grad])
         return chosen
     if config.initial_load_path:
         start, model_only = Path(config.initial_load_path), config.initial_load_model_only
         if is_distributed(start):
             check_start(start, folder, shapes, model_only=model_only)
         else:
-            held = {name: kind.shape for name, kind in open_model(start).tensors.items()}
+            held = {name: spec.shape for name, spec in _open(start).tensors.items()}
             wanted = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
             check_weights(start, folder, held, wanted, model_only=model_only)
         return start
@@ -53,26 +55,34 @@ def choose_start(config: Checkpoint, folder: Path, model: nn.Module) -> Path | N
 
 
 def is_distributed(folder: Path) -> bool:
-    """Whether ``folder`` is, or is taken for, a checkpoint that torch wrote; else it has safetensors."""
+    """Whether ``folder`` is to be read by torch.distributed.checkpoint, i.e. unless it has safetensors only."""
     return (folder / ".metadata").is_file() or not has_weights(folder)
 
 
 def read_weights(folder: Path, model: nn.Module) -> None:
-    """Fill ``model``, sharded or not, from safetensors. Every rank reads all of it, tensor by tensor, and keeps its part."""
-    open_model(folder).read_into(_tensors(model))
+    """Fill ``model``, sharded or not, from safetensors. Every rank reads all tensors, one at a time, and keeps its shards."""
+    _open(folder).read_into(_tensors(model))
+
+
+def _open(folder: Path) -> CheckpointReader:
+    # Imported here, because only a run that starts from safetensors needs it.
+    from symbiotic_titan.hf.model import open_model
+
+    return open_model(folder)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under the names of a checkpoint."""
+    """Parameters and buffers under their names in a checkpoint."""
     return cast(dict[str, Tensor], get_model_state_dict(model))
 
 
-def _set_all_aside(damaged: dict[Path, str]) -> None:
-    """Name the checkpoints that are passed over, and rename them once every rank has looked."""
+def _rename_all(damaged: dict[Path, str]) -> None:
+    """Rename damaged checkpoints on the first rank. The first barrier lets every rank choose its step from the old names, the
+    second keeps all from saving before the renaming is done."""
     dist.barrier()
     if is_first_process():
         for path, damage in damaged.items():
             logger.warning(
-                f"checkpoint {path} is skipped and renamed to {set_aside(path).name}: {damage}"
+                f"checkpoint {path} is skipped and renamed to {rename_damaged(path).name}: {damage}"
             )
     dist.barrier()

@@ -10,11 +10,12 @@ Examples:
       --original outputs/mini/vlm/checkpoint/step-400
   symbiotic convert to-hf --checkpoint outputs/mini/symbiotic/checkpoint/step-250 --part whole --out outputs/mini/symbiotic/safetensors
 
-A checkpoint is a training or model-only checkpoint of any number of ranks, the folder of a released model, or what to-hf --part whole
-wrote. from-hf writes a checkpoint and beside it model.json, the model's shape, for configs: model.flavor = "outputs/qwen/model.json".
-Latent parts are not in a released model; partition makes them, as [latents] says, and a run starts from what it writes.
+A checkpoint is a distributed checkpoint saved by any number of ranks, the folder of a released model, or the output of to-hf --part
+whole. from-hf writes a checkpoint with model.json, the model's config: model.flavor = "outputs/qwen/model.json" uses it. A released
+model has no latent parts; partition adds them, as [latents] says, and a run starts from its output.
 
-Groups come from the config's [experts.partition]; further arguments --section.key value override the config.
+Groups come from the config's [experts.partition]. Further arguments --section.key value override the config; from-hf, which reads
+none, takes --experimental.custom_import MODULE for an architecture that MODULE registers.
 """
 
 import argparse
@@ -24,32 +25,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from symbiotic_titan.config.files import check_file, write_json
-from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.config.saved import saved_config
-from symbiotic_titan.hf.export import (
-    export_understanding,
-    export_whole,
-    find_source,
-)
-from symbiotic_titan.hf.import_model import import_model
-from symbiotic_titan.hf.model import (
-    LEFT_BEHIND,
-    SOURCE,
-    HuggingFaceModel,
-    open_model,
-)
-from symbiotic_titan.model import model_config as shape_file
-from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.flavors import model_args
-from symbiotic_titan.parallel.ranks import join_ranks
-from symbiotic_titan.partition.apply import partition_checkpoint
-from symbiotic_titan.partition.command_options import (
+from symbiotic_titan.commands.convert_options import (
     byte_count,
     check_options,
     from_hf_options,
@@ -57,41 +38,65 @@ from symbiotic_titan.partition.command_options import (
     plan_options,
     to_hf_options,
 )
-from symbiotic_titan.partition.evaluate import step_zero_report
+from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.files import check_file, write_json
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.saved import saved_config
+from symbiotic_titan.hf.export import (
+    export_understanding,
+    export_whole,
+    find_release_files,
+)
+from symbiotic_titan.hf.import_model import import_model
+from symbiotic_titan.hf.model import (
+    HuggingFaceModel,
+    check_holds_tensors,
+    open_model,
+)
+from symbiotic_titan.hf.release_files import (
+    RELEASE_FILES,
+    UNMAPPED,
+)
+from symbiotic_titan.model import model_config
+from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.flavors import model_args
+from symbiotic_titan.parallel.ranks import join_ranks
+from symbiotic_titan.partition.apply import (
+    check_original,
+    partition_checkpoint,
+)
+from symbiotic_titan.partition.conversion import (
+    conversion_table,
+    parts_table,
+)
+from symbiotic_titan.partition.evaluate import (
+    step_zero_report,
+    step_zero_table,
+)
 from symbiotic_titan.partition.plan import (
     Plan,
-    kept_mass,
     make_plan,
-)
-from symbiotic_titan.partition.preflight import (
-    check_apart,
-    check_holds_tensors,
-    check_original,
-    check_release,
+    retained_mass_table,
+    retained_routing_mass,
+    worse_than_random,
 )
 from symbiotic_titan.partition.profile import (
     Profile,
     too_few_tokens,
 )
-from symbiotic_titan.partition.tables import (
-    better_by_lot,
-    conversion_table,
-    kept_table,
-    parts_table,
-    step_zero_table,
-)
 from symbiotic_titan.process import exit_status, show_progress
 from symbiotic_titan.training.checks import check_job
+from symbiotic_titan.weights.new_folder import check_apart
 from symbiotic_titan.weights.reader import some_of
 
 
 def read_config(path: str, overrides: list[str]) -> JobConfig:
-    config = load_job_config(["--job.config_file", path, *overrides])
-    return config
+    return load_job_config(["--job.config_file", path, *overrides])
 
 
 def files_of(config: JobConfig, *paths: str | None) -> list[str | None]:
-    """What is read of a config: its files, and the shape that it names."""
+    """The files that a command reads: ``paths``, and the model.json that a config names."""
     flavor = config.model.flavor
     return [*paths, flavor if flavor.endswith(".json") else None]
 
@@ -103,11 +108,11 @@ def show_bytes(done: int, total: int) -> None:
 
 @contextmanager
 def measured() -> Iterator[None]:
-    """Prints what the block took, if it ends well."""
+    """Prints the block's time and peak memory, unless it fails."""
     start = time.perf_counter()
     yield
     seconds = time.perf_counter() - start
-    # Kilobytes, but bytes on macOS.
+    # ru_maxrss is in kilobytes, on macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(f"took {seconds:.1f} s, peak memory {peak / 2**30:.2f} GiB")
@@ -116,36 +121,59 @@ def measured() -> Iterator[None]:
 # ---- from-hf --------------------------------------------------------------------------------------------------------------
 
 
+def without_extension(overrides: list[str]) -> list[str]:
+    """Import the module of ``--experimental.custom_import``, where no config is read; returns the other overrides."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--experimental.custom_import", dest="module", default="")
+    options, others = parser.parse_known_args(overrides)
+    if options.module:
+        import_extension(options.module)
+    return others
+
+
+def check_release(folder: Path) -> None:
+    """Pass if ``--hf`` is a folder.
+
+    Raises:
+        ValueError: it is a file, does not exist, or is the name of a model on a hub.
+    """
+    if not folder.is_dir():
+        found = "is a file" if folder.is_file() else "no such folder"
+        raise ValueError(
+            f"--hf: {folder}: {found}; give the local folder of a download (nothing is fetched here)"
+        )
+
+
 def from_hf(options: argparse.Namespace, overrides: list[str]) -> None:
-    if overrides:
-        raise ValueError(f"from-hf reads no config, so it has no use for {' '.join(overrides)}")
+    if others := without_extension(overrides):
+        raise ValueError(f"from-hf reads no config, so it has no use for {' '.join(others)}")
     check_release(options.hf)
     check_apart(options.out, [options.hf])
     with measured():
-        stored = HuggingFaceModel(options.hf)
+        release = HuggingFaceModel(options.hf)
         import_model(
-            stored,
+            release,
             options.out,
             dtype=TORCH_DTYPE_MAP[options.dtype] if options.dtype else None,
             shape_only=options.shape_only,
             overwrite=options.overwrite,
-            watch=show_bytes,
+            progress=show_bytes,
         )
-    args = stored.args
+    args = release.args
     print(
-        f"{stored.backbone.model_type}: {args.num_layers} layers, {args.num_experts} experts, top-{args.top_k}, "
-        f"{sum(kind.num_values for kind in stored.tensors.values()):,} parameters"
+        f"{release.model_type}: {args.num_layers} layers, {args.num_experts} experts, top-{args.top_k}, "
+        f"{sum(spec.num_values for spec in release.tensors.values()):,} parameters"
     )
-    print(parts_table(stored.tensors))
-    if stored.left_behind:
+    print(parts_table(release.tensors))
+    if unmapped := release.unmapped.tensors:
         print(
-            f"left behind, as the network has no such part; {SOURCE}/{LEFT_BEHIND} keeps it for to-hf:\n{parts_table(stored.left_behind)}"
+            f"not mapped, as the network has no such part; {RELEASE_FILES}/{UNMAPPED} keeps it for to-hf:\n{parts_table(unmapped)}"
         )
-    shape = options.out / shape_file.NAME
+    flavor = options.out / model_config.FILE_NAME
     print(
         f"written to {options.out}; next, as a run needs the latent parts too:\n  symbiotic convert partition "
         f"--checkpoint {options.hf if options.shape_only else options.out} --config CONFIG --out START\n"
-        f'where CONFIG has model.flavor = "{shape}"; it trains from START'
+        f'where CONFIG has model.flavor = "{flavor}"; it trains from START'
     )
 
 
@@ -154,45 +182,46 @@ def from_hf(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def to_hf(options: argparse.Namespace, overrides: list[str]) -> None:
     check_holds_tensors(options.checkpoint, "--checkpoint")
-    args, flavor, sources = exported_shape(options, overrides)
+    args, flavor, sources = exported_model(options, overrides)
     check_apart(options.out, [options.checkpoint, *sources])
-    stored = open_model(options.checkpoint)
+    reader = open_model(options.checkpoint)
     settings: dict[str, Any] = {
         "shard_bytes": byte_count(options.shard_size),
         "dtype": TORCH_DTYPE_MAP[options.dtype] if options.dtype else None,
         "overwrite": options.overwrite,
-        "watch": show_bytes,
+        "progress": show_bytes,
     }
     with measured():
         if options.part == "whole":
-            export = export_whole(stored, args, options.out, **settings)
+            export = export_whole(reader, args, options.out, **settings)
         else:
-            source = find_source(options.checkpoint, flavor)
-            export = export_understanding(stored, args, source, options.out, **settings)
-    parameters = sum(kind.num_values for kind in export.written.values())
+            release_files = find_release_files(options.checkpoint, flavor)
+            export = export_understanding(reader, args, release_files, options.out, **settings)
+    parameters = sum(spec.num_values for spec in export.written.values())
     print(f"{len(export.written):,} tensors, {parameters:,} parameters")
     if export.left_out:
         print(f"left out:\n{parts_table(export.left_out)}")
     print(f"written to {options.out}")
     if export.missing:
         print(
-            f"warning: the release has {some_of(export.missing)}, which have no part in our network and are not written: nobody kept "
-            "them, or they are a layer with another number of experts",
+            f"warning: the release has {some_of(export.missing)}, which have no part in our network and are not written: they were not "
+            "kept when it was imported, or belong to a layer with another number of experts",
             file=sys.stderr,
         )
 
 
-def exported_shape(
+def exported_model(
     options: argparse.Namespace, overrides: list[str]
 ) -> tuple[ModelArgs, str, list[str | None]]:
-    """(the model's shape, its flavor, the files it was read from). Without --config the checkpoint's own, or its run's config."""
-    shape = options.checkpoint / shape_file.NAME
-    if options.config is None and shape.is_file():
-        if overrides:
+    """(ModelArgs, flavor, the files they were read from): of --config, else of the checkpoint's model.json, else of its run's
+    config."""
+    own = options.checkpoint / model_config.FILE_NAME
+    if options.config is None and own.is_file():
+        if others := without_extension(overrides):
             raise ValueError(
-                f"{shape} has the model's shape, so there is no use for {' '.join(overrides)} without --config"
+                f"{own} has the model's shape, so there is no use for {' '.join(others)} without --config"
             )
-        return shape_file.read_model_config(shape), "", []
+        return model_config.read_model_config(own), "", []
     path = options.config or str(saved_config(options.checkpoint))
     config = read_config(path, overrides)
     return model_args(config), config.model.flavor, files_of(config, path)
@@ -214,10 +243,11 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     rule = options.rule or config.experts.partition_rule
     num_shared = config.experts.new_shared_experts
     made = make_plan(profile, args.groups, rule, options.seed, num_shared)
-    kept = kept_mass(profile, made)
-    made.save(options.out, {"profile": str(options.profile), "kept": [vars(row) for row in kept]})
-    print(kept_table(made, kept))
-    if warning := better_by_lot(kept):
+    retained = retained_routing_mass(profile, made)
+    rows = [row.values() for row in retained]
+    made.save(options.out, {"profile": str(options.profile), "kept": rows})
+    print(retained_mass_table(made, retained))
+    if warning := worse_than_random(retained):
         print(f"warning: {warning}", file=sys.stderr)
     if warning := too_few_tokens(profile):
         print(f"warning: {warning}", file=sys.stderr)
@@ -240,7 +270,7 @@ def partition(options: argparse.Namespace, overrides: list[str]) -> None:
             made,
             options.out,
             overwrite=options.overwrite,
-            watch=show_bytes,
+            progress=show_bytes,
         )
     print(conversion_table(conversion))
     print(f"written to {options.out}; a run starts from it with checkpoint.initial_load_path")
@@ -320,7 +350,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_processes(function: Any) -> None:
-    """Pass if as many processes run as the command has work for: only check divides its rows among several."""
+    """Pass unless several processes run a command other than check, the only one that divides its work."""
     if function is not check and (size := os.environ.get("WORLD_SIZE", "1")) != "1":
         name = function.__name__.replace("_", "-")
         raise ValueError(

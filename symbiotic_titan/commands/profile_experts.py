@@ -1,11 +1,11 @@
-"""How often each expert of a checkpoint is chosen by text and by ViT tokens: what symbiotic convert plans a partition from.
+"""Count how often text and ViT tokens choose each expert of a checkpoint; symbiotic convert plans a partition from the counts.
 
 Example: symbiotic profile-experts --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-400 --out profile.json
 
 The checkpoint runs without gradients over the config's sources of text (task lm) and of questions about images (task mmu), mixed
-and packed as in training. Sources of images to be generated are left out: their tokens are not what is profiled. Per layer it
-prints the imbalance ratio (fullest expert / mean), the relative standard deviation, and how many of the most and of the least
-used experts text and ViT share. torchrun spreads it over processes, each with its own rows.
+and packed as in training. Sources of target images are left out, as their tokens are not profiled. For every layer it prints the
+imbalance ratio (fullest expert / mean), the relative standard deviation, and how many of the most and of the least used experts
+text and ViT share. torchrun divides the batches among processes.
 """
 
 import argparse
@@ -19,10 +19,8 @@ from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.files import check_file
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.hf.model import (
-    SOURCE,
-    open_model,
-)
+from symbiotic_titan.hf.model import open_model
+from symbiotic_titan.hf.release_files import RELEASE_FILES
 from symbiotic_titan.inference.held_out import (
     packed_batches,
     understanding_data,
@@ -44,59 +42,59 @@ from symbiotic_titan.process import Counter
 from symbiotic_titan.sequence.tasks import TASKS
 from symbiotic_titan.training.checks import check_job
 from symbiotic_titan.weights.compatibility import router_groups
-from symbiotic_titan.weights.reader import StoredModel
+from symbiotic_titan.weights.reader import CheckpointReader
 
-# A model's vocabulary, as releases name its file.
+# Names of the vocabulary file in releases.
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json")
 
 
 def tokenizer_file(checkpoint: Path) -> Path | None:
-    """The vocabulary of the released model that a checkpoint is or came from, where it has one."""
+    """The vocabulary file of the released model that a checkpoint is or came from, if any."""
     found = (
         path
-        for folder in (checkpoint, checkpoint / SOURCE)
+        for folder in (checkpoint, checkpoint / RELEASE_FILES)
         for pattern in _TOKENIZERS
         for path in sorted(folder.glob(pattern))
     )
     return next(found, None)
 
 
-def warnings_for(config: JobConfig, stored: StoredModel, data: Data) -> list[str]:
-    """What is known before tokens are read to spoil the profile."""
+def warnings_for(config: JobConfig, reader: CheckpointReader, data: Data) -> list[str]:
+    """Known reasons, before tokens are read, for which the profile will be of little use."""
     warnings = []
-    file = tokenizer_file(stored.folder)
+    file = tokenizer_file(reader.folder)
     if config.tokenizer.kind == "bytes" and file is not None:
         warnings.append(
-            f"{stored.folder} has a tokenizer, {file}, but tokenizer.kind = 'bytes' reads text as tokens that the model does not "
+            f"{reader.folder} has a tokenizer, {file}, but tokenizer.kind = 'bytes' reads text as tokens that the model does not "
             "know; set tokenizer.kind and tokenizer.path to that of the model"
         )
-    if lacks_encoder(stored) and any(
+    if lacks_encoder(reader) and any(
         row.weight > 0 and TASKS[row.task].has_images for row in data.sources
     ):
         warnings.append(
-            f"{stored.folder} has no vit.* tensors: images pass an untrained encoder, so ViT tokens are not counted and experts "
+            f"{reader.folder} has no vit.* tensors: images pass an untrained encoder, so ViT tokens are not counted and experts "
             "rank by text alone; sources of task lm suffice"
         )
     return warnings
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
-    """The profile, written to its file; None on all processes but the first.
+    """Write and return the profile; None on all processes but the first.
 
     Raises:
-        ValueError: a user's mistake.
+        ValueError: an option, the config or the checkpoint is wrong.
     """
     if options.batches < 1:
         raise ValueError(f"--batches: must be at least 1, got {options.batches}")
     check_file(options.out, "--out")
     config = load_job_config(["--job.config_file", options.config, *overrides])
-    stored = open_model(options.checkpoint)
-    if router_groups(stored.tensors) == {"all"}:
-        config = unpartitioned(config)  # that of the model it is to become serves as well
+    reader = open_model(options.checkpoint)
+    if router_groups(reader.tensors) == {"all"}:
+        config = unpartitioned(config)  # --config may be that of the future, partitioned model
     check_job(config)
     ranks = join_ranks(config)
     data = understanding_data(config, options.split)
-    for warning in warnings_for(config, stored, data) if ranks.rank == 0 else ():
+    for warning in warnings_for(config, reader, data) if ranks.rank == 0 else ():
         print(f"warning: {warning}", file=sys.stderr)
     loaded = LoadedModel(config, options.checkpoint, ranks)
     batches = packed_batches(config, data, options.batches, ranks, options.split)
@@ -137,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--config",
         required=True,
-        help="TOML file of the checkpoint's config, or of the partitioned model that is to be made of it",
+        help="TOML file of the checkpoint's config, or of the partitioned model that will be made from it",
     )
     parser.add_argument(
         "--checkpoint",

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from symbiotic_titan.checkpoint.resume import find_checkpoint, step_of
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.evaluation.ablation import NONE, masked_groups
 from symbiotic_titan.hf.model import open_model
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.weights.compatibility import check_is_model, tensors_of_model
+from symbiotic_titan.weights.damage import (
+    find_checkpoint,
+    step_of,
+)
 
 # The parts of a config that change what a model computes.
 _SECTIONS = ("model", "experts", "tokenizer", "latents", "data", "flow")

@@ -1,57 +1,57 @@
-"""A released model -> a distributed checkpoint, with its shape and what else belongs to it beside."""
+"""A released model -> a distributed checkpoint, with its model config and its release files."""
 
 from pathlib import Path
 
 import torch
 
-from symbiotic_titan.hf.model import (
-    HuggingFaceModel,
-    keep_source,
-    source_bytes,
+from symbiotic_titan.hf.model import HuggingFaceModel
+from symbiotic_titan.hf.release_files import (
+    copy_release_files,
+    release_files_bytes,
 )
-from symbiotic_titan.model import model_config as shape_file
+from symbiotic_titan.model import model_config
 from symbiotic_titan.weights.dcp import write_model
 from symbiotic_titan.weights.new_folder import new_folder
 from symbiotic_titan.weights.reader import (
-    InDtype,
-    Watch,
-    nobody,
-    watched,
+    CastingReader,
+    ProgressCallback,
+    no_progress,
+    reporting_progress,
 )
 
 
 def import_model(
-    stored: HuggingFaceModel,
+    release: HuggingFaceModel,
     out: Path,
     *,
     dtype: torch.dtype | None = None,
     shape_only: bool = False,
     overwrite: bool = False,
-    watch: Watch = nobody,
+    progress: ProgressCallback = no_progress,
 ) -> None:
-    """Write ``out``: the tensors in ``dtype`` (None: as they are), a file with the model's shape, and what the released model has
-    besides, bit for bit. ``shape_only``: without our tensors, which are then read where they are.
+    """Write ``out``: the tensors in ``dtype`` (None: as they are), model.json, and the release files bit for bit. ``shape_only``:
+    without the tensors, which other commands then read from the release.
 
     Raises:
         ValueError: ``out`` exists, or the disk has no room.
-        OSError: the disk is full, or the like.
+        OSError: writing failed.
     """
 
     def finish(folder: Path) -> None:
-        shape_file.write_model_config(folder / shape_file.NAME, stored.args)
-        keep_source(stored, folder)
+        model_config.write_model_config(folder / model_config.FILE_NAME, release.args)
+        copy_release_files(release, folder)
 
     if shape_only:
-        with new_folder(out, overwrite=overwrite, num_bytes=source_bytes(stored)) as folder:
+        size = release_files_bytes(release)
+        with new_folder(out, overwrite=overwrite, num_bytes=size) as folder:
             finish(folder)
         return
-    values = InDtype(stored, dtype)
-    value = watched(values.read, values.tensors, watch)
+    tensors = CastingReader(release, dtype)
     write_model(
         out,
-        values.tensors,
-        value,
+        tensors.tensors,
+        reporting_progress(tensors.read, tensors.tensors, progress),
         finish,
-        finish_bytes=source_bytes(stored),
+        finish_bytes=release_files_bytes(release),
         overwrite=overwrite,
     )

@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 
 from symbiotic_titan.build import build_tokenizer
-from symbiotic_titan.checkpoint.resume import find_checkpoint
 from symbiotic_titan.codecs.build import build_codec
 from symbiotic_titan.codecs.codec import Codec
 from symbiotic_titan.config.job import JobConfig
@@ -67,6 +66,7 @@ from symbiotic_titan.parallel.ranks import (
     DataRanks,
     join_ranks,
 )
+from symbiotic_titan.weights.damage import find_checkpoint
 
 logger = logging.getLogger(__name__)
 

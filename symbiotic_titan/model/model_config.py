@@ -1,4 +1,4 @@
-"""Read and write model.json, a model's hyperparameters as a file, so that models of any size train without a change of code."""
+"""model.json, a model's ModelArgs as a file: models of any size train without a change of code."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +11,10 @@ from symbiotic_titan.model.vit_args import VitArgs
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, modality_ids
 
-NAME = "model.json"
+FILE_NAME = "model.json"
 KIND = "model shape"
 
-# Types of the values that are converted after reading.
+# Types, as they are in JSON, of the fields that are converted before ModelArgs checks the rest.
 _KINDS: dict[str, Any] = {
     "vit": dict[str, Any],
     "groups": list[dict[str, Any]],
@@ -23,7 +23,7 @@ _KINDS: dict[str, Any] = {
 
 
 def write_model_config(path: Path, args: ModelArgs) -> None:
-    """Write every field of ``args``, modalities by name."""
+    """Write every field of ``args``; modalities are written by name."""
     groups = [
         {**asdict(group), "modalities": [MODALITY_NAMES[m] for m in group.modalities]}
         for group in args.groups
@@ -34,7 +34,7 @@ def write_model_config(path: Path, args: ModelArgs) -> None:
 
 
 def read_model_config(path: Path) -> ModelArgs:
-    """Read what ``write_model_config`` wrote.
+    """The inverse of ``write_model_config``.
 
     Raises:
         ValueError: the file is missing or of another kind, or its values break a rule of ``ModelArgs``.
@@ -59,7 +59,7 @@ def _group(row: dict[str, Any]) -> ExpertGroup:
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with tuples instead of JSON's lists."""
+    """JSON has lists where the fields are tuples."""
     return {
         key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
     }

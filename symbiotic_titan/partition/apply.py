@@ -1,7 +1,7 @@
-"""A checkpoint whose experts are one pool -> the same model with its experts in groups, tensor by tensor.
+"""Partitioning a checkpoint: a model with one pool of experts -> the same model with its experts in groups, tensor by tensor.
 
-An expert keeps its weights and its row of the router (and its selection bias), so a token whose top-k lies in its group gets what
-it got before (arXiv 2604.07753, "knowledge-inherited initialisation"). Peak memory is two to three of the largest tensors.
+Experts keep their weights, router rows and selection biases, so the output is unchanged for a token whose top-k experts are all in
+its group (arXiv 2604.07753, "knowledge-inherited initialisation"). Peak memory is two to three times the largest tensor.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from symbiotic_titan.config.files import read_json, write_json
-from symbiotic_titan.hf.model import (
-    keep_source,
-    open_model,
-    source_bytes,
+from symbiotic_titan.hf.model import open_model
+from symbiotic_titan.hf.release_files import (
+    copy_release_files,
+    release_files_bytes,
 )
-from symbiotic_titan.model import model_config as shape_file
+from symbiotic_titan.model import model_config
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.initialize import initialize
 from symbiotic_titan.model.symbiotic import SymbioticModel
@@ -38,10 +38,10 @@ from symbiotic_titan.weights.compatibility import (
 from symbiotic_titan.weights.dcp import write_model
 from symbiotic_titan.weights.new_folder import check_target
 from symbiotic_titan.weights.reader import (
-    StoredModel,
-    Watch,
-    nobody,
-    watched,
+    CheckpointReader,
+    ProgressCallback,
+    no_progress,
+    reporting_progress,
 )
 
 KIND = "partitioned checkpoint"
@@ -54,7 +54,7 @@ def expert_slots(
     """(layer, group) -> original experts; empty for one pool.
 
     Raises:
-        ValueError: the plan is missing, not needed, or of other groups.
+        ValueError: the plan is missing, has no effect, or is of other groups.
     """
     one_pool = [group.name for group in groups] == ["all"]
     if one_pool and plan is None:
@@ -83,8 +83,8 @@ def expert_slots(
     }
 
 
-def shared_makers(plan: Plan | None, args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Layer -> original experts of which its shared expert is made; empty where the plan makes none.
+def shared_sources(plan: Plan | None, args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Layer -> original experts that its new shared expert is made from; empty where the plan makes none.
 
     Raises:
         ValueError: the model's shared expert has another width.
@@ -94,9 +94,9 @@ def shared_makers(plan: Plan | None, args: ModelArgs) -> dict[str, tuple[int, ..
     number = plan.shared.shape[1]
     if number * args.expert_hidden_dim != args.shared_hidden_dim:
         raise ValueError(
-            f"the plan makes a shared expert of {number} routed ones, the config's model has one as wide as "
-            f"{args.shared_hidden_dim / args.expert_hidden_dim:g}; set experts.new_shared_experts = {number}, or make a plan with "
-            "this config"
+            f"the plan makes a shared expert {number} times a routed expert's width, the config's model has one of "
+            f"{args.shared_hidden_dim / args.expert_hidden_dim:g} times; set experts.new_shared_experts = {number}, or make a plan "
+            "with this config"
         )
     return {layer: tuple(row.tolist()) for layer, row in zip(plan.layers, plan.shared, strict=True)}
 
@@ -105,17 +105,17 @@ def _describe(groups: tuple[ExpertGroup, ...]) -> str:
     return " + ".join(f"{group.name} {group.num_experts}" for group in groups)
 
 
-def _check_source(stored: StoredModel, plan: Plan | None) -> None:
-    groups = router_groups(stored.tensors)
+def _check_source(reader: CheckpointReader, plan: Plan | None) -> None:
+    groups = router_groups(reader.tensors)
     if groups - {"all"}:
         raise ValueError(
-            f"checkpoint {stored.folder} is already partitioned into {', '.join(sorted(groups))}; "
+            f"checkpoint {reader.folder} is already partitioned into {', '.join(sorted(groups))}; "
             "start from the checkpoint before that"
         )
-    if plan is not None and plan.model.routers != router_hash(stored):
+    if plan is not None and plan.model.routers != router_hash(reader):
         raise ValueError(
             f"the plan is of another model: its routers have hash {plan.model.routers} (flavor {plan.model.flavor}, step "
-            f"{plan.model.step}), those of {stored.folder} {router_hash(stored)}; profile this checkpoint"
+            f"{plan.model.step}), those of {reader.folder} {router_hash(reader)}; profile this checkpoint"
         )
 
 
@@ -126,63 +126,80 @@ def partition_checkpoint(
     out: Path,
     *,
     overwrite: bool = False,
-    watch: Watch = nobody,
+    progress: ProgressCallback = no_progress,
 ) -> Conversion:
-    """Write the model that ``args`` shape, made from the checkpoint ``source``, as a checkpoint of the model alone.
+    """Write the model ``args``, made from the checkpoint ``source``, as a checkpoint without training state.
 
-    Without groups it extracts the model (without its shared expert, where ``args`` have none).
+    With one pool of experts, it copies the model (without its shared expert, if ``args`` have none).
 
     Raises:
-        ValueError: ``source`` cannot become this model, the plan does not fit, or ``out`` exists.
+        ValueError: ``source`` cannot become this model, the plan is of another one, or ``out`` exists.
     """
     check_target(out, overwrite=overwrite)
-    stored = open_model(source)
+    reader = open_model(source)
     slots = expert_slots(plan, args.groups)
-    _check_source(stored, plan)
+    _check_source(reader, plan)
     with torch.device("meta"):
         model = SymbioticModel(args)
     target = tensors_of_model(model)
     if plan is not None:
         check_layers(plan, {name.split(".moe.")[0] for name in target if ".moe." in name})
-    conversion = plan_conversion(stored.tensors, target, slots, shared_makers(plan, args))
-    values = _Values(stored, conversion, _initial_values(model, args, conversion))
+    conversion = plan_conversion(reader.tensors, target, slots, shared_sources(plan, args))
+    values = _Values(reader, conversion, _initial_values(model, args, conversion))
 
     def finish(folder: Path) -> None:
         record = {
             "source": str(source),
-            "step": stored.step,
+            "step": reader.step,
             "plan": None if plan is None else plan.values(),
             "parameters": conversion.totals(),
             "tensors": conversion.rows(),
         }
         write_json(folder / RECORD, KIND, record)
-        shape_file.write_model_config(folder / shape_file.NAME, args)
-        keep_source(stored, folder)
+        model_config.write_model_config(folder / model_config.FILE_NAME, args)
+        copy_release_files(reader, folder)
 
-    value = watched(values, conversion.after, watch)
     write_model(
         out,
         conversion.after,
-        value,
+        reporting_progress(values, conversion.after, progress),
         finish,
-        finish_bytes=source_bytes(stored),
+        finish_bytes=release_files_bytes(reader),
         overwrite=overwrite,
     )
     return conversion
 
 
 def plan_of_checkpoint(folder: Path) -> Plan | None:
-    """The plan that a checkpoint was partitioned by; None where experts are one pool or nobody wrote down how they were split."""
+    """The plan that a checkpoint was partitioned with; None if its experts are one pool or no record of the partition exists."""
     if not (folder / RECORD).is_file():
         return None
     plan = read_json(folder / RECORD, KIND, ("plan",))["plan"]
     return None if plan is None else Plan.of_values(plan, str(folder / RECORD))
 
 
+def check_original(checkpoint: Path, original: Path) -> None:
+    """Pass if ``checkpoint`` was partitioned from ``original``, or has no record of what it was made from.
+
+    Raises:
+        ValueError: it was made from a model with other routers.
+    """
+    plan = plan_of_checkpoint(checkpoint)
+    if plan is None:
+        return
+    found = router_hash(open_model(original))
+    if plan.model.routers != found:
+        raise ValueError(
+            f"the plan of {checkpoint} is of another model: its routers have hash {plan.model.routers} (flavor "
+            f"{plan.model.flavor}, step {plan.model.step}), those of {original} {found}; name with --original what the checkpoint "
+            "was made from"
+        )
+
+
 def _initial_values(
     model: SymbioticModel, args: ModelArgs, conversion: Conversion
 ) -> dict[str, Tensor]:
-    """The new tensors; the rest of ``model`` stays on the meta device."""
+    """Initial values of the new tensors, by name; the rest of ``model`` stays on the meta device."""
     new = {
         n for n, origin in conversion.origins.items() if origin.kind == "new" and not origin.zeros
     }
@@ -194,26 +211,27 @@ def _initial_values(
 
 
 class _Values:
-    """The values of each tensor of the new checkpoint. An old one is kept until another is asked for: its slices are neighbours."""
+    """The values of each tensor of the new checkpoint. The old tensor read last is kept, because the next ones asked for are usually
+    slices of it too."""
 
     def __init__(
-        self, stored: StoredModel, conversion: Conversion, initial: Mapping[str, Tensor]
+        self, reader: CheckpointReader, conversion: Conversion, initial: Mapping[str, Tensor]
     ) -> None:
-        self._stored = stored
+        self._reader = reader
         self._conversion = conversion
         self._initial = initial
         self._last: tuple[str, Tensor] | None = None
 
     def __call__(self, name: str) -> Tensor:
-        origin, kind = self._conversion.origins[name], self._conversion.after[name]
+        origin, spec = self._conversion.origins[name], self._conversion.after[name]
         if origin.zeros:
-            return torch.zeros(kind.shape, dtype=kind.dtype)
+            return torch.zeros(spec.shape, dtype=spec.dtype)
         if origin.name is None:
-            return self._initial[name].to(kind.dtype)
+            return self._initial[name].to(spec.dtype)
         if origin.experts is None:
-            return self._stored.read(origin.name)
+            return self._reader.read(origin.name)
         if self._last is None or self._last[0] != origin.name:
             self._last = None  # freed before the next is read
-            self._last = (origin.name, self._stored.read(origin.name))
+            self._last = (origin.name, self._reader.read(origin.name))
         taken = self._last[1][list(origin.experts)]
         return taken.flatten(0, 1) if origin.joined else taken

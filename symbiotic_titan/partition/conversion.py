@@ -1,4 +1,4 @@
-"""What becomes of every tensor when a stored model becomes the model that a config shapes."""
+"""Where each tensor of a partitioned model comes from: copied, sliced by experts, made of several experts, or new."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from symbiotic_titan.weights.compatibility import (
     part_of,
 )
 from symbiotic_titan.weights.reader import (
-    TensorKind,
+    TensorSpec,
     some_of,
 )
 
@@ -25,10 +25,12 @@ _EXPERT_TENSOR = re.compile(r"(layers\.\d+)\.moe\.(router|experts)\.(\w+)\.(weig
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a tensor of the new checkpoint comes from: ``name`` of the old one, and which of its experts (None: all of it).
-    Without a name it is new.
+    """Where a tensor of the new checkpoint comes from.
 
-    ``joined``: the experts side by side as one. ``zeros``: new, and zero.
+    name     of the old tensor; None for a new one.
+    experts  which slices of the old tensor's first dimension (None: all of it).
+    joined   the experts are concatenated along their hidden dimension, as one wide expert.
+    zeros    a new tensor of zeros; other new ones get initial values.
     """
 
     name: str | None
@@ -43,7 +45,7 @@ class Origin:
         return "copied" if self.experts is None or self.joined else "sliced"
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """What is taken of an old tensor of shape ``whole``."""
+        """The shape of what is taken from an old tensor of shape ``whole``."""
         if self.experts is None:
             return whole
         count = len(self.experts)
@@ -52,15 +54,16 @@ class Origin:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What becomes of every tensor. ``origins``: by name in the new checkpoint; ``dropped``: names of the old one."""
+    """The origin of every tensor of the new checkpoint, ``after``, by name; ``dropped``: names of tensors of the old one, ``before``,
+    that are not used."""
 
-    before: Mapping[str, TensorKind]
-    after: Mapping[str, TensorKind]
+    before: Mapping[str, TensorSpec]
+    after: Mapping[str, TensorSpec]
     origins: Mapping[str, Origin]
     dropped: tuple[str, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """What happened, layers taken together: kind, name with ``*`` for the layer, tensors, parameters."""
+        """What happened, with all layers in one row: kind, name with ``*`` for the layer, tensors, parameters."""
         rows: dict[tuple[str, str], list[int]] = {}
         named = [(origin.kind, name, self.after[name]) for name, origin in self.origins.items()]
         named += [("dropped", name, self.before[name]) for name in self.dropped]
@@ -74,7 +77,7 @@ class Conversion:
         ]
 
     def totals(self) -> dict[str, int]:
-        """Parameters before and after, and of what was copied, sliced, new and dropped."""
+        """Numbers of parameters: before, after, copied, sliced, new and dropped."""
         sizes = {
             "before": sum(tensor.num_values for tensor in self.before.values()),
             "after": sum(tensor.num_values for tensor in self.after.values()),
@@ -85,16 +88,18 @@ class Conversion:
 
 
 def plan_conversion(
-    source: Mapping[str, TensorKind],
-    target: Mapping[str, TensorKind],
+    source: Mapping[str, TensorSpec],
+    target: Mapping[str, TensorSpec],
     slots: Mapping[tuple[str, str], tuple[int, ...]],
     shared: Mapping[str, tuple[int, ...]],
 ) -> Conversion:
-    """Where each tensor of ``target`` comes from. ``slots``: (layer, group) -> original experts; empty where experts stay one pool.
-    ``shared``: layer -> original experts of which a shared one is made.
+    """Where each tensor of ``target`` comes from.
+
+    slots   (layer, group) -> original experts; empty where experts stay one pool.
+    shared  layer -> original experts that its new shared expert is made from.
 
     Raises:
-        ValueError: ``source`` lacks a tensor, has another shape than the config's model, or holds what that model has no use for.
+        ValueError: ``source`` lacks a tensor, has one of another shape, or has one that the config's model does not use.
     """
     origins = {n: _shared_origin(n, shared) or _origin(n, source, slots) for n in target}
     origins = _in_reading_order(origins, source)
@@ -112,20 +117,20 @@ def plan_conversion(
         raise ValueError(
             f"the checkpoint is of another model: the config's model has no {some_of(foreign)}; {_REMEDY}"
         )
-    dtype = source["tok_embeddings.weight"].dtype  # of what is new
+    dtype = source["tok_embeddings.weight"].dtype  # of new tensors
     after = {
-        name: TensorKind(target[name].shape, source[origin.name].dtype if origin.name else dtype)
+        name: TensorSpec(target[name].shape, source[origin.name].dtype if origin.name else dtype)
         for name, origin in origins.items()
     }
     return Conversion(source, after, origins, dropped)
 
 
 def _shared_origin(name: str, shared: Mapping[str, tuple[int, ...]]) -> Origin | None:
-    """Of a tensor of a shared expert that is made: the inner halves of ``shared`` experts, and zeros on the way out, so that it
-    adds nothing before it is trained; the gradient of those zeros is not zero."""
+    """The origin of a tensor of a new shared expert; None for any other. Its gate and up projections are those of the ``shared``
+    experts. Its down projection is zero, so that it adds nothing before training; the gradient of those zeros is not zero."""
     match = _SHARED_TENSOR.fullmatch(name)
     if match is None or match[1] not in shared:
-        return None  # not of a shared expert, or of one that is not made
+        return None
     layer, leaf = match.groups()
     if leaf == "w2":
         return Origin(None, zeros=True)
@@ -134,7 +139,7 @@ def _shared_origin(name: str, shared: Mapping[str, tuple[int, ...]]) -> Origin |
 
 def _origin(
     name: str,
-    source: Mapping[str, TensorKind],
+    source: Mapping[str, TensorSpec],
     slots: Mapping[tuple[str, str], tuple[int, ...]],
 ) -> Origin:
     match = _EXPERT_TENSOR.fullmatch(name)
@@ -146,11 +151,11 @@ def _origin(
 
 
 def _in_reading_order(
-    origins: dict[str, Origin], source: Mapping[str, TensorKind]
+    origins: dict[str, Origin], source: Mapping[str, TensorSpec]
 ) -> dict[str, Origin]:
-    """The same in the order of ``source``: what comes from one tensor is then read once. What is new comes last."""
-    place: dict[str | None, int] = {name: i for i, name in enumerate(source)}
-    return dict(sorted(origins.items(), key=lambda item: place.get(item[1].name, len(place))))
+    """The same in the order of ``source``, so that all slices of a tensor are taken in a single read. New tensors come last."""
+    index: dict[str | None, int] = {name: i for i, name in enumerate(source)}
+    return dict(sorted(origins.items(), key=lambda item: index.get(item[1].name, len(index))))
 
 
 def _check_missing(missing: list[str]) -> None:
@@ -168,8 +173,8 @@ def _check_missing(missing: list[str]) -> None:
 def _check_shape(
     name: str,
     origin: Origin,
-    source: Mapping[str, TensorKind],
-    target: Mapping[str, TensorKind],
+    source: Mapping[str, TensorSpec],
+    target: Mapping[str, TensorSpec],
 ) -> None:
     assert origin.name is not None
     needs = target[name].shape
@@ -178,3 +183,42 @@ def _check_shape(
             f"the checkpoint is of another model: {origin.name} has shape {source[origin.name].shape}, from which "
             f"{name} of shape {needs} cannot be made; {_REMEDY}"
         )
+
+
+# ---- as text -----------------------------------------------------------------------------------------------------------------
+
+
+def conversion_table(conversion: Conversion) -> str:
+    """Copied tensors by part of the model, others by name; then the number of parameters before and after."""
+    lines: dict[tuple[str, str], list[int]] = {}
+    for row in conversion.rows():
+        copied = row["what"] == "copied"
+        name = part_of(row["tensor"]) + ".*" if copied else row["tensor"]
+        line = lines.setdefault((row["what"], name), [0, 0])
+        line[0] += row["tensors"]
+        line[1] += row["parameters"]
+    totals = conversion.totals()
+    return (
+        _table(dict(sorted(lines.items(), key=lambda line: line[0][0])))
+        + f"\n\nparameters: {totals['before']:,} before, {totals['after']:,} after "
+        f"(copied {totals['copied']:,}, sliced {totals['sliced']:,}, new {totals['new']:,}, dropped {totals['dropped']:,})"
+    )
+
+
+def parts_table(specs: Mapping[str, TensorSpec]) -> str:
+    """Number of tensors and parameters in each part of a model."""
+    lines: dict[tuple[str, str], list[int]] = {}
+    for name, spec in specs.items():
+        line = lines.setdefault(("", part_of(name) + ".*"), [0, 0])
+        line[0] += 1
+        line[1] += spec.num_values
+    return _table(lines)
+
+
+def _table(lines: Mapping[tuple[str, str], list[int]]) -> str:
+    """(kind, name) -> tensors, parameters."""
+    first, second = (max(len(key[i]) for key in lines) for i in (0, 1))
+    return "\n".join(
+        f"  {what:{first + bool(first)}s}{name:{second}s}  x {tensors:<5d}{parameters:>16,}"
+        for (what, name), (tensors, parameters) in lines.items()
+    )

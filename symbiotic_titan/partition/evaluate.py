@@ -1,10 +1,7 @@
-"""How much of a model's understanding a partition keeps: expert counts before it, losses and in-group shares after it.
-
-Letters: L MoE layers, M modalities, E experts, T tokens, K experts per token.
-"""
+"""Running models to plan and to evaluate a partition: expert counts before it, a comparison with the original after it."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +34,7 @@ from symbiotic_titan.partition.apply import plan_of_checkpoint
 from symbiotic_titan.partition.plan import (
     Plan,
     check_layers,
+    percent,
 )
 from symbiotic_titan.partition.profile import (
     ModelIdentity,
@@ -46,11 +44,11 @@ from symbiotic_titan.partition.profile import (
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES, VIT
 from symbiotic_titan.weights.compatibility import absent_parts
-from symbiotic_titan.weights.reader import StoredModel
+from symbiotic_titan.weights.reader import CheckpointReader
 
 
 def moe_layers(model: nn.Module) -> dict[str, PartitionedMoE]:
-    """MoE layers by the name of their block, as in parameter names."""
+    """The MoE layers by the names of their blocks, e.g. layers.3."""
     named = {
         name: getattr(block, "moe", None)
         for name, block in model.get_submodule("layers").named_children()
@@ -58,13 +56,13 @@ def moe_layers(model: nn.Module) -> dict[str, PartitionedMoE]:
     return {f"layers.{name}": moe for name, moe in named.items() if moe is not None}
 
 
-def lacks_encoder(stored: StoredModel) -> bool:
-    """Whether the checkpoint has no image encoder: an untrained one then makes ViT tokens, and how they route is noise."""
-    return "vit" in absent_parts(stored.tensors)
+def lacks_encoder(reader: CheckpointReader) -> bool:
+    """Whether the checkpoint has no image encoder. ViT tokens then come from an untrained one, and their routing means nothing."""
+    return "vit" in absent_parts(reader.tensors)
 
 
 def describe_data(config: JobConfig, data: Data, split: str, num_rows: int) -> dict[str, Any]:
-    """What was read, for the readers of a report: where it came from, and what made tokens of it."""
+    """What was read, for readers of a report: the sources, and what turned them into tokens."""
     return {
         "split": split,
         "tokenizer": build_tokenizer(config).fingerprint,
@@ -86,7 +84,7 @@ def profile_model(
     data: dict[str, Any],
     ranks: DataRanks,
 ) -> Profile:
-    """Counts of every layer over ``batches``, of all processes; none of ViT where the checkpoint has no image encoder."""
+    """Expert counts of every layer over the ``batches`` of all processes; 0 for ViT if the checkpoint has no image encoder."""
     layers = moe_layers(loaded.model)
     if not layers:
         raise ValueError(f"model.flavor = {config.model.flavor!r} has no MoE layer to profile")
@@ -118,14 +116,14 @@ def profile_model(
 def text_losses(
     loaded: LoadedModel, config: JobConfig, batches: Iterable[PackedBatch], ranks: DataRanks
 ) -> dict[str, float]:
-    """``text`` and ``by_task/<task>_text`` losses and ``accuracy/<task>`` of the model over ``batches``, of all processes."""
+    """``text`` and ``by_task/<task>_text`` losses and ``accuracy/<task>`` over the ``batches`` of all processes."""
     return held_out_losses(
         loaded.model, batches, config.flow, autocast=loaded.autocast, sum_over_ranks=ranks.sum
     )
 
 
 class TokenShares:
-    """Counts tokens of which something holds, by layer and modality."""
+    """Counts the tokens that satisfy a condition, by layer and modality."""
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
         shape = (num_layers, NUM_MODALITIES)
@@ -138,7 +136,7 @@ class TokenShares:
             self._tokens_LM[layer, m] += (modality_T == m).sum()
 
     def shares(self, ranks: DataRanks) -> dict[str, list[float]]:
-        """Modality -> share of its tokens by layer, over all processes; without those of which there was no token."""
+        """Modality -> share of its tokens by layer, over all processes. Modalities without tokens are left out. A collective."""
         hits_LM, tokens_LM = ranks.sum(self._hits_LM).cpu(), ranks.sum(self._tokens_LM).cpu()
         return {
             name: (hits_LM[:, m].double() / tokens_LM[:, m]).tolist()
@@ -148,8 +146,8 @@ class TokenShares:
 
 
 class InsideShares(TokenShares):
-    """Counts, while an unpartitioned model runs, the tokens whose top-k all lie in the group that ``plan`` gives their modality:
-    the partitioned layer computes for them what this one does, but for how sums round."""
+    """Counts, while an unpartitioned model runs, the tokens whose top-k experts are all in the group that ``plan`` gives their
+    modality. For these the partitioned layer computes the same, up to rounding of sums."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__(len(plan.layers), device)
@@ -159,8 +157,8 @@ class InsideShares(TokenShares):
         self._owner_LE = group_of_slot_E[plan.order.argsort(-1)].to(device)
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Within it every forward of ``model`` is counted."""
+    def counting(self, model: nn.Module) -> Iterator[None]:
+        """Every forward of ``model`` inside the block is counted."""
         layers = moe_layers(model)
         check_layers(self.plan, layers)
         handles = [
@@ -179,14 +177,14 @@ class InsideShares(TokenShares):
         self.count(layer, inside_T, modality_T)
 
 
-# What a MoE layer is called with: tokens, their modalities, the shield's scale. And what it returns.
+# A MoE layer's arguments (tokens, their modalities, the shield's scale) and what it returns.
 _Arguments = tuple[Tensor, Tensor, Tensor]
 _Output = tuple[Tensor, RoutingRecord]
 
 
 class EqualShares(TokenShares):
-    """Counts the tokens for which ``layers`` of two models give the same bits where they get the same input: the second model's
-    layers are given what those of the first got. Inputs and outputs of one batch are kept on the CPU meanwhile."""
+    """Counts the tokens for which ``layers`` of two models give bitwise equal outputs for equal inputs: the second model's layers get
+    the inputs of the first model's. Inputs and outputs of one batch are kept on the CPU, as one model at a time is in memory."""
 
     def __init__(self, layers: Sequence[str], device: torch.device) -> None:
         super().__init__(len(layers), device)
@@ -195,7 +193,7 @@ class EqualShares(TokenShares):
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
-        """Within it the first model runs a batch."""
+        """Run one batch of the first model inside the block."""
         moes = moe_layers(model)
         handles = [
             moes[name].register_forward_hook(partial(self._keep, i))
@@ -206,7 +204,7 @@ class EqualShares(TokenShares):
 
     @contextmanager
     def comparing(self, model: nn.Module) -> Iterator[None]:
-        """Within it the second runs the same batch; what it gives is of no use."""
+        """Run the same batch of the second model inside the block. Its outputs are meaningless, as its layers' inputs are replaced."""
         moes = moe_layers(model)
         handles = []
         for i, name in enumerate(self._layers):
@@ -239,13 +237,14 @@ def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StepZeroReport:
-    """A checkpoint before its first step, on understanding data.
+    """A partitioned checkpoint before its first step, on understanding data.
 
-    columns:      model -> name -> loss or accuracy. The first is ``original`` where one was given, then ``partitioned``, then
-                  ``shared_only``: the partitioned model with its routed experts masked.
-    layers, inside: of the original, modality -> share by layer of tokens whose top-k stays inside the plan's group.
-    equal:        modality -> share by layer of tokens for which the partitioned layer, given the original's input, gives the
-                  original's bits; of the first batch.
+    columns  model -> name -> loss or accuracy, for the models ``original`` (if given), ``partitioned``, and ``shared_only``, the
+             partitioned model with its routed experts masked.
+    layers   names of the layers of the next two.
+    inside   modality -> share by layer of the original's tokens whose top-k experts are all in the plan's group.
+    equal    modality -> share by layer of tokens for which the partitioned layer, given the original's input, gives bitwise the
+             original's output; first batch only.
     """
 
     data: dict[str, Any]
@@ -267,12 +266,12 @@ class StepZeroReport:
 
 
 def unpartitioned(config: JobConfig) -> JobConfig:
-    """The config of the model that ``config`` partitions: one pool, with the flavor's shared expert."""
+    """The config of the model that ``config`` partitions: one pool of experts, with the flavor's shared expert."""
     config = copy.deepcopy(config)
     config.experts.partition = {}
     config.experts.shared = True
     config.experts.new_shared_experts = 0
-    config.shielding = Shielding()  # there may be nothing to shield
+    config.shielding = Shielding()  # one pool may have nothing to shield
     return config
 
 
@@ -286,8 +285,11 @@ def step_zero_report(
     split: str | None = None,
     num_batches: int,
 ) -> StepZeroReport:
-    """Compare ``checkpoint`` with the checkpoint ``original`` that it was made from, on the same rows. One model at a time is in
-    memory. ``original_config`` None: ``config`` without its partition; ``split`` None: held-out sources where there are some.
+    """Compare ``checkpoint`` with the checkpoint ``original`` that it was made from, on the same batches. One model at a time is in
+    memory. A collective.
+
+    original_config  None: ``config`` without its partition.
+    split            None: validation where the config has validation sources, else train.
 
     Raises:
         ValueError: a checkpoint is not of its config's model, or there is no understanding source.
@@ -309,7 +311,7 @@ def step_zero_report(
     equal = EqualShares(plan.layers, ranks.device) if plan and original else None
     if original is not None:
         before = LoadedModel(original_config or unpartitioned(config), original, ranks)
-        with inside.watching(before.model) if inside else nullcontext():
+        with inside.counting(before.model) if inside else nullcontext():
             columns["original"] = losses_of(before)
         with equal.recording(before.model) if equal else nullcontext():
             run_one_batch(before)
@@ -330,3 +332,33 @@ def step_zero_report(
         inside=inside.shares(ranks) if inside else {},
         equal=equal.shares(ranks) if equal else {},
     )
+
+
+def step_zero_table(
+    columns: Mapping[str, Mapping[str, float]],
+    differences: Mapping[str, float],
+    layers: Sequence[str],
+    inside: Mapping[str, Sequence[float]],
+    equal: Mapping[str, Sequence[float]],
+) -> str:
+    """The fields of a StepZeroReport as text."""
+    lines = ["  " + " " * 22 + "".join(name.rjust(14) for name in columns) + "    difference"]
+    for name in dict.fromkeys(name for values in columns.values() for name in values):
+        cells = "".join(f"{values[name]:14.4f}" for values in columns.values())
+        end = f"{100 * differences[name]:+12.2f} %" if name in differences else ""
+        lines.append(f"  {name:22s}{cells}{end}")
+    for what, shares in (
+        ("whose top-k stays inside the group", inside),
+        ("for which a layer gives the original's bits for its input (first batch)", equal),
+    ):
+        if shares:
+            lines += [f"\nshare of tokens {what}", *_shares_by_layer(layers, shares)]
+    return "\n".join(lines)
+
+
+def _shares_by_layer(layers: Sequence[str], shares: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    rows = [(layer, [values[i] for values in shares.values()]) for i, layer in enumerate(layers)]
+    rows.append(("mean", [sum(values) / len(values) for values in shares.values()]))
+    for label, row in rows:
+        cells = "  ".join(f"{n} {percent(v):>8s}" for n, v in zip(shares, row, strict=True))
+        yield f"  {label:10s} {cells}"

@@ -1,13 +1,6 @@
-"""Which experts of each layer go to which group: rules that turn a profile into a partition plan.
+"""Partition plans: made from a profile by a rule, saved as a file, applied to a checkpoint; and how much routing a plan retains."""
 
-A rule gets counts (L, M, E) and the groups, and returns an order (L, E): for each layer the original number of the expert in
-each slot, the first group's slots first. A third party registers its own in ``PARTITION_RULES``. A rule may draw random numbers
-from torch's global generator, which is seeded before it runs.
-
-Letters: L MoE layers, M modalities, E experts, G groups, S experts of which a shared one is made.
-"""
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,121 +16,11 @@ from symbiotic_titan.partition.profile import (
     Profile,
     check_layer_names,
 )
-from symbiotic_titan.registry import Registry
-from symbiotic_titan.sequence.modality import MODALITY_NAMES, TEXT, VIT, modality_ids
+from symbiotic_titan.partition.rules import PARTITION_RULES, Groups, most_used
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, modality_ids
 from symbiotic_titan.weights.reader import some_of
 
 KIND = "partition plan"
-
-Groups = Sequence[ExpertGroup]
-PartitionRule = Callable[[Tensor, Groups], Tensor]
-
-PARTITION_RULES: Registry[PartitionRule] = Registry("experts.partition_rule")
-
-
-# ---- rules ----------------------------------------------------------------------------------------------------------------
-
-
-def cumulative(counts_LME: Tensor, groups: Groups) -> Tensor:
-    """The paper's rule (arXiv 2604.07753): experts ranked by how often text and ViT tokens choose them, together. Often is a share
-    of the modality's choices, so that the ranking does not depend on how many tokens of each were profiled. Groups without text
-    and ViT get the least used. Where text and ViT have a group each, the rest is divided so that the shares kept inside the right
-    group are most."""
-    shares_LME = _shares(counts_LME)
-    return _order(_owners(shares_LME[:, TEXT] + shares_LME[:, VIT], shares_LME, groups), groups)
-
-
-def cumulative_counts(counts_LME: Tensor, groups: Groups) -> Tensor:
-    """As ``cumulative``, by counts: the modality with more tokens in the profile weighs more."""
-    return _order(_owners(counts_LME[:, TEXT] + counts_LME[:, VIT], counts_LME, groups), groups)
-
-
-def per_modality_max(counts_LME: Tensor, groups: Groups) -> Tensor:
-    """As ``cumulative``, but an expert ranks by its share of the modality that it serves most, not by the sum: specialists come
-    before those that serve both a little."""
-    shares_LME = _shares(counts_LME)
-    understanding_LE = torch.maximum(shares_LME[:, TEXT], shares_LME[:, VIT])
-    return _order(_owners(understanding_LE, shares_LME, groups), groups)
-
-
-def balanced(counts_LME: Tensor, groups: Groups) -> Tensor:
-    """The groups of ``cumulative``, each ordered for expert parallelism: its ranks, which own contiguous equal ranges, get about
-    equal load. Exact ranges are those of degrees 2, 4 .. and further products of the size's prime factors in ascending order."""
-    order_LE = cumulative(counts_LME, groups)
-    sizes = [group.num_experts for group in groups]
-    for layer, row_E in enumerate(order_LE):
-        parts = []
-        for group, experts_E in zip(groups, row_E.split(sizes), strict=True):
-            load_E = counts_LME[layer, list(group.modalities)].sum(0)
-            parts += _spread_load(experts_E.tolist(), load_E.tolist())
-        order_LE[layer] = torch.tensor(parts)
-    return order_LE
-
-
-def random(counts_LME: Tensor, groups: Groups) -> Tensor:
-    """A control: groups drawn by lot, another in every layer."""
-    num_layers, _, num_experts = counts_LME.shape
-    lot_LE = torch.stack([torch.randperm(num_experts) for _ in range(num_layers)])
-    sizes = torch.tensor([group.num_experts for group in groups])
-    bounds_G = sizes.cumsum(0)
-    return _order(torch.bucketize(lot_LE, bounds_G, right=True), groups)
-
-
-def _shares(counts_LME: Tensor) -> Tensor:
-    """Counts as shares of their modality's choices in the layer. float64: as exact as the counts, so ties stay ties."""
-    return counts_LME.double() / counts_LME.sum(-1, keepdim=True).clamp(min=1)
-
-
-def _owners(understanding_LE: Tensor, usage_LME: Tensor, groups: Groups) -> Tensor:
-    """(L, E) group of each expert. Groups that hold neither text nor ViT take the experts with the least understanding use; what
-    is left goes to the group of text and ViT, or is cut where text's lead over ViT ends (the best cut of two groups)."""
-    owner_LE = torch.full(understanding_LE.shape, -1)
-    serves = [bool({TEXT, VIT} & set(group.modalities)) for group in groups]
-    # Descending and stable: of equally used experts the lower number counts as more used.
-    ranked_LE = understanding_LE.argsort(dim=-1, descending=True, stable=True)
-    end = ranked_LE.shape[1]
-    for g in range(len(groups) - 1, -1, -1):
-        if not serves[g]:
-            start = end - groups[g].num_experts
-            owner_LE.scatter_(1, ranked_LE[:, start:end], g)
-            end = start
-    first, *second = [g for g in range(len(groups)) if serves[g]]
-    rest_LE = ranked_LE[:, :end].sort(dim=-1).values
-    if second:
-        own = usage_LME[:, list(groups[first].modalities)].sum(1)
-        other = usage_LME[:, list(groups[second[0]].modalities)].sum(1)
-        lead = (own - other).gather(1, rest_LE)
-        rest_LE = rest_LE.gather(1, lead.argsort(dim=-1, descending=True, stable=True))
-        owner_LE.scatter_(1, rest_LE[:, groups[first].num_experts :], second[0])
-    owner_LE.scatter_(1, rest_LE[:, : groups[first].num_experts], first)
-    return owner_LE
-
-
-def _order(owner_LE: Tensor, groups: Groups) -> Tensor:
-    """(L, E) experts by group, inside a group in their original order."""
-    return owner_LE.argsort(dim=-1, stable=True)
-
-
-def _spread_load(experts: list[int], load: list[int]) -> list[int]:
-    """``experts`` reordered so that equal contiguous parts have about equal load: the busiest first to the part that has least and
-    room, then the same inside every part. Experts that nobody uses keep their order."""
-    size = len(experts)
-    if size <= 1:
-        return experts
-    num_parts = next(d for d in range(2, size + 1) if size % d == 0)
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
-    for expert in sorted(experts, key=lambda e: -load[e]):
-        open_parts = [part for part in parts if len(part) < size // num_parts]
-        min(open_parts, key=lambda part: sum(load[e] for e in part)).append(expert)
-    return [expert for part in parts for expert in _spread_load(sorted(part), load)]
-
-
-for _rule in (cumulative, cumulative_counts, per_modality_max, balanced, random):
-    PARTITION_RULES.register(_rule.__name__, _rule)
-
-
-# ---- plans ----------------------------------------------------------------------------------------------------------------
-
 
 _KEYS = ("model", "rule", "seed", "groups", "layers", "order")
 
@@ -146,8 +29,8 @@ _KEYS = ("model", "rule", "seed", "groups", "layers", "order")
 class Plan:
     """A partition of one model's experts.
 
-    order (L, E) int64   original number of the expert in each slot, groups one after the other.
-    shared (L, S) int64  experts of which each layer's new shared expert is made, none if there is no such; they keep their slots.
+    order (L, E) int64   for each MoE layer, the original index of the expert in each slot, group after group.
+    shared (L, S) int64  the S experts that each layer's new shared expert is made from, S = 0 for none. They keep their slots too.
     """
 
     model: ModelIdentity
@@ -190,7 +73,7 @@ class Plan:
             groups = tuple(_group(name, row) for name, row in values["groups"].items())
             layers = tuple(values["layers"])
             order = _table("order", values["order"])
-            # Nothing, also in plans older than the key: no shared expert is made.
+            # Plans older than the key make no shared expert.
             shared = _table("shared", values.get("shared") or [[]] * len(layers))
             plan = cls(model, values["rule"], values["seed"], groups, layers, order, shared)
         except (RuntimeError, ValueError) as error:  # torch: a number that is too large
@@ -205,7 +88,7 @@ class Plan:
         return plan
 
     def save(self, path: Path, extra: dict[str, Any]) -> None:
-        """Write the plan, with what ``extra`` says about it."""
+        """Write the plan; ``extra`` is stored with it, for readers of the file."""
         write_json(path, KIND, {**extra, **self.values()})
 
     @classmethod
@@ -227,30 +110,30 @@ def _group(name: str, row: Any) -> ExpertGroup:
 
 
 def _table(key: str, rows: Any) -> Tensor:
-    """(L, any) integers."""
+    """(L, S or E) int64."""
     check_value(key, rows, list[list[int]])
     return torch.tensor(rows, dtype=torch.int64)
 
 
 def check_layers(plan: Plan, layers: Iterable[str]) -> None:
-    """Pass if ``layers`` are those that ``plan`` divides.
+    """Pass if ``layers`` are those that ``plan`` partitions.
 
     Raises:
-        ValueError: it is of others.
+        ValueError: they differ.
     """
     has, needs = set(plan.layers), set(layers)
     if has != needs:
         raise ValueError(
-            f"the plan is of other layers than the model: {some_of(sorted(has ^ needs))} have experts in one of the two only; make "
+            f"the plan is of other layers than the model: {some_of(sorted(has ^ needs))} have experts in only one of the two; make "
             "a plan with this config"
         )
 
 
 def check_order(order_LE: Any, shape: tuple[int, int], where: str) -> None:
-    """Pass if every row holds every expert once.
+    """Pass if every row of an order contains every expert once.
 
     Raises:
-        ValueError: begins with ``where``.
+        ValueError: it does not; the message begins with ``where``.
     """
     if not isinstance(order_LE, Tensor) or order_LE.is_floating_point():
         raise ValueError(
@@ -271,13 +154,13 @@ def check_order(order_LE: Any, shape: tuple[int, int], where: str) -> None:
 def make_plan(
     profile: Profile, groups: Groups, rule: str, seed: int = 0, num_shared: int = 0
 ) -> Plan:
-    """The plan that ``rule`` makes of ``profile``, with the ``num_shared`` experts of each layer that text and ViT use most for a
-    new shared expert.
+    """The plan that ``rule`` makes from ``profile``. The ``num_shared`` experts of each layer that text and ViT use most make its new
+    shared expert.
 
     Raises:
-        ValueError: an unknown rule, a rule whose result is no order, or a profile of other experts than ``groups`` divide.
+        ValueError: an unknown rule, a rule that returns no valid order, or a profile with another number of experts than ``groups``.
     """
-    check_profile_fits(profile, groups)
+    _check_profile(profile, groups)
     counts_LME = profile.counts.clone()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -290,29 +173,8 @@ def make_plan(
     )
 
 
-def most_used(counts_LME: Tensor, number: int) -> Tensor:
-    """(L, number) experts with the largest share of text's and ViT's choices together, in ascending order.
-
-    Raises:
-        ValueError: there are not so many experts.
-    """
-    num_experts = counts_LME.shape[-1]
-    if number > num_experts:
-        raise ValueError(
-            f"experts.new_shared_experts: must be at most the {num_experts} experts of a layer, got {number}"
-        )
-    shares_LME = _shares(counts_LME)
-    use_LE = shares_LME[:, TEXT] + shares_LME[:, VIT]
-    ranked_LE = use_LE.argsort(dim=-1, descending=True, stable=True)
-    return ranked_LE[:, :number].sort(dim=-1).values
-
-
-def check_profile_fits(profile: Profile, groups: Groups) -> None:
-    """Pass if the profile is of an unpartitioned model with as many experts as the groups hold.
-
-    Raises:
-        ValueError: says what differs.
-    """
+def _check_profile(profile: Profile, groups: Groups) -> None:
+    """Pass if the profile is of an unpartitioned model with as many experts as the groups."""
     if set(profile.model.groups) != {"all"}:
         raise ValueError(
             f"the profile is of a model that is partitioned into {', '.join(profile.model.groups)}; "
@@ -327,39 +189,71 @@ def check_profile_fits(profile: Profile, groups: Groups) -> None:
 
 
 @dataclass(frozen=True)
-class KeptMass:
-    """Shares of a modality's choices that go to experts of its own group: mean over layers, the worst layer, and what a split by
-    lot keeps on average. None for a modality that was not profiled."""
+class RetainedRoutingMass:
+    """Share of a modality's choices that go to experts of its own group: mean over layers, the worst layer, and the expectation for
+    random groups of the same sizes. None for a modality that was not profiled."""
 
     modality: str
     mean: float | None
     worst: float | None
     worst_layer: str | None
-    by_lot: float
+    random_baseline: float
+
+    def values(self) -> dict[str, Any]:
+        """JSON-able, with the keys of a plan file."""
+        values = dict(vars(self))
+        return {**values, "by_lot": values.pop("random_baseline")}
 
 
-def kept_mass(profile: Profile, plan: Plan) -> list[KeptMass]:
-    """How much of each modality's routing the plan keeps inside the modality's group."""
+def retained_routing_mass(profile: Profile, plan: Plan) -> list[RetainedRoutingMass]:
+    """How much of each modality's routing stays inside the modality's group, in the order of the modalities."""
     num_experts = profile.counts.shape[-1]
     ordered_LME = profile.counts.gather(2, plan.order.unsqueeze(1).expand_as(profile.counts))
     parts = ordered_LME.double().split([group.num_experts for group in plan.groups], dim=-1)
     rows = []
     for group, part_LME in zip(plan.groups, parts, strict=True):
+        baseline = group.num_experts / num_experts
         for m in group.modalities:
             total_L = profile.counts[:, m].sum(-1)
-            name, by_lot = MODALITY_NAMES[m], group.num_experts / num_experts
             if not bool(total_L.all()):
-                rows.append(KeptMass(name, None, None, None, by_lot))
+                rows.append(RetainedRoutingMass(MODALITY_NAMES[m], None, None, None, baseline))
                 continue
             share_L = part_LME[:, m].sum(-1) / total_L
             worst = int(share_L.argmin())
-            rows.append(
-                KeptMass(
-                    name,
-                    float(share_L.mean()),
-                    float(share_L[worst]),
-                    profile.layers[worst],
-                    by_lot,
-                )
-            )
+            mean, least = float(share_L.mean()), float(share_L[worst])
+            layer = profile.layers[worst]
+            rows.append(RetainedRoutingMass(MODALITY_NAMES[m], mean, least, layer, baseline))
     return sorted(rows, key=lambda row: MODALITY_NAMES.index(row.modality))
+
+
+def retained_mass_table(plan: Plan, retained: list[RetainedRoutingMass]) -> str:
+    """How much of each modality's routing a plan retains, as text."""
+    groups = " + ".join(f"{group.name} {group.num_experts}" for group in plan.groups)
+    lines = [
+        f"{groups} experts in {len(plan.layers)} layers by the rule {plan.rule!r}\n",
+        "routed mass that stays inside the modality's group",
+    ]
+    for row in retained:
+        where = f" ({row.worst_layer})" if row.worst_layer else ""
+        lines.append(
+            f"  {row.modality:5s} mean over layers {percent(row.mean):>8s}   worst {percent(row.worst):>8s}{where}"
+            f"   at random {percent(row.random_baseline):>8s}"
+        )
+    return "\n".join(lines)
+
+
+def worse_than_random(retained: list[RetainedRoutingMass]) -> str | None:
+    """A warning where a plan retains less than random groups would, else None."""
+    worse = [
+        row.modality for row in retained if row.mean is not None and row.mean < row.random_baseline
+    ]
+    if not worse:
+        return None
+    return (
+        f"random groups would retain more of {', '.join(worse)}; try another --rule: "
+        f"{', '.join(PARTITION_RULES)}"
+    )
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

@@ -1,7 +1,6 @@
-"""How often each expert of a model is chosen by the tokens of each modality: what a partition is planned from.
+"""Expert profiles: how often the tokens of each modality choose each expert. Partitions are planned from them.
 
-The paper's expert role analysis (arXiv 2604.07753): imbalance, deviation, and how far text and ViT agree on experts.
-Letters: L MoE layers, M modalities, E experts.
+Statistics as in the paper's expert role analysis (arXiv 2604.07753): imbalance, deviation, and which experts text and ViT share.
 """
 
 import re
@@ -22,11 +21,11 @@ from symbiotic_titan.moe.routing_metrics import (
     top_overlap,
 )
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, TEXT, VIT
-from symbiotic_titan.weights.reader import StoredModel
+from symbiotic_titan.weights.reader import CheckpointReader
 
 KIND = "expert profile"
 
-# Below this many choices per expert the order of experts is noise: a count of 100 has a standard error of 10 %.
+# With fewer choices per expert, ranks are mostly noise: a count of 100 has a standard error of 10 %.
 ENOUGH_PER_EXPERT = 100
 
 
@@ -34,8 +33,8 @@ ENOUGH_PER_EXPERT = 100
 class ModelIdentity:
     """Which model was profiled.
 
-    routers: hash of all router weights; two models that choose experts alike have the same.
-    groups:  experts by group; a model that is not partitioned has one group, ``all``.
+    routers  hash of all router weights and selection biases.
+    groups   group -> number of experts; an unpartitioned model has one group, ``all``.
     """
 
     flavor: str
@@ -55,7 +54,7 @@ class ModelIdentity:
 
 
 def check_layer_names(names: Any) -> None:
-    """Pass if ``names`` are those of layers, each once; ValueError else."""
+    """Pass if ``names`` are distinct names of layers; ValueError otherwise."""
     check_value("layers", names, list[str])
     wrong = [name for name in names if not re.fullmatch(r"layers\.\d+", name)]
     if wrong or len(set(names)) < len(names):
@@ -64,12 +63,12 @@ def check_layer_names(names: Any) -> None:
 
 @dataclass(frozen=True)
 class Profile:
-    """Counts of a run over data.
+    """Expert counts of a model over data.
 
     layers (L,)              names of the MoE layers, as in parameter names.
-    counts (L, M, E) int64   assignments; a token makes top_k of them.
-    tokens                   modality -> tokens that were read.
-    data                     what was read, for the reader of the file.
+    counts (L, M, E) int64   choices per layer, modality and expert; every token makes top_k.
+    tokens                   modality -> number of tokens that were read.
+    data                     what was read, for readers of the file.
     """
 
     model: ModelIdentity
@@ -118,17 +117,17 @@ class Profile:
         return cls(model, tuple(values["layers"]), counts, values["tokens"], values["data"])
 
 
-def router_hash(stored: StoredModel) -> str:
-    """Identifies how a stored model chooses experts: its routers' weights and selection biases."""
+def router_hash(reader: CheckpointReader) -> str:
+    """A hash of a model's router weights and selection biases, which tells models apart whose experts differ."""
     digest = sha256()
-    for name in sorted(name for name in stored.tensors if ".moe.router." in name):
+    for name in sorted(name for name in reader.tensors if ".moe.router." in name):
         digest.update(name.encode())
-        digest.update(stored.read(name).float().numpy().tobytes())
+        digest.update(reader.read(name).float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def too_few_tokens(profile: Profile) -> str | None:
-    """A warning where text or ViT was profiled with too few tokens to rank experts, or with none, else None."""
+    """A warning if the profile has no, or too few, text or ViT tokens to rank experts; else None."""
     num_experts = profile.counts.shape[-1]
     needed = -(-ENOUGH_PER_EXPERT * num_experts // profile.model.top_k)
     read = {MODALITY_NAMES[m]: profile.tokens.get(MODALITY_NAMES[m], 0) for m in (TEXT, VIT)}
@@ -148,8 +147,8 @@ def too_few_tokens(profile: Profile) -> str | None:
 
 
 def layer_statistics(profile: Profile) -> list[dict[str, Any]]:
-    """Per layer: imbalance ratio and relative standard deviation of the counts of text and ViT, and how many experts are among the
-    most (least) used of both. What cannot be measured, for want of tokens, is None."""
+    """Per layer: imbalance ratio and relative standard deviation of text's and ViT's counts, and how many experts are among the most
+    (least) used of both. None where a modality has no tokens."""
     counts_LME, names = profile.counts, MODALITY_NAMES
     k = overlap_size(counts_LME.shape[-1])
     imbalance_LM, deviation_LM = imbalance_ratio(counts_LME), relative_deviation(counts_LME)

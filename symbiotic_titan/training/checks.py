@@ -20,7 +20,7 @@ from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
 from symbiotic_titan.optim.shield_schedule import check_schedule
 from symbiotic_titan.parallel.float8 import check_converters, check_float8
-from symbiotic_titan.partition.plan import PARTITION_RULES
+from symbiotic_titan.partition.rules import PARTITION_RULES
 from symbiotic_titan.sequence.geometry import ImageGeometry
 
 

@@ -1,10 +1,12 @@
-"""What is wrong with a checkpoint on disk.
+"""Which checkpoints on disk are complete, and what is wrong with the others.
 
-A distributed checkpoint's ``.metadata`` is written last and lists every file with the byte ranges that it holds, so a
-save that was cut off, or a file that was lost or truncated afterwards, can be told without reading tensors.
+A distributed checkpoint's ``.metadata`` is written last and lists every file with the byte ranges in it. A save that was cut off, and
+a file that was lost or truncated later, are therefore found without reading tensors. A save into a folder that already contains a
+checkpoint would go unnoticed, so damaged folders are renamed before training goes on.
 """
 
 import pickle
+import re
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -12,13 +14,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None if every file it lists is there in full length."""
+    """What is wrong with a checkpoint folder; None if every file that it lists exists in full length."""
     if not (folder / ".metadata").is_file():
         return "it has no .metadata: the save did not finish"
     try:
         metadata: Metadata = FileSystemReader(folder).read_metadata()
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
         return f"its .metadata cannot be read ({type(error).__name__})"
+    # Only lengths are compared: a checksum would mean reading terabytes before every resume.
     needed: dict[str, int] = {}
     for info in (metadata.storage_data or {}).values():
         end = info.offset + info.length
@@ -30,3 +33,72 @@ def damage_of(folder: Path) -> str | None:
         if path.stat().st_size < length:
             return f"its file {name} has {path.stat().st_size} bytes instead of {length}"
     return None
+
+
+def check_complete(folder: Path, key: str, remedy: str) -> None:
+    """Pass if the folder that the config names by ``key`` is a complete checkpoint.
+
+    Raises:
+        ValueError: the folder does not exist, or is damaged.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{key}: no such folder: {folder}; {remedy}")
+    damage = damage_of(folder)
+    if damage is not None:
+        raise ValueError(f"{key}: checkpoint {folder} is not complete: {damage}; {remedy}")
+
+
+def step_of(folder: Path) -> int | None:
+    """The step number of a folder named ``step-N``, else None."""
+    match = re.fullmatch(r"step-(\d+)", folder.name)
+    return int(match.group(1)) if match else None
+
+
+def newest_complete_step(folder: Path) -> tuple[int, dict[Path, str]]:
+    """(the newest step with a complete checkpoint, or -1; the damaged checkpoints after it and what is wrong with each)."""
+    damaged: dict[Path, str] = {}
+    candidates = [path for path in folder.iterdir() if step_of(path) is not None]
+    for path in sorted(candidates, key=lambda p: step_of(p) or 0, reverse=True):
+        damage = damage_of(path)
+        if damage is None:
+            return step_of(path) or 0, damaged
+        damaged[path] = damage
+    return -1, damaged
+
+
+def choose_step(folder: Path) -> tuple[int, dict[Path, str]]:
+    """As ``newest_complete_step``, for a run that must not silently start from scratch.
+
+    Raises:
+        ValueError: there are checkpoints, but none is complete.
+    """
+    step, damaged = newest_complete_step(folder)
+    if step == -1 and damaged:
+        path, damage = next(iter(damaged.items()))
+        raise ValueError(
+            f"no checkpoint in {folder} is complete ({path.name}: {damage}); remove the folder to start anew, "
+            "or choose another job.dump_folder"
+        )
+    return step, damaged
+
+
+def find_checkpoint(path: Path | str, subfolder: str) -> Path:
+    """``path``, or its newest complete checkpoint if it is the folder of a run or of a run's checkpoints.
+
+    Raises:
+        ValueError: there are checkpoints, but none is complete.
+    """
+    path = Path(path)
+    for folder in (path / subfolder, path):
+        if folder.is_dir() and any(step_of(child) is not None for child in folder.iterdir()):
+            return folder / f"step-{choose_step(folder)[0]}"
+    return path
+
+
+def rename_damaged(path: Path) -> Path:
+    """Rename ``step-N`` to ``damaged-N`` (or the next free name), so that nothing resumes from it or saves into it."""
+    base = path.with_name(f"damaged-{step_of(path)}")
+    target, number = base, 2
+    while target.exists():
+        target, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path.rename(target)

@@ -1,7 +1,7 @@
-"""Tensors of a distributed checkpoint, read one at a time and written one at a time: the model is never whole in memory.
+"""Distributed checkpoints, read and written tensor by tensor: the model is never whole in memory.
 
-A checkpoint is a folder that torch.distributed.checkpoint wrote on any number of ranks. The model's tensors lie in it under
-their bare names, whether the folder holds a whole training state or the model alone.
+A checkpoint is a folder written by torch.distributed.checkpoint on any number of ranks. The model's tensors have their bare names
+in it, whether or not it has training state too.
 """
 
 import warnings
@@ -20,25 +20,25 @@ from torch.distributed.checkpoint.planner import WriteItem
 from symbiotic_titan.weights.damage import damage_of
 from symbiotic_titan.weights.new_folder import new_folder
 from symbiotic_titan.weights.reader import (
-    TensorKind,
+    TensorSpec,
     some_of,
     total_bytes,
 )
 
-# What a training checkpoint holds besides the model.
+# Prefixes of what a training checkpoint has besides the model.
 _TRAINING_STATE = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
 
 
 @contextmanager
 def _single_process():
-    """torch warns when one process saves or loads by itself, which is what happens here on purpose."""
+    """Silences torch's warning that a single process saves or loads, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
         yield
 
 
 class _CachedReader(FileSystemReader):
-    """Reads the metadata once; a training checkpoint's can be large, and every tensor's load asks for it."""
+    """Reads the metadata once: a training checkpoint's can be large, and dcp.load reads it anew for every tensor."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -49,10 +49,10 @@ class _CachedReader(FileSystemReader):
 
 
 class DistributedCheckpoint:
-    """The model part of a distributed checkpoint: a ``StoredModel``.
+    """The model in a distributed checkpoint: a ``CheckpointReader``.
 
     Raises:
-        ValueError: the folder is no distributed checkpoint, or not a complete one.
+        ValueError: the folder is not a distributed checkpoint, or an incomplete one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,31 +61,29 @@ class DistributedCheckpoint:
         damage = damage_of(folder)
         if not (folder / ".metadata").is_file() and any(folder.glob("step-*")):
             damage = "it is a folder of checkpoints; name one of them"
-        if damage is None and not (folder / ".metadata").is_file():
-            damage = "it is not a distributed checkpoint"
         if damage is not None:
             raise ValueError(f"checkpoint {folder}: {damage}")
         self.folder = folder
         self._reader = _CachedReader(folder)
-        self.tensors: Mapping[str, TensorKind] = {
-            name: TensorKind(tuple(entry.size), entry.properties.dtype)
+        self.tensors: Mapping[str, TensorSpec] = {
+            name: TensorSpec(tuple(entry.size), entry.properties.dtype)
             for name, entry in self._reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not name.startswith(_TRAINING_STATE)
         }
 
     def read(self, name: str) -> torch.Tensor:
-        kind = self.tensors[name]
-        tensors = {name: torch.empty(kind.shape, dtype=kind.dtype)}
+        spec = self.tensors[name]
+        tensors = {name: torch.empty(spec.shape, dtype=spec.dtype)}
         self.read_into(tensors)
         return tensors[name]
 
     def read_into(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """As ``StoredModel.read_into``; ValueError where a file's bytes are damaged."""
+        """See ``CheckpointReader``. Raises ValueError where a file's bytes are damaged."""
         self._load(dict(tensors))
 
     @property
     def step(self) -> int | None:
-        """The training step it was saved at; None where it holds the model alone."""
+        """The training step of the checkpoint; None if it has no training state."""
         if "train_state.step" not in self._reader.read_metadata().state_dict_metadata:
             return None
         state = {"train_state.step": 0}
@@ -97,11 +95,11 @@ class DistributedCheckpoint:
             with _single_process():
                 dcp.load(state, storage_reader=self._reader, no_dist=True)
         except CheckpointException as error:
-            if len(state) > 1:  # one at a time, which tells the damaged file
+            if len(state) > 1:  # again one by one, to find the damaged file
                 for name, value in state.items():
                     self._load({name: value})
-            places = self._reader.read_metadata().storage_data or {}
-            files = {place.relative_path for index, place in places.items() if index.fqn in state}
+            storage = self._reader.read_metadata().storage_data or {}
+            files = {info.relative_path for index, info in storage.items() if index.fqn in state}
             cause, _ = next(iter(error.failures.values()))
             raise ValueError(
                 f"checkpoint {self.folder}: {some_of(sorted(files))} cannot be read, its bytes are damaged "
@@ -110,7 +108,7 @@ class DistributedCheckpoint:
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Asks for a tensor's values at the moment that they are written."""
+    """Computes a tensor's values only when they are written: the state given to dcp.save has meta tensors."""
 
     def __init__(self, value: Callable[[str], torch.Tensor]) -> None:
         super().__init__()
@@ -125,7 +123,7 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """The disk's error that led to ``error``, if one did: torch.save ends in another while it handles that of the file."""
+    """The disk's error that caused ``error``, if any: torch.save raises another one while it handles the first."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
@@ -133,7 +131,7 @@ def _disk_error(error: BaseException | None) -> OSError | None:
 
 def write_model(
     folder: Path,
-    tensors: Mapping[str, TensorKind],
+    tensors: Mapping[str, TensorSpec],
     value: Callable[[str], torch.Tensor],
     finish: Callable[[Path], None] = lambda folder: None,
     *,
@@ -142,16 +140,17 @@ def write_model(
 ) -> None:
     """Write a checkpoint of ``tensors``; ``value(name)`` is called for each in order, just before it is written.
 
-    ``finish`` adds its own files to the folder, of ``finish_bytes`` but for small ones; the folder is renamed when all is written, so
-    ``folder`` never looks complete before it is. One file per tensor: torch keeps a file's tensors in memory until the file is closed.
+    ``finish`` adds its own files to the folder, about ``finish_bytes``. The folder gets its name when all is written, so it never
+    looks complete before it is.
 
     Raises:
         ValueError: ``folder`` exists, or the disk has no room for it.
-        OSError: the disk is full, or the like.
+        OSError: writing failed.
     """
-    state = {name: kind.placeholder() for name, kind in tensors.items()}
+    state = {name: spec.placeholder() for name, spec in tensors.items()}
     size = total_bytes(tensors.values()) + finish_bytes
     with new_folder(folder, overwrite=overwrite, num_bytes=size) as unfinished:
+        # One file per tensor: torch keeps the tensors of a file in memory until the file is closed.
         writer = FileSystemWriter(unfinished, single_file_per_rank=False, thread_count=1)
         planner = _StreamingPlanner(value)
         try:

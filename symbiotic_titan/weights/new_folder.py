@@ -1,17 +1,18 @@
-"""A folder that is written whole or not at all, and replaced only if it was written here."""
+"""Output folders: written completely or not at all, never inside what is being read, and replaced only if we wrote them."""
 
 import glob
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from symbiotic_titan.config.files import read_json, write_json
 
-# Below every folder that was written here: what lies in it. A release has all that ours have but this, and it may be the only copy.
-MARK = ".symbiotic_titan"
+# In every folder that we write: the list of its files. A downloaded release lacks it, so --overwrite never deletes one, which may be
+# the only copy.
+MANIFEST = ".symbiotic_titan"
 _KIND = "list of what was written"
 
 
@@ -19,7 +20,7 @@ def check_target(folder: Path, *, overwrite: bool, num_bytes: int = 0) -> None:
     """Pass if a checkpoint of ``num_bytes`` may be written to ``folder``.
 
     Raises:
-        ValueError: it exists and must not be overwritten, or is not all of our making, or the disk has no room.
+        ValueError: it exists and ``overwrite`` is off, or contains files that we did not write, or the disk has no room.
     """
     if os.path.lexists(folder):
         if not overwrite:
@@ -35,16 +36,36 @@ def check_target(folder: Path, *, overwrite: bool, num_bytes: int = 0) -> None:
         )
 
 
+def check_apart(out: Path, sources: Iterable[Path | str | None], option: str = "--out") -> None:
+    """Pass if writing ``out`` cannot touch ``sources``, the files and folders that a command reads (None: not given).
+
+    Raises:
+        ValueError: one of them is ``out``, is inside it, or contains it.
+    """
+    target = out.resolve()
+    for source in (Path(name) for name in sources if name is not None):
+        path = source.resolve()
+        if target == path:
+            relation = f"is {source}"
+        elif target in path.parents:
+            relation = f"holds {source}"
+        elif path in target.parents:
+            relation = f"lies in {source}"
+        else:
+            continue
+        raise ValueError(f"{option}: {out} {relation}, which this command reads; choose another")
+
+
 def _check_written_here(folder: Path) -> None:
-    if not (folder / MARK).is_file():
+    if not (folder / MANIFEST).is_file():
         raise ValueError(
-            f"{folder} is no folder that symbiotic convert wrote and is not overwritten; choose another --out"
+            f"{folder} was not written by symbiotic convert and is not overwritten; choose another --out"
         )
-    written = read_json(folder / MARK, _KIND, ("names",))["names"]
-    more = sorted(path.name for path in folder.iterdir() if path.name not in {MARK, *written})
+    written = read_json(folder / MANIFEST, _KIND, ("names",))["names"]
+    more = sorted(path.name for path in folder.iterdir() if path.name not in {MANIFEST, *written})
     if more:
         raise ValueError(
-            f"{folder} holds {more[0]}, which was not written with it, and is not overwritten; move that, or choose another --out"
+            f"{folder} contains {more[0]}, which was not written with it, and is not overwritten; move that file, or choose another --out"
         )
 
 
@@ -54,29 +75,31 @@ def _has_tensors(folder: Path) -> bool:
 
 @contextmanager
 def new_folder(folder: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path]:
-    """A folder to fill, beside ``folder``, which takes its name when the block ends well and is removed otherwise. What was there
-    is replaced at the end only, so both need room for a while. Of two that write one folder at a time, the first to end has it; the
-    other finds it there.
+    """A temporary folder to write to, renamed to ``folder`` when the block succeeds and removed when it fails. An old ``folder`` is
+    replaced at the end only, so the disk needs room for both. Of two processes that write the same folder, the first to finish
+    gets it and the other fails.
 
     Raises:
-        ValueError: as ``check_target``, or a model would be replaced by its shape alone.
-        OSError: the disk is full, or the like.
+        ValueError: as ``check_target``, or a model with tensors would be replaced by its config alone.
+        OSError: writing failed.
     """
     check_target(folder, overwrite=overwrite, num_bytes=num_bytes)
-    place = folder.resolve()  # a link goes on to point there
-    _remove_left(place)
-    unfinished = _beside(place, "incomplete")
+    final = (
+        folder.resolve()
+    )  # where it is a symbolic link, the link stays and its target is replaced
+    _remove_abandoned(final)
+    unfinished = _sibling(final, "incomplete")
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
         names = sorted(path.name for path in unfinished.iterdir())
-        write_json(unfinished / MARK, _KIND, {"names": names})
-        check_target(folder, overwrite=overwrite)  # it may have come meanwhile
-        if _has_tensors(place) and not _has_tensors(unfinished):
+        write_json(unfinished / MANIFEST, _KIND, {"names": names})
+        check_target(folder, overwrite=overwrite)  # another process may have written it meanwhile
+        if _has_tensors(final) and not _has_tensors(unfinished):
             raise ValueError(
                 f"{folder} holds tensors and is not replaced by a shape alone; choose another --out"
             )
-        old = _put_in_place(unfinished, place)
+        old = _swap_in(unfinished, final)
     except OSError as error:
         raise OSError(f"writing {folder} failed: {error}; nothing of it was kept") from None
     finally:
@@ -85,15 +108,15 @@ def new_folder(folder: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Pat
         shutil.rmtree(old)
 
 
-def _beside(place: Path, state: str) -> Path:
-    """A name of this process's own, so that no other writes there."""
-    return place.with_name(f"{place.name}.{state}-{socket.gethostname()}-{os.getpid()}")
+def _sibling(final: Path, state: str) -> Path:
+    """A name that only this process uses."""
+    return final.with_name(f"{final.name}.{state}-{socket.gethostname()}-{os.getpid()}")
 
 
-def _remove_left(place: Path) -> None:
-    """Remove what processes of this machine left unfinished when they were killed."""
-    start = f"{place.name}.incomplete-{socket.gethostname()}-"
-    for left in place.parent.glob(glob.escape(start) + "*"):
+def _remove_abandoned(final: Path) -> None:
+    """Remove unfinished folders of processes of this machine that were killed."""
+    start = f"{final.name}.incomplete-{socket.gethostname()}-"
+    for left in final.parent.glob(glob.escape(start) + "*"):
         process = left.name.removeprefix(start)
         if process.isdecimal() and not _runs(int(process)):
             shutil.rmtree(left, ignore_errors=True)
@@ -101,25 +124,25 @@ def _remove_left(place: Path) -> None:
 
 def _runs(process: int) -> bool:
     try:
-        os.kill(process, 0)  # no signal, only the question
+        os.kill(process, 0)  # signal 0: does the process exist?
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's
+        pass  # it does, and belongs to another user
     return True
 
 
-def _put_in_place(finished: Path, place: Path) -> Path | None:
-    """Where the folder is now that had this place, if one had."""
-    if not place.exists():
-        finished.rename(place)
+def _swap_in(finished: Path, final: Path) -> Path | None:
+    """Rename ``finished`` to ``final``; returns where the old ``final`` is now, if there was one."""
+    if not final.exists():
+        finished.rename(final)
         return None
-    old = _beside(place, "replaced")
-    place.rename(old)
+    old = _sibling(final, "replaced")
+    final.rename(old)
     try:
-        finished.rename(place)
+        finished.rename(final)
     except BaseException:
-        if not place.exists():
-            old.rename(place)
+        if not final.exists():
+            old.rename(final)
         raise
     return old

@@ -1,4 +1,4 @@
-"""What every stored model can do, whichever files it lies in."""
+"""Reading stored tensors one at a time: what every checkpoint format implements, and readers that wrap another."""
 
 import math
 import re
@@ -10,19 +10,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Under our names and, in what a release has besides, under its own.
+# Under our names and, for unmapped tensors, under a release's.
 _SELECTION_BIAS = re.compile(r"\.moe\.router\.\w+\.bias$|\.e_score_correction_bias$")
 
 
 @dataclass(frozen=True)
-class TensorKind:
+class TensorSpec:
     """Shape and dtype of a stored tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "TensorKind":
+    def of(cls, tensor: Tensor) -> "TensorSpec":
         return cls(tuple(tensor.shape), tensor.dtype)
 
     @property
@@ -34,23 +34,23 @@ class TensorKind:
         return self.num_values * self.dtype.itemsize
 
     def placeholder(self) -> Tensor:
-        """A tensor of this kind without values."""
+        """A tensor of this shape and dtype on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-class StoredTensors(Protocol):
-    """Tensors on disk, read one at a time. ``tensors``: name -> kind, in an order in which reading costs least."""
+class TensorReader(Protocol):
+    """Tensors on disk, read one at a time. ``tensors``: name -> shape and dtype, in the order that is cheapest to read in."""
 
-    tensors: Mapping[str, TensorKind]
+    tensors: Mapping[str, TensorSpec]
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU."""
         ...
 
 
-class StoredModel(StoredTensors, Protocol):
-    """A model's tensors in a folder, under our names. ``step``: the training step it was saved at; None where it holds the model
-    alone."""
+class CheckpointReader(TensorReader, Protocol):
+    """A model's tensors in a folder, under our names. ``step``: the training step of the checkpoint; None if it has no training
+    state."""
 
     folder: Path
 
@@ -58,48 +58,48 @@ class StoredModel(StoredTensors, Protocol):
     def step(self) -> int | None: ...
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill ``tensors`` in place, in their own dtype; a sharded one takes its own part. Not collective."""
+        """Fill ``tensors`` in place, in their own dtype; a sharded tensor (DTensor) gets its shard. Not a collective."""
         ...
 
 
-# (bytes read so far, bytes in all), called as a model is written.
-Watch = Callable[[int, int], None]
+# Called with (bytes done, bytes in total) while a model is written.
+ProgressCallback = Callable[[int, int], None]
 
 
-def nobody(done: int, total: int) -> None:
-    """The ``Watch`` of a writer that nobody watches."""
+def no_progress(done: int, total: int) -> None:
+    """The ``ProgressCallback`` that does nothing."""
 
 
-def watched(
-    value: Callable[[str], Tensor], kinds: Mapping[str, TensorKind], watch: Watch
+def reporting_progress(
+    value: Callable[[str], Tensor], specs: Mapping[str, TensorSpec], progress: ProgressCallback
 ) -> Callable[[str], Tensor]:
-    """``value``, which tells ``watch`` how far the writing of ``kinds`` has come."""
-    done, total = 0, total_bytes(kinds.values())
+    """``value``, which calls ``progress`` for every tensor of ``specs`` that it gives."""
+    done, total = 0, total_bytes(specs.values())
 
-    def watched_value(name: str) -> Tensor:
+    def reported_value(name: str) -> Tensor:
         nonlocal done
-        done += kinds[name].num_bytes
-        watch(done, total)
+        done += specs[name].num_bytes
+        progress(done, total)
         return value(name)
 
-    return watched_value
+    return reported_value
 
 
-class InDtype:
-    """The tensors of ``stored`` in another dtype, or as they are (None). Selection biases stay in float32, in which experts are
-    compared. Reading raises ValueError where a value is too large for its dtype."""
+class CastingReader:
+    """The tensors of ``reader`` cast to ``dtype`` (None: as stored). Integers are not cast, nor are selection biases: experts are
+    selected by sums in float32, so rounding the bias could change which. Reading raises ValueError where a cast overflows."""
 
-    def __init__(self, stored: StoredTensors, dtype: torch.dtype | None) -> None:
-        self._stored = stored
+    def __init__(self, reader: TensorReader, dtype: torch.dtype | None) -> None:
+        self._reader = reader
         self.tensors = {
-            name: kind
-            if dtype is None or _SELECTION_BIAS.search(name) or not kind.dtype.is_floating_point
-            else TensorKind(kind.shape, dtype)
-            for name, kind in stored.tensors.items()
+            name: spec
+            if dtype is None or _SELECTION_BIAS.search(name) or not spec.dtype.is_floating_point
+            else TensorSpec(spec.shape, dtype)
+            for name, spec in reader.tensors.items()
         }
 
     def read(self, name: str) -> Tensor:
-        values, dtype = self._stored.read(name), self.tensors[name].dtype
+        values, dtype = self._reader.read(name), self.tensors[name].dtype
         cast = values.to(dtype)
         if dtype != values.dtype and cast.isinf().any():
             _check_stays_finite(name, values, cast)
@@ -115,12 +115,12 @@ def _check_stays_finite(name: str, values: Tensor, cast: Tensor) -> None:
         )
 
 
-def total_bytes(kinds: Iterable[TensorKind]) -> int:
-    return sum(kind.num_bytes for kind in kinds)
+def total_bytes(specs: Iterable[TensorSpec]) -> int:
+    return sum(spec.num_bytes for spec in specs)
 
 
 def some_of(names: Iterable[str]) -> str:
-    """At most three of the names, and how many more there are."""
+    """The first three names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -1,9 +1,7 @@
-"""A folder of safetensors files with an index, as released models come.
+"""The safetensors format, files and folders with an index, read and written one tensor at a time.
 
-The safetensors format, read and written one tensor at a time.
-
-Eight bytes with the length of the header, the header as JSON (name -> dtype, shape, place of its bytes), then the bytes of all
-tensors. Files are read and not mapped into memory: the pages of a mapped one would count as ours, up to the whole file.
+A file is eight bytes with the length of the header, the header as JSON (name -> dtype, shape, byte range), then the bytes of all
+tensors. Files are read instead of memory-mapped, because mapped pages count as our memory, up to the whole file.
 """
 
 import json
@@ -19,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.weights.reader import (
-    TensorKind,
+    TensorSpec,
     some_of,
     total_bytes,
 )
@@ -44,16 +42,16 @@ _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the bytes of a tensor are: of ``file``, from byte ``start``."""
+class TensorSlice:
+    """The bytes of one tensor: in ``file``, from byte ``start``."""
 
     file: Path
     start: int
-    kind: TensorKind
+    spec: TensorSpec
 
     def read(self) -> Tensor:
         """The tensor, on the CPU."""
-        data = torch.empty(self.kind.num_bytes, dtype=torch.uint8)
+        data = torch.empty(self.spec.num_bytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             buffer, done = memoryview(data.numpy().data), 0
@@ -62,18 +60,18 @@ class Place:
                 if not count:
                     raise OSError(f"{self.file} ended while it was read")
                 done += count
-        return data.view(self.kind.dtype).view(self.kind.shape)
+        return data.view(self.spec.dtype).view(self.spec.shape)
 
 
-def read_places(path: Path) -> dict[str, Place]:
-    """The tensors of a file by name; nothing but its header is read.
+def read_slices(path: Path) -> dict[str, TensorSlice]:
+    """The tensors of a file by name; only its header is read.
 
     Raises:
-        ValueError: the file is cut off, or is not in this format, or holds what torch has no dtype for.
+        ValueError: the file is truncated or not in this format, or has a dtype that torch lacks.
     """
     header, data_start = _read_header(path)
     size = path.stat().st_size
-    places, end = {}, data_start
+    slices, end = {}, data_start
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -81,28 +79,28 @@ def read_places(path: Path) -> dict[str, Place]:
             code, shape, first, last = _read_entry(entry)
         except ValueError as error:
             raise ValueError(
-                f"{path}: its header says nothing usable about {name} ({error}); fetch it again"
+                f"{path}: its header entry for {name} is invalid ({error}); fetch it again"
             ) from None
         if code not in DTYPES:
             raise ValueError(
-                f"{path}: {name} has dtype {code}, which is not read; use a release in bfloat16, float16 or float32"
+                f"{path}: {name} has dtype {code}, which is not supported; use a release in bfloat16, float16 or float32"
             )
-        kind = TensorKind(shape, DTYPES[code])
-        if last - first != kind.num_bytes:
+        spec = TensorSpec(shape, DTYPES[code])
+        if last - first != spec.num_bytes:
             raise ValueError(
-                f"{path}: {name} has {last - first} bytes for {kind.num_bytes}; the file is damaged"
+                f"{path}: {name} has {last - first} bytes for {spec.num_bytes}; the file is damaged"
             )
-        places[name] = Place(path, data_start + first, kind)
+        slices[name] = TensorSlice(path, data_start + first, spec)
         end = max(end, data_start + last)
     if size < end:
         raise ValueError(
             f"{path} is cut off: it has {size:,} bytes instead of {end:,}; fetch it again"
         )
-    return places
+    return slices
 
 
 def _read_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, the one behind the last) that a header says about a tensor.
+    """(dtype, shape, first byte, end) of a header entry; the bytes do not include ``end``.
 
     Raises:
         ValueError: names what is missing or of another type.
@@ -111,74 +109,76 @@ def _read_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
         raise ValueError(f"must be a table, got {entry!r}")
     for key, kind in (("dtype", str), ("shape", list[int]), ("data_offsets", list[int])):
         check_value(key, entry.get(key), kind)
-    shape, places = entry["shape"], entry["data_offsets"]
-    if len(places) != 2 or min(*shape, *places, places[1] - places[0]) < 0:
-        raise ValueError(f"shape {shape}, data_offsets {places}")
-    return entry["dtype"], tuple(shape), places[0], places[1]
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if len(offsets) != 2 or min(*shape, *offsets, offsets[1] - offsets[0]) < 0:
+        raise ValueError(f"shape {shape}, data_offsets {offsets}")
+    return entry["dtype"], tuple(shape), offsets[0], offsets[1]
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """(the header, the byte at which data begin)."""
+    """(the header, the byte at which the tensors' data start)."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(_LENGTH_BYTES)
         if start == b"version ":
             raise ValueError(
-                f"{path} is a pointer of git-lfs, not the file itself; fetch it with git lfs pull"
+                f"{path} is a git-lfs pointer, not the file itself; fetch it with git lfs pull"
             )
         length = int.from_bytes(start, "little")
         if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
             raise ValueError(
-                f"{path} is cut off or no safetensors file: its header would have {length:,} bytes, the file has {size:,}"
+                f"{path} is cut off or not a safetensors file: its header would have {length:,} bytes, the file has {size:,}"
             )
         text = file.read(length)
     try:
         header = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is no safetensors file: its header is not JSON: {error}"
+            f"{path} is not a safetensors file: its header is not JSON: {error}"
         ) from None
     if not isinstance(header, dict):
-        raise ValueError(f"{path} is no safetensors file: its header is no table")
+        raise ValueError(f"{path} is not a safetensors file: its header is not a table")
     return header, _LENGTH_BYTES + length
 
 
-def write_file(path: Path, kinds: Mapping[str, TensorKind], value: Callable[[str], Tensor]) -> None:
-    """Write a file of ``kinds``; ``value(name)`` is called for each just before it is written: wider numbers come first, so that all
-    begin at whole numbers of their own.
+def write_file(path: Path, specs: Mapping[str, TensorSpec], value: Callable[[str], Tensor]) -> None:
+    """Write the tensors ``specs`` to a file; ``value(name)`` is called for each just before it is written.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: writing failed.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    names = sorted(kinds, key=lambda name: -kinds[name].dtype.itemsize)
+    # Wide dtypes first: every tensor is then aligned to its own dtype, without padding.
+    names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     for name in names:
-        kind = kinds[name]
-        end = start + kind.num_bytes
+        spec = specs[name]
+        end = start + spec.num_bytes
         header[name] = {
-            "dtype": _CODES[kind.dtype],
-            "shape": list(kind.shape),
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
             "data_offsets": [start, end],
         }
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)  # tensors then begin at whole numbers of values
+    text += b" " * (-len(text) % _LENGTH_BYTES)  # the data start aligned, as the format asks
     with path.open("wb", buffering=0) as file:
         _write(file.write, len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for name in names:
             tensor = value(name)
-            assert TensorKind.of(tensor) == kinds[name], name
+            assert TensorSpec.of(tensor) == specs[name], name
             _write(file.write, tensor.contiguous().view(-1).view(torch.uint8).numpy())
         os.fsync(file.fileno())
 
 
 def _write(write: Callable[[Any], int | None], data: Any) -> None:
-    """All of ``data``; one call may write less, at most 2 GiB."""
+    """Write all of ``data``: one call of ``write`` may write only part of it, on Linux at most 2 GiB."""
     buffer, done = memoryview(data), 0
     while done < len(buffer):
         done += write(buffer[done:]) or 0
 
+
+# ---- folders --------------------------------------------------------------------------------------------------------------
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -189,10 +189,10 @@ def has_weights(folder: Path) -> bool:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a table.
+    """A JSON file with a table at its top level.
 
     Raises:
-        ValueError: there is no such file, or it is not JSON, or no table.
+        ValueError: the file is missing, is not JSON, or has no table there.
     """
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}")
@@ -205,21 +205,23 @@ def read_table(path: Path) -> dict[str, Any]:
     return values
 
 
-def places_in(folder: Path) -> dict[str, Place]:
-    """All tensors of the folder: those that its index names, or those of its only file.
+def slices_in(folder: Path) -> dict[str, TensorSlice]:
+    """All tensors of a folder: those that its index lists, or those of its only file.
 
     Raises:
-        ValueError: no weights in this format, a file that is missing or damaged, or a tensor that is not where the index says.
+        ValueError: no weights in this format, a file is missing or damaged, or a tensor is not in the file that the index names.
     """
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file():
             raise ValueError(
                 f"{folder} has neither {INDEX} nor {SINGLE}; weights are read in the safetensors format only"
             )
-        return read_places(folder / SINGLE)
+        return read_slices(folder / SINGLE)
     file_of = read_table(folder / INDEX).get("weight_map")
     if not isinstance(file_of, dict):
-        raise ValueError(f"{folder / INDEX} has no weight_map, which says where each tensor is")
+        raise ValueError(
+            f"{folder / INDEX} has no weight_map, which says which file has each tensor"
+        )
     check_value(f"{folder / INDEX}: weight_map", file_of, dict[str, str])
     files = dict.fromkeys(file_of.values())
     missing = [name for name in files if not (folder / name).is_file()]
@@ -227,85 +229,86 @@ def places_in(folder: Path) -> dict[str, Place]:
         raise ValueError(
             f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX} names: {some_of(missing)}"
         )
-    places = {name: read_places(folder / name) for name in files}
-    absent = [name for name, file in file_of.items() if name not in places[file]]
+    slices = {name: read_slices(folder / name) for name in files}
+    absent = [name for name, file in file_of.items() if name not in slices[file]]
     if absent:
         raise ValueError(
             f"{folder / INDEX} names {some_of(absent)}, but {file_of[absent[0]]} does not hold it"
         )
-    return {name: places[file][name] for name, file in file_of.items()}
+    return {name: slices[file][name] for name, file in file_of.items()}
 
 
-def fill(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Copy what ``read`` gives into ``tensors``; a sharded one takes its own part."""
+def copy_into(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Copy ``read(name)`` into each of ``tensors``; a sharded tensor (DTensor) gets its shard."""
     for name, target in tensors.items():
         full = read(name)
         if isinstance(target, DTensor):
             mesh, placements = target.device_mesh, target.placements
             full = full.to(device=mesh.device_type)
+            # No source rank: every rank has read the same values, so nothing is sent.
             full = distribute_tensor(full, mesh, placements, src_data_rank=None)
         target.detach().copy_(full)
 
 
-class PlacedTensors:
-    """Tensors under the names that they have in their files: ``StoredTensors``."""
+class SliceReader:
+    """Tensors under the names that they have in their files: a ``TensorReader``."""
 
-    def __init__(self, places: Mapping[str, Place]) -> None:
-        self._places = places
-        self.tensors: Mapping[str, TensorKind] = {n: place.kind for n, place in places.items()}
+    def __init__(self, slices: Mapping[str, TensorSlice]) -> None:
+        self._slices = slices
+        self.tensors: Mapping[str, TensorSpec] = {n: piece.spec for n, piece in slices.items()}
 
     def read(self, name: str) -> Tensor:
-        return self._places[name].read()
+        return self._slices[name].read()
 
 
-class SafetensorsModel(PlacedTensors):
-    """A whole model under our names: a ``StoredModel``.
+class SafetensorsModel(SliceReader):
+    """A whole model under our names: a ``CheckpointReader``.
 
     Raises:
-        ValueError: as ``places_in``.
+        ValueError: as ``slices_in``.
     """
 
     step = None
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(places_in(folder))
+        super().__init__(slices_in(folder))
         self.folder = folder
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        fill(tensors, self.read)
+        copy_into(tensors, self.read)
 
 
 def write_folder(
     folder: Path,
-    kinds: Mapping[str, TensorKind],
+    specs: Mapping[str, TensorSpec],
     value: Callable[[str], Tensor],
     shard_bytes: int,
 ) -> None:
-    """Write files of at most ``shard_bytes`` (more where a single tensor has more) and, last, the index. ``value(name)`` is called
-    once for each, just before it is written.
+    """Write files of at most ``shard_bytes`` (or a single larger tensor) and, last, the index. ``value(name)`` is called once for
+    each tensor, just before it is written.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: writing failed.
     """
-    shards = list(_shards(kinds, shard_bytes))
+    shards = list(_shards(specs, shard_bytes))
     file_of: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, {name: kinds[name] for name in names}, value)
+        write_file(folder / file, {name: specs[name] for name in names}, value)
         file_of |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total_bytes(kinds.values())}, "weight_map": file_of}
+    index = {"metadata": {"total_size": total_bytes(specs.values())}, "weight_map": file_of}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(kinds: Mapping[str, TensorKind], shard_bytes: int) -> Iterator[list[str]]:
-    """Names by file, in order."""
+def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> Iterator[list[str]]:
+    """The tensor names of each file, in order."""
     names: list[str] = []
     size = 0
-    for name, kind in kinds.items():
-        if names and size + kind.num_bytes > shard_bytes:
+    for name, spec in specs.items():
+        if names and size + spec.num_bytes > shard_bytes:
             yield names
             names, size = [], 0
         names.append(name)
-        size += kind.num_bytes
+        size += spec.num_bytes
     if names:
         yield names

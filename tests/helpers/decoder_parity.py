@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from symbiotic_titan.hf.architectures.base import Backbone
+from symbiotic_titan.hf.architectures.base import Architecture
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.sequence.batch import PackedBatch
@@ -47,7 +47,10 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def loaded(
-    backbone: Backbone, args: ModelArgs, tensors: Mapping[str, Tensor], new: tuple[str, ...] = ()
+    architecture: Architecture,
+    args: ModelArgs,
+    tensors: Mapping[str, Tensor],
+    new: tuple[str, ...] = (),
 ) -> SymbioticModel:
     """Our network with ``tensors``. Every one of ours that is neither latent nor in a ``new`` part is given a value, once."""
     with torch.device("meta"):
@@ -55,9 +58,9 @@ def loaded(
     model.to_empty(device="cpu")
     model.init_weights()
     state = {}
-    for link in backbone.links(args, shapes_of(tensors)):
-        arranged = link.load([tensors[name] for name in link.theirs])
-        for name, tensor in zip(link.ours, arranged, strict=True):
+    for mapping in architecture.weight_map(args, shapes_of(tensors)):
+        values = mapping.load([tensors[name] for name in mapping.theirs])
+        for name, tensor in zip(mapping.ours, values, strict=True):
             assert name not in state, f"{name} is given twice"
             state[name] = tensor
     rest = model.load_state_dict(state, strict=False)
@@ -67,12 +70,12 @@ def loaded(
     return model.eval()
 
 
-def stored(backbone: Backbone, model: SymbioticModel, shapes: Shapes) -> dict[str, Tensor]:
+def stored(architecture: Architecture, model: SymbioticModel, shapes: Shapes) -> dict[str, Tensor]:
     """The tensors on disk that our network's are."""
     state, out = model.state_dict(), {}
-    for link in backbone.links(model.args, shapes):
-        arranged = link.save([state[name] for name in link.ours])
-        for name, tensor in zip(link.theirs, arranged, strict=True):
+    for mapping in architecture.weight_map(model.args, shapes):
+        values = mapping.save([state[name] for name in mapping.ours])
+        for name, tensor in zip(mapping.theirs, values, strict=True):
             assert name not in out, f"{name} is written twice"
             out[name] = tensor
     return out

@@ -17,8 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from symbiotic_titan.hf.architectures.base import Backbone
-from symbiotic_titan.hf.architectures.registry import backbone_of
+from symbiotic_titan.hf.architectures.base import Architecture, architecture_of
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.vit_args import VitArgs
 from symbiotic_titan.sequence.batch import PackedBatch
@@ -59,7 +58,7 @@ NUM_TOKENS = 96
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Case:
     """A tiny config.json, the class that transformers routes with, and how it is given images (None: it sees none). ``name``: in the
     table; the model_type where nothing is said."""
 
@@ -71,17 +70,17 @@ class Architecture:
     name: str = ""
 
 
-ARCHITECTURES = (
-    Architecture(QWEN, "Qwen3VLMoeTextTopKRouter", SQUARES, released_inputs, 120),
-    Architecture(GLM | {"image_token_id": 90}, "Glm4vMoeTextTopkRouter", SQUARES, released_inputs, 90),
-    Architecture(ARIA, "AriaTextTopKRouter", QUERIES, released_squares),
-    Architecture(
+CASES = (
+    Case(QWEN, "Qwen3VLMoeTextTopKRouter", SQUARES, released_inputs, 120),
+    Case(GLM | {"image_token_id": 90}, "Glm4vMoeTextTopkRouter", SQUARES, released_inputs, 90),
+    Case(ARIA, "AriaTextTopKRouter", QUERIES, released_squares),
+    Case(
         ARIA_SIZES, "AriaTextTopKRouter", [5, (35, 24), 3, (35, 35), 4], released_squares, name="aria at 490 pixels"
     ),
-    Architecture(
+    Case(
         ARIA_SIZES, "AriaTextTopKRouter", [5, (70, 50), 3, (70, 70), 4], released_squares, name="aria at 980 pixels"
     ),
-    Architecture(HUNYUAN, "HunYuanMoEV1Gate", [], None),
+    Case(HUNYUAN, "HunYuanMoEV1Gate", [], None),
 )  # fmt: skip
 
 
@@ -94,17 +93,17 @@ def random_release(config: dict[str, Any], seed: int) -> nn.Module:
     return make_random(kind.from_config(made, attn_implementation="eager"), seed, gain=1.0)
 
 
-def ours_of(theirs: nn.Module) -> tuple[Backbone, nn.Module]:
+def ours_of(theirs: nn.Module) -> tuple[Architecture, nn.Module]:
     with tempfile.TemporaryDirectory() as folder:
         config, tensors = saved(theirs, Path(folder))
-    backbone = backbone_of(config)
-    args = backbone.model_args(config)
+    architecture = architecture_of(config)
+    args = architecture.model_args(config)
     if any(name.startswith(("model.visual", "vision_tower")) for name in tensors):
-        return backbone, loaded(backbone, args, tensors)
-    return backbone, loaded(backbone, replace(args, vit=NEW_VIT), tensors, new=("vit",))
+        return architecture, loaded(architecture, args, tensors)
+    return architecture, loaded(architecture, replace(args, vit=NEW_VIT), tensors, new=("vit",))
 
 
-def compared(one: Architecture, seed: int) -> Iterator[tuple[str, float, float, float]]:
+def compared(one: Case, seed: int) -> Iterator[tuple[str, float, float, float]]:
     """(which inputs, largest difference, largest logit, share of equal choices) of text, then of text with images."""
     theirs = random_release(one.config, seed)
     _, ours = ours_of(theirs)
@@ -127,7 +126,7 @@ def compared(one: Architecture, seed: int) -> Iterator[tuple[str, float, float, 
 
 def main() -> None:
     table: dict[str, dict[str, float]] = {}
-    for one in ARCHITECTURES:
+    for one in CASES:
         worst = table.setdefault(one.name or one.config["model_type"], {})
         for seed in SEEDS:
             for name, gap, largest, share in compared(one, seed):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from symbiotic_titan.hf.architectures.registry import backbone_of
+from symbiotic_titan.hf.architectures.base import architecture_of
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
 
@@ -133,7 +133,7 @@ TRANSPOSED = {
 
 
 def args_of(config: Mapping[str, Any]) -> ModelArgs:
-    return backbone_of(config).model_args(config)
+    return architecture_of(config).model_args(config)
 
 
 def random_tensors(
@@ -145,9 +145,11 @@ def random_tensors(
         shapes = {name: tensor.shape for name, tensor in SymbioticModel(args).state_dict().items()}
     generator = torch.Generator().manual_seed(6)
     theirs: dict[str, Tensor] = {}
-    for link in backbone_of(config).links(args, layout):
-        ours = [random_tensor(shapes[name], generator).to(dtype) for name in link.ours]
-        theirs |= {n: t.contiguous() for n, t in zip(link.theirs, link.save(ours), strict=True)}
+    for mapping in architecture_of(config).weight_map(args, layout):
+        ours = [random_tensor(shapes[name], generator).to(dtype) for name in mapping.ours]
+        theirs |= {
+            n: t.contiguous() for n, t in zip(mapping.theirs, mapping.save(ours), strict=True)
+        }
     return theirs
 
 

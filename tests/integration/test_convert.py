@@ -13,9 +13,9 @@ from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.hf.model import open_model
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.weights.new_folder import MARK
-from symbiotic_titan.weights.reader import InDtype
-from symbiotic_titan.weights.safetensors import places_in
+from symbiotic_titan.weights.new_folder import MANIFEST
+from symbiotic_titan.weights.reader import CastingReader
+from symbiotic_titan.weights.safetensors import slices_in
 from tests.helpers.launch import ROOT
 from tests.helpers.released_models import ARIA, QWEN, write_release
 
@@ -158,7 +158,7 @@ def test_a_release_is_profiled_split_checked_and_given_back(
     run(convert.main, "to-hf", *groups, *out, "--shard-size", "20kB")
     again = (*out[:-1], study / f"{family}.half again", "--shard-size", "20kB")
     run(convert.main, "to-hf", *again)  # in the shape that lies in the checkpoint
-    files = {path.name: path.read_bytes() for path in half.glob("*.*") if path.name != MARK}
+    files = {path.name: path.read_bytes() for path in half.glob("*.*") if path.name != MANIFEST}
     assert files == {name: (again[-3] / name).read_bytes() for name in files}
     assert "left out:" in capsys.readouterr().out
     config = json.loads((half / "config.json").read_text())
@@ -245,7 +245,7 @@ def test_an_interruption_is_one_line(release, tmp_path, monkeypatch, capsys):
     def interrupted(*words, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(InDtype, "read", interrupted)
+    monkeypatch.setattr(CastingReader, "read", interrupted)
     assert convert.main(["from-hf", "--hf", str(release), "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == f"interrupted; nothing of {tmp_path / 'out'} was kept\n"
     assert not list(tmp_path.iterdir())
@@ -259,7 +259,7 @@ def test_what_was_imported_goes_back_with_the_shape_beside_it(release, tmp_path,
     assert convert.main([*map(str, to_hf), "--training.steps", "3"]) == 2
     assert "no use for --training.steps 3 without --config" in capsys.readouterr().err
     run(convert.main, *to_hf)
-    places, expected = places_in(back), places_in(release)
+    places, expected = slices_in(back), slices_in(release)
     assert places.keys() == expected.keys()
     assert all(torch.equal(places[n].read(), expected[n].read()) for n in expected)
 

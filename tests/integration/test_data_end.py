@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 
-from symbiotic_titan.checkpoint.resume import newest_complete_step
+from symbiotic_titan.weights.damage import newest_complete_step
 from tests.helpers.launch import ROOT, arguments_of, command_of, environment, read_scalars
 
 # Rows have 384 positions. The streams, two on each of two ranks, run out after different numbers of rows.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from symbiotic_titan.checkpoint.resume import newest_complete_step
+from symbiotic_titan.weights.damage import newest_complete_step
 from tests.helpers import launch as runs
 from tests.integration.test_validation import TRAINING, assert_same
 

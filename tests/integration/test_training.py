@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from symbiotic_titan.checkpoint.resume import newest_complete_step
 from symbiotic_titan.commands import convert
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.model_config import write_model_config
+from symbiotic_titan.weights.damage import newest_complete_step
 from tests.helpers.launch import (
     NUM_STEPS,
     ROOT,

@@ -32,10 +32,8 @@ from symbiotic_titan.extend import (
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.optim.shield_schedule import shield_scale
-from symbiotic_titan.partition.plan import (
-    PARTITION_RULES,
-    check_order,
-)
+from symbiotic_titan.partition.plan import check_order
+from symbiotic_titan.partition.rules import PARTITION_RULES
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
 from symbiotic_titan.sequence.tasks import TASKS
 from symbiotic_titan.training.checks import check_job

@@ -65,42 +65,45 @@ def make(folder: Path, gigabytes: float, shard_gigabytes: float) -> None:
     from symbiotic_titan import device
 
     device.prepare()
-    from symbiotic_titan.hf.architectures.registry import backbone_of
-    from symbiotic_titan.hf.model import (
-        Arranged,
-        Recipe,
+    from symbiotic_titan.hf.architectures.base import architecture_of
+    from symbiotic_titan.hf.converter import (
+        ConverterStep,
+        TensorConverter,
     )
     from symbiotic_titan.model.symbiotic import SymbioticModel
     from symbiotic_titan.weights.compatibility import tensors_of_model
     from symbiotic_titan.weights.reader import (
-        TensorKind,
+        TensorSpec,
         total_bytes,
     )
     from symbiotic_titan.weights.safetensors import write_folder
 
-    def kinds_of(num_layers: int) -> dict[str, TensorKind]:
-        backbone = backbone_of(config_of(num_layers))
-        args = backbone.model_args(config_of(num_layers))
+    def specs_of(num_layers: int) -> dict[str, TensorSpec]:
+        architecture = architecture_of(config_of(num_layers))
+        args = architecture.model_args(config_of(num_layers))
         with torch.device("meta"):
             ours = {
-                name: TensorKind(kind.shape, torch.bfloat16)
-                for name, kind in tensors_of_model(SymbioticModel(args)).items()
+                name: TensorSpec(spec.shape, torch.bfloat16)
+                for name, spec in tensors_of_model(SymbioticModel(args)).items()
             }
-        recipes = [Recipe(link.ours, link.theirs, link.save) for link in backbone.links(args, {})]
-        return Arranged(recipes, ours, lambda name: ours[name].placeholder()).kinds
+        steps = [
+            ConverterStep(mapping.ours, mapping.theirs, mapping.save)
+            for mapping in architecture.weight_map(args, {})
+        ]
+        return TensorConverter(steps, ours, lambda name: ours[name].placeholder()).specs
 
-    one, two = (total_bytes(kinds_of(n).values()) for n in (1, 2))
+    one, two = (total_bytes(specs_of(n).values()) for n in (1, 2))
     num_layers = max(1, 1 + round((gigabytes * 1e9 - one) / (two - one)))
-    kinds = kinds_of(num_layers)
+    specs = specs_of(num_layers)
 
     def value(name: str) -> torch.Tensor:
-        kind = kinds[name]
+        spec = specs[name]
         pattern = torch.arange(251).to(torch.bfloat16)
-        return pattern.repeat(-(-kind.num_values // 251))[: kind.num_values].view(kind.shape)
+        return pattern.repeat(-(-spec.num_values // 251))[: spec.num_values].view(spec.shape)
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_of(num_layers)))
-    write_folder(folder, kinds, value, int(shard_gigabytes * 1e9))
+    write_folder(folder, specs, value, int(shard_gigabytes * 1e9))
 
 
 def run(*words: str) -> tuple[float, int]:

@@ -1,10 +1,8 @@
-"""Aria (arXiv 2410.05993): 1-D rotary, a softmax over the chosen logits, shared experts as wide as two; a SigLIP image encoder with a
-table of positions and without rotary, whose patches a fixed number of learned queries read.
+"""Aria (arXiv 2410.05993): 1-D rotary, softmax over the selected logits, a shared expert twice as wide as a routed one; a SigLIP
+image encoder with a position table instead of rotary, whose patches are read by a fixed number of learned queries.
 
-Its decoder is causal over the tokens of an image as well. The released files hold a last norm of the image encoder that the model
-does not compute with: it stays behind.
-
-Letters: W width of the encoder.
+The decoder is causal within an image too. The released files contain a final norm of the image encoder that the model never
+uses: it is unmapped.
 """
 
 from collections.abc import Container, Mapping
@@ -13,29 +11,31 @@ from typing import Any
 
 from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.hf.architectures.base import (
-    Backbone,
+    Architecture,
     Config,
-    Link,
     Shape,
+    WeightMapping,
 )
-from symbiotic_titan.hf.architectures.weight_map import (
+from symbiotic_titan.hf.architectures.settings import (
     LATENTS,
     ROTARY,
+    check_settings,
+    described_by,
+    rotary_settings,
+    settings,
+    with_experts,
+)
+from symbiotic_titan.hf.architectures.weight_map import (
     attention,
     chain,
-    check_settings,
     decoder,
-    described_by,
     join,
     patch_embedding,
-    rotary_settings,
     same,
-    settings,
     split,
     swiglu,
     transpose,
     with_biases,
-    with_experts,
 )
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.vit_args import VitArgs
@@ -64,9 +64,9 @@ VISION_DEFAULTS = {
     "patch_size": 32,
     "layer_norm_eps": 1e-6,
 }
-# Patches of the square that an image is laid in -> queries that read it.
+# Number of patches of the square canvas that an image is placed on -> number of queries that read it.
 QUERIES = {"1225": 128, "4900": 256}
-_EXPRESSED = {"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False}
+_SUPPORTED = {"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False}
 _OTHERS = {
     **ROTARY,
     "num_key_value_heads": int,
@@ -78,8 +78,8 @@ _OTHERS = {
     "pretraining_tp": Any,
 }
 ROTARY_DEFAULTS = {"rope_type": "default", "rope_theta": 10_000.0}
-_ROTARY_EXPRESSED = {"rope_type": "default", "partial_rotary_factor": 1.0}
-_VISION_EXPRESSED = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
+_ROTARY_SUPPORTED = {"rope_type": "default", "partial_rotary_factor": 1.0}
+_VISION_SUPPORTED = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
 _BESIDE = {
     "text_config": Any,
     "vision_config": Any,
@@ -92,17 +92,17 @@ _BESIDE = {
 
 
 def queries(config: Config) -> dict[int, int]:
-    """Patches along a side of the square that an image is laid in -> queries that read it, both rising.
+    """Patches per side of the square canvas that an image is placed on -> number of queries that read it, both ascending.
 
     Raises:
-        ValueError: something else stands there, a number of patches is no square, or more patches have not more queries.
+        ValueError: the setting has another type, a number of patches is no square, or queries do not increase with patches.
     """
     key = "projector_patch_to_query_dict"
     stated = QUERIES if config.get(key) is None else config[key]
     check_value(f"config.json: {key}", stated, dict[str, int])
     if not stated or not all(map(_is_square, stated)):
         raise ValueError(
-            f"config.json: {key} = {stated} must name numbers of patches that are squares, since images are laid in squares, e.g. "
+            f"config.json: {key} = {stated} must have square numbers of patches as keys, since images are placed on square canvases, e.g. "
             f"{QUERIES}"
         )
     by_patches = {int(patches): number for patches, number in stated.items()}
@@ -110,7 +110,7 @@ def queries(config: Config) -> dict[int, int]:
     numbers = list(by_side.values())
     if numbers != sorted({number for number in numbers if number > 0}):
         raise ValueError(
-            f"config.json: {key} = {stated} must give more queries, and at least one, to more patches, e.g. {QUERIES}"
+            f"config.json: {key} = {stated} must give larger images more queries, and every image at least one, e.g. {QUERIES}"
         )
     check_settings(config, "", {"max_value_projector_patch_to_query_dict": numbers[-1]})
     return by_side
@@ -122,10 +122,10 @@ def _is_square(patches: str) -> bool:
 
 
 def vit_args(config: Config) -> VitArgs:
-    """The image encoder of ``vision_config`` and its projector."""
-    # The released file states the heads under a name that transformers does not read.
+    """The image encoder of ``vision_config``, with its projector."""
+    # The released file has the number of heads under a name that transformers does not read.
     others = {"attention_heads": int}
-    values = settings(config, "vision_config", VISION_DEFAULTS, _VISION_EXPRESSED, others)
+    values = settings(config, "vision_config", VISION_DEFAULTS, _VISION_SUPPORTED, others)
     check_settings(values, "vision_config", {"attention_heads": values["num_attention_heads"]})
     by_side = queries(config)
     with described_by("vision_config"):
@@ -148,14 +148,14 @@ def vit_args(config: Config) -> VitArgs:
 
 
 def model_args(config: Config) -> ModelArgs:
-    """See ``Backbone``."""
+    """See ``Architecture``."""
     beside = settings(config, "", {}, {"vision_feature_layer": -1}, _BESIDE)
-    values = settings(config, "text_config", DEFAULTS, _EXPRESSED, _OTHERS)
+    values = settings(config, "text_config", DEFAULTS, _SUPPORTED, _OTHERS)
     heads, width = values["num_attention_heads"], values["intermediate_size"]
-    # The released file says two things twice.
+    # The released file states two values twice.
     twice = {"moe_intermediate_size": width, "num_experts_per_tok": values["moe_topk"]}
     check_settings(values, "text_config", twice)
-    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_EXPRESSED)
+    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_SUPPORTED)
     vit = vit_args(config)
     with described_by("text_config"):
         return ModelArgs(
@@ -186,25 +186,25 @@ def model_args(config: Config) -> ModelArgs:
         )
 
 
-def _experts(theirs: str, ours: str, shapes: Mapping[str, Shape]) -> list[Link]:
-    """(E, D, 2F) and (E, F, D): transposed, in files and in transformers' memory."""
+def _experts(theirs: str, ours: str, shapes: Mapping[str, Shape]) -> list[WeightMapping]:
+    """(E, D, 2F) and (E, F, D), in released files and in transformers' memory: the transpose of ours."""
     fused = f"{theirs}.gate_up_proj" in shapes
     gate_up, down = (".gate_up_proj", ".down_proj") if fused else (".fc1.weight", ".fc2.weight")
     return [
-        Link(
+        WeightMapping(
             (theirs + gate_up,),
             (f"{ours}.w1", f"{ours}.w3"),
             load=chain(transpose, split(1)),
             save=chain(join(1), transpose),
         ),
-        Link((theirs + down,), (f"{ours}.w2",), transpose, transpose),
+        WeightMapping((theirs + down,), (f"{ours}.w2",), transpose, transpose),
     ]
 
 
-def _joined(theirs: str, ours: str, *names: str) -> list[Link]:
-    """Three linear layers side by side as one."""
+def _joined(theirs: str, ours: str, *names: str) -> list[WeightMapping]:
+    """Three linear layers of theirs as one of ours, concatenated along the outputs."""
     return [
-        Link(
+        WeightMapping(
             tuple(f"{theirs}{name}.{kind}" for name in names),
             (f"{ours}.{kind}",),
             join(0),
@@ -214,7 +214,7 @@ def _joined(theirs: str, ours: str, *names: str) -> list[Link]:
     ]
 
 
-def _vision(theirs: str, vit: VitArgs) -> list[Link]:
+def _vision(theirs: str, vit: VitArgs) -> list[WeightMapping]:
     ours = "vit."
     out = patch_embedding(
         f"{theirs}embeddings.patch_embedding", f"{ours}patch_embedding", vit, frames=False
@@ -236,8 +236,9 @@ def _vision(theirs: str, vit: VitArgs) -> list[Link]:
     return out
 
 
-def _projector(theirs: str) -> list[Link]:
-    """Its queries, keys and values are projected twice, the second time by the three parts of one tensor."""
+def _projector(theirs: str) -> list[WeightMapping]:
+    """Cross-attention from learned queries to patches. Queries, keys and values are projected twice; torch's MultiheadAttention
+    holds the second three projections in one tensor."""
     ours, inner = "vit.merger.", "cross_attn.multihead_attn."
     out = same(
         theirs,
@@ -260,18 +261,19 @@ def _projector(theirs: str) -> list[Link]:
     )
     for kind in ("weight", "bias"):
         parts = tuple(f"{ours}{part}.1.{kind}" for part in ("wq", "wk", "wv"))
-        out.append(Link((f"{theirs}{inner}in_proj_{kind}",), parts, split(0, 3), join(0)))
+        out.append(WeightMapping((f"{theirs}{inner}in_proj_{kind}",), parts, split(0, 3), join(0)))
     return out
 
 
-def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
-    """See ``Backbone``. Files name the decoder ``language_model.model``, transformers 5 in memory ``model.language_model``."""
+def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMapping]:
+    """See ``Architecture``. The decoder is ``language_model.model`` in released files and ``model.language_model`` in transformers
+    5's memory (and in what it saves)."""
     in_memory = "model.language_model.norm.weight" in shapes
     prefix = "model.language_model." if in_memory else "language_model.model."
     encoder = "model." if in_memory else ""
     output = "lm_head.weight" if in_memory else "language_model.lm_head.weight"
 
-    def layer(number: int, theirs: str, ours: str) -> list[Link]:
+    def layer(number: int, theirs: str, ours: str) -> list[WeightMapping]:
         out = same(
             theirs,
             ours,
@@ -290,13 +292,13 @@ def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
 
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
-    """See ``Backbone.config``."""
+    """See ``Architecture``."""
     return with_experts(config, model_args(config), args, "text_config", "moe_num_experts")
 
 
-def unused(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
-    """See ``Backbone``."""
+def unmapped(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
+    """See ``Architecture``."""
     return (r"(model\.)?vision_tower\.post_layernorm\.",)
 
 
-ARIA = Backbone("aria", model_args, links, config_of, unused)
+ARIA = Architecture(model_args, weight_map, config_of, unmapped)

@@ -1,6 +1,8 @@
-"""A released architecture as data: its config.json as ModelArgs, and which of its tensors are which of ours.
+"""Released architectures as data: config.json -> ModelArgs, and released tensor names -> ours.
 
-There is no model class per architecture: one decoder and one image encoder with switches express them all.
+There is no model class per architecture: one decoder and one image encoder, with switches, implement them all. An architecture is
+one file of this folder and one row of ``ARCHITECTURES``; a third party adds its own with
+``symbiotic_titan.extend.register_architecture``.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -10,45 +12,72 @@ from typing import Any
 from torch import Tensor
 
 from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.registry import Registry
 
 Config = Mapping[str, Any]
-Arrange = Callable[[list[Tensor]], list[Tensor]]
+TensorTransform = Callable[[list[Tensor]], list[Tensor]]
 Shape = tuple[int, ...]
 
 
-def as_they_are(tensors: list[Tensor]) -> list[Tensor]:
+def unchanged(tensors: list[Tensor]) -> list[Tensor]:
     return tensors
 
 
-def nothing(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
+def all_mapped(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
+    """No unmapped tensors: the default of ``Architecture.unmapped``."""
     return ()
 
 
 @dataclass(frozen=True)
-class Link:
-    """Some tensors on disk and the same values as some of ours. ``load`` arranges theirs as ours and ``save`` ours as theirs, bit
-    for bit, each in the order of the names."""
+class WeightMapping:
+    """Tensors of a release (``theirs``) that hold the same values as some of ours (``ours``). ``load`` turns theirs into ours and
+    ``save`` ours into theirs, bit for bit; both take and return tensors in the order of the names."""
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
-    load: Arrange = as_they_are
-    save: Arrange = as_they_are
+    load: TensorTransform = unchanged
+    save: TensorTransform = unchanged
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """What there is to know about one ``model_type``.
+class Architecture:
+    """All that differs between one ``model_type`` and the next.
 
-    model_args  config.json -> the shape of the network, one pool of experts, latent parts as a flavor has them. Raises ValueError
-                that names a setting which the network cannot express.
-    links       (args, shapes of the tensors on disk by name) -> every tensor of the model but the latent parts, once. The
-                shapes tell layouts apart that share a name.
-    config      (config.json it came from, args) -> config.json of the model that ``args`` shape, e.g. with fewer experts.
-    unused      (args, names on disk) -> patterns that those of the names begin with which have no part here and stay behind.
+    model_args  config.json -> ModelArgs with one pool of experts and the latent parts of a flavor. Raises ValueError that names a
+                setting which the network does not support.
+    weight_map  (args, shapes of the released tensors by name) -> one mapping for every tensor of the model except the latent
+                parts. The shapes tell file layouts apart that share their names.
+    config      (original config.json, args) -> config.json of the model that ``args`` describe, e.g. with fewer experts.
+    unmapped    (args, released tensor names) -> regular expressions that match the beginning of names which have no counterpart in
+                our network. They are kept in a file of their own.
     """
 
-    model_type: str
     model_args: Callable[[Config], ModelArgs]
-    links: Callable[[ModelArgs, Mapping[str, Shape]], list[Link]]
+    weight_map: Callable[[ModelArgs, Mapping[str, Shape]], list[WeightMapping]]
     config: Callable[[Config, ModelArgs], dict[str, Any]]
-    unused: Callable[[ModelArgs, Container[str]], tuple[str, ...]] = nothing
+    unmapped: Callable[[ModelArgs, Container[str]], tuple[str, ...]] = all_mapped
+
+
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "config.json: model_type",
+    {
+        "qwen3_vl_moe": "symbiotic_titan.hf.architectures.qwen3_vl_moe:QWEN3_VL_MOE",
+        "glm4v_moe": "symbiotic_titan.hf.architectures.glm4v_moe:GLM4V_MOE",
+        "hunyuan_v1_moe": "symbiotic_titan.hf.architectures.hunyuan_v1_moe:HUNYUAN_V1_MOE",
+        "aria": "symbiotic_titan.hf.architectures.aria:ARIA",
+    },
+)
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The architecture of a config.json.
+
+    Raises:
+        ValueError: its ``model_type`` is not registered.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ValueError(
+            f"{ARCHITECTURES.key}: must name one of {', '.join(ARCHITECTURES)}, got {model_type!r}"
+        )
+    return ARCHITECTURES[model_type]

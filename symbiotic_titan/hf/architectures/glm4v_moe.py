@@ -1,10 +1,8 @@
-"""GLM-4.5V (arXiv 2507.01006): chunked rotary of three axes on half of a head, biases on queries, keys and values, a sigmoid router
-with a bias for the choice, a shared expert, dense leading layers; an image encoder of RMSNorm and gated feed-forwards with a table of
-positions.
+"""GLM-4.5V (arXiv 2507.01006): three-axis rotary in chunks on half of each head, biases on queries, keys and values, a sigmoid router
+with a selection bias, a shared expert, dense leading layers; an image encoder with RMSNorm, gated feed-forwards and a position
+table.
 
-Its decoder is causal over the tokens of an image as well.
-
-Letters: W width of the encoder, D width, M patches along a side of a token.
+The decoder is causal within an image too.
 """
 
 import re
@@ -14,25 +12,27 @@ from typing import Any
 from torch import Tensor
 
 from symbiotic_titan.hf.architectures.base import (
-    Backbone,
+    Architecture,
     Config,
-    Link,
     Shape,
+    WeightMapping,
 )
-from symbiotic_titan.hf.architectures.weight_map import (
+from symbiotic_titan.hf.architectures.settings import (
     LATENTS,
     ROTARY,
-    attention,
     check_settings,
-    decoder,
     described_by,
+    rotary_settings,
+    settings,
+    with_experts,
+)
+from symbiotic_titan.hf.architectures.weight_map import (
+    attention,
+    decoder,
     experts,
     patch_embedding,
-    rotary_settings,
     same,
-    settings,
     swiglu,
-    with_experts,
 )
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.vit_args import VitArgs
@@ -65,7 +65,7 @@ VISION_DEFAULTS = {
     "out_hidden_size": 4096,
     "intermediate_size": 13696,
 }
-_EXPRESSED = {
+_SUPPORTED = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "norm_topk_prob": True,
@@ -73,8 +73,8 @@ _EXPRESSED = {
     "topk_group": 1,
     "use_qk_norm": False,
 }
-# The projector's LayerNorm has this epsilon whatever the file says.
-_VISION_EXPRESSED: dict[str, Any] = {
+# transformers uses this epsilon for the projector's LayerNorm regardless of the file.
+_VISION_SUPPORTED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -104,16 +104,16 @@ ROTARY_DEFAULTS = {
     "partial_rotary_factor": 0.5,
     "mrope_section": [8, 12, 12],
 }
-_ROTARY_EXPRESSED = {"rope_type": "default", "mrope_interleaved": False}
+_ROTARY_SUPPORTED = {"rope_type": "default", "mrope_interleaved": False}
 VISION_ROTARY_DEFAULTS = {"rope_type": "axial", "rope_theta": 10_000.0}
-# How its processor, which no setting of config.json knows of, normalises pixels.
+# Pixel normalisation of its image processor, which is not in config.json.
 _IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def vit_args(config: Config, width: int) -> VitArgs:
-    """The image encoder of ``vision_config``, in front of a decoder of this ``width``."""
-    values = settings(config, "vision_config", VISION_DEFAULTS, _VISION_EXPRESSED, ROTARY)
+    """The image encoder of ``vision_config`` for a decoder of this ``width``."""
+    values = settings(config, "vision_config", VISION_DEFAULTS, _VISION_SUPPORTED, ROTARY)
     check_settings(values, "vision_config", {"out_hidden_size": width})
     axial = {"rope_type": "axial"}
     rotary = rotary_settings(values, "vision_config", VISION_ROTARY_DEFAULTS, axial)
@@ -128,7 +128,7 @@ def vit_args(config: Config, width: int) -> VitArgs:
             channels=values["in_channels"],
             norm="rms",
             outer_norms=True,
-            norm_eps=_VISION_EXPRESSED["rms_norm_eps"],
+            norm_eps=_VISION_SUPPORTED["rms_norm_eps"],
             bias=False,
             activation="swiglu",
             rope_theta=float(rotary["rope_theta"]),
@@ -143,12 +143,12 @@ def vit_args(config: Config, width: int) -> VitArgs:
 
 
 def model_args(config: Config) -> ModelArgs:
-    """See ``Backbone``."""
+    """See ``Architecture``."""
     beside = settings(config, "", {}, others=_BESIDE)
-    values = settings(config, "text_config", DEFAULTS, _EXPRESSED, _OTHERS)
-    # Some files state the number of experts twice.
+    values = settings(config, "text_config", DEFAULTS, _SUPPORTED, _OTHERS)
+    # Some files have the number of experts under both names.
     check_settings(values, "text_config", {"num_local_experts": values["n_routed_experts"]})
-    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_EXPRESSED)
+    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_SUPPORTED)
     width, heads = values["hidden_size"], values["num_attention_heads"]
     expert_width = values["moe_intermediate_size"]
     vit = vit_args(config, width)
@@ -185,19 +185,26 @@ def model_args(config: Config) -> ModelArgs:
         )
 
 
-def _vision(vit: VitArgs) -> list[Link]:
+def _vision(vit: VitArgs) -> list[WeightMapping]:
     theirs, ours = "model.visual.", "vit."
 
-    def joined(tensors: list[Tensor]) -> list[Tensor]:
-        return [tensors[0].permute(0, 2, 3, 1).flatten(1)]  # (D, W, M, M)
+    # The convolution that merges patches has stride = kernel, so it is a linear layer over the patches of a token. Theirs:
+    # (decoder width, encoder width, merge, merge); ours: (decoder width, merge * merge * encoder width).
+    def as_linear(tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[0].permute(0, 2, 3, 1).flatten(1)]
 
-    def convolved(tensors: list[Tensor]) -> list[Tensor]:
+    def as_convolution(tensors: list[Tensor]) -> list[Tensor]:
         squares = tensors[0].unflatten(1, (vit.merge, vit.merge, vit.dim))
         return [squares.permute(0, 3, 1, 2).contiguous()]
 
     out = patch_embedding(f"{theirs}patch_embed.proj", f"{ours}patch_embedding", vit, frames=True)
     out.append(
-        Link((f"{theirs}downsample.weight",), (f"{ours}merger.join.weight",), joined, convolved)
+        WeightMapping(
+            (f"{theirs}downsample.weight",),
+            (f"{ours}merger.join.weight",),
+            as_linear,
+            as_convolution,
+        )
     )
     out += same(
         theirs,
@@ -225,10 +232,10 @@ def _vision(vit: VitArgs) -> list[Link]:
     return out
 
 
-def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
-    """See ``Backbone``."""
+def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMapping]:
+    """See ``Architecture``."""
 
-    def layer(number: int, theirs: str, ours: str) -> list[Link]:
+    def layer(number: int, theirs: str, ours: str) -> list[WeightMapping]:
         out = same(
             theirs,
             ours,
@@ -251,16 +258,16 @@ def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
 
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
-    """See ``Backbone.config``."""
+    """See ``Architecture``."""
     names = ("n_routed_experts", "num_local_experts")
     return with_experts(config, model_args(config), args, "text_config", *names)
 
 
-def unused(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
-    """See ``Backbone``. Behind its last layer the text model has one that predicts a further token; neither transformers nor this
-    network runs it. Its ``eh_proj`` tells it from a layer that config.json forgot to count."""
-    behind = f"model.language_model.layers.{args.num_layers}."
-    return (re.escape(behind),) if f"{behind}eh_proj.weight" in names else ()
+def unmapped(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
+    """See ``Architecture``. The multi-token-prediction layer after the last decoder layer, which neither transformers nor this
+    network runs. Its ``eh_proj`` distinguishes it from a decoder layer that config.json failed to count."""
+    prediction_layer = f"model.language_model.layers.{args.num_layers}."
+    return (re.escape(prediction_layer),) if f"{prediction_layer}eh_proj.weight" in names else ()
 
 
-GLM4V_MOE = Backbone("glm4v_moe", model_args, links, config_of, unused)
+GLM4V_MOE = Architecture(model_args, weight_map, config_of, unmapped)

@@ -1,32 +1,34 @@
-"""Hunyuan-A13B, a text decoder: query and key norms behind rotary, a shared expert in every layer, tied embeddings.
+"""Hunyuan-A13B, a text decoder: query and key norms after rotary, a shared expert in every layer, tied embeddings.
 
-It has no image encoder. The one of the flavor is new: nothing on disk stands for ``vit``, it gets initial values. All tokens of
-an image share one position, as its 1-D rotary has no axes for rows and columns.
+It has no image encoder, so the flavor adds a new one, which starts from initial values. All tokens of an image share one position,
+because 1-D rotary has no axes for rows and columns.
 """
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from symbiotic_titan.hf.architectures.base import (
-    Backbone,
+    Architecture,
     Config,
-    Link,
     Shape,
+    WeightMapping,
 )
-from symbiotic_titan.hf.architectures.weight_map import (
+from symbiotic_titan.hf.architectures.settings import (
     LATENTS,
     ROTARY,
-    attention,
     check_settings,
-    decoder,
     described_by,
-    experts,
     one_value,
     rotary_settings,
-    same,
     settings,
-    swiglu,
     with_experts,
+)
+from symbiotic_titan.hf.architectures.weight_map import (
+    attention,
+    decoder,
+    experts,
+    same,
+    swiglu,
 )
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
@@ -45,8 +47,8 @@ DEFAULTS = {
     "moe_topk": 1,
 }
 ROTARY_DEFAULTS = {"rope_type": "default", "rope_theta": 10_000.0}
-_ROTARY_EXPRESSED = {"factor": 1.0, "partial_rotary_factor": 1.0}
-# Beside ``alpha`` the released file has settings of scalings of other kinds.
+_ROTARY_SUPPORTED = {"factor": 1.0, "partial_rotary_factor": 1.0}
+# Besides ``alpha`` the released file has settings of other kinds of scaling.
 _ROTARY_OTHERS = {
     "rope_type": Literal["default", "dynamic"],
     "alpha": float,
@@ -55,7 +57,7 @@ _ROTARY_OTHERS = {
     "mscale": Any,
     "mscale_all_dim": Any,
 }
-_EXPRESSED = {
+_SUPPORTED = {
     "hidden_act": "silu",
     "mlp_bias": False,
     "use_qk_norm": True,
@@ -72,8 +74,8 @@ _EXPRESSED = {
     "group_limited_greedy": False,
     "quantization_config": {},
 }
-# The released file has settings of many other models, which nothing reads while those of ``_EXPRESSED`` and one that is not listed
-# here are off: e.g. ``kv_lora_rank`` without ``use_mla``. That attention drops out while training is no part of the network.
+# The released file has settings of many other models, which nothing reads while those of ``_SUPPORTED`` and one that is not listed
+# here are off, e.g. ``kv_lora_rank`` without ``use_mla``. ``attention_dropout`` matters in training only, and this network has none.
 _OTHERS: dict[str, Any] = {
     **ROTARY,
     "num_key_value_heads": int,
@@ -98,34 +100,36 @@ _PER_LAYER = ("num_experts", "moe_topk", "num_shared_expert", "moe_intermediate_
 
 
 def rotary_theta(values: Config, head_dim: int) -> float:
-    """The base of the frequencies. ``alpha`` stretches it once and for all, to theta * alpha ** (d / (d - 2)) with the head's
-    width d; the file calls that "dynamic".
+    """The base of the rotary frequencies. Despite its name, "dynamic" scaling by ``alpha`` is constant: theta * alpha ** (d / (d - 2))
+    for heads of d channels.
 
     Raises:
-        ValueError: another kind of scaling, or a head of so few channels that ``alpha`` has no meaning.
+        ValueError: another kind of scaling, or heads of at most 2 channels, for which that exponent is undefined.
     """
-    rotary = rotary_settings(values, "", ROTARY_DEFAULTS, _ROTARY_EXPRESSED, _ROTARY_OTHERS)
+    rotary = rotary_settings(values, "", ROTARY_DEFAULTS, _ROTARY_SUPPORTED, _ROTARY_OTHERS)
     theta = float(rotary["rope_theta"])
     if rotary["rope_type"] == "default":
         return theta
     if "alpha" not in rotary or head_dim <= 2:
         raise ValueError(
-            "config.json: rope_type = 'dynamic' of the rotary settings is expressed by this network only with an alpha and heads of more "
+            "config.json: rope_type = 'dynamic' of the rotary settings is supported by this network only with an alpha and heads of more "
             f"than 2 channels, got alpha = {rotary.get('alpha')} and {head_dim} channels"
         )
     return float(theta * rotary["alpha"] ** (head_dim / (head_dim - 2)))
 
 
 def model_args(config: Config) -> ModelArgs:
-    """See ``Backbone``."""
+    """See ``Architecture``."""
     stated = {key: one_value(config, key) for key in _PER_LAYER if key in config}
-    if config.get("routed_scaling_factor") is False:  # files of this family say so of what is off
+    if (
+        config.get("routed_scaling_factor") is False
+    ):  # how files of this family say that a setting is off
         stated["routed_scaling_factor"] = None
-    values = settings({**config, **stated}, "", DEFAULTS, _EXPRESSED, _OTHERS)
+    values = settings({**config, **stated}, "", DEFAULTS, _SUPPORTED, _OTHERS)
     width, heads = values["intermediate_size"], values["num_attention_heads"]
     head_dim = values.get("attention_head_dim", values["hidden_size"] // heads)
     head_dim = values.get("head_dim", head_dim)
-    # The released file says two things twice.
+    # The released file states two values twice.
     check_settings(values, "", {"moe_intermediate_size": width, "attention_head_dim": head_dim})
     rope_theta = rotary_theta(values, head_dim)
     with described_by(""):
@@ -156,10 +160,10 @@ def model_args(config: Config) -> ModelArgs:
         )
 
 
-def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
-    """See ``Backbone``."""
+def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMapping]:
+    """See ``Architecture``."""
 
-    def layer(number: int, theirs: str, ours: str) -> list[Link]:
+    def layer(number: int, theirs: str, ours: str) -> list[WeightMapping]:
         out = same(
             theirs,
             ours,
@@ -178,8 +182,8 @@ def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
 
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
-    """See ``Backbone.config``."""
+    """See ``Architecture``."""
     return with_experts(config, model_args(config), args, "", "num_experts")
 
 
-HUNYUAN_V1_MOE = Backbone("hunyuan_v1_moe", model_args, links, config_of)
+HUNYUAN_V1_MOE = Architecture(model_args, weight_map, config_of)

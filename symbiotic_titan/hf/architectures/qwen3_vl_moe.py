@@ -1,9 +1,7 @@
-"""Qwen3-VL with experts (arXiv 2511.21631): interleaved rotary of three axes, query and key norms before it, no shared expert, an
-image encoder with a table of positions, whose middle layers reach the decoder too (``deepstack``).
+"""Qwen3-VL with experts (arXiv 2511.21631): interleaved three-axis rotary, query and key norms before it, no shared expert; an image
+encoder with a position table, whose middle layers feed the decoder too (``deepstack``).
 
-Its decoder is causal over the tokens of an image as well.
-
-Letters: E experts, F hidden width, D width.
+The decoder is causal within an image too.
 """
 
 from collections.abc import Mapping
@@ -11,34 +9,36 @@ from math import isqrt
 from typing import Any, Literal
 
 from symbiotic_titan.hf.architectures.base import (
-    Backbone,
+    Architecture,
     Config,
-    Link,
     Shape,
+    WeightMapping,
 )
-from symbiotic_titan.hf.architectures.weight_map import (
+from symbiotic_titan.hf.architectures.settings import (
     LATENTS,
     ROTARY,
+    check_settings,
+    described_by,
+    rotary_settings,
+    settings,
+    with_experts,
+)
+from symbiotic_titan.hf.architectures.weight_map import (
     attention,
     chain,
-    check_settings,
     decoder,
-    described_by,
     join,
     patch_embedding,
-    rotary_settings,
     same,
-    settings,
     split,
     swiglu,
     transpose,
     with_biases,
-    with_experts,
 )
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.vit_args import VitArgs
 
-# What transformers takes where config.json is silent.
+# transformers' defaults for settings that config.json does not have.
 DEFAULTS = {
     "vocab_size": 151936,
     "hidden_size": 2048,
@@ -68,7 +68,7 @@ VISION_DEFAULTS = {
     "num_position_embeddings": 2304,
     "deepstack_visual_indexes": [8, 16, 24],
 }
-_EXPRESSED = {
+_SUPPORTED = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "norm_topk_prob": True,
@@ -79,7 +79,7 @@ ROTARY_DEFAULTS = {
     "mrope_section": [24, 20, 20],
 }
 VISION_ROTARY_DEFAULTS = {"rope_type": "axial", "rope_theta": 10_000.0}
-_ROTARY_EXPRESSED = {
+_ROTARY_SUPPORTED = {
     "rope_type": "default",
     "mrope_interleaved": True,
     "partial_rotary_factor": 1.0,
@@ -88,24 +88,24 @@ _ACTIVATIONS: dict[str, Literal["gelu_tanh", "gelu"]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu": "gelu",
 }
-# Settings with another default, or with none.
+# Settings whose default depends on others, or that have none.
 _OTHERS = {**ROTARY, "head_dim": int, "num_local_experts": int, "tie_word_embeddings": bool}
 _BESIDE = {"text_config": Any, "vision_config": Any, "tie_word_embeddings": bool}
 
 
 def _text_settings(config: Config) -> dict[str, Any]:
-    """Transformers 5 writes ``num_local_experts`` where the released files say ``num_experts``."""
-    values = settings(config, "text_config", DEFAULTS, _EXPRESSED, _OTHERS)
+    """transformers 5 writes ``num_local_experts`` where the released files have ``num_experts``."""
+    values = settings(config, "text_config", DEFAULTS, _SUPPORTED, _OTHERS)
     values["num_experts"] = values.get("num_local_experts", values["num_experts"])
     check_settings(config["text_config"], "text_config", {"num_experts": values["num_experts"]})
     return values
 
 
 def num_dense_layers(values: Config) -> int:
-    """How many leading layers have no experts.
+    """The number of dense layers before the first MoE layer.
 
     Raises:
-        ValueError: other layers than the leading ones have none.
+        ValueError: a later layer is dense.
     """
     step, named = values["decoder_sparse_step"], values["mlp_only_layers"]
     layers = range(values["num_hidden_layers"])
@@ -113,26 +113,26 @@ def num_dense_layers(values: Config) -> int:
     if dense != list(range(len(dense))):
         raise ValueError(
             f"config.json: text_config.decoder_sparse_step = {step} and text_config.mlp_only_layers = {named} leave the layers "
-            f"{dense} without experts; this network expresses that of leading layers only"
+            f"{dense} without experts; this network supports that for leading layers only"
         )
     return len(dense)
 
 
 def vit_args(config: Config, width: int) -> VitArgs:
-    """The image encoder of ``vision_config``, in front of a decoder of this ``width``."""
+    """The image encoder of ``vision_config`` for a decoder of this ``width``."""
     values = settings(config, "vision_config", VISION_DEFAULTS, others=ROTARY)
     check_settings(values, "vision_config", {"out_hidden_size": width})
     axial = {"rope_type": "axial"}
     rotary = rotary_settings(values, "vision_config", VISION_ROTARY_DEFAULTS, axial)
-    activation, places = values["hidden_act"], values["num_position_embeddings"]
+    activation, positions = values["hidden_act"], values["num_position_embeddings"]
     if activation not in _ACTIVATIONS:
         raise ValueError(
-            f"config.json: vision_config.hidden_act = {activation!r} is not expressed by this network, only "
+            f"config.json: vision_config.hidden_act = {activation!r} is not supported by this network, only "
             f"{' and '.join(map(repr, _ACTIVATIONS))} are"
         )
-    if isqrt(places) ** 2 != places:
+    if isqrt(positions) ** 2 != positions:
         raise ValueError(
-            f"config.json: vision_config.num_position_embeddings = {places} is no square; the table of positions has as many "
+            f"config.json: vision_config.num_position_embeddings = {positions} is no square; the position table has as many "
             "rows as columns"
         )
     with described_by("vision_config"):
@@ -147,16 +147,16 @@ def vit_args(config: Config, width: int) -> VitArgs:
             rope_theta=float(rotary["rope_theta"]),
             activation=_ACTIVATIONS[activation],
             temporal_patch=values["temporal_patch_size"],
-            position_grid=isqrt(places),
+            position_grid=isqrt(positions),
             deepstack=tuple(values["deepstack_visual_indexes"]),
             image_resize="qwen",
         )
 
 
 def model_args(config: Config) -> ModelArgs:
-    """See ``Backbone``."""
+    """See ``Architecture``."""
     beside, values = settings(config, "", {}, others=_BESIDE), _text_settings(config)
-    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_EXPRESSED)
+    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_SUPPORTED)
     width, heads = values["hidden_size"], values["num_attention_heads"]
     vit = vit_args(config, width)
     with described_by("text_config"):
@@ -187,12 +187,14 @@ def model_args(config: Config) -> ModelArgs:
         )
 
 
-def _experts(theirs: str, ours: str, args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
-    """The released files have (E, D, 2F) and (E, F, D), also where ``shapes`` are silent; what transformers 5 saves (E, 2F, D) and
-    (E, D, F). The two tensors together are never in doubt: 2F and F cannot both be D.
+def _experts(
+    theirs: str, ours: str, args: ModelArgs, shapes: Mapping[str, Shape]
+) -> list[WeightMapping]:
+    """Released files have (E, D, 2F) and (E, F, D), which is assumed where ``shapes`` lack the tensors; transformers 5 saves
+    (E, 2F, D) and (E, D, F). Together the two shapes are unambiguous: 2F and F cannot both equal D.
 
     Raises:
-        ValueError: they have neither layout.
+        ValueError: the tensors have neither layout.
     """
     gate_up, down = f"{theirs}.gate_up_proj", f"{theirs}.down_proj"
     d, f = args.dim, args.expert_hidden_dim
@@ -203,13 +205,13 @@ def _experts(theirs: str, ours: str, args: ModelArgs, shapes: Mapping[str, Shape
     )
     if found == released:
         return [
-            Link(
+            WeightMapping(
                 (gate_up,),
                 (f"{ours}.w1", f"{ours}.w3"),
                 load=chain(transpose, split(1)),
                 save=chain(join(1), transpose),
             ),
-            Link((down,), (f"{ours}.w2",), transpose, transpose),
+            WeightMapping((down,), (f"{ours}.w2",), transpose, transpose),
         ]
     if found != ((2 * f, d), (d, f)):
         raise ValueError(
@@ -217,12 +219,12 @@ def _experts(theirs: str, ours: str, args: ModelArgs, shapes: Mapping[str, Shape
             f"{released[1]}, or both transposed"
         )
     return [
-        Link((gate_up,), (f"{ours}.w1", f"{ours}.w3"), split(1), join(1)),
-        Link((down,), (f"{ours}.w2",)),
+        WeightMapping((gate_up,), (f"{ours}.w1", f"{ours}.w3"), split(1), join(1)),
+        WeightMapping((down,), (f"{ours}.w2",)),
     ]
 
 
-def _vision(vit: VitArgs) -> list[Link]:
+def _vision(vit: VitArgs) -> list[WeightMapping]:
     theirs, ours = "model.visual.", "vit."
     out = patch_embedding(f"{theirs}patch_embed.proj", f"{ours}patch_embedding", vit, frames=True)
     out += same(theirs, ours, ("pos_embed.weight", "position_embedding.weight"))
@@ -246,10 +248,10 @@ def _vision(vit: VitArgs) -> list[Link]:
     return out
 
 
-def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
-    """See ``Backbone``."""
+def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMapping]:
+    """See ``Architecture``."""
 
-    def layer(number: int, theirs: str, ours: str) -> list[Link]:
+    def layer(number: int, theirs: str, ours: str) -> list[WeightMapping]:
         out = same(
             theirs,
             ours,
@@ -268,9 +270,9 @@ def links(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[Link]:
 
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
-    """See ``Backbone.config``."""
+    """See ``Architecture``."""
     names = ("num_experts", "num_local_experts")
     return with_experts(config, model_args(config), args, "text_config", *names)
 
 
-QWEN3_VL_MOE = Backbone("qwen3_vl_moe", model_args, links, config_of)
+QWEN3_VL_MOE = Architecture(model_args, weight_map, config_of)

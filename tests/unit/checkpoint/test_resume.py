@@ -7,13 +7,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from symbiotic_titan.checkpoint.resume import (
-    check_fits,
+    check_resumable,
     check_start,
-    check_whole,
-    newest_complete_step,
-    set_aside,
 )
-from symbiotic_titan.weights.damage import damage_of
+from symbiotic_titan.weights.damage import (
+    check_complete,
+    damage_of,
+    newest_complete_step,
+    rename_damaged,
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +66,9 @@ def test_nothing_complete_means_start_anew(tmp_path):
 
 
 def test_set_aside_keeps_the_files_under_a_name_that_is_no_step(folder):
-    first = set_aside(folder / "step-20")
+    first = rename_damaged(folder / "step-20")
     shutil.copytree(folder / "step-10", folder / "step-20")
-    second = set_aside(folder / "step-20")
+    second = rename_damaged(folder / "step-20")
     assert (first.name, second.name) == ("damaged-20", "damaged-20-2")
     assert list(first.glob("*.distcp")) and newest_complete_step(folder) == (10, {})
 
@@ -82,7 +84,7 @@ def save_run(folder, **changes):
 
 
 def test_checkpoint_of_this_run_fits(tmp_path):
-    assert check_fits(save_run(tmp_path / "step-1"), {"w": (2, 3)}, ["w"]) is None
+    assert check_resumable(save_run(tmp_path / "step-1"), {"w": (2, 3)}, ["w"]) is None
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_checkpoint_of_this_run_fits(tmp_path):
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path, changes, shapes, message):
     folder = save_run(tmp_path / "step-1", **changes)
     with pytest.raises(ValueError, match=message):
-        check_fits(folder, shapes, list(shapes))
+        check_resumable(folder, shapes, list(shapes))
 
 
 def test_start_of_this_model_can_be_begun_with(tmp_path):
@@ -132,13 +134,13 @@ def test_start_that_would_not_be_read_is_refused(tmp_path):
 
 def test_missing_or_damaged_folder_is_named_with_its_key(tmp_path):
     with pytest.raises(ValueError, match="a.key: no such folder: .*; do that"):
-        check_whole(tmp_path / "none", "a.key", "do that")
+        check_complete(tmp_path / "none", "a.key", "do that")
     start = save_run(tmp_path / "start")
     next(start.glob("*.distcp")).unlink()
     with pytest.raises(ValueError, match="is not complete: its file .* is missing; do that"):
-        check_whole(start, "a.key", "do that")
+        check_complete(start, "a.key", "do that")
 
 
 def test_checkpoint_of_an_optimizer_without_state_fits(tmp_path):
     folder = save_run(tmp_path / "step-1", optimizer={})
-    assert check_fits(folder, {"w": (2, 3)}, ["w"]) is None
+    assert check_resumable(folder, {"w": (2, 3)}, ["w"]) is None

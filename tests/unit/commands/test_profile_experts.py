@@ -14,7 +14,7 @@ from symbiotic_titan.demo.write import (
 )
 from symbiotic_titan.hf.import_model import import_model
 from symbiotic_titan.hf.model import HuggingFaceModel
-from symbiotic_titan.model import model_config as shape_file
+from symbiotic_titan.model import model_config
 from symbiotic_titan.partition.profile import Profile
 from tests.helpers.released_models import write_release
 
@@ -40,8 +40,8 @@ def imported(tmp_path_factory):
     stored = HuggingFaceModel(folder / "hunyuan")
     import_model(stored, folder / "import")
     vit = replace(stored.args.vit, dim=16, num_layers=1, num_heads=2, hidden_dim=32)
-    shape = folder / "import" / shape_file.NAME
-    shape_file.write_model_config(shape, replace(stored.args, vit=vit))
+    shape = folder / "import" / model_config.FILE_NAME
+    model_config.write_model_config(shape, replace(stored.args, vit=vit))
     return folder, ["--config", str(folder / "debug.toml"), "--model.flavor", str(shape)]
 
 

@@ -13,24 +13,24 @@ from safetensors.torch import load_file
 from symbiotic_titan.hf.export import (
     export_understanding,
     export_whole,
-    find_source,
+    find_release_files,
     understanding_group,
 )
 from symbiotic_titan.hf.import_model import import_model
 from symbiotic_titan.hf.model import (
-    SOURCE,
     HuggingFaceModel,
     open_model,
 )
+from symbiotic_titan.hf.release_files import RELEASE_FILES
 from symbiotic_titan.model.args import one_pool
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.partition.apply import partition_checkpoint
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
-from symbiotic_titan.weights.new_folder import MARK
+from symbiotic_titan.weights.new_folder import MANIFEST
 from symbiotic_titan.weights.safetensors import (
     SafetensorsModel,
-    places_in,
+    slices_in,
 )
 from tests.helpers.decoder_parity import run
 from tests.helpers.image_rows import image_row, released_inputs, released_squares
@@ -56,7 +56,7 @@ SHARDS = {"shard_bytes": 10_000}
 
 
 def tensors_in(folder) -> dict[str, torch.Tensor]:
-    return {name: place.read() for name, place in places_in(folder).items()}
+    return {name: place.read() for name, place in slices_in(folder).items()}
 
 
 def values_of(stored) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ def split(tmp_path_factory, imported):
 
 
 def export(folder, args, out, **settings):
-    source = find_source(folder, "debug")
+    source = find_release_files(folder, "debug")
     return export_understanding(open_model(folder), args, source, out, **{**SHARDS, **settings})
 
 
@@ -113,7 +113,7 @@ def test_a_release_comes_back_bit_for_bit(tmp_path, release, layout, besides, dt
     stored = HuggingFaceModel(tmp_path / "release")
     import_model(stored, tmp_path / "imported")
     done = export(tmp_path / "imported", stored.args, tmp_path / "back")
-    assert stored.left_behind.keys() == more.keys() <= done.written.keys() and not done.missing
+    assert stored.unmapped.tensors.keys() == more.keys() <= done.written.keys() and not done.missing
     assert_equal(tensors_in(tmp_path / "back"), theirs)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     expected, name = copy.deepcopy(release), str(dtype).removeprefix("torch.")
@@ -125,7 +125,7 @@ def test_a_release_comes_back_bit_for_bit(tmp_path, release, layout, besides, dt
     )
     assert names == {
         *("config.json", "tokenizer.json", "preprocessor_config.json", "LICENSE"),
-        *("model.safetensors.index.json", MARK),
+        *("model.safetensors.index.json", MANIFEST),
     }
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
 
@@ -142,8 +142,8 @@ def test_a_training_checkpoint_is_exported_beside_the_flavor_it_was_trained_with
     }
     step = save(state, tmp_path / "step-12")
     with pytest.raises(ValueError, match="no hugging_face/config.json in .*step-12: nothing says"):
-        find_source(step, "debug")
-    source = find_source(step, str(folder / "model.json"))
+        find_release_files(step, "debug")
+    source = find_release_files(step, str(folder / "model.json"))
     done = export_understanding(open_model(step), args, source, tmp_path / "back", **SHARDS)
     assert_equal(tensors_in(tmp_path / "back"), theirs)
     assert done.left_out and all(name.startswith("flow_head.") for name in done.left_out)
@@ -164,7 +164,7 @@ def test_a_release_that_was_not_imported_comes_back_too(tmp_path, release, layou
     theirs = write_release(tmp_path / "release", release, layout=layout, more=more)
     stored = HuggingFaceModel(tmp_path / "release")
     import_model(stored, tmp_path / "shape", shape_only=True)
-    source = find_source(tmp_path / "release", str(tmp_path / "shape" / "model.json"))
+    source = find_release_files(tmp_path / "release", str(tmp_path / "shape" / "model.json"))
     done = export_understanding(stored, stored.args, source, tmp_path / "back", **SHARDS)
     assert_equal(tensors_in(tmp_path / "back"), theirs)
     assert not done.missing
@@ -249,7 +249,7 @@ def test_the_whole_comes_back_bit_for_bit_through_our_own_loader(tmp_path, split
     back = open_model(tmp_path / "whole")
     assert isinstance(back, SafetensorsModel) and not done.left_out
     assert_equal(values_of(back), values_of(stored))
-    assert find_source(tmp_path / "whole", "debug").is_dir()
+    assert find_release_files(tmp_path / "whole", "debug").is_dir()
     model = SymbioticModel(args)
     back.read_into(model.state_dict())
     assert torch.equal(model.flow_head.output.weight, stored.read("flow_head.output.weight"))
@@ -292,10 +292,10 @@ def test_a_model_that_the_backbone_cannot_be_is_refused(tmp_path, imported):
     model = SymbioticModel(args)
     state = {**model.state_dict(), **values_of(open_model(folder))}
     with_shared = save(state, tmp_path / "shared")
-    source = find_source(folder, "debug")
+    source = find_release_files(folder, "debug")
     with pytest.raises(
         ValueError,
-        match="shared_hidden_dim = 24, but config.json .* states 0; .* --part whole writes",
+        match="shared_hidden_dim = 24, but config.json .* has 0; .* --part whole writes",
     ):
         export_understanding(open_model(with_shared), args, source, tmp_path / "out", **SHARDS)
     assert not (tmp_path / "out").exists()
@@ -315,7 +315,7 @@ def test_a_model_without_the_backbones_encoder_is_refused(tmp_path, imported):
     folder, args, _ = imported
     state = values_of(open_model(folder))
     blind = save({n: t for n, t in state.items() if not n.startswith("vit.")}, tmp_path / "blind")
-    source = find_source(folder, "debug")
+    source = find_release_files(folder, "debug")
     with pytest.raises(ValueError, match="blind lacks vit.*and .* more; --part whole writes"):
         export_understanding(open_model(blind), args, source, tmp_path / "out", **SHARDS)
 
@@ -348,7 +348,7 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path, split, part):
 )
 def test_a_damaged_layout_is_named(tmp_path, imported, shapes, message):
     folder, args, _ = imported
-    source = shutil.copytree(folder / SOURCE, tmp_path / SOURCE)
+    source = shutil.copytree(folder / RELEASE_FILES, tmp_path / RELEASE_FILES)
     layout = json.loads((source / "layout.json").read_text())
     (source / "layout.json").write_text(json.dumps(layout | {"shapes": shapes}))
     with pytest.raises(ValueError, match=f"layout.json: {message}"):

@@ -14,7 +14,7 @@ from transformers.models.glm4v_moe.modeling_glm4v_moe import (
 
 from symbiotic_titan.hf.architectures import glm4v_moe
 from symbiotic_titan.hf.architectures.glm4v_moe import GLM4V_MOE
-from symbiotic_titan.hf.model import unused_names
+from symbiotic_titan.hf.model import unmapped_names
 from symbiotic_titan.model.flavors import FLAVORS
 from tests.helpers.decoder_parity import (
     assert_equal_tensors,
@@ -162,8 +162,8 @@ def test_the_layer_that_predicts_further_tokens_stands_behind_the_last(layers):
     further = f"model.language_model.layers.{layers}.input_layernorm.weight"
     beyond = f"model.language_model.layers.{layers}0.input_layernorm.weight"
     names = [inside, further, beyond, f"model.language_model.layers.{layers}.eh_proj.weight"]
-    assert unused_names(GLM4V_MOE, args, names) == [further, names[-1]]
-    assert unused_names(GLM4V_MOE, args, names[:-1]) == []
+    assert unmapped_names(GLM4V_MOE, args, names) == [further, names[-1]]
+    assert unmapped_names(GLM4V_MOE, args, names[:-1]) == []
 
 
 def test_flavor_is_what_the_released_file_says():
@@ -180,7 +180,7 @@ def test_silent_settings_are_what_transformers_takes():
 @pytest.mark.parametrize(
     "table, changes, message",
     [
-        ("text_config", {"n_group": 4}, "text_config.n_group = 4 is not expressed.*only 1 is"),
+        ("text_config", {"n_group": 4}, "text_config.n_group = 4 is not supported.*only 1 is"),
         ("text_config", {"topk_group": 2}, "text_config.topk_group = 2"),
         ("text_config", {"norm_topk_prob": False}, "text_config.norm_topk_prob = False"),
         ("text_config", {"use_qk_norm": True}, "text_config.use_qk_norm = True"),
@@ -201,7 +201,7 @@ def test_silent_settings_are_what_transformers_takes():
         ("vision_config", {"window_size": 112}, "vision_config.window_size = 112"),
     ],
 )
-def test_what_is_not_expressed_is_named(table, changes, message):
+def test_what_is_not_supported_is_named(table, changes, message):
     config = {**RELEASED, table: {**RELEASED[table], **changes}}
     with pytest.raises(ValueError, match=message):
         GLM4V_MOE.model_args(config)

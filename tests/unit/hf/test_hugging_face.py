@@ -19,7 +19,7 @@ from symbiotic_titan.partition.profile import router_hash
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from symbiotic_titan.weights import new_folder
 from symbiotic_titan.weights.dcp import DistributedCheckpoint
-from symbiotic_titan.weights.safetensors import Place
+from symbiotic_titan.weights.safetensors import TensorSlice
 from tests.helpers.released_models import (
     ARIA,
     GLM,
@@ -79,8 +79,8 @@ def test_a_single_file_without_index_is_read(tmp_path, release):
 
 def test_a_file_is_read_once_for_tensors_asked_for_in_a_row(release, monkeypatch):
     folder, theirs = release
-    reads, read = [], Place.read
-    monkeypatch.setattr(Place, "read", lambda place: (reads.append(place), read(place))[1])
+    reads, read = [], TensorSlice.read
+    monkeypatch.setattr(TensorSlice, "read", lambda place: (reads.append(place), read(place))[1])
     stored = HuggingFaceModel(folder)
     assert not reads
     values_of(stored)
@@ -113,7 +113,7 @@ def test_imported_tensors_are_those_of_the_release(tmp_path, release, dtype):
         stored,
         tmp_path / "out",
         dtype=dtype,
-        watch=lambda done, total: watched.append((done, total)),
+        progress=lambda done, total: watched.append((done, total)),
     )
     imported = open_model(tmp_path / "out")
     assert isinstance(imported, DistributedCheckpoint)
@@ -136,7 +136,7 @@ def test_an_imported_model_is_a_flavor_of_its_own(tmp_path, release):
 def test_small_files_come_along_and_code_does_not(tmp_path, release, monkeypatch):
     folder, _ = release
     (folder / "huge.json").write_text("x" * 100)
-    monkeypatch.setattr("symbiotic_titan.hf.model._LARGEST", 99_999)
+    monkeypatch.setattr("symbiotic_titan.hf.release_files.LARGEST", 99_999)
     (folder / "huge.json").write_text("x" * 100_000)
     import_model(HuggingFaceModel(folder), tmp_path / "out", shape_only=True)
     names = {path.name for path in (tmp_path / "out" / "hugging_face").iterdir()}
@@ -144,7 +144,7 @@ def test_small_files_come_along_and_code_does_not(tmp_path, release, monkeypatch
         *("config.json", "tokenizer.json", "preprocessor_config.json", "LICENSE", "layout.json"),
     }
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"hugging_face", "model.json", new_folder.MARK}
+    assert names == {"hugging_face", "model.json", new_folder.MANIFEST}
 
 
 def test_a_shape_alone_may_be_replaced_by_the_model(tmp_path, release):
@@ -183,11 +183,11 @@ def test_partition_reads_every_tensor_of_a_release_once(tmp_path, release, monke
     folder, theirs = release
     plan = replace(plan_for(folder), groups=GROUPS, layers=("layers.0", "layers.1"))
     args = replace(HuggingFaceModel(folder).args, groups=GROUPS)
-    reads, read = [], Place.read
-    monkeypatch.setattr(Place, "read", lambda place: (reads.append(place), read(place))[1])
+    reads, read = [], TensorSlice.read
+    monkeypatch.setattr(TensorSlice, "read", lambda place: (reads.append(place), read(place))[1])
     partition_checkpoint(folder, args, plan, tmp_path / "out")
     of_tensors = [
-        place for place in reads if place.kind.shape != (8, 32)
+        place for place in reads if place.spec.shape != (8, 32)
     ]  # routers: hashed besides
     assert len(of_tensors) == len(set(of_tensors)) == len(theirs) - 2
 
@@ -236,7 +236,7 @@ def test_configs_that_cannot_be_used_are_named(release):
     assert "qwen3_vl_moe" in message({})
     config = copy.deepcopy(QWEN)
     config["text_config"]["hidden_act"] = "relu"
-    assert "text_config.hidden_act = 'relu' is not expressed" in message(config)
+    assert "text_config.hidden_act = 'relu' is not supported" in message(config)
     config = copy.deepcopy(QWEN)
     config["text_config"]["num_hidden_layers"] = 3
     assert "lacks model.language_model.layers.2." in message(config)
@@ -256,7 +256,7 @@ def test_weights_that_cannot_be_used_are_named(release):
     first.write_bytes(data[:-5])
     assert f"{first} is cut off" in message_of(folder)
     first.write_bytes(data[:50])
-    assert f"{first} is cut off or no safetensors file" in message_of(folder)
+    assert f"{first} is cut off or not a safetensors file" in message_of(folder)
     tensors = load_file(second)
     save_file(tensors | {next(iter(tensors)): torch.ones(2, dtype=torch.int8)}, second)
     first.write_bytes(data)
@@ -274,25 +274,25 @@ def test_weights_that_cannot_be_used_are_named(release):
             QWEN,
             "model.visual.patch_embed.proj.weight",
             lambda t: t.flatten(),
-            r"has shape \(2304,\), of which vit.patch_embedding.weight cannot be made",
+            r"has shape \(2304,\); vit.patch_embedding.weight cannot be made",
         ),
         (
             ARIA,
             "language_model.model.layers.1.mlp.experts.fc1.weight",
             lambda t: t.flatten(),
-            r"has shape \(10240,\), of which layers.1.moe.experts.all.w1 cannot be made",
+            r"has shape \(10240,\); layers.1.moe.experts.all.w1 cannot be made",
         ),
         (
             ARIA,
             "language_model.model.layers.1.mlp.experts.fc1.weight",
             lambda t: t[..., :1],
-            r"has shape \(8, 32, 1\), of which layers.1.moe.experts.all.w1 cannot be made",
+            r"has shape \(8, 32, 1\); layers.1.moe.experts.all.w1 cannot be made",
         ),
         (
             GLM,
             "model.language_model.layers.2.mlp.experts.5.up_proj.weight",
             lambda t: t[:-1],
-            r"has shape \(19, 32\) and the others of its kind \(20, 32\), of which layers.2.moe",
+            r"has shape \(19, 32\) and the others like it \(20, 32\); layers.2.moe",
         ),
     ],
     ids=["a flat convolution", "flat experts", "narrow experts", "one expert"],
@@ -319,7 +319,7 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path, release):
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, release, monkeypatch):
     stored = HuggingFaceModel(release[0])
-    size = sum(kind.num_bytes for kind in stored.tensors.values())
+    size = sum(spec.num_bytes for spec in stored.tensors.values())
     usage = type("Usage", (), {"free": size - 1})
     monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=f"out takes {size:,} bytes, but {size - 1:,} are free in"):

@@ -116,7 +116,7 @@ def test_silent_settings_are_what_transformers_takes():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"use_cla": True}, "use_cla = True is not expressed"),
+        ({"use_cla": True}, "use_cla = True is not supported"),
         ({"use_mla": True}, "use_mla = True"),
         ({"moe_layer_num_skipped": 1}, "moe_layer_num_skipped = 1"),
         ({"num_shared_expert": [2] * 32}, "num_shared_expert = 2"),
@@ -140,7 +140,7 @@ def test_silent_settings_are_what_transformers_takes():
         ({"n_group": 8}, "n_group = 8 is not a setting"),
         ({"attention_sink": 4}, "attention_sink = 4 is not a setting"),
         ({"moe_router_score": "sigmoid"}, "moe_router_score = 'sigmoid' is not a setting"),
-        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor = 2.5 is not expressed"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor = 2.5 is not supported"),
         ({"first_k_dense_replace": 1}, "first_k_dense_replace = 1 is not a setting"),
         ({"norm_type": "hf_layer"}, "norm_type: must be one of 'rms', .* got 'hf_layer'"),
         ({"vision_config": {"depth": 2}}, "vision_config = {'depth': 2} is not a setting"),
@@ -149,7 +149,7 @@ def test_silent_settings_are_what_transformers_takes():
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )
-def test_what_is_not_expressed_is_named(changes, message):
+def test_what_is_not_supported_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         HUNYUAN_V1_MOE.model_args({**RELEASED, **changes})
 
@@ -159,7 +159,7 @@ def test_config_of_a_slice_states_its_experts_and_nothing_else():
     sliced = replace(args, num_experts=48, groups=())
     assert HUNYUAN_V1_MOE.config(RELEASED, sliced) == {**RELEASED, "num_experts": 48}
     assert HUNYUAN_V1_MOE.model_args({**RELEASED, "num_experts": 48}) == sliced
-    with pytest.raises(ValueError, match="shared_hidden_dim = 0, but config.json .* states 3072"):
+    with pytest.raises(ValueError, match="shared_hidden_dim = 0, but config.json .* has 3072"):
         HUNYUAN_V1_MOE.config(RELEASED, replace(args, shared_hidden_dim=0))
 
 

@@ -12,8 +12,8 @@ import torch
 from symbiotic_titan.hf.architectures.qwen3_vl_moe import (
     QWEN3_VL_MOE,
     config_of,
-    links,
     model_args,
+    weight_map,
 )
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.symbiotic import SymbioticModel
@@ -214,7 +214,7 @@ def test_a_square_matrix_is_told_by_the_other_one(width, pair):
     args = replace(pair[1].args, expert_hidden_dim=width)
     values = torch.arange(8 * 2 * width * 32.0)
     for gate_up, down in (((32, 2 * width), (width, 32)), ((2 * width, 32), (32, width))):
-        found = links(args, expert_shapes(args, gate_up, down))
+        found = weight_map(args, expert_shapes(args, gate_up, down))
         link = next(link for link in found if link.theirs[0].endswith("gate_up_proj"))
         gate, up = link.load([values.view(8, *gate_up)])
         transposed = gate_up[0] == 32 and down[0] == width
@@ -225,7 +225,7 @@ def test_a_square_matrix_is_told_by_the_other_one(width, pair):
 def test_experts_of_another_shape_are_refused(pair):
     args = pair[1].args
     with pytest.raises(ValueError, match=r"layers.0.mlp.experts.gate_up_proj .* \(32, 32\) and"):
-        links(args, expert_shapes(args, (32, 32), (24, 32)))
+        weight_map(args, expert_shapes(args, (32, 32), (24, 32)))
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_leading_dense_layers_are_expressed():
 @pytest.mark.parametrize(
     ("table", "key", "value", "message"),
     [
-        ("text_config", "hidden_act", "relu", r"text_config.hidden_act = 'relu' is not expressed"),
+        ("text_config", "hidden_act", "relu", r"text_config.hidden_act = 'relu' is not supported"),
         ("text_config", "attention_dropout", 0.1, r"text_config.attention_dropout = 0.1 is not"),
         ("text_config", "norm_topk_prob", False, r"text_config.norm_topk_prob = False is not"),
         ("text_config", "sliding_window", 4096, r"text_config.sliding_window = 4096 is not a"),
@@ -280,13 +280,13 @@ def test_leading_dense_layers_are_expressed():
             "text_config",
             "rope_scaling",
             {"rope_type": "yarn", "factor": 4.0},
-            r"text_config.rope_scaling.rope_type = 'yarn' is not expressed",
+            r"text_config.rope_scaling.rope_type = 'yarn' is not supported",
         ),
         (
             "text_config",
             "rope_scaling",
             {"mrope_interleaved": False},
-            r"text_config.rope_scaling.mrope_interleaved = False is not expressed",
+            r"text_config.rope_scaling.mrope_interleaved = False is not supported",
         ),
         ("text_config", "num_hidden_layers", "48", r"text_config.num_hidden_layers: must be an"),
         (
@@ -299,7 +299,7 @@ def test_leading_dense_layers_are_expressed():
             "text_config",
             "num_local_experts",
             64,
-            r"num_experts = 128 is not expressed.* only 64 is",
+            r"num_experts = 128 is not supported.* only 64 is",
         ),
         (
             "text_config",
@@ -318,7 +318,7 @@ def test_leading_dense_layers_are_expressed():
         ("", "quantization_config", {"bits": 4}, r"config.json: quantization_config = \{'bits'"),
     ],
 )
-def test_a_setting_that_is_not_expressed_is_named(table, key, value, message):
+def test_a_setting_that_is_not_supported_is_named(table, key, value, message):
     with pytest.raises(ValueError, match=message):
         model_args(changed(table, key, value))
 

@@ -144,7 +144,8 @@ def test_a_plan_and_a_config_that_disagree_are_refused(vlm, tmp_path):
     plan = make_plan(profile, BIMODAL, "cumulative", num_shared=2)
     bare = replace(BARE, groups=BIMODAL)
     with pytest.raises(
-        ValueError, match="of 2 routed ones, .* as wide as 0; set experts.new_shared_experts = 2"
+        ValueError,
+        match="2 times a routed expert's width, .* of 0 times; set experts.new_shared_experts = 2",
     ):
         partition_checkpoint(source, bare, plan, tmp_path / "out")
     without = make_plan(profile, BIMODAL, "cumulative")

@@ -240,7 +240,7 @@ def test_existing_targets_are_refused(tmp_path, vlm):
         partition_checkpoint(source, tiny_args(), None, source)
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="papers is no folder that symbiotic convert wrote"):
+    with pytest.raises(ValueError, match="papers was not written by symbiotic convert"):
         partition_checkpoint(source, tiny_args(), None, tmp_path / "papers", overwrite=True)
 
 
@@ -315,6 +315,6 @@ def test_loading_names_what_differs(tmp_path, vlm):
     refused(tiny_args(groups=BIMODAL), "expert groups all, the config's model generation, under")
     refused(tiny_args(dim=64), r"has shape \(64, 32\) in it and \(64, 64\) here")
     refused(tiny_args(num_layers=4), "it lacks layers.3.attention_norm.weight")
-    refused(tiny_args(num_layers=2), "it holds layers.2.attention_norm.weight, .*has not")
+    refused(tiny_args(num_layers=2), "it has layers.2.attention_norm.weight, .*model lacks")
     check_is_model(stored, tensors_of_model(model))
     check_is_model(stored, tensors_of_model(SymbioticModel(tiny_args(shared_hidden_dim=0))))

@@ -7,16 +7,16 @@ import torch
 
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.partition.plan import (
-    PARTITION_RULES,
     Plan,
     check_layers,
-    kept_mass,
     make_plan,
+    retained_routing_mass,
 )
 from symbiotic_titan.partition.profile import (
     ModelIdentity,
     Profile,
 )
+from symbiotic_titan.partition.rules import PARTITION_RULES
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 
 OURS = ("cumulative", "cumulative_counts", "per_modality_max", "balanced", "random")
@@ -155,10 +155,10 @@ def test_kept_mass_is_the_share_of_choices_inside_the_group():
     profile = profile_of(([6, 2, 1, 1], [0, 4, 4, 2]), ([5, 5, 0, 0], [10, 10, 0, 0]))
     plan = make_plan(profile, bimodal(2, 2), "cumulative")
     assert groups_of(plan) == [[0, 1], [2, 3]]
-    text, vit, vae = kept_mass(profile, plan)
+    text, vit, vae = retained_routing_mass(profile, plan)
     assert (text.modality, text.mean, text.worst) == ("text", pytest.approx(0.9), 0.8)
     assert (vit.mean, vit.worst, vit.worst_layer) == (pytest.approx(0.7), 0.4, "layers.1")
-    assert (vae.modality, vae.mean, vae.by_lot) == ("vae", None, 0.5)
+    assert (vae.modality, vae.mean, vae.random_baseline) == ("vae", None, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_rule_cannot_change_the_profile(monkeypatch):
 
 def test_plans_for_other_models_are_refused():
     profile = profile_of(([1, 2, 3, 4], [0] * 4))
-    with pytest.raises(ValueError, match="'nope': nothing is registered.*choose from balanced"):
+    with pytest.raises(ValueError, match="'nope': nothing is registered.*choose from cumulative"):
         make_plan(profile, bimodal(2, 2), "nope")
     with pytest.raises(ValueError, match="hold 5 experts, but the profile is of a model with 4"):
         make_plan(profile, bimodal(3, 2), "cumulative")

@@ -16,7 +16,7 @@ def write(folder, text="new", *, file="model-1.safetensors", overwrite=False):
 
 
 def files_in(folder) -> dict[str, str]:
-    return {p.name: p.read_text() for p in folder.iterdir() if p.name != module.MARK}
+    return {p.name: p.read_text() for p in folder.iterdir() if p.name != module.MANIFEST}
 
 
 RELEASE = ("config.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors")
@@ -25,10 +25,10 @@ RELEASE = ("config.json", "model.safetensors.index.json", "model-00001-of-00001.
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (RELEASE, "out is no folder that symbiotic convert wrote and is not overwritten"),
-        ((".metadata", "__0_0.distcp"), "out is no folder that symbiotic convert wrote"),
-        ((), "out is no folder that symbiotic convert wrote"),
-        (None, "out is no folder that symbiotic convert wrote"),
+        (RELEASE, "out was not written by symbiotic convert and is not overwritten"),
+        ((".metadata", "__0_0.distcp"), "out was not written by symbiotic convert"),
+        ((), "out was not written by symbiotic convert"),
+        (None, "out was not written by symbiotic convert"),
     ],
     ids=["release", "training checkpoint", "empty", "file"],
 )
@@ -60,7 +60,7 @@ def test_what_was_added_to_a_folder_keeps_it(tmp_path):
     out = tmp_path / "out"
     write(out, "old")
     (out / "run").mkdir()
-    with pytest.raises(ValueError, match="out holds run, which was not written with it"):
+    with pytest.raises(ValueError, match="out contains run, which was not written with it"):
         write(out, overwrite=True)
     assert (out / "run").is_dir() and (out / "model-1.safetensors").read_text() == "old"
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from symbiotic_titan.weights.reader import TensorKind
+from symbiotic_titan.weights.reader import TensorSpec
 from symbiotic_titan.weights.safetensors import (
     DTYPES,
     INDEX,
     SafetensorsModel,
-    places_in,
-    read_places,
+    read_slices,
+    slices_in,
     write_file,
     write_folder,
 )
@@ -29,7 +29,7 @@ def tensors():
 
 
 def kinds_of(tensors):
-    return {name: TensorKind.of(tensor) for name, tensor in tensors.items()}
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
 def assert_same(found, expected):
@@ -41,8 +41,8 @@ def assert_same(found, expected):
 
 def test_every_dtype_is_read_as_the_package_reads_it(tmp_path, tensors):
     save_file(tensors, tmp_path / "a.safetensors")
-    places = read_places(tmp_path / "a.safetensors")
-    assert {n: p.kind for n, p in places.items()} == kinds_of(tensors)
+    places = read_slices(tmp_path / "a.safetensors")
+    assert {n: p.spec for n, p in places.items()} == kinds_of(tensors)
     assert_same({name: place.read() for name, place in places.items()}, tensors)
 
 
@@ -84,8 +84,8 @@ def test_tensors_begin_at_whole_numbers_of_their_own(tmp_path):
         "c": torch.ones(1, dtype=torch.bfloat16),
     }
     write_folder(tmp_path, kinds_of(tensors), tensors.__getitem__, shard_bytes=10**6)
-    places = places_in(tmp_path)
-    assert all(place.start % place.kind.dtype.itemsize == 0 for place in places.values())
+    places = slices_in(tmp_path)
+    assert all(place.start % place.spec.dtype.itemsize == 0 for place in places.values())
 
 
 def test_filling_casts_to_the_dtype_of_the_target(tmp_path):
@@ -112,16 +112,16 @@ def test_damaged_files_are_named(tmp_path, tensors):
 
     def message(content: bytes) -> str:
         path.write_bytes(content)
-        return message_of(read_places, path)
+        return message_of(read_slices, path)
 
     assert f"is cut off: it has {len(data) - 7:,} bytes instead of {len(data):,}" in message(
         data[:-7]
     )
     assert "its header would have" in message(data[:100])
-    assert "is cut off or no safetensors file" in message(data[:3])
+    assert "is cut off or not a safetensors file" in message(data[:3])
     assert "its header is not JSON" in message(data[:8] + b"?" + data[9:])
-    assert "its header is no table" in message((2).to_bytes(8, "little") + b"[]")
-    assert "is a pointer of git-lfs" in message(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "its header is not a table" in message((2).to_bytes(8, "little") + b"[]")
+    assert "is a git-lfs pointer" in message(b"version https://git-lfs.github.com/spec/v1\n")
 
 
 def test_damaged_headers_are_named(tmp_path):
@@ -132,11 +132,11 @@ def test_damaged_headers_are_named(tmp_path):
             {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **entry}}
         ).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-        return message_of(read_places, path)
+        return message_of(read_slices, path)
 
-    assert "w has dtype F4, which is not read" in message(dtype="F4")
+    assert "w has dtype F4, which is not supported" in message(dtype="F4")
     assert "w has 8 bytes for 12; the file is damaged" in message(shape=[3])
-    nothing = "its header says nothing usable about w"
+    nothing = "its header entry for w is invalid"
     assert f"{nothing} (data_offsets: must be a list" in message(data_offsets=None)
     assert f"{nothing} (data_offsets[0]: must be an integer" in message(data_offsets=["a", "b"])
     for wrong in ([-8, 0], [8, 0], [0], [0, 4, 8]):
@@ -147,11 +147,11 @@ def test_damaged_headers_are_named(tmp_path):
     assert f"{nothing} (dtype: must be a string" in message(dtype=["F32"])
     text = json.dumps({"w": 3}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    assert f"{path}: {nothing} (must be a table, got 3)" in message_of(read_places, path)
+    assert f"{path}: {nothing} (must be a table, got 3)" in message_of(read_slices, path)
 
 
 def test_folders_that_do_not_hold_what_their_index_says_are_named(tmp_path):
-    assert "has neither model.safetensors.index.json nor" in message_of(places_in, tmp_path)
+    assert "has neither model.safetensors.index.json nor" in message_of(slices_in, tmp_path)
     tensors = {f"t{i}": torch.ones(2) for i in range(3)}
     write_folder(tmp_path, kinds_of(tensors), tensors.__getitem__, shard_bytes=8)
     index = json.loads((tmp_path / INDEX).read_text())
@@ -159,7 +159,7 @@ def test_folders_that_do_not_hold_what_their_index_says_are_named(tmp_path):
     def message(content) -> str:
         text = content if isinstance(content, str) else json.dumps(content)
         (tmp_path / INDEX).write_text(text)
-        return message_of(places_in, tmp_path)
+        return message_of(slices_in, tmp_path)
 
     assert "is not JSON" in message("{")
     assert "must hold a table, got list" in message([])

@@ -9,7 +9,7 @@ from symbiotic_titan.weights.dcp import (
     DistributedCheckpoint,
     write_model,
 )
-from symbiotic_titan.weights.reader import TensorKind
+from symbiotic_titan.weights.reader import TensorSpec
 from tests.helpers.stored_models import save
 
 TENSORS = {f"t{i}": torch.full((3, 5), float(i)) for i in range(3)}
@@ -18,7 +18,7 @@ TENSORS = {f"t{i}": torch.full((3, 5), float(i)) for i in range(3)}
 @pytest.fixture
 def folder(tmp_path):
     """A checkpoint of three files, a tensor each."""
-    kinds = {name: TensorKind.of(tensor) for name, tensor in TENSORS.items()}
+    kinds = {name: TensorSpec.of(tensor) for name, tensor in TENSORS.items()}
     write_model(tmp_path / "vlm", kinds, TENSORS.__getitem__)
     return tmp_path / "vlm"
 

@@ -45,7 +45,7 @@ def test_inside_shares_count_tokens_whose_top_k_is_in_their_group():
     plan = Plan(identity, "lot", 0, GROUPS, ("layers.1", "layers.2"), order)
     x_TD, modality_T = make_tokens(200)
     inside = InsideShares(plan, torch.device("cpu"))
-    with inside.watching(model_of(*layers)):
+    with inside.counting(model_of(*layers)):
         for half in (slice(0, 100), slice(100, 200)):
             for layer in layers:
                 layer(x_TD[half], modality_T[half], torch.ones(()))
@@ -66,7 +66,7 @@ def test_shares_of_a_modality_without_tokens_are_left_out():
     identity = ModelIdentity("tiny", None, "", {"all": 12}, 3)
     plan = Plan(identity, "lot", 0, GROUPS, ("layers.1",), torch.arange(12).unsqueeze(0))
     inside = InsideShares(plan, torch.device("cpu"))
-    with inside.watching(model_of(layer)):
+    with inside.counting(model_of(layer)):
         layer(torch.randn(8, 16), torch.tensor([TEXT] * 6 + [PADDING] * 2), torch.ones(()))
     assert inside.shares(ALONE).keys() == {"text"}
 

@@ -6,17 +6,12 @@ import re
 import pytest
 import torch
 
-from symbiotic_titan.hf.model import open_model
-from symbiotic_titan.partition.apply import partition_checkpoint
-from symbiotic_titan.partition.preflight import (
-    check_apart,
-    check_holds_tensors,
-    check_original,
-    check_release,
-)
+from symbiotic_titan.commands.convert import check_release
+from symbiotic_titan.hf.model import check_holds_tensors, open_model
+from symbiotic_titan.partition.apply import check_original, partition_checkpoint
 from symbiotic_titan.weights.dcp import write_model
-from symbiotic_titan.weights.new_folder import new_folder
-from symbiotic_titan.weights.reader import InDtype
+from symbiotic_titan.weights.new_folder import check_apart, new_folder
+from symbiotic_titan.weights.reader import CastingReader
 from symbiotic_titan.weights.safetensors import write_folder
 from tests.helpers.stored_models import BIMODAL, make_model, plan_for, save, tiny_args
 
@@ -81,11 +76,11 @@ def test_the_original_of_another_model_is_refused(tmp_path):
     check_original(vlm, stranger)  # nobody wrote down what this was made from
 
 
-def halved(folder, value: float) -> InDtype:
+def halved(folder, value: float) -> CastingReader:
     """A checkpoint with ``value`` in it, as it is written in float16."""
     state = make_model(tiny_args()).state_dict()
     state["norm.weight"][3] = value
-    return InDtype(open_model(save(state, folder)), torch.float16)
+    return CastingReader(open_model(save(state, folder)), torch.float16)
 
 
 @pytest.mark.parametrize("value", [65504.0, -65519.0, torch.inf, torch.nan])

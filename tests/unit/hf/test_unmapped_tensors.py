@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from symbiotic_titan.hf.import_model import import_model
-from symbiotic_titan.hf.model import (
-    LEFT_BEHIND,
-    SOURCE,
-    HuggingFaceModel,
+from symbiotic_titan.hf.model import HuggingFaceModel
+from symbiotic_titan.hf.release_files import (
+    RELEASE_FILES,
+    UNMAPPED,
 )
 from symbiotic_titan.partition.apply import partition_checkpoint
-from symbiotic_titan.weights.safetensors import Place
+from symbiotic_titan.weights.safetensors import TensorSlice
 from tests.helpers.released_models import (
     ARIA,
     ARIA_BESIDE,
@@ -34,7 +34,7 @@ def test_another_dtype_is_that_of_what_the_release_has_besides(tmp_path):
     write_release(tmp_path / "glm", GLM, more=more)
     stored = HuggingFaceModel(tmp_path / "glm")
     import_model(stored, tmp_path / "imported", dtype=torch.bfloat16)
-    kept = load_file(tmp_path / "imported" / SOURCE / LEFT_BEHIND)
+    kept = load_file(tmp_path / "imported" / RELEASE_FILES / UNMAPPED)
     assert_equal(kept, more)
     export(tmp_path / "imported", stored.args, tmp_path / "back", dtype=torch.bfloat16)
     back = tensors_in(tmp_path / "back")
@@ -58,9 +58,9 @@ def test_a_further_layer_with_more_experts_than_the_half_is_left_out(tmp_path, k
         plan = replace(plan_for(folder), groups=GROUPS)
         partition_checkpoint(folder, args, plan, tmp_path / "split")
         folder = tmp_path / "split"
-        assert_equal(load_file(folder / SOURCE / LEFT_BEHIND), further)
+        assert_equal(load_file(folder / RELEASE_FILES / UNMAPPED), further)
     else:
-        (folder / SOURCE / LEFT_BEHIND).unlink()
+        (folder / RELEASE_FILES / UNMAPPED).unlink()
     done = export(folder, args, tmp_path / "half")
     assert sorted(done.missing) == sorted(further) and further.keys().isdisjoint(done.written)
     assert tensors_in(tmp_path / "half").keys() == done.written.keys()
@@ -74,7 +74,7 @@ def test_what_a_release_has_besides_is_never_whole_in_memory(tmp_path, monkeypat
     write_release(tmp_path / "glm", GLM, more=more)
     stored = HuggingFaceModel(tmp_path / "glm")
     import_model(stored, tmp_path / "imported")
-    alive, most, read = weakref.WeakSet(), [], Place.read
+    alive, most, read = weakref.WeakSet(), [], TensorSlice.read
 
     def watched(place):
         tensor = read(place)
@@ -82,7 +82,7 @@ def test_what_a_release_has_besides_is_never_whole_in_memory(tmp_path, monkeypat
         most.append(len(alive))
         return tensor
 
-    monkeypatch.setattr(Place, "read", watched)
+    monkeypatch.setattr(TensorSlice, "read", watched)
     import_model(stored, tmp_path / "shape", shape_only=True)
     assert len(most) == len(more) and max(most) <= 2  # the one before is freed as the next arrives
     most.clear()
@@ -95,6 +95,6 @@ def test_what_an_older_import_did_not_keep_is_told(tmp_path):
     write_release(tmp_path / "aria", ARIA, more=norm)
     stored = HuggingFaceModel(tmp_path / "aria")
     import_model(stored, tmp_path / "imported")
-    (tmp_path / "imported" / SOURCE / LEFT_BEHIND).unlink()
+    (tmp_path / "imported" / RELEASE_FILES / UNMAPPED).unlink()
     done = export(tmp_path / "imported", stored.args, tmp_path / "back")
     assert done.missing == list(norm) and norm.keys().isdisjoint(done.written)

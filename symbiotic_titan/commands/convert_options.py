@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from symbiotic_titan.partition.plan import PARTITION_RULES
+from symbiotic_titan.partition.rules import PARTITION_RULES
 
 _PARTITIONED = "TOML file with [experts.partition]"
 
@@ -42,7 +42,7 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rule", help=f"instead of experts.partition_rule; ours: {', '.join(PARTITION_RULES)}"
     )
-    command.add_argument("--seed", type=int, default=0, help="of rules that draw lots")
+    command.add_argument("--seed", type=int, default=0, help="of rules that use random numbers")
 
 
 def partition_options(command: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def to_hf_options(command: argparse.ArgumentParser) -> None:
         "--part",
         choices=("understanding", "whole"),
         required=True,
-        help="what text and ViT tokens use, as a model of the backbone; or all, for our own loader",
+        help="what text and ViT tokens use, as a model of the released architecture; or all, for our own loader",
     )
     model_out_options(command, "folder")
     dtype_option(command)
@@ -86,10 +86,10 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
 def byte_count(text: str) -> int:
-    """Bytes of a size such as 5GB or 500MB.
+    """The number of bytes in a size such as 5GB or 500MB.
 
     Raises:
-        ValueError: it is no such size.
+        ValueError: ``text`` is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B", text)
     size = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,77 @@
+"""Tensors computed from other tensors while these are read, one mapping at a time: the model is never whole in memory."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from symbiotic_titan.hf.architectures.base import TensorTransform
+from symbiotic_titan.weights.reader import TensorSpec
+
+
+@dataclass(frozen=True)
+class ConverterStep:
+    """``transform`` computes the tensors ``outputs`` from the tensors ``inputs``, both in the order of the names."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    transform: TensorTransform
+
+
+class TensorConverter:
+    """The outputs of ``steps``; ``read`` gives an input by its name.
+
+    specs  output name -> shape and dtype, the outputs of a step next to each other: asked for in this order, every input is read
+           once.
+
+    Raises:
+        ValueError: inputs of shapes that a step cannot transform.
+    """
+
+    def __init__(
+        self,
+        steps: Iterable[ConverterStep],
+        inputs: Mapping[str, TensorSpec],
+        read: Callable[[str], Tensor],
+    ) -> None:
+        self._read = read
+        self._step_of: dict[str, ConverterStep] = {}
+        self._computed: dict[str, Tensor] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for step in steps:
+            specs = _output_specs(step, inputs)
+            assert not self.specs.keys() & set(step.outputs), step.outputs
+            self.specs |= dict(zip(step.outputs, specs, strict=True))
+            self._step_of |= dict.fromkeys(step.outputs, step)
+
+    def __call__(self, name: str) -> Tensor:
+        """The output ``name``. The other outputs of its step are held until they are asked for, or until another step runs."""
+        if name not in self._computed:
+            self._computed = {}  # freed before the next inputs are read
+            step = self._step_of[name]
+            outputs = step.transform([self._read(part) for part in step.inputs])
+            self._computed = dict(zip(step.outputs, outputs, strict=True))
+        return self._computed.pop(name)
+
+
+def _output_specs(step: ConverterStep, inputs: Mapping[str, TensorSpec]) -> list[TensorSpec]:
+    """Found by running the transform on the meta device, which computes shapes only."""
+    try:
+        outputs = step.transform([inputs[name].placeholder() for name in step.inputs])
+    except (IndexError, RuntimeError):  # torch: too few dimensions, or sizes that do not match
+        outputs = []
+    if len(outputs) != len(step.outputs):  # chunk() returns fewer parts where a tensor is too small
+        raise ValueError(_wrong_shape(step, inputs))
+    return [TensorSpec.of(tensor) for tensor in outputs]
+
+
+def _wrong_shape(step: ConverterStep, inputs: Mapping[str, TensorSpec]) -> str:
+    """Names the input whose shape differs from the others', or the only input."""
+    shapes = Counter(inputs[name].shape for name in step.inputs)
+    usual = shapes.most_common(1)[0][0]
+    odd = next((name for name in step.inputs if inputs[name].shape != usual), step.inputs[0])
+    others = f" and the others like it {usual}" if len(shapes) > 1 else ""
+    return (
+        f"{odd} has shape {inputs[odd].shape}{others}; {step.outputs[0]} cannot be made from that"
+    )
