@@ -1,11 +1,9 @@
-"""Rows of one document each, chunk by chunk, as packed batches: prompts, the next token of each, an image behind each.
+"""Sequences of one document each, chunk by chunk, as packed batches: prompts, the next token of each, an image after each.
 
-    row 0   a b c .  | x | y      three chunks of a text: prompts, then one token per row at a time; . is padding,
-    row 1   a b c d  | x | .      which stays where it is, also behind a row that has ended
-    row 0   a b c .  | g g g g    two chunks of an image: prompt, then all tokens of the image
-    row 1   a b c d  | g g g g
-
-Letters: B rows, T columns of a chunk, L tokens of an image, Z numbers in a latent token, A axes.
+sequence 0   a b c .  | x | y      three chunks of a text: prompts, then one token of every sequence at a time.
+sequence 1   a b c d  | x | .      Padding (.) stays in its column, also after a sequence that has ended.
+sequence 0   a b c .  | g g g g    two chunks of an image: prompt, then all tokens of the image
+sequence 1   a b c d  | g g g g
 """
 
 from collections.abc import Sequence
@@ -32,12 +30,12 @@ _INDEX_FIELDS = ("vit_index", "vae_index")
 
 
 @dataclass(frozen=True)
-class PromptRows:
-    """Prompts, a row each.
+class Prompts:
+    """Prompts, one in each sequence.
 
-    batch       (B, T)        columns behind a prompt are padding.
+    batch       (B, T)        columns after a prompt are padding.
     lengths     (B,) int64    tokens of each prompt.
-    positions   (B,) int64    rotary position of the token behind it.
+    positions   (B,) int64    rotary position of the token after it.
     num_images  (B,) int64    images in it.
     """
 
@@ -48,7 +46,7 @@ class PromptRows:
 
 
 class ChunkMaker:
-    """Makes the chunks of rows, on ``device``."""
+    """Makes chunks, on ``device``."""
 
     def __init__(
         self,
@@ -62,7 +60,7 @@ class ChunkMaker:
         self._special = special
         self._device = device
 
-    def prompts(self, documents: Sequence[Document]) -> PromptRows:
+    def prompts(self, documents: Sequence[Document]) -> Prompts:
         """The first chunk. It is as wide as the longest prompt and has room for the most image tokens of any."""
         size = SequenceSize(
             max(document.num_tokens for document in documents),
@@ -74,7 +72,7 @@ class ChunkMaker:
         batch = stack_rows([builder.build([document]) for document in documents])
         last_BT = batch.positions.amax(-1).masked_fill(batch.document < 0, -1)
         num_images = [sum(isinstance(s, VitSegment) for s in d.segments) for d in documents]
-        return PromptRows(
+        return Prompts(
             batch=batch.to(self._device),
             lengths=torch.tensor([d.num_tokens for d in documents], device=self._device),
             positions=(last_BT.amax(1) + 1).to(self._device),
@@ -84,7 +82,7 @@ class ChunkMaker:
     def tokens(
         self, tokens_B: torch.Tensor, positions_B: torch.Tensor, active_B: torch.Tensor
     ) -> PackedBatch:
-        """One text token per row; a row that is not active gets padding."""
+        """One text token per sequence; a sequence that is not active gets padding."""
         row = self._empty(tokens_B.shape[0], 1)
         active_B1 = active_B.unsqueeze(1)
         return replace(
@@ -95,8 +93,8 @@ class ChunkMaker:
             positions=positions_B[:, None, None].expand(-1, 1, 3),
         )
 
-    def images(self, prompts: PromptRows, rows: int, columns: int) -> PackedBatch:
-        """An image of ``rows`` x ``columns`` tokens behind each prompt; its latents are zero."""
+    def images(self, prompts: Prompts, rows: int, columns: int) -> PackedBatch:
+        """An image of ``rows`` x ``columns`` tokens after each prompt; its latents are zero."""
         num_rows, length = prompts.lengths.shape[0], rows * columns
         offsets_LA, _ = image_positions(0, rows, columns, self._layout)
         span_BL = prompts.num_images.unsqueeze(1).expand(-1, length)
@@ -117,7 +115,7 @@ class ChunkMaker:
         )
 
     def _empty(self, num_rows: int, length: int) -> PackedBatch:
-        """Rows of padding, without room for images."""
+        """Sequences of padding, without room for images."""
         geometry = self._geometry
 
         def full(fill: float, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -143,10 +141,10 @@ class ChunkMaker:
 
 
 def joined(past: PackedBatch, chunk: PackedBatch) -> PackedBatch:
-    """Both as one batch, the columns of ``chunk`` behind those of ``past``."""
+    """One batch with the columns of ``past``, then those of ``chunk``."""
     columns, end = past.tokens.shape[1], past.tokens.shape[1] + chunk.tokens.shape[1]
     parts = {f.name: (getattr(past, f.name), getattr(chunk, f.name)) for f in fields(PackedBatch)}
     for name in _INDEX_FIELDS:
-        before, behind = parts[name]  # an unused token's index is the number of columns
-        parts[name] = (before.masked_fill(before == columns, end), behind + columns)
+        before, after = parts[name]  # an unused token's index is the number of columns
+        parts[name] = (before.masked_fill(before == columns, end), after + columns)
     return PackedBatch(**{name: torch.cat(pair, dim=1) for name, pair in parts.items()})

@@ -4,15 +4,15 @@
     generator.images(["a red circle"], seed=1)[0].save("circle.png")
     generator.text(["Which digit is this?"], images=[[Image.open("seven.png")]])[0].text
 
-What is drawn for a prompt depends on the seed and on the prompt's number, not on what is drawn beside it or on the batch size.
-Prompts are laid out as training lays out its documents: see ``generation.prompts``.
+The result for a prompt depends on the seed and on the prompt's number, not on other prompts or the batch size.
+Prompts are laid out as training lays out its documents: see ``inference.prompts``.
 """
 
 import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -32,13 +32,13 @@ from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.images import (
-    Canvas,
+    LatentGrid,
     Picture,
     Size,
-    cells_of,
     choose_size,
-    draw_latents,
+    generate_latents,
     noise_of_images,
+    unpatchified,
 )
 from symbiotic_titan.inference.loaded_model import LoadedModel
 from symbiotic_titan.inference.prompts import (
@@ -52,13 +52,13 @@ from symbiotic_titan.inference.session import (
 )
 from symbiotic_titan.inference.text import (
     AnyOf,
-    Continuation,
-    Draw,
-    Ending,
-    Endings,
+    Completion,
     LogLikelihood,
     TextSampling,
+    TokenSampler,
+    completion_of,
     continue_prompts,
+    endings_of,
     log_likelihoods_of,
 )
 from symbiotic_titan.model.symbiotic import SymbioticModel
@@ -70,8 +70,8 @@ from symbiotic_titan.weights.damage import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Without these a model has never drawn.
-_DRAWING_PARTS = ("latent_embedding.", "flow_head.")
+# A checkpoint without these was never trained on target images.
+_IMAGE_PARTS = ("latent_embedding.", "flow_head.")
 
 Advance = Callable[[int], None]
 
@@ -80,20 +80,11 @@ def _no_progress(count: int) -> None:
     return None
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote behind a prompt: ``ids`` without what ended them, ``text`` up to a string of ``stop``."""
-
-    text: str
-    ids: list[int]
-    ending: Ending
-
-
 class Generator:
-    """Draws and writes with ``model``, whose config is ``config``. Without gradients; no random state is touched.
+    """Images, texts and log-likelihoods of ``model``, whose config is ``config``. No gradients, and no global random state.
 
-    autocast: in what precision the model computes. any_of: with several processes, see ``text``. cached: whether keys and values
-    of what was read are kept. checkpoint: where the weights are from, for the notes in pictures.
+    autocast: the precision that the model computes in. any_of: combines the processes' answers to "does any sequence go on?".
+    cached: use a key-value cache. checkpoint: origin of the weights, noted in pictures.
 
     Several processes that share a model (FSDP, expert parallelism) must call the same methods with equally many prompts and the
     same ``batch_size`` and sampler: then they do equally many forwards.
@@ -149,8 +140,10 @@ class Generator:
         ranks = join_ranks(config)
         folder = find_checkpoint(checkpoint or config.job.dump_folder, config.checkpoint.folder)
         loaded = LoadedModel(config, folder, ranks)
-        if not any(name.startswith(_DRAWING_PARTS) for name in loaded.stored.tensors):
-            logger.warning(f"checkpoint {folder} has no parts that draw: its images will be noise")
+        if not any(name.startswith(_IMAGE_PARTS) for name in loaded.stored.tensors):
+            logger.warning(
+                f"checkpoint {folder} has no parts that generate images: its images will be noise"
+            )
         return cls(
             loaded.model,
             config,
@@ -164,7 +157,7 @@ class Generator:
 
     @property
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """In what precision the model computes, for who runs it without this."""
+        """The precision that the model computes in, for callers that run it themselves."""
         return self._autocast()
 
     @cached_property
@@ -196,8 +189,8 @@ class Generator:
         """A picture of each caption.
 
         shift: None is [flow]'s. size: (height, width) of a bucket; aspect: "width:height", whose nearest bucket is taken; without
-        either it is a square. first_index: number of the first prompt, to draw some of many again. advance: is told how many images
-        came a step further.
+        either it is a square. first_index: number of the first prompt, to generate some of many again. advance: called with the number of images
+        that are one step further.
 
         Raises:
             ValueError: a number or a name out of range, a caption longer than a row, or a codec without its weights.
@@ -206,49 +199,49 @@ class Generator:
         sampling = SolverOptions(steps, sampler, shift, guidance)
         height, width = choose_size(size, aspect, self.buckets)
         side = self.geometry.vae_token_pixels
-        canvas = Canvas(height // side, width // side)
+        grid = LatentGrid(height // side, width // side)
         captions = [self._prompts.image(prompt) for prompt in prompts]
-        self._prompts.check_room(captions, [canvas.num_tokens] * len(captions), "of its image")
-        _ = self.codec  # raises before anything is drawn
+        self._prompts.check_room(captions, [grid.num_tokens] * len(captions), "of its image")
+        _ = self.codec  # raises before anything is generated
         self._warn_of_guidance(sampling)
         pictures = []
         for batch in _batches(len(prompts), batch_size):
             indices = [first_index + i for i in batch]
             chosen = [captions[i] for i in batch]
-            cells = self._draw(chosen, indices, seed, canvas, sampling, advance)
-            for i, index, image_CHW in zip(batch, indices, self.codec.decode(cells), strict=True):
+            latents = self._latents(chosen, indices, seed, grid, sampling, advance)
+            for i, index, image_CHW in zip(batch, indices, self.codec.decode(latents), strict=True):
                 settings = {"prompt": prompts[i], "seed": seed, "index": index, **asdict(sampling)}
                 settings["checkpoint"] = self._checkpoint
                 pictures.append(Picture(to_image(image_CHW), settings))
         return pictures
 
-    def _draw(
+    def _latents(
         self,
         captions: list[Document],
         indices: list[int],
         seed: int,
-        canvas: Canvas,
+        grid: LatentGrid,
         sampling: SolverOptions,
         advance: Advance,
     ) -> list[torch.Tensor]:
-        """Latent cells of an image per caption."""
-        latents_BLZ = draw_latents(
+        """(C, H, W) latents of an image per caption."""
+        latents_BLZ = generate_latents(
             self._session(self.cached),
             self._chunks,
             captions,
             self._prompts.image([]),
-            canvas,
-            noise_of_images(seed, indices, canvas, self.geometry).to(self.device),
+            grid,
+            noise_of_images(seed, indices, grid, self.geometry).to(self.device),
             sampling,
             lambda: advance(len(captions)),
         )
-        return cells_of(latents_BLZ, canvas, self.geometry)
+        return unpatchified(latents_BLZ, grid, self.geometry)
 
     def _warn_of_guidance(self, sampling: SolverOptions) -> None:
         if sampling.is_guided and self.config.data.condition_dropout == 0:
             logger.warning(
                 f"guidance = {sampling.guidance:g} reads images without a caption, which training with "
-                "data.condition_dropout = 0 never showed; draw with a guidance of 1"
+                "data.condition_dropout = 0 never showed; use a guidance of 1"
             )
 
     def text(
@@ -266,7 +259,7 @@ class Generator:
         first_index: int = 0,
         advance: Advance = _no_progress,
     ) -> list[Completion]:
-        """What the model answers to each prompt, or with ``conversation = False`` how it goes on as plain text.
+        """The model's answer to each prompt, or with ``conversation = False`` its continuation of plain text.
 
         images: those shown with each prompt, before its text. It ends where the model ends its turn, has written a string of
         ``stop`` or ``max_tokens`` tokens, or where the row is full (training.seq_len). It never begins an image. A temperature of 0
@@ -278,19 +271,19 @@ class Generator:
         sampling = TextSampling(max_tokens, temperature, top_p)
         documents = self._documents(prompts, images, conversation)
         self._prompts.check_room(documents, [1] * len(documents), "of its answer")
-        most = [min(max_tokens, self._prompts.seq_len - d.num_tokens) for d in documents]
+        limits = [min(max_tokens, self._prompts.seq_len - d.num_tokens) for d in documents]
         completions = []
         for batch in _batches(len(prompts), batch_size):
             rows = continue_prompts(
                 self._session(self.cached),
                 self._chunks,
                 [documents[i] for i in batch],
-                [most[i] for i in batch],
-                Draw(sampling, seed, [first_index + i for i in batch], self._no_text),
-                self._endings(stop),
+                [limits[i] for i in batch],
+                TokenSampler(sampling, seed, [first_index + i for i in batch], self._no_text),
+                endings_of(self.tokenizer, stop),
                 self._any_of,
             )
-            completions += [self._completion(row, stop) for row in rows]
+            completions += [completion_of(row, self.tokenizer, stop) for row in rows]
             advance(len(batch))
         return completions
 
@@ -303,7 +296,7 @@ class Generator:
         batch_size: int = 8,
         advance: Advance = _no_progress,
     ) -> list[LogLikelihood]:
-        """How likely the second text of each pair is behind the first: as plain text, or with ``conversation`` as an answer.
+        """Log-likelihood of the second text of each pair after the first: as plain text, or with ``conversation`` as an answer.
 
         Plain text is encoded as a whole and cut where the first text's own ids end.
 
@@ -319,7 +312,7 @@ class Generator:
             contexts.append(before)
             continuations.append(ids)
         documents = self._documents(contexts, images, conversation)
-        self._prompts.check_room(documents, [len(ids) for ids in continuations], "behind them")
+        self._prompts.check_room(documents, [len(ids) for ids in continuations], "after them")
         results = []
         for batch in _batches(len(pairs), batch_size):
             results += log_likelihoods_of(
@@ -355,28 +348,11 @@ class Generator:
 
     @cached_property
     def _no_text(self) -> torch.Tensor:
-        """Ids that a text has not: images and what begins them, and embeddings of no token."""
+        """Ids that never occur in a generated text: image tokens, the tokens that begin images, and unused rows of the vocabulary."""
         special = self.tokenizer.special
         unused = range(self.tokenizer.vocab_size, self.model.args.vocab_size)
         ids = [special.vit_start, special.vit, special.vae_start, special.vae, *unused]
         return torch.tensor(ids, device=self.device)
-
-    def _endings(self, stop: Sequence[str]) -> Endings:
-        tokenizer = self.tokenizer
-        return Endings(
-            sequences=(tokenizer.turn("assistant").suffix, [tokenizer.special.eos]),
-            is_stopped=lambda ids: bool(stop) and _holds_any(tokenizer.decode(ids), stop),
-        )
-
-    def _completion(self, row: Continuation, stop: Sequence[str]) -> Completion:
-        assert row.ending is not None
-        text = self.tokenizer.decode(row.ids)
-        ends = [text.index(string) for string in stop if string in text]
-        return Completion(text[: min(ends, default=None)], row.ids, row.ending)
-
-
-def _holds_any(text: str, strings: Sequence[str]) -> bool:
-    return any(string in text for string in strings)
 
 
 def _batches(count: int, batch_size: int) -> Iterator[range]:

@@ -139,7 +139,7 @@ TABLES = {"train": "[[data.sources]]", "validation": "[[validation.sources]]"}
 
 def understanding_data(config: JobConfig, split: str) -> Data:
     """[data] with the sources of ``split`` (``train``: [[data.sources]], ``validation``: [[validation.sources]]) that are text or
-    questions about images; the others have no weight. Rows have no room for images to be generated.
+    questions about images; the others have no weight. Sequences have no room for target images.
 
     Raises:
         ValueError: there is none.

@@ -1,10 +1,5 @@
-"""Images from captions: the caption is read once, then the image is read at every timestep of the sampler.
-
-Letters: B images, L latent tokens of an image, Z numbers in a latent token, C channels, H and W latent cells.
-
-Pictures with a note of how they were made, as PNG files that carry it.
-
-Pictures side by side with their captions.
+"""Images from captions: the caption is read once, then the image at every timestep of the solver; generated images as PNG files
+that say how they were made, and several as a grid with their captions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,9 +53,9 @@ def shown_size(width: int, height: int) -> tuple[int, int]:
 
 
 def picture_grid(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """All ``pictures``, of one size, row by row in about a square, each above its caption, of which long ones are cut.
+    """All ``pictures``, which have one size, in about a square, each above its caption. Long captions are cut.
 
-    What is enlarged is not smoothed: what is seen is what the model drew.
+    Enlarged pictures are not smoothed, so that the model's own pixels are seen.
     """
     size = width, height = shown_size(*pictures[0].size)
     enlarged = width >= pictures[0].width
@@ -85,7 +80,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Canvas:
+class LatentGrid:
     """``rows`` x ``columns`` latent tokens."""
 
     rows: int
@@ -97,54 +92,51 @@ class Canvas:
 
 
 def noise_of_images(
-    seed: int, indices: Sequence[int], canvas: Canvas, geometry: ImageGeometry
+    seed: int, indices: Sequence[int], grid: LatentGrid, geometry: ImageGeometry
 ) -> torch.Tensor:
     """(B, L, Z) float32 on the CPU."""
-    shape = (canvas.num_tokens, geometry.vae_token_values)
+    shape = (grid.num_tokens, geometry.vae_token_values)
     return torch.stack([noise_of_image(seed, index, *shape) for index in indices])
 
 
-def draw_latents(
+def generate_latents(
     session: Session,
     chunks: ChunkMaker,
     captions: Sequence[Document],
     no_caption: Document,
-    canvas: Canvas,
+    grid: LatentGrid,
     noise_BLZ: torch.Tensor,
     sampling: SolverOptions,
     after_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """(B, L, Z) float32 latents of an image per caption.
 
-    With guidance the same images are read without a caption in rows of their own, in the same forward. At a guidance of 1 there
-    are no such rows. So it takes one forward, and then one or two (the sampler's) per step.
+    Guidance reads the same images without a caption too, in sequences of their own within the same forward; a guidance of 1
+    needs none. That makes one forward for the prompts, then one or two per step, as the solver needs.
     """
     documents = list(captions)
     if sampling.is_guided:
         documents += [no_caption] * len(captions)
     prompts = chunks.prompts(documents)
-    image = chunks.images(prompts, canvas.rows, canvas.columns)
-    no_logits_BN = torch.empty(len(documents), 0, dtype=torch.int64, device=noise_BLZ.device)
-    session.read(prompts.batch, no_logits_BN)
+    image = chunks.images(prompts, grid.rows, grid.columns)
+    session.prefill(prompts.batch)
 
     def velocity(x_BLZ: torch.Tensor, t: float) -> torch.Tensor:
         if not sampling.is_guided:
-            chunk = replace(image, latents=x_BLZ)
-            return session.read(chunk, no_logits_BN, timestep=t, keep=False).velocity
-        chunk = replace(image, latents=torch.cat((x_BLZ, x_BLZ)))
-        both = session.read(chunk, no_logits_BN, timestep=t, keep=False).velocity
+            return session.denoise(replace(image, latents=x_BLZ), t).velocity
+        both = session.denoise(replace(image, latents=torch.cat((x_BLZ, x_BLZ))), t).velocity
         conditional, unconditional = both.chunk(2)
         return guided(conditional, unconditional, sampling.guidance)
 
     return solve(velocity, noise_BLZ, sampling, after_step)
 
 
-def cells_of(
-    latents_BLZ: torch.Tensor, canvas: Canvas, geometry: ImageGeometry
+def unpatchified(
+    latents_BLZ: torch.Tensor, grid: LatentGrid, geometry: ImageGeometry
 ) -> list[torch.Tensor]:
-    """(C, H, W) latent cells of each image, as a codec decodes them."""
+    """(C, H, W) latents of each image, as a codec decodes them."""
     return [
-        unpatchify(tokens_LZ, canvas.rows, canvas.columns, geometry.latent_patch)
+        unpatchify(tokens_LZ, grid.rows, grid.columns, geometry.latent_patch)
         for tokens_LZ in latents_BLZ
     ]
 

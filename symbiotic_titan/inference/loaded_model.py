@@ -52,7 +52,7 @@ class LoadedModel:
             parallelize(model, ranks.dims, config)
         model.to_empty(device=ranks.device)
         state: dict[str, Any] = get_model_state_dict(model)
-        missing = state.keys() - self.stored.tensors.keys()  # parts for images to be generated
+        missing = state.keys() - self.stored.tensors.keys()  # parts for target images
         initialize(model, seed=self.args.init_seed, only=missing)
         self.stored.read_into({name: state[name] for name in state if name not in missing})
         self.model: SymbioticModel = model.eval()
@@ -66,8 +66,7 @@ class LoadedModel:
         return torch.autocast(self._ranks.device.type, dtype=TORCH_DTYPE_MAP[self._precision])
 
     def __call__(self, batch: PackedBatch) -> ModelOutput:
-        """Predictions for a batch on the model's device. Images to be generated, if it has some, are taken as they are: nothing is
-        drawn."""
+        """Predictions for a batch on the model's device. Target images, if any, are taken as they are, without noise."""
         timesteps_BL = torch.zeros(batch.vae_image.shape, device=batch.tokens.device)
         no_shield = torch.ones((), device=batch.tokens.device)
         with torch.no_grad(), self.autocast:

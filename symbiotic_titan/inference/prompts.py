@@ -75,7 +75,7 @@ class PromptMaker:
         return Document(NO_TASK, (*self.conversation(caption).segments, start))
 
     def check_room(self, documents: Sequence[Document], wanted: Sequence[int], what: str) -> None:
-        """Pass if each prompt fits a row, with so many tokens behind it as ``wanted``; ``what`` says which.
+        """Pass if each prompt fits a row, with ``wanted`` more tokens after it; ``what`` says which.
 
         Raises:
             ValueError: names the first prompt that is too long.

@@ -1,6 +1,6 @@
-"""Rows read chunk by chunk by a model, with or without a cache: the one way through which all generation goes.
+"""Sequences that a model reads chunk by chunk, with or without a key-value cache. All generation goes through this file.
 
-Letters: B rows, T columns of a chunk, N columns whose logits are wanted, L latent tokens of a chunk.
+N here: the columns of a chunk whose logits are wanted.
 """
 
 import contextlib
@@ -18,10 +18,12 @@ Autocast = Callable[[], AbstractContextManager[None]]
 
 
 class Session:
-    """Rows that a model reads. Without ``cached`` every chunk is read together with all that were kept before it, in one forward
-    over the whole rows, as in training: slower, and the reference for the cache.
+    """The state of generation for the sequences of one batch: ``prefill`` with prompts, then ``decode`` tokens or ``denoise`` images.
 
-    One ``read`` is one forward, whatever the rows hold: processes that share a model must read equally often.
+    Every call is one forward, whatever the sequences hold, so processes that share a model must make equally many calls.
+
+    cached: keep keys and values of what was read. Without it every chunk is read together with all that came before, in one
+    forward over whole sequences as in training: slower, and the reference for the cache.
     """
 
     def __init__(
@@ -34,30 +36,45 @@ class Session:
         self._model = model
         self._autocast = autocast
         self._cache = KeyValueCache(len(model.layers)) if cached else None
-        self._kept: PackedBatch | None = None  # without a cache
+        self._past: PackedBatch | None = None  # without a cache
+
+    def prefill(
+        self, chunk: PackedBatch, logit_index_BN: torch.Tensor | None = None
+    ) -> ModelOutput:
+        """Append ``chunk`` and give (B, N, V) logits of the columns ``logit_index``, of none by default."""
+        return self._forward(chunk, logit_index_BN, timestep=0.0, append=True)
+
+    def decode(self, chunk: PackedBatch) -> ModelOutput:
+        """Append a chunk of one column and give its (B, 1, V) logits."""
+        first_B1 = torch.zeros_like(chunk.tokens[:, :1])
+        return self._forward(chunk, first_B1, timestep=0.0, append=True)
+
+    def denoise(self, chunk: PackedBatch, timestep: float) -> ModelOutput:
+        """(B, L, Z) velocities of images, whose noised latents ``chunk`` holds, at ``timestep``.
+
+        The chunk is not appended: in training, later tokens never attend to a noised image.
+        """
+        return self._forward(chunk, None, timestep=timestep, append=False)
 
     @torch.no_grad()
-    def read(
+    def _forward(
         self,
         chunk: PackedBatch,
-        logit_index_BN: torch.Tensor,
+        logit_index_BN: torch.Tensor | None,
         *,
-        timestep: float = 0.0,
-        keep: bool = True,
+        timestep: float,
+        append: bool,
     ) -> ModelOutput:
-        """What the model says about ``chunk``: (B, N, vocabulary) logits and (B, L, Z) velocities.
-
-        logit_index: columns of the chunk; N may be 0. timestep: of the chunk's latents. Without ``keep`` the chunk is forgotten, as
-        an image must be: at training nobody behind it sees it.
-        """
-        assert not (keep and chunk.latents.shape[1])
+        assert not (append and chunk.latents.shape[1])
+        if logit_index_BN is None:
+            logit_index_BN = torch.empty_like(chunk.tokens[:, :0])
         batch = chunk
-        if self._kept is not None:
-            logit_index_BN = logit_index_BN + self._kept.tokens.shape[1]
-            batch = joined(self._kept, chunk)
+        if self._past is not None:
+            logit_index_BN = logit_index_BN + self._past.tokens.shape[1]
+            batch = joined(self._past, chunk)
         timesteps_BL = torch.full(chunk.vae_image.shape, timestep, device=chunk.tokens.device)
-        no_shield = torch.ones((), device=chunk.tokens.device)
-        # A model that was compiled for training runs as it was written: its graphs are for one shape, and chunks have many.
+        no_shield = torch.ones((), device=chunk.tokens.device)  # acts on gradients alone
+        # Not compiled, even if the model was for training: its graphs are for one shape, and chunks have many.
         with self._autocast(), torch.compiler.set_stance("force_eager"):
             output = self._model(
                 batch,
@@ -67,8 +84,8 @@ class Session:
                 cache=self._cache,
                 logit_index_BN=logit_index_BN,
             )
-        if keep and self._cache is not None:
+        if append and self._cache is not None:
             self._cache.append(chunk)
-        elif keep:
-            self._kept = batch
+        elif append:
+            self._past = batch
         return output

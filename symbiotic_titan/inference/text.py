@@ -1,6 +1,6 @@
-"""Text behind prompts, a token of every row at a time, and how likely given texts are.
+"""Texts after prompts, generated one token of every sequence at a time, and log-likelihoods of given texts.
 
-Letters: B rows, N continued tokens of a row, V vocabulary.
+N here: tokens of a continuation.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from symbiotic_titan.data.documents import (
     Document,
     TextSegment,
 )
+from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.flow.noise import keyed_generator
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.session import Session
@@ -26,8 +27,8 @@ AnyOf = Callable[[bool], bool]
 
 @dataclass(frozen=True)
 class TextSampling:
-    """How a token is drawn. ``temperature`` 0 takes the likeliest one. ``top_p``: of the likeliest tokens so many that they have
-    this probability together (arXiv 1904.09751, section 3.1).
+    """How a token is sampled. A ``temperature`` of 0 takes the likeliest one. ``top_p``: nucleus sampling, from the smallest set of
+    tokens that have this probability together (arXiv 1904.09751, section 3.1).
 
     Raises:
         ValueError: a number out of range.
@@ -48,9 +49,9 @@ class TextSampling:
                 raise ValueError(f"{name}: must be {rule}, got {getattr(self, name)}")
 
 
-class Draw:
-    """Chooses a token of every row, none of the ids ``banned``. A row's draws depend on (seed, its index) alone, not on the rows
-    beside it."""
+class TokenSampler:
+    """Samples a token for every sequence, none of the ids ``banned``. Its random numbers depend on (seed, index of the prompt) alone,
+    so a text is the same in any batch."""
 
     def __init__(
         self, sampling: TextSampling, seed: int, indices: Sequence[int], banned: torch.Tensor
@@ -97,10 +98,10 @@ class Endings:
 
 @dataclass
 class Continuation:
-    """Token ids behind a prompt while they are drawn; without what ended them, once they have."""
+    """Token ids after a prompt while they are generated; once it has ended, without the sequence that ended it."""
 
     ids: list[int]
-    most: int
+    max_tokens: int
     ending: Ending | None = None
 
     def add(self, token: int, endings: Endings) -> None:
@@ -111,31 +112,58 @@ class Continuation:
             del self.ids[length:]
         elif endings.is_stopped(self.ids):
             self.ending = "stop"
-        elif len(self.ids) == self.most:
+        elif len(self.ids) == self.max_tokens:
             self.ending = "length"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The text after a prompt: ``ids`` without what ended them, ``text`` up to a string of ``stop``."""
+
+    text: str
+    ids: list[int]
+    ending: Ending
+
+
+def endings_of(tokenizer: Tokenizer, stop: Sequence[str]) -> Endings:
+    """The ends of a turn and of a text, and the strings of ``stop``."""
+
+    def is_stopped(ids: list[int]) -> bool:
+        if not stop:
+            return False
+        text = tokenizer.decode(ids)
+        return any(string in text for string in stop)
+
+    return Endings((tokenizer.turn("assistant").suffix, [tokenizer.special.eos]), is_stopped)
+
+
+def completion_of(row: Continuation, tokenizer: Tokenizer, stop: Sequence[str]) -> Completion:
+    assert row.ending is not None
+    text = tokenizer.decode(row.ids)
+    ends = [text.index(string) for string in stop if string in text]
+    return Completion(text[: min(ends, default=None)], row.ids, row.ending)
 
 
 def continue_prompts(
     session: Session,
     chunks: ChunkMaker,
     documents: Sequence[Document],
-    most: Sequence[int],
-    draw: Callable[[torch.Tensor], torch.Tensor],
+    max_tokens: Sequence[int],
+    sample: Callable[[torch.Tensor], torch.Tensor],
     endings: Endings,
     any_of: AnyOf = bool,
 ) -> list[Continuation]:
-    """What the model writes behind each prompt, at most ``most`` tokens.
+    """The text after each prompt, at most ``max_tokens`` tokens of it.
 
-    ``draw``: (B, V) logits -> (B,) tokens. ``any_of``: with several processes, whether any of them says True; each does as many
+    ``sample``: (B, V) logits -> (B,) tokens. ``any_of``: with several processes, whether any of them says True; each does as many
     forwards as the one that writes the most.
     """
-    rows = [Continuation([], limit) for limit in most]
+    rows = [Continuation([], limit) for limit in max_tokens]
     prompts = chunks.prompts(documents)
     positions_B = prompts.positions
-    logits_BNV = session.read(prompts.batch, prompts.lengths.unsqueeze(1) - 1).logits
-    first_B1 = torch.zeros_like(prompts.lengths).unsqueeze(1)
+    logits_BNV = session.prefill(prompts.batch, prompts.lengths.unsqueeze(1) - 1).logits
     while True:
-        tokens_B = draw(logits_BNV[:, 0])
+        tokens_B = sample(logits_BNV[:, 0])
         for row, token in zip(rows, tokens_B.tolist(), strict=True):  # device sync
             if row.ending is None:
                 row.add(token, endings)
@@ -144,7 +172,7 @@ def continue_prompts(
             return rows
         active_B = torch.tensor(active, device=tokens_B.device)
         chunk = chunks.tokens(tokens_B, positions_B, active_B)
-        logits_BNV = session.read(chunk, first_B1).logits
+        logits_BNV = session.decode(chunk).logits
         positions_B = positions_B + 1
 
 
@@ -162,7 +190,7 @@ def log_likelihoods_of(
     documents: Sequence[Document],
     continuations: Sequence[list[int]],
 ) -> list[LogLikelihood]:
-    """How likely each continuation is behind its document; one forward."""
+    """Log-likelihood of each continuation of its document; one forward."""
     whole = [
         Document(document.task, (*document.segments, TextSegment(ids)))
         for document, ids in zip(documents, continuations, strict=True)
@@ -177,7 +205,7 @@ def log_likelihoods_of(
     index_BN = (prompts.lengths.unsqueeze(1) - counts_B1 + number_N - 1).clamp(
         max=prompts.batch.tokens.shape[1] - 1
     )
-    logits_BNV = session.read(prompts.batch, index_BN).logits.float()
+    logits_BNV = session.prefill(prompts.batch, index_BN).logits.float()
     log_p_BN = logits_BNV.log_softmax(-1).gather(-1, wanted_BN.unsqueeze(-1)).squeeze(-1)
     counted_BN = number_N < counts_B1
     sums = (log_p_BN.double() * counted_BN).sum(-1).tolist()  # device sync

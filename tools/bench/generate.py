@@ -27,16 +27,16 @@ from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.images import (
-    Canvas,
-    draw_latents,
+    LatentGrid,
+    generate_latents,
     noise_of_images,
 )
 from symbiotic_titan.inference.prompts import PromptMaker
 from symbiotic_titan.inference.session import Session
 from symbiotic_titan.inference.text import (
-    Draw,
     Endings,
     TextSampling,
+    TokenSampler,
     continue_prompts,
 )
 from symbiotic_titan.model.flavors import model_args
@@ -60,8 +60,8 @@ def contenders(config: JobConfig, options: argparse.Namespace) -> dict[str, Call
     maker = PromptMaker(tokenizer, geometry, config.data, config.training.seq_len)
     chunks = ChunkMaker(geometry, model.args.rotary_layout, tokenizer.special, where)
     side = int((config.data.vae_pixels // geometry.vae_token_pixels**2) ** 0.5)
-    canvas, indices = Canvas(side, side), range(options.batch)
-    noise_BLZ = noise_of_images(0, indices, canvas, geometry).to(where)
+    grid, indices = LatentGrid(side, side), range(options.batch)
+    noise_BLZ = noise_of_images(0, indices, grid, geometry).to(where)
     sampling = SolverOptions(options.steps, "euler", 1.0, guidance=3.0)
     captions, questions = ([make(CAPTION)] * options.batch for make in (maker.image, maker.text))
     nothing = torch.empty(0, dtype=torch.int64, device=where)
@@ -69,12 +69,12 @@ def contenders(config: JobConfig, options: argparse.Namespace) -> dict[str, Call
     most = [options.tokens] * options.batch
 
     def image(cached: bool) -> Callable[[], object]:
-        return lambda: draw_latents(
+        return lambda: generate_latents(
             Session(model, cached=cached),
             chunks,
             captions,
             maker.image([]),
-            canvas,
+            grid,
             noise_BLZ,
             sampling,
         )
@@ -85,7 +85,7 @@ def contenders(config: JobConfig, options: argparse.Namespace) -> dict[str, Call
             chunks,
             questions,
             most,
-            Draw(TextSampling(options.tokens), 0, indices, nothing),
+            TokenSampler(TextSampling(options.tokens), 0, indices, nothing),
             never,
         )
 

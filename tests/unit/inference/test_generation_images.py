@@ -19,9 +19,9 @@ from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.solver import time_grid
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.images import (
-    Canvas,
-    cells_of,
+    LatentGrid,
     choose_size,
+    unpatchified,
 )
 from symbiotic_titan.inference.prompts import PromptMaker
 from symbiotic_titan.model.flavors import model_args
@@ -97,7 +97,7 @@ def test_guided_images_are_those_of_a_plain_loop_over_training_rows(
         builder = SequenceBuilder(size, args.geometry, args.rotary_layout, tokenizer.special)
         rows.append(builder.build([document]))
     latents_LZ = euler_by_hand(model, rows, guidance=2.0, steps=4)
-    [cells] = cells_of(latents_LZ[None], Canvas(8, 8), args.geometry)
+    [cells] = unpatchified(latents_LZ[None], LatentGrid(8, 8), args.geometry)
     expected = ((cells.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
     [drawn] = generator.images(["a cross"], steps=4, guidance=2.0, seed=3, shift=1.0)
     assert np.abs(np.asarray(drawn.image) - expected).max() <= 1
@@ -119,7 +119,7 @@ def test_guidance_one_reads_no_second_branch(generator, model, monkeypatch):
 def test_cells_are_put_together_as_training_takes_them_apart(model):
     cells_CHW = to_pixels(picture(4, 24, 40))
     tokens_LZ = patchify(cells_CHW, 4)
-    [together] = cells_of(tokens_LZ[None], Canvas(6, 10), model.args.geometry)
+    [together] = unpatchified(tokens_LZ[None], LatentGrid(6, 10), model.args.geometry)
     assert torch.equal(together, cells_CHW)
 
 

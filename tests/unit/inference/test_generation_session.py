@@ -46,9 +46,6 @@ def all_columns(batch):
     return torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape[0], -1)
 
 
-NO_LOGITS = torch.empty(1, 0, dtype=torch.int64)
-
-
 @pytest.fixture
 def documents(prompts):
     """Prompts of different lengths, with two images, none and one."""
@@ -60,19 +57,19 @@ def documents(prompts):
 
 
 @CACHED
-def test_prompts_and_tokens_behind_them_read_as_rows_of_training(
+def test_prompts_and_tokens_after_them_read_as_rows_of_training(
     cached, documents, model, tokenizer, chunks
 ):
-    session, behind = Session(model, cached=cached), [[65, 66, 67], [70], [80, 81]]
+    session, after = Session(model, cached=cached), [[65, 66, 67], [70], [80, 81]]
     rows = chunks.prompts(documents)
-    first = session.read(rows.batch, all_columns(rows.batch)).logits
+    first = session.prefill(rows.batch, all_columns(rows.batch)).logits
     steps = []
     for step in range(3):
-        active = [step < len(ids) for ids in behind]
-        tokens = [ids[step] if step < len(ids) else 99 for ids in behind]
+        active = [step < len(ids) for ids in after]
+        tokens = [ids[step] if step < len(ids) else 99 for ids in after]
         chunk = chunks.tokens(torch.tensor(tokens), rows.positions + step, torch.tensor(active))
-        steps.append(session.read(chunk, torch.zeros(3, 1, dtype=torch.int64)).logits[:, 0])
-    for b, (document, ids) in enumerate(zip(documents, behind, strict=True)):
+        steps.append(session.decode(chunk).logits[:, 0])
+    for b, (document, ids) in enumerate(zip(documents, after, strict=True)):
         whole = Document(NO_TASK, (*document.segments, TextSegment(ids)))
         expected = read_whole(model, training_row(whole, model, tokenizer)).logits[0]
         length = document.num_tokens
@@ -82,7 +79,7 @@ def test_prompts_and_tokens_behind_them_read_as_rows_of_training(
 
 
 @CACHED
-def test_an_image_behind_a_caption_reads_as_the_training_sample(
+def test_an_image_after_a_caption_reads_as_the_training_sample(
     cached, prompts, chunks, model, tokenizer, training_document
 ):
     """Also after it was read at other timesteps: it is never kept."""
@@ -95,11 +92,11 @@ def test_an_image_behind_a_caption_reads_as_the_training_sample(
 
     num_tokens = image.rows * image.columns
     session, prompt = Session(model, cached=cached), chunks.prompts([prompts.image("a cross")])
-    session.read(prompt.batch, NO_LOGITS)
+    session.prefill(prompt.batch)
     chunk = chunks.images(prompt, image.rows, image.columns)
     chunk = replace(chunk, latents=noised_BLZ[:, :num_tokens])
     for timestep in (1.0, 0.7, 0.3):
-        out = session.read(chunk, NO_LOGITS, timestep=timestep, keep=False)
+        out = session.denoise(chunk, timestep)
     torch.testing.assert_close(out.velocity, expected[:, :num_tokens], **CLOSE)
     assert out.logits.shape[1] == 0
 
@@ -108,11 +105,11 @@ def test_an_image_behind_a_caption_reads_as_the_training_sample(
 def test_a_text_that_goes_on_does_not_see_the_image_read_meanwhile(cached, prompts, chunks, model):
     def logits(meanwhile):
         session, rows = Session(model, cached=cached), chunks.prompts([prompts.image("a cross")])
-        session.read(rows.batch, NO_LOGITS)
+        session.prefill(rows.batch)
         if meanwhile:
-            session.read(chunks.images(rows, 5, 7), NO_LOGITS, timestep=0.5, keep=False)
+            session.denoise(chunks.images(rows, 5, 7), 0.5)
         chunk = chunks.tokens(torch.tensor([7]), rows.positions, torch.tensor([True]))
-        return session.read(chunk, torch.zeros(1, 1, dtype=torch.int64)).logits
+        return session.decode(chunk).logits
 
     assert torch.equal(logits(meanwhile=True), logits(meanwhile=False))
 
@@ -120,11 +117,11 @@ def test_a_text_that_goes_on_does_not_see_the_image_read_meanwhile(cached, promp
 @CACHED
 def test_padding_is_routed_nowhere(cached, documents, chunks, model):
     session, rows = Session(model, cached=cached), chunks.prompts(documents)
-    counts = session.read(rows.batch, all_columns(rows.batch)).records[0].counts
+    counts = session.prefill(rows.batch, all_columns(rows.batch)).records[0].counts
     assert counts.sum() == model.args.top_k * sum(d.num_tokens for d in documents)
     active = torch.tensor([False, True, False])
     chunk = chunks.tokens(torch.tensor([1, 2, 3]), rows.positions, active)
-    records = session.read(chunk, torch.zeros(3, 1, dtype=torch.int64)).records
+    records = session.decode(chunk).records
     new = records[0].counts.sum() - (0 if cached else counts.sum())
     assert new == model.args.top_k
 

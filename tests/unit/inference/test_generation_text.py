@@ -12,9 +12,9 @@ from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.prompts import PromptMaker
 from symbiotic_titan.inference.session import Session
 from symbiotic_titan.inference.text import (
-    Draw,
     Endings,
     TextSampling,
+    TokenSampler,
     continue_prompts,
 )
 from symbiotic_titan.sequence.modality import NO_TASK
@@ -78,7 +78,7 @@ def test_a_seed_reproduces_and_another_does_not(generator):
 
 
 def frequencies(sampling, logits, count=4000):
-    draw = Draw(sampling, 0, range(count), NOTHING)
+    draw = TokenSampler(sampling, 0, range(count), NOTHING)
     return draw(logits.expand(count, -1)).bincount(minlength=logits.numel()) / count
 
 
@@ -99,8 +99,8 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_have_that_probability
 def test_banned_ids_are_never_drawn():
     logits = torch.tensor([[5.0, 4.0, 3.0]])
     banned = torch.tensor([0])
-    assert Draw(TextSampling(1), 0, [0], banned)(logits).tolist() == [1]
-    drawn = Draw(TextSampling(1, 3.0), 0, range(200), banned)(logits.expand(200, -1))
+    assert TokenSampler(TextSampling(1), 0, [0], banned)(logits).tolist() == [1]
+    drawn = TokenSampler(TextSampling(1, 3.0), 0, range(200), banned)(logits.expand(200, -1))
     assert set(drawn.tolist()) == {1, 2}
 
 
@@ -197,7 +197,7 @@ def test_what_the_model_writes_is_greedy_and_likelier_than_anything_else(generat
         (lambda g: g.text(["a", "b"], [[]]), "images: must be a list of images for each of the 2"),
         (lambda g: g.text(["a"], IMAGES[:1], conversation=False), "shown in a conversation"),
         (lambda g: g.text(["a", "b" * 400]), "prompt #1: its 403 tokens and 1 of its answer"),
-        (lambda g: g.log_likelihoods([("a" * 380, "b" * 9)]), "prompt #0: .* and 9 behind them"),
+        (lambda g: g.log_likelihoods([("a" * 380, "b" * 9)]), "prompt #0: .* and 9 after them"),
     ],
 )
 def test_a_users_mistake_is_named(generator, call, message):
