@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Encode the images to be generated once, so that training reads latents: sources of the tasks t2i and t2i_long.
+"""Encode target images once, so that training reads latents: those of sources of the tasks t2i and t2i_long.
 
 Examples:
     symbiotic cache-latents train_configs/mini.toml --out latents --latents.codec flux --latents.path ae.safetensors

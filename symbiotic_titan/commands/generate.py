@@ -102,8 +102,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="image|text")
-    image = kinds.add_parser("image", help="draw images of captions")
-    text = kinds.add_parser("text", help="answer, or go on with, texts")
+    image = kinds.add_parser("image", help="images of captions")
+    text = kinds.add_parser("text", help="answers, or continuations of texts")
     for part in (image, text):
         part.add_argument("--config", help="TOML file; default: the config that the run kept")
         where = part.add_mutually_exclusive_group()

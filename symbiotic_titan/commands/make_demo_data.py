@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the demo world: handwritten digits, drawn scenes and English text, as shards that the main job reads.
+"""Write the demo world: handwritten digits, painted scenes and English text, as shards that the main job reads.
 
 Example:
     symbiotic make-demo-data --out demo_data

@@ -96,7 +96,7 @@ def split(config: Path, checkpoint: Path, profile_file: Path, out: Path, *rule: 
     plan.parent.mkdir(parents=True, exist_ok=True)
     tool("convert", "plan", "--profile", profile_file, "--config", config, "--out", plan, *rule)
     where: list[str | Path] = ["--checkpoint", checkpoint, "--plan", plan, "--out", out]
-    # Shared experts are kept: a run without them leaves them aside, and others begin with the same checkpoint.
+    # Shared experts are kept: a run without them ignores them, and others begin with the same checkpoint.
     tool("convert", "partition", "--config", config, *where, "--experts.shared")
 
 

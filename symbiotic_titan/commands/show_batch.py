@@ -157,7 +157,7 @@ def image_tag(picture: Image.Image, label: str, zoom: int = 1) -> str:
 
 
 def vit_picture(row: PackedBatch, span: int, geometry: ImageGeometry) -> tuple[Image.Image, str]:
-    """(an image to be understood, put together from its patches by their coordinates; what is shown of it)."""
+    """(an input image, assembled from its patches by their coordinates; a note about what is shown)."""
     mine = row.vit_image[0] == span
     coords_P2, merge = row.vit_coords[0, mine], geometry.vit_merge
     rows, columns = (coords_P2.amax(0) + 1).tolist()
@@ -179,7 +179,7 @@ def vit_picture(row: PackedBatch, span: int, geometry: ImageGeometry) -> tuple[I
 
 
 def vae_picture(row: PackedBatch, span: int, geometry: ImageGeometry) -> tuple[Image.Image, str]:
-    """(an image to be generated, what is shown of it)."""
+    """(a target image; a note about what is shown)."""
     mine = row.vae_image[0] == span
     tokens_LZ = row.latents[0, mine]
     rows, columns = (row.vae_coords[0, mine].amax(0) + 1).tolist()

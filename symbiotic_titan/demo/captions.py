@@ -1,4 +1,4 @@
-"""What a caption of the demo world claims. Only what is said is scored: a short caption of several things says no places."""
+"""Parses captions of the demo world. Only what a caption says is scored: a short one of several things names no places."""
 
 import re
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ THING = re.compile(
 
 
 @dataclass(frozen=True)
-class ClaimedThing:
+class ParsedThing:
     """``place`` is None where the caption does not say it."""
 
     colour: str
@@ -39,23 +39,23 @@ class ClaimedThing:
 
 
 @dataclass(frozen=True)
-class Claims:
+class ParsedCaption:
     """A digit, or things before a background; None is what the caption does not say."""
 
     digit: int | None = None
     background: str | None = None
-    things: tuple[ClaimedThing, ...] = ()
+    things: tuple[ParsedThing, ...] = ()
 
 
-def read_caption(caption: str) -> Claims:
-    """What ``caption`` claims, in the words of ``data.demo``.
+def parse_caption(caption: str) -> ParsedCaption:
+    """What ``caption`` says, in the words of ``demo.scenes`` and ``demo.digits``.
 
     Raises:
         ValueError: these are not the demo world's words, so nothing about a picture can be checked.
     """
     text = caption.strip().rstrip(".").lower()
     if digit := DIGIT.fullmatch(text):
-        return Claims(digit=DIGIT_WORDS.index(digit[1]))
+        return ParsedCaption(digit=DIGIT_WORDS.index(digit[1]))
     form = FORMAT.match(text)
     things, position = [], form.end() if form else 0
     while match := THING.match(text, position):
@@ -63,17 +63,17 @@ def read_caption(caption: str) -> Claims:
         position = match.end()
     if not things or position < len(text):
         raise _unknown(caption)
-    return Claims(background=form[1] if form else None, things=tuple(things))
+    return ParsedCaption(background=form[1] if form else None, things=tuple(things))
 
 
-def _things(match: re.Match[str], caption: str) -> list[ClaimedThing]:
+def _things(match: re.Match[str], caption: str) -> list[ParsedThing]:
     amount, colour, shape, said = match.groups()
     places: list[str | None] = [*re.findall("|".join(PLACES), said)]
     if not places:
         places = [None] * AMOUNTS[amount]
     if len(places) != AMOUNTS[amount]:
         raise _unknown(caption)
-    return [ClaimedThing(colour, shape, place) for place in places]
+    return [ParsedThing(colour, shape, place) for place in places]
 
 
 def _unknown(caption: str) -> ValueError:

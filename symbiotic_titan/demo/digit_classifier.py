@@ -30,9 +30,9 @@ def demo_extra(module: str) -> Any:
 SIDE = 8
 # A picture whose lightest and darkest cells differ by less (in levels, 0 to 255) shows nothing.
 MIN_CONTRAST = 50.0
-# Training digits are also shown one cell aside, since a model may not centre them as the set does: of 252 held-out digits one cell
-# aside 46 % are misread without this, and none or one with it.
-ASIDE = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
+# Training digits are also shown shifted by one cell, since a model may not centre them as the set does: of 252 held-out digits
+# shifted by one cell, 46 % are misread without this, and none or one with it.
+SHIFTS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
 # Best of four widths and two costs in cross-validation within the training digits.
 KERNEL = {"gamma": 0.2, "C": 10.0}
 
@@ -45,10 +45,10 @@ class DigitReader:
         random = Random(0)
         digits = handwritten_digits(heldout=False)
         cells = [_cells(paint(digit, random)) for digit in digits]
-        seen = [_moved(c, *offset).ravel() for offset in ASIDE for c in cells if c is not None]
+        seen = [_moved(c, *offset).ravel() for offset in SHIFTS for c in cells if c is not None]
         values = [d.value for d, c in zip(digits, cells, strict=True) if c is not None]
         classifier = demo_extra("sklearn.svm").SVC(**KERNEL)
-        self._classifier: Any = classifier.fit(np.stack(seen), values * len(ASIDE))
+        self._classifier: Any = classifier.fit(np.stack(seen), values * len(SHIFTS))
 
     def read(self, image: Image.Image) -> int | None:
         """0 to 9, or None where ``image`` is blank."""

@@ -73,7 +73,7 @@ def frechet_distance(first: Sequence[Image.Image], second: Sequence[Image.Image]
     It falls with the number of images: compare only distances between sets of the same size.
 
     Raises:
-        ValueError: a set has fewer than two images, of which there is no covariance.
+        ValueError: a set has fewer than two images, too few for a covariance.
     """
     if min(len(first), len(second)) < 2:
         raise ValueError(

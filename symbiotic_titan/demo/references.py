@@ -22,8 +22,8 @@ from symbiotic_titan.evaluation.suite import (
 )
 
 NUM_CHOICES = 4
-# Words behind which a sentence is cut: much can follow them.
-CUT_BEHIND = (
+# A sentence is cut after one of these words: much can follow them.
+CUT_AFTER = (
     "a",
     "an",
     "and",
@@ -39,7 +39,7 @@ CUT_BEHIND = (
     "to",
     "with",
 )
-# Words before the cut, and behind it.
+# Words before the cut, and after it.
 MIN_QUESTION_WORDS = 5
 ENDING_WORDS = range(2, 9)
 # Wrong endings are drawn from this many of the most similar lengths.
@@ -51,7 +51,7 @@ COLUMNS = ("question", "choices", "answer")
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """``question`` goes on, behind a space, with ``choices[answer]``."""
+    """``question`` continues, after a space, with ``choices[answer]``."""
 
     question: str
     choices: tuple[str, ...]
@@ -103,7 +103,7 @@ def _cut(text: str, seed: int) -> _Cut | None:
     places = [
         i
         for i in range(MIN_QUESTION_WORDS, len(words))
-        if words[i - 1] in CUT_BEHIND and len(words) - i in ENDING_WORDS
+        if words[i - 1] in CUT_AFTER and len(words) - i in ENDING_WORDS
     ]
     if not places:
         return None
@@ -112,7 +112,7 @@ def _cut(text: str, seed: int) -> _Cut | None:
 
 
 def _wrong_endings(cut: _Cut, others: list[_Cut], seed: int) -> list[str]:
-    """Endings behind the same word that begin and end differently from the true one and from each other."""
+    """Endings after the same word that begin and end differently from the true one and from each other."""
     nearest = sorted(
         others,
         key=lambda o: (

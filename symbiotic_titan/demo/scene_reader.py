@@ -1,9 +1,9 @@
-"""What a picture of coloured shapes shows, found by thresholds and geometry, and which claims of a caption it keeps.
+"""What a picture of coloured shapes shows, found by thresholds and geometry, and which facts of a caption it agrees with.
 
 After GenEval (arXiv 2310.11513) and T2I-CompBench (arXiv 2307.06350), without a detector: the demo world has six colours and four
 shapes, so a picture can be measured. Of 300 held-out scenes at 2304 and 4096 pixels every fact is read right, also with a blur of one
-pixel, colours shifted by 20 levels, or noise of 0.2 of the range from -1 to 1. At 1024 pixels that holds but for the shapes, of which
-the blur leaves 93 %.
+pixel, colours shifted by 20 levels, or noise of 0.2 of the range from -1 to 1. At 1024 pixels all but the shapes
+are: with the blur, 93 % of them.
 
 Letters: H and W pixels, K colours of the palette.
 """
@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from symbiotic_titan.demo.captions import (
-    ClaimedThing,
-    Claims,
+    ParsedCaption,
+    ParsedThing,
 )
 from symbiotic_titan.demo.digit_classifier import demo_extra
 from symbiotic_titan.demo.pictures import levels
@@ -162,7 +162,7 @@ def _shape(mask_HW: np.ndarray) -> str | None:
     y_HW, x_HW = np.indices(mask_HW.shape, dtype=np.float32)
     y_HW, x_HW = y_HW - rows.mean(), x_HW - columns.mean()
     farther_HW, nearer_HW = np.maximum(abs(y_HW), abs(x_HW)), np.minimum(abs(y_HW), abs(x_HW))
-    # Half the extent of each: areas are pi r^2, 4 r^2, 2 r^2 and 20/9 r^2. A triangle's centre of mass lies r/3 below its middle.
+    # Half the size of each: areas are pi r^2, 4 r^2, 2 r^2 and 20/9 r^2. A triangle's centre of mass lies r/3 below its middle.
     slope, arm = (area / 2) ** 0.5, (area * 9 / 20) ** 0.5
     ideal = {
         "circle": y_HW**2 + x_HW**2 <= area / np.pi,
@@ -178,29 +178,29 @@ def _shape(mask_HW: np.ndarray) -> str | None:
     return best if overlaps[best] >= MIN_OVERLAP else None
 
 
-def scene_facts(claims: Claims, found: FoundScene) -> dict[str, float]:
-    """Share of the claimed facts of each kind that ``found`` keeps; kinds that are not claimed are left out.
+def scene_facts(parsed: ParsedCaption, found: FoundScene) -> dict[str, float]:
+    """Share of the caption's facts of each kind that ``found`` shows; kinds that it does not mention are left out.
 
     A thing that is missing has no colour, shape or place; one too many is wrong in count only. Relations are left of, right of,
-    above and below, between different things whose places are claimed.
+    above and below, between different things whose places are given.
     """
-    things = _matched(claims.things, found.things)
+    things = _matched(parsed.things, found.things)
     facts: dict[str, list[bool]] = {
-        "count": [len(claims.things) == len(found.things)],
+        "count": [len(parsed.things) == len(found.things)],
         "colour": [f is not None and f.colour == c.colour for c, f in things],
         "shape": [f is not None and f.shape == c.shape for c, f in things],
         "place": [f is not None and f.place == c.place for c, f in things if c.place is not None],
         "relation": _relations(things),
-        "background": [found.background == claims.background] if claims.background else [],
+        "background": [found.background == parsed.background] if parsed.background else [],
     }
     return {kind: sum(facts[kind]) / len(facts[kind]) for kind in FACTS if facts[kind]}
 
 
-Matched = list[tuple[ClaimedThing, FoundThing | None]]
+Matched = list[tuple[ParsedThing, FoundThing | None]]
 
 
-def _matched(claimed: tuple[ClaimedThing, ...], found: tuple[FoundThing, ...]) -> Matched:
-    """Each claimed thing with the found one that stands for it: those pairs that agree in the most facts.
+def _matched(expected: tuple[ParsedThing, ...], found: tuple[FoundThing, ...]) -> Matched:
+    """Each expected thing with a found one, paired so that the most facts agree.
 
     The small weights decide ties: a red circle and a blue square drawn as a red square and a blue circle have wrong shapes.
     """
@@ -210,30 +210,30 @@ def _matched(claimed: tuple[ClaimedThing, ...], found: tuple[FoundThing, ...]) -
                 1.02 * (f.colour == c.colour) + 1.01 * (f.shape == c.shape) + (f.place == c.place)
                 for f in found
             ]
-            for c in claimed
+            for c in expected
         ]
-    ).reshape(len(claimed), len(found))
+    ).reshape(len(expected), len(found))
     rows, columns = demo_extra("scipy.optimize").linear_sum_assignment(agreement, maximize=True)
     partner = {int(row): found[column] for row, column in zip(rows, columns, strict=True)}
-    return [(thing, partner.get(i)) for i, thing in enumerate(claimed)]
+    return [(thing, partner.get(i)) for i, thing in enumerate(expected)]
 
 
 def _relations(things: Matched) -> list[bool]:
-    """For every two things and both directions in which their claimed places differ: whether the found ones differ likewise."""
+    """For every two things and both directions in which their expected places differ: whether the found ones differ likewise."""
     kept = []
     for (first, one), (second, other) in combinations(things, 2):
         if not (first.place and second.place) or _kind(first) == _kind(second):
             continue
         for axis in (0, 1):
-            claimed = PLACES[first.place][axis] - PLACES[second.place][axis]
-            if claimed:
+            expected = PLACES[first.place][axis] - PLACES[second.place][axis]
+            if expected:
                 kept.append(
                     one is not None
                     and other is not None
-                    and claimed * (one.centre[axis] - other.centre[axis]) > 0
+                    and expected * (one.centre[axis] - other.centre[axis]) > 0
                 )
     return kept
 
 
-def _kind(thing: ClaimedThing) -> tuple[str, str]:
+def _kind(thing: ParsedThing) -> tuple[str, str]:
     return thing.colour, thing.shape

@@ -33,7 +33,7 @@ SIZES = ((64, 64), (48, 80), (80, 48), (56, 72), (72, 56))
 NUMBER_WORDS = ("no", "one", "two", "three", "four")
 # Share of the scenes, by content, that only held-out files show.
 HELDOUT_SHARE = 0.15
-# Pictures are drawn this many times larger and reduced, for smooth edges.
+# Scenes are painted this many times larger and reduced, for smooth edges.
 OVERSAMPLING = 3
 
 

@@ -1,11 +1,12 @@
 """The demo world's own score: do the pictures show what their captions say, and do they look like the world's?
 
-1. A caption is read as claims (``claims``), a picture as a scene (``scenes``) or a digit (``digits``); facts are compared.
+1. A caption is parsed (``captions``), a picture is read as a scene (``scene_reader``) or a digit (``digit_classifier``), and their
+   facts are compared.
 2. The pictures as a whole are compared with the real ones by a Fréchet distance (``frechet``).
 
-Beside every score stands what the world itself reaches, at the resolution of the model's pictures: the real pictures of the same
-captions are the upper bound, and pictures newly drawn without regard to the captions are chance. For the Fréchet distance, of which
-less is better, these new pictures are the bound and blank ones are chance.
+Every score comes with two of the world's own, at the resolution of the model's pictures: the real pictures of the same captions
+are the upper bound, and new pictures that ignore the captions are chance. Less is better for the Fréchet distance: there the new
+pictures are the bound and blank ones are chance.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ from symbiotic_titan.demo import (
     scenes,
 )
 from symbiotic_titan.demo.captions import (
-    Claims,
-    read_caption,
+    ParsedCaption,
+    parse_caption,
 )
 from symbiotic_titan.demo.digit_classifier import DigitReader
 from symbiotic_titan.demo.frechet import frechet_distance
@@ -50,10 +51,10 @@ def demo_world_score(
     samples: Sequence[PictureSample],
     reader: DigitReader | None = None,
 ) -> Scores:
-    """Scores of ``images``, each made from the caption of the sample at its place; those of PICTURE_SCORES that apply.
+    """Scores of ``images``, each made from the caption of the sample at its position; those of PICTURE_SCORES that apply.
 
-    ``reader`` can be given by who scores more than once; without it one is trained. ``number`` counts the captions that claim a fact
-    of the kind; for the Fréchet distance the images, of which it needs two.
+    ``reader`` saves training one for every call. ``number`` counts the captions with a fact of the kind, or for the Fréchet
+    distance the images; it needs two.
 
     Raises:
         ValueError: there are no samples, or not as many images; a caption is none of the demo world's; scikit-learn is missing.
@@ -62,17 +63,17 @@ def demo_world_score(
         raise ValueError(
             f"one image per caption is scored, got {len(images)} images for {len(samples)} captions"
         )
-    claims = [read_caption(sample.caption) for sample in samples]
+    captions = [parse_caption(sample.caption) for sample in samples]
     made = [to_image(image) for image in images]
     pixels = [image.width * image.height for image in made]
     real = [with_pixels(s.image, n) for s, n in zip(samples, pixels, strict=True)]
     new = [
         with_pixels(image, n)
-        for image, n in zip(_new_pictures(claims * NEW_SETS), pixels * NEW_SETS, strict=True)
+        for image, n in zip(_new_pictures(captions * NEW_SETS), pixels * NEW_SETS, strict=True)
     ]
     reader = reader or DigitReader()
-    facts, at_best = (_mean_facts(claims, pictures, reader) for pictures in (made, real))
-    by_chance = _mean_facts(claims * NEW_SETS, new, reader)
+    facts, at_best = (_mean_facts(captions, pictures, reader) for pictures in (made, real))
+    by_chance = _mean_facts(captions * NEW_SETS, new, reader)
     scores = {
         name: Score(
             score=facts[name][0],
@@ -95,33 +96,35 @@ def _distance(made: list[Image.Image], real: list[Image.Image], new: list[Image.
     return Score(score=score, chance=chance, upper_bound=upper_bound, number=len(made))
 
 
-def check_picture(claims: Claims, image: Image.Image, reader: DigitReader) -> dict[str, float]:
-    """Share of claimed facts that ``image`` keeps, by names of PICTURE_SCORES; all_correct is 1 where it keeps all of them."""
-    if claims.digit is not None:
-        return {"digit": float(reader.read(image) == claims.digit)}
-    facts = scene_facts(claims, find_scene(image))
+def check_picture(
+    caption: ParsedCaption, image: Image.Image, reader: DigitReader
+) -> dict[str, float]:
+    """Share of a caption's facts that ``image`` shows, by names of PICTURE_SCORES; all_correct is 1 where it shows all of them."""
+    if caption.digit is not None:
+        return {"digit": float(reader.read(image) == caption.digit)}
+    facts = scene_facts(caption, find_scene(image))
     all_correct = float(all(share == 1.0 for share in facts.values()))
     return {"scene/all_correct": all_correct} | {f"scene/{k}": v for k, v in facts.items()}
 
 
 def _mean_facts(
-    claims: list[Claims], images: list[Image.Image], reader: DigitReader
+    captions: list[ParsedCaption], images: list[Image.Image], reader: DigitReader
 ) -> dict[str, tuple[float, int]]:
-    """Name -> (mean over the captions that claim it, their number)."""
+    """Name -> (mean over the captions that mention it, their number)."""
     values: dict[str, list[float]] = {}
-    for claim, image in zip(claims, images, strict=True):
-        for name, value in check_picture(claim, image, reader).items():
+    for caption, image in zip(captions, images, strict=True):
+        for name, value in check_picture(caption, image, reader).items():
             values.setdefault(name, []).append(value)
     return {name: (sum(found) / len(found), len(found)) for name, found in values.items()}
 
 
-def _new_pictures(claims: list[Claims]) -> list[Image.Image]:
+def _new_pictures(captions: list[ParsedCaption]) -> list[Image.Image]:
     """For each caption a held-out digit or a newly drawn held-out scene, of its kind but of none of its facts."""
     random = Random(0)
     pool = digits.handwritten_digits(heldout=True)
     return [
         scenes.paint(scenes.draw_scene(random, heldout=True))
-        if claim.digit is None
+        if caption.digit is None
         else digits.paint(random.choice(pool), random)
-        for claim in claims
+        for caption in captions
     ]

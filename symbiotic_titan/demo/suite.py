@@ -22,7 +22,7 @@ from PIL import Image
 
 from symbiotic_titan.codecs.batch import BatchEncoder
 from symbiotic_titan.data.images import nearest_bucket
-from symbiotic_titan.demo.captions import read_caption
+from symbiotic_titan.demo.captions import parse_caption
 from symbiotic_titan.demo.held_out import (
     LONG_CAPTIONS,
     QUESTIONS,
@@ -44,10 +44,10 @@ from symbiotic_titan.demo.references import (
 )
 from symbiotic_titan.demo.scores import demo_world_score
 from symbiotic_titan.evaluation.suite import Advance, Progress, Scores, Suite, measure
-from symbiotic_titan.evaluation.suites.drawing import (
-    DrawingSettings,
-    Wanted,
-    draw,
+from symbiotic_titan.evaluation.suites.generation import (
+    ImageRequest,
+    ImageSettings,
+    generate_images,
 )
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.held_out import (
@@ -70,14 +70,14 @@ MAX_ANSWER_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class DemoWorldOptions(DrawingSettings):
+class DemoWorldOptions(ImageSettings):
     """Options of the suite; 0 leaves a part out."""
 
     data: str = "demo_data"
     """Folder of the demo world"""
 
     pictures: int = 60
-    """Held-out captions to draw, short and long, digits and scenes by turns"""
+    """Held-out captions to use, short and long, digits and scenes by turns"""
 
     questions: int = 200
     """Held-out questions about images to answer"""
@@ -132,15 +132,15 @@ def score_pictures(
     ]
     tasks = [read_pictures(source) for source in sources]
     samples = list(by_turns(by_turns(_strata(task)) for task in tasks))[: options.pictures]
-    wanted = [
-        Wanted(
+    requests = [
+        ImageRequest(
             sample.caption,
             folder / "pictures" / f"{number:05d}.png",
             nearest_bucket(sample.image.height, sample.image.width, generator.buckets),
         )
         for number, sample in enumerate(samples)
     ]
-    images = draw(generator, wanted, options, progress)
+    images = generate_images(generator, requests, options, progress)
     if is_first_process():
         shown = slice(min(NUM_SHOWN, len(images)))
         pairs = [_beside(i, s.image) for i, s in zip(images[shown], samples[shown], strict=True)]
@@ -155,11 +155,11 @@ def _strata(samples: list[PictureSample]) -> list[list[PictureSample]]:
     digits: dict[int, list[PictureSample]] = defaultdict(list)
     scenes: dict[int, list[PictureSample]] = defaultdict(list)
     for sample in samples:
-        claims = read_caption(sample.caption)
-        if claims.digit is not None:
-            digits[claims.digit].append(sample)
+        parsed = parse_caption(sample.caption)
+        if parsed.digit is not None:
+            digits[parsed.digit].append(sample)
         else:
-            scenes[len(claims.things)].append(sample)
+            scenes[len(parsed.things)].append(sample)
     return [list(by_turns(kind[key] for key in sorted(kind))) for kind in (digits, scenes)]
 
 
@@ -179,12 +179,12 @@ def _beside(made: Image.Image, real: Image.Image) -> Image.Image:
 
 
 def _of_one_size(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """``images`` on white canvases as wide and high as any of them."""
+    """``images`` centred on white ones as wide and high as the largest."""
     size = max(i.width for i in images), max(i.height for i in images)
-    canvases = [Image.new("RGB", size, "white") for _ in images]
-    for canvas, image in zip(canvases, images, strict=True):
-        canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
-    return canvases
+    backgrounds = [Image.new("RGB", size, "white") for _ in images]
+    for background, image in zip(backgrounds, images, strict=True):
+        background.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return backgrounds
 
 
 def score_answers(

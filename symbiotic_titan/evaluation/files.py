@@ -1,4 +1,4 @@
-"""Files that options of suites name: prompts and images. What is wrong with one is a ValueError that says which and where."""
+"""Files that options of suites name: prompts and images. Every ValueError names the file and the place in it."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def check_file(option: str, path: str, what: str) -> None:
-    """Pass if ``path`` is a file; ``what`` says of which kind it has to be."""
+    """Pass if ``path`` is a file; ``what`` describes what it has to be."""
     if not Path(path).is_file():
         raise ValueError(f"{option}: must be {what}, got {path!r}, which is no file")
 
 
 def check_folder(option: str, path: str, what: str) -> None:
-    """Pass if ``path`` is a folder; ``what`` says of which kind it has to be."""
+    """Pass if ``path`` is a folder; ``what`` describes what it has to be."""
     if not path or not Path(path).is_dir():
         raise ValueError(f"{option}: must be {what}, got {path!r}, which is no folder")
 
@@ -27,7 +27,7 @@ def check_limit(limit: int | None) -> None:
 
 
 def read_prompts(path: str, limit: int | None = None) -> list[str]:
-    """A prompt per line, up to a tab where there is one; empty lines are passed over. There is at least one."""
+    """A prompt per line, up to the first tab; empty lines are skipped. There is at least one."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     prompts = [prompt for line in lines if (prompt := line.partition("\t")[0].strip())]
     if not prompts:
@@ -46,7 +46,7 @@ def image_files(folder: str) -> list[Path]:
 
 
 def decoded(data: bytes, where: str) -> Image.Image:
-    """The RGB image that ``data`` encode; ``where`` says whose they are."""
+    """The RGB image that ``data`` encode; ``where`` names them in a message."""
     try:
         return decode_image(data)
     except (*DECODE_ERRORS, ImageSizeError) as error:

@@ -189,8 +189,8 @@ class Generator:
         """A picture of each caption.
 
         shift: None is [flow]'s. size: (height, width) of a bucket; aspect: "width:height", whose nearest bucket is taken; without
-        either it is a square. first_index: number of the first prompt, to generate some of many again. advance: called with the number of images
-        that are one step further.
+        either it is a square. first_index: number of the first prompt, to generate some of many again. advance: called with the number
+        of images that are one step further.
 
         Raises:
             ValueError: a number or a name out of range, a caption longer than a row, or a codec without its weights.

@@ -21,7 +21,7 @@ from symbiotic_titan.plots.style import (
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
 
 CAPACITY = "capacity rate (share of assignments)"
-FEW_POINTS = 12  # below, each point gets a mark
+FEW_POINTS = 12  # below, each point gets a marker
 PALE = 0.3  # opacity of single steps beside their running mean
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from symbiotic_titan.evaluation.files import check_folder
 from symbiotic_titan.evaluation.suite import Advance, Progress, Scores, Suite, measure
-from symbiotic_titan.evaluation.suites.drawing import (
+from symbiotic_titan.evaluation.suites.generation import (
     CaptionOptions,
-    draw_captions,
+    generate_captioned,
     stacked,
 )
 from symbiotic_titan.inference.generator import Generator
@@ -43,7 +43,7 @@ def run_clip_score(
 ) -> Scores:
     """Raises ValueError for a CLIP model that cannot be read."""
     clip = load_clip(options.model)
-    captions, images = draw_captions(generator, options, folder, progress)
+    captions, images = generate_captioned(generator, options, folder, progress)
     score, chance = (
         clip_score(
             clip, images, texts, options.batch_size, generator.device, progress(what, len(images))
@@ -54,7 +54,7 @@ def run_clip_score(
 
 
 class _Clip:
-    """A CLIP whose features are tensors, as torchmetrics wants them; transformers 5 gives objects."""
+    """A CLIP whose features are tensors, as torchmetrics expects; those of transformers 5 are objects."""
 
     def __init__(self, clip: Any) -> None:
         self._clip = clip
@@ -88,7 +88,7 @@ def load_clip(folder: str) -> Clip:
         processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: holds no CLIP model that can be read ({error})") from error
-    # A caption that is too long keeps its end mark, from which CLIP takes its features.
+    # A caption that is too long keeps its end token, from which CLIP takes its features.
     return _Clip(model), partial(processor, truncation=True)
 
 

@@ -19,9 +19,9 @@ from PIL import Image, ImageOps
 
 from symbiotic_titan.evaluation.files import check_file, check_folder, decoded, image_files
 from symbiotic_titan.evaluation.suite import Advance, Progress, Scores, Suite, measure
-from symbiotic_titan.evaluation.suites.drawing import (
+from symbiotic_titan.evaluation.suites.generation import (
     CaptionOptions,
-    draw_captions,
+    generate_captioned,
     stacked,
 )
 from symbiotic_titan.inference.generator import Generator
@@ -55,10 +55,10 @@ def run_fid(generator: Generator, options: FidOptions, folder: Path, progress: P
     """Raises ValueError for a network or an image that cannot be read."""
     network = FeatureNetwork(Path(options.model), options.side)
     references = image_files(options.references)
-    _, images = draw_captions(generator, options, folder, progress)
+    _, images = generate_captioned(generator, options, folder, progress)
     if min(len(references), len(images)) <= network.num_features:
         logger.warning(
-            f"fid: {len(references)} real and {len(images)} drawn images for {network.num_features} features: "
+            f"fid: {len(references)} real and {len(images)} generated images for {network.num_features} features: "
             "the distance comes out too large; compare it only with one of as many images"
         )
     advance = progress("images", len(references) + len(images))
@@ -116,13 +116,13 @@ def frechet_distance(
     network: FeatureNetwork,
     device: torch.device,
     real: Iterable[torch.Tensor],
-    drawn: Iterable[torch.Tensor],
+    generated: Iterable[torch.Tensor],
 ) -> float:
     """Distance between batches of images; each side needs two images."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=network).to(device)
-    for batches, is_real in ((real, True), (drawn, False)):
+    for batches, is_real in ((real, True), (generated, False)):
         for images_N3HW in batches:
             metric.update(images_N3HW, real=is_real)
     return float(metric.compute())  # device sync

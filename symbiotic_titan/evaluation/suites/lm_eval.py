@@ -31,10 +31,10 @@ class LmEvalOptions:
     """Names of tasks or groups, comma separated"""
 
     limit: int | None = None
-    """Questions of each task, counted from its first; without it all"""
+    """Questions of each task, counted from its first; all by default"""
 
     num_fewshot: int | None = None
-    """Examples before each question; without it what the task says"""
+    """Examples before each question; by default as the task says"""
 
     batch_size: int = 8
     """Texts at a time"""

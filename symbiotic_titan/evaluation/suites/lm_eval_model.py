@@ -2,8 +2,8 @@
 
     results = lm_eval.simple_evaluate(GeneratorLM(generator), tasks=["mmlu"])
 
-Texts are read as plain text behind the tokenizer's opening, as the task lm trains them. Where a task shows images, its prompt is
-asked in a conversation. As in lm-eval's own models, a context that is too long loses its beginning.
+Texts are plain text after the tokenizer's opening, as the task lm trains them. The prompt of a task with images is a question in
+a conversation. As in lm-eval's own models, a context that is too long loses its beginning.
 """
 
 import logging
@@ -23,7 +23,7 @@ from symbiotic_titan.inference.generator import Generator
 logger = logging.getLogger(__name__)
 
 # Stands in the text of a task where an image is shown.
-IMAGE_MARK = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 
 
 def _no_progress(what: str, total: int) -> Advance:
@@ -92,7 +92,7 @@ class GeneratorLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihoods of whole texts; those longer than a row are read in windows, each behind one token of the last."""
+        """Log-likelihoods of whole texts; those longer than a sequence are split into windows, each after one token of the last."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -134,7 +134,7 @@ class GeneratorLM(TemplateLM):
         prompts: list[str | list[int]]
         if len(requests[0]) > 2:
             images = [request[2]["visual"] for request in requests]
-            prompts = [request[0].replace(IMAGE_MARK, "") for request in requests]
+            prompts = [request[0].replace(IMAGE_PLACEHOLDER, "") for request in requests]
         else:
             contexts = [self.tok_encode(request[0]) for request in requests]
             self._warn_of_cuts(sum(len(ids) > self.max_length - most for ids in contexts))

@@ -59,7 +59,7 @@ class OcrBenchOptions:
     """TSV file with the columns index, image (base64), question, answer and category"""
 
     limit: int | None = None
-    """Questions to ask, counted from the first; without it all"""
+    """Questions to ask, counted from the first; all by default"""
 
     max_tokens: int = 128
     """Tokens that an answer may have"""

@@ -15,10 +15,10 @@ from typing import Any
 
 from symbiotic_titan.evaluation.files import check_file, check_limit, read_prompts
 from symbiotic_titan.evaluation.suite import Progress, Scores, Suite, measure
-from symbiotic_titan.evaluation.suites.drawing import (
-    DrawingSettings,
-    Wanted,
-    draw,
+from symbiotic_titan.evaluation.suites.generation import (
+    ImageRequest,
+    ImageSettings,
+    generate_images,
 )
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.process import is_first_process
@@ -29,7 +29,7 @@ FORBIDDEN = ("_", "/")
 
 
 @dataclass(frozen=True)
-class GenevalOptions(DrawingSettings):
+class GenevalOptions(ImageSettings):
     """Options of the suite ``geneval_images``."""
 
     prompts: str = ""
@@ -39,7 +39,7 @@ class GenevalOptions(DrawingSettings):
     """Images of each prompt; 4 in the paper"""
 
     limit: int | None = None
-    """Prompts to draw, counted from the first; without it all"""
+    """Prompts to use, counted from the first; all by default"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +49,7 @@ class GenevalOptions(DrawingSettings):
 
 
 @dataclass(frozen=True)
-class CompBenchOptions(DrawingSettings):
+class CompBenchOptions(ImageSettings):
     """Options of the suite ``t2i_compbench_images``."""
 
     prompts: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class CompBenchOptions(DrawingSettings):
     """Images of each prompt; 10 in the paper"""
 
     limit: int | None = None
-    """Prompts of each file to draw, counted from the first; without it all"""
+    """Prompts of each file to use, counted from the first; all by default"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,42 +121,44 @@ def read_compbench(path: str, limit: int | None = None) -> list[str]:
 def run_geneval(
     generator: Generator, options: GenevalOptions, folder: Path, progress: Progress
 ) -> Scores:
-    wanted = []
+    requests = []
     for number, row in enumerate(read_geneval(options.prompts, options.limit)):
         place = folder / "images" / f"{number:05d}"
         if is_first_process():
             place.mkdir(parents=True, exist_ok=True)
             (place / "metadata.jsonl").write_text(json.dumps(row), encoding="utf-8")
-        wanted += [
-            Wanted(row["prompt"], place / "samples" / f"{sample:05d}.png")
+        requests += [
+            ImageRequest(row["prompt"], place / "samples" / f"{sample:05d}.png")
             for sample in range(options.samples)
         ]
-    return _count("geneval_images", generator, wanted, options, progress)
+    return _count("geneval_images", generator, requests, options, progress)
 
 
 def run_compbench(
     generator: Generator, options: CompBenchOptions, folder: Path, progress: Progress
 ) -> Scores:
     """Images of a file are numbered in one row, which is how its scorers name their results."""
-    wanted = []
+    requests = []
     for path in options.prompts:
         place = folder / Path(path).stem / "samples"
         for number, prompt in enumerate(read_compbench(path, options.limit)):
-            wanted += [
-                Wanted(prompt, place / f"{prompt}_{number * options.samples + sample:06d}.png")
+            requests += [
+                ImageRequest(
+                    prompt, place / f"{prompt}_{number * options.samples + sample:06d}.png"
+                )
                 for sample in range(options.samples)
             ]
-    return _count("t2i_compbench_images", generator, wanted, options, progress)
+    return _count("t2i_compbench_images", generator, requests, options, progress)
 
 
 def _count(
     suite: str,
     generator: Generator,
-    wanted: Sequence[Wanted],
-    options: DrawingSettings,
+    requests: Sequence[ImageRequest],
+    options: ImageSettings,
     progress: Progress,
 ) -> Scores:
-    images = draw(generator, wanted, options, progress)
+    images = generate_images(generator, requests, options, progress)
     return {f"{suite}/images": measure(len(images), number=len(images))}
 
 

@@ -19,10 +19,10 @@ from symbiotic_titan.demo.write import (
     write_world,
 )
 from symbiotic_titan.evaluation.suite import SUITES, Suite, measure
-from symbiotic_titan.evaluation.suites.drawing import (
-    DrawingSettings,
-    Wanted,
-    draw,
+from symbiotic_titan.evaluation.suites.generation import (
+    ImageRequest,
+    ImageSettings,
+    generate_images,
 )
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.model.flavors import model_args
@@ -55,7 +55,7 @@ def demo_data(tmp_path_factory):
 
 
 @dataclass(frozen=True)
-class Drawn(DrawingSettings):
+class Drawn(ImageSettings):
     steps: int = 1
     """One is enough"""
 
@@ -76,8 +76,8 @@ def runs():
 
     def run(generator, options, folder, progress):
         folders.append(folder)
-        wanted = [Wanted(prompt, folder / f"{prompt}.png") for prompt in ("a", "b")]
-        images = draw(generator, wanted, options, progress)
+        requests = [ImageRequest(prompt, folder / f"{prompt}.png") for prompt in ("a", "b")]
+        images = generate_images(generator, requests, options, progress)
         brightness = sum(sum(i.convert("L").histogram()[128:]) for i in images)
         scores = {
             "bright": measure(brightness / 2048, number=2, chance=0.5),

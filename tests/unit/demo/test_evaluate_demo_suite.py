@@ -145,7 +145,9 @@ def test_a_part_of_which_nothing_is_asked_is_left_out(options, tmp_path):
 def test_mistakes_are_told_before_a_model_is_loaded(options, tmp_path):
     with pytest.raises(ValueError, match="pictures: must be zero or positive, got -1"):
         options(pictures=-1)
-    with pytest.raises(ValueError, match="data: no demo world in 'nowhere'; make it with tools/"):
+    with pytest.raises(
+        ValueError, match="data: no demo world in 'nowhere'; make it with symbiotic make-demo-data"
+    ):
         DemoWorldOptions(data="nowhere")
     with pytest.raises(ValueError, match="knowledge_file: no such file: none.jsonl"):
         options(knowledge_file="none.jsonl")

@@ -11,7 +11,7 @@ from symbiotic_titan.demo import (
     digits,
     scenes,
 )
-from symbiotic_titan.demo.captions import read_caption
+from symbiotic_titan.demo.captions import parse_caption
 from symbiotic_titan.demo.pictures import with_pixels
 from symbiotic_titan.demo.scene_reader import (
     find_scene,
@@ -29,7 +29,7 @@ BLUE = Thing("blue", "square", "bottom right", (48, 48), 11)
 
 def facts(scene, picture):
     """Of the picture, under the long caption of ``scene``."""
-    return scene_facts(read_caption(scenes.long_caption(scene)), find_scene(picture))
+    return scene_facts(parse_caption(scenes.long_caption(scene)), find_scene(picture))
 
 
 def lost(scene, drawn):
@@ -119,7 +119,7 @@ def test_one_thing_too_many_loses_count_alone_and_a_missing_one_its_facts_too():
 
 
 def test_colours_bound_to_the_wrong_shapes_are_not_right():
-    claims = read_caption("a red circle and a blue square")
+    claims = parse_caption("a red circle and a blue square")
     swapped = (replace(RED, shape="square"), replace(BLUE, shape="circle"))
     found = find_scene(scenes.paint(Scene((64, 64), "white", swapped)))
     assert scene_facts(claims, found) == {"count": 1.0, "colour": 1.0, "shape": 0.0}

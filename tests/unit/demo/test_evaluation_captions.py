@@ -9,9 +9,9 @@ from symbiotic_titan.demo import (
     scenes,
 )
 from symbiotic_titan.demo.captions import (
-    ClaimedThing,
-    Claims,
-    read_caption,
+    ParsedCaption,
+    ParsedThing,
+    parse_caption,
 )
 
 
@@ -23,27 +23,27 @@ def test_captions_claim_what_the_scene_holds_and_no_more_than_they_say():
     random = Random(0)
     for _ in range(500):
         scene = scenes.draw_scene(random, heldout=False)
-        short = read_caption(scenes.short_caption(scene))
+        short = parse_caption(scenes.short_caption(scene))
         assert kinds(short.things) == kinds(scene.things)
         assert short.background is None
         said = {thing.place for thing in short.things}
         assert said == ({scene.things[0].place} if len(scene.things) == 1 else {None})
-        long = read_caption(scenes.long_caption(scene))
+        long = parse_caption(scenes.long_caption(scene))
         assert long.background == scene.background
-        assert set(long.things) == {ClaimedThing(t.colour, t.shape, t.place) for t in scene.things}
+        assert set(long.things) == {ParsedThing(t.colour, t.shape, t.place) for t in scene.things}
         assert len(long.things) == len(scene.things)
 
 
 def test_captions_of_digits_claim_the_digit():
     for digit in digits.handwritten_digits(heldout=True)[:40]:
         for caption in (digits.short_caption(digit), digits.long_caption(digit)):
-            assert read_caption(caption) == Claims(digit=digit.value)
+            assert parse_caption(caption) == ParsedCaption(digit=digit.value)
 
 
 def test_prompts_may_be_written_freely_in_the_worlds_words():
-    expected = (ClaimedThing("orange", "cross", None), ClaimedThing("red", "circle", "top left"))
-    assert read_caption("An orange cross and a red circle at the top left.").things == expected
-    assert len(read_caption("two orange crosses and a red circle").things) == 3
+    expected = (ParsedThing("orange", "cross", None), ParsedThing("red", "circle", "top left"))
+    assert parse_caption("An orange cross and a red circle at the top left.").things == expected
+    assert len(parse_caption("two orange crosses and a red circle").things) == 3
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_prompts_may_be_written_freely_in_the_worlds_words():
 )
 def test_caption_in_other_words_is_refused(caption):
     with pytest.raises(ValueError, match="is none of the demo world's, so its picture cannot be"):
-        read_caption(caption)
+        parse_caption(caption)

@@ -1,8 +1,5 @@
-"""Images drawn into files, as suites need them: each where its scorer looks for it, and none of them twice.
-
-Pictures of the captions in a file, each drawn once: what fid and clip_score measure.
-
-Letters: N images, H and W pixels.
+"""Images that suites generate into files, each where its scorer looks for it, and none of them twice; those of the captions in a
+file, which fid and clip_score score.
 """
 
 import json
@@ -24,29 +21,29 @@ from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.images import Picture, Size
 from symbiotic_titan.process import is_first_process
 
-# The text chunk of a PNG that says how it was drawn, to tell whether it is the one wanted.
+# The text chunk of a PNG that says how the image was generated, to tell whether it can be reused.
 _NOTE = "evaluation"
 
 
 @dataclass(frozen=True)
-class DrawingSettings:
-    """How images are drawn; what a suite's options inherit where it draws some.
+class ImageSettings:
+    """How images are generated; options of suites that generate images inherit it.
 
     Raises:
         ValueError: a number out of range, or an unknown sampler.
     """
 
     steps: int = 50
-    """Of the sampler"""
+    """Steps of the solver"""
 
     guidance: float = 3.0
     """How far to go beyond what the caption changes; 1: no guidance"""
 
     sampler: str = "euler"
-    """euler or heun, which reads every image twice a step"""
+    """euler or heun, which runs the model twice a step"""
 
     seed: int = 0
-    """Of the noise that images begin with"""
+    """Seed of the noise that images begin with"""
 
     batch_size: int = 8
     """Images, or texts, at a time"""
@@ -57,12 +54,12 @@ class DrawingSettings:
             raise ValueError(f"batch_size: must be at least 1, got {self.batch_size}")
 
     def of_images(self) -> dict[str, Any]:
-        """The arguments of ``Generator.images``; without what other options a suite has."""
-        return {field.name: getattr(self, field.name) for field in fields(DrawingSettings)}
+        """The arguments of ``Generator.images``; without the suite's other options."""
+        return {field.name: getattr(self, field.name) for field in fields(ImageSettings)}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ImageRequest:
     """An image of ``prompt`` in the PNG file ``path``. ``size``: (height, width) of a bucket; None is a square."""
 
     prompt: str
@@ -70,29 +67,32 @@ class Wanted:
     size: Size | None = None
 
 
-def draw(
-    generator: Generator, wanted: Sequence[Wanted], settings: DrawingSettings, progress: Progress
+def generate_images(
+    generator: Generator,
+    requests: Sequence[ImageRequest],
+    settings: ImageSettings,
+    progress: Progress,
 ) -> list[Image.Image]:
-    """An image for each of ``wanted``; those whose files are there already, drawn with these settings, are read instead.
+    """An image for each of ``requests``. Files that were generated with these settings before are read instead.
 
-    Files are written a batch at a time, so a run that was broken off goes on with the batch after its last. An image depends on
-    its prompt, the settings and its place among the wanted of its size.
+    Files are written a batch at a time, so an interrupted run continues after its last batch. An image depends on its prompt,
+    the settings and its position among the requests of its size.
 
     Raises:
         ValueError: a setting out of range, a caption longer than a row, or a codec without its weights.
     """
-    images: list[Image.Image | None] = [None] * len(wanted)
-    missing: dict[Size | None, list[_Numbered]] = defaultdict(list)
-    for item in _numbered(wanted):
+    images: list[Image.Image | None] = [None] * len(requests)
+    missing: dict[Size | None, list[_NumberedRequest]] = defaultdict(list)
+    for item in _numbered(requests):
         images[item.position] = _read(item, settings)
         if images[item.position] is None:
-            missing[item.wanted.size].append(item)
-    advance = progress("image steps", len(wanted) * settings.steps)
+            missing[item.request.size].append(item)
+    advance = progress("image steps", len(requests) * settings.steps)
     advance(sum(image is not None for image in images) * settings.steps)
     for size, items in missing.items():
         for batch in _batches(items, settings.batch_size):
             pictures = generator.images(
-                [item.wanted.prompt for item in batch],
+                [item.request.prompt for item in batch],
                 **settings.of_images(),
                 size=size,
                 first_index=batch[0].index,
@@ -105,30 +105,30 @@ def draw(
 
 
 @dataclass(frozen=True)
-class _Numbered:
-    """``position`` among all wanted, ``index`` among those of its size."""
+class _NumberedRequest:
+    """``position`` counts all requests, ``index`` those of one size."""
 
-    wanted: Wanted
+    request: ImageRequest
     position: int
     index: int
 
-    def note(self, settings: DrawingSettings) -> str:
+    def note(self, settings: ImageSettings) -> str:
         how = settings.of_images()
         del how["batch_size"]  # changes nothing but rounding
-        prompt, size = self.wanted.prompt, self.wanted.size
+        prompt, size = self.request.prompt, self.request.size
         return json.dumps({"prompt": prompt, "size": size, "index": self.index, **how})
 
 
-def _numbered(wanted: Sequence[Wanted]) -> Iterator[_Numbered]:
+def _numbered(requests: Sequence[ImageRequest]) -> Iterator[_NumberedRequest]:
     counts: dict[Size | None, int] = defaultdict(int)
-    for position, item in enumerate(wanted):
-        yield _Numbered(item, position, counts[item.size])
+    for position, item in enumerate(requests):
+        yield _NumberedRequest(item, position, counts[item.size])
         counts[item.size] += 1
 
 
-def _batches(items: list[_Numbered], batch_size: int) -> Iterator[list[_Numbered]]:
+def _batches(items: list[_NumberedRequest], batch_size: int) -> Iterator[list[_NumberedRequest]]:
     """Items whose indices follow each other, at most ``batch_size`` together."""
-    batch: list[_Numbered] = []
+    batch: list[_NumberedRequest] = []
     for item in items:
         if batch and (len(batch) >= batch_size or item.index != batch[-1].index + 1):
             yield batch
@@ -138,32 +138,32 @@ def _batches(items: list[_Numbered], batch_size: int) -> Iterator[list[_Numbered
         yield batch
 
 
-def _read(item: _Numbered, settings: DrawingSettings) -> Image.Image | None:
+def _read(item: _NumberedRequest, settings: ImageSettings) -> Image.Image | None:
     try:
-        with Image.open(item.wanted.path) as image:
+        with Image.open(item.request.path) as image:
             is_same = image.info.get(_NOTE) == item.note(settings)
             return image.convert("RGB") if is_same else None
     except (FileNotFoundError, UnidentifiedImageError):
         return None
 
 
-def _write(item: _Numbered, settings: DrawingSettings, picture: Picture) -> None:
+def _write(item: _NumberedRequest, settings: ImageSettings, picture: Picture) -> None:
     if not is_first_process():
         return
     noted = Picture(picture.image, {**picture.settings, _NOTE: item.note(settings)})
-    with replacing(item.wanted.path, ".incomplete") as unfinished:
+    with replacing(item.request.path, ".incomplete") as unfinished:
         noted.save(unfinished)
 
 
 @dataclass(frozen=True)
-class CaptionOptions(DrawingSettings):
-    """What is drawn."""
+class CaptionOptions(ImageSettings):
+    """The captions, besides the settings."""
 
     prompts: str = ""
-    """Text file with a caption per line, each of which is drawn once"""
+    """Text file with a caption per line, each for one image"""
 
     limit: int | None = None
-    """Captions to draw, counted from the first; without it all"""
+    """Captions to use, counted from the first; all by default"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,15 +173,15 @@ class CaptionOptions(DrawingSettings):
             raise ValueError("prompts: at least 2 are needed")
 
 
-def draw_captions(
+def generate_captioned(
     generator: Generator, options: CaptionOptions, folder: Path, progress: Progress
 ) -> tuple[list[str], list[Image.Image]]:
     """The captions, and a picture of each in ``folder``/images/*.png."""
     prompts = read_prompts(options.prompts, options.limit)
-    wanted = [
-        Wanted(prompt, folder / "images" / f"{i:05d}.png") for i, prompt in enumerate(prompts)
+    requests = [
+        ImageRequest(prompt, folder / "images" / f"{i:05d}.png") for i, prompt in enumerate(prompts)
     ]
-    return prompts, draw(generator, wanted, options, progress)
+    return prompts, generate_images(generator, requests, options, progress)
 
 
 def stacked(images: Sequence[Image.Image]) -> torch.Tensor:

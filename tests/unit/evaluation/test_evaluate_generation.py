@@ -5,26 +5,26 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from symbiotic_titan.evaluation.suites.drawing import (
-    DrawingSettings,
-    Wanted,
-    draw,
+from symbiotic_titan.evaluation.suites.generation import (
+    ImageRequest,
+    ImageSettings,
+    generate_images,
 )
 from symbiotic_titan.inference.images import Picture
 
-SETTINGS = DrawingSettings(steps=3, batch_size=2)
+SETTINGS = ImageSettings(steps=3, batch_size=2)
 SIZES = [None, None, (8, 16), None, (8, 16)]
 
 
 class FakeGenerator:
     """Its images tell prompt, size, seed and index by their colour."""
 
-    def __init__(self, fail_behind=100):
-        self.drawn, self.fail_behind = [], fail_behind
+    def __init__(self, fail_after=100):
+        self.drawn, self.fail_after = [], fail_after
 
     def images(self, prompts, *, steps, seed, size, first_index, advance, batch_size, **settings):
         assert len(prompts) <= batch_size
-        if len(self.drawn) >= self.fail_behind:
+        if len(self.drawn) >= self.fail_after:
             raise KeyboardInterrupt
         self.drawn += prompts
         advance(len(prompts) * steps)
@@ -46,8 +46,11 @@ class Counted:
         self.done += count
 
 
-def wanted_in(folder, sizes=SIZES):
-    return [Wanted("abcde"[i], folder / f"{i}" / "image.png", size) for i, size in enumerate(sizes)]
+def requests_in(folder, sizes=SIZES):
+    return [
+        ImageRequest("abcde"[i], folder / f"{i}" / "image.png", size)
+        for i, size in enumerate(sizes)
+    ]
 
 
 def pixels(images):
@@ -56,7 +59,9 @@ def pixels(images):
 
 @pytest.fixture
 def expected(tmp_path):
-    images = draw(FakeGenerator(), wanted_in(tmp_path / "expected"), SETTINGS, Counted())
+    images = generate_images(
+        FakeGenerator(), requests_in(tmp_path / "expected"), SETTINGS, Counted()
+    )
     return pixels(images)
 
 
@@ -69,44 +74,44 @@ def test_images_come_in_the_order_wanted_numbered_among_their_size(tmp_path, exp
 
 def test_a_second_run_draws_nothing_and_gives_the_same(tmp_path, expected):
     generator, progress = FakeGenerator(), Counted()
-    images = draw(generator, wanted_in(tmp_path / "expected"), SETTINGS, progress)
+    images = generate_images(generator, requests_in(tmp_path / "expected"), SETTINGS, progress)
     assert generator.drawn == [] and pixels(images) == expected
     assert progress.done == progress.total == 15
 
 
 def test_a_run_that_was_broken_off_goes_on_behind_its_last_batch(tmp_path, expected):
-    wanted = wanted_in(tmp_path / "images")
+    requests = requests_in(tmp_path / "images")
     with pytest.raises(KeyboardInterrupt):
-        draw(FakeGenerator(fail_behind=2), wanted, SETTINGS, Counted())
+        generate_images(FakeGenerator(fail_after=2), requests, SETTINGS, Counted())
     generator, progress = FakeGenerator(), Counted()
-    assert pixels(draw(generator, wanted, SETTINGS, progress)) == expected
+    assert pixels(generate_images(generator, requests, SETTINGS, progress)) == expected
     assert sorted(generator.drawn) == ["c", "d", "e"]
     assert progress.done == progress.total
 
 
 def test_a_lost_or_damaged_image_is_drawn_again_as_it_was(tmp_path, expected):
-    wanted = wanted_in(tmp_path / "images")
-    draw(FakeGenerator(), wanted, SETTINGS, Counted())
-    wanted[1].path.unlink()
-    wanted[4].path.write_text("no picture")
+    requests = requests_in(tmp_path / "images")
+    generate_images(FakeGenerator(), requests, SETTINGS, Counted())
+    requests[1].path.unlink()
+    requests[4].path.write_text("no picture")
     generator = FakeGenerator()
-    assert pixels(draw(generator, wanted, SETTINGS, Counted())) == expected
+    assert pixels(generate_images(generator, requests, SETTINGS, Counted())) == expected
     assert generator.drawn == ["b", "e"]
 
 
 @pytest.mark.parametrize("change", [{"steps": 4}, {"seed": 1}, {"guidance": 1.0}])
 def test_other_settings_draw_anew(tmp_path, change):
-    wanted = wanted_in(tmp_path)
-    draw(FakeGenerator(), wanted, SETTINGS, Counted())
+    requests = requests_in(tmp_path)
+    generate_images(FakeGenerator(), requests, SETTINGS, Counted())
     generator = FakeGenerator()
-    draw(generator, wanted, replace(SETTINGS, **change), Counted())
+    generate_images(generator, requests, replace(SETTINGS, **change), Counted())
     assert sorted(generator.drawn) == list("abcde")
 
 
 def test_another_batch_size_or_more_images_keep_those_that_are_there(tmp_path):
-    draw(FakeGenerator(), wanted_in(tmp_path, SIZES[:3]), SETTINGS, Counted())
+    generate_images(FakeGenerator(), requests_in(tmp_path, SIZES[:3]), SETTINGS, Counted())
     generator = FakeGenerator()
-    draw(generator, wanted_in(tmp_path), replace(SETTINGS, batch_size=5), Counted())
+    generate_images(generator, requests_in(tmp_path), replace(SETTINGS, batch_size=5), Counted())
     assert generator.drawn == ["d", "e"]
 
 
@@ -120,4 +125,4 @@ def test_another_batch_size_or_more_images_keep_those_that_are_there(tmp_path):
 )
 def test_a_wrong_setting_is_told_before_anything_is_loaded(change, message):
     with pytest.raises(ValueError, match=message):
-        DrawingSettings(**change)
+        ImageSettings(**change)
