@@ -59,6 +59,7 @@ class Mixture:
         return self._next(given) if any(given) else self._first_of_stream[stream]
 
     def _due_first(self, counts: list[int]) -> int:
+        # In integers, w_s = weight / total: when the next copy is due, of the sources whose next copy may be given already.
         number = sum(counts) + 1
         ready = [
             (-(-(count + 1) * self._total // weight), source)
@@ -68,6 +69,7 @@ class Mixture:
         return min(ready)[1]
 
     def _lags_most(self, tokens: list[int]) -> int:
+        # Lead over the share, times total. Of equals the first source: a tie must be broken the same way on every rank.
         given = sum(tokens)
         ahead = [
             (count * self._total - given * weight, source)

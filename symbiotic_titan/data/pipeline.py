@@ -113,6 +113,7 @@ def build_spec(
     Raises:
         ValueError: no source, shards that are missing, empty or unreadable, or images that cannot fit a packed sequence.
     """
+    # Each source with its number in the config, which messages name.
     rows = [(i, s) for i, s in enumerate(config.sources, start=1) if s.weight > 0]
     if not rows:
         raise ValueError(f"{table}: there is none; name at least one source")

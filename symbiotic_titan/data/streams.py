@@ -146,6 +146,7 @@ class Stream:
 
     def state(self) -> StreamState:
         """``Stream(..., state)`` continues with exactly the sequences that would have come next."""
+        # Copies: a worker makes further sequences before the trainer takes this one and its state.
         return {
             "rows": self._num_rows,
             "scheduled": list(self._scheduled),
@@ -167,6 +168,7 @@ class Stream:
         """Read one sample. A bad one does not count for the mixture, so the next sample comes from the same source."""
         by_tokens = self._spec.config.mixture_by == "tokens"
         source = self._mixture.next(self._number, self._tokens if by_tokens else self._scheduled)
+        # Interleaved: every number of the endless sequence belongs to exactly one stream.
         index = self._read[source] * self._spec.num_streams + self._number
         if not self._sources[source].has(index):
             self._ended = source
@@ -207,6 +209,7 @@ class Stream:
                 f"data.max_bad_in_a_row = {data.max_bad_in_a_row}; the last one is {error}; repair the shards, correct the "
                 "source, or raise the limit"
             )
+        # Only this stream's own count; the loader checks all streams of a rank. Here it stops a stream that finds no good sample.
         if not passed_over:
             check_skipped(self._spec, [self.state()], f"; the last one is {error}")
 
