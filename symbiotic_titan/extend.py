@@ -22,7 +22,7 @@ from symbiotic_titan.config.optimizer import LR_DECAYS, OPTIMIZER_BUILDERS, LRDe
 from symbiotic_titan.data.formats.shard import FileFormat
 from symbiotic_titan.data.packing import Packing
 from symbiotic_titan.hf.architectures.base import ARCHITECTURES, Architecture
-from symbiotic_titan.moe.scores import RouterScore
+from symbiotic_titan.moe.router import RouterScore
 from symbiotic_titan.optim.build import OptimizerBuilder
 from symbiotic_titan.partition.rules import (
     PARTITION_RULES,

@@ -9,8 +9,8 @@ import tyro
 from symbiotic_titan.config.rows import row_from_dict
 from symbiotic_titan.registry import Registry, choice
 
-_SCORES = "symbiotic_titan.moe.scores"
-# Name -> ``moe.scores.RouterScore``.
+_SCORES = "symbiotic_titan.moe.router"
+# Name -> ``moe.router.RouterScore``.
 ROUTER_SCORES: Registry[Callable[..., Any]] = Registry(
     "experts.score_function",
     {"softmax": f"{_SCORES}:softmax", "sigmoid": f"{_SCORES}:sigmoid"},

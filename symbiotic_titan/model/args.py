@@ -85,7 +85,7 @@ class ModelArgs(BaseModelArgs):
     shared_hidden_dim: int
     shared_gate: bool = False
     score_function: str = "softmax"
-    """A name registered in ``moe.scores``."""
+    """A name registered in ``config.experts.ROUTER_SCORES``."""
     selection_bias: bool = False
     normalize_weights: bool = True
     route_scale: float = 1.0

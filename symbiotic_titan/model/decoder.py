@@ -5,11 +5,51 @@ from torch import nn
 
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.kv_cache import LayerCache
-from symbiotic_titan.model.layers import Attention, FeedForward, RMSNorm
+from symbiotic_titan.model.layers import FeedForward, RMSNorm, attend
 from symbiotic_titan.model.masks import AttentionMask
-from symbiotic_titan.model.rope import RotaryTables
+from symbiotic_titan.model.rope import RotaryTables, rotate
 from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.record import RoutingRecord
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional biases and QK norm, see ``ModelArgs``."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.interleaved = args.rotary_interleaved
+        self.qk_norm = args.qk_norm
+        heads, kv_heads = args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
+        self.wq = nn.Linear(args.dim, heads, bias=args.qkv_bias)
+        self.wk = nn.Linear(args.dim, kv_heads, bias=args.qkv_bias)
+        self.wv = nn.Linear(args.dim, kv_heads, bias=args.qkv_bias)
+        self.wo = nn.Linear(heads, args.dim, bias=args.o_bias)
+        if args.qk_norm != "none":
+            self.q_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
+            self.k_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: RotaryTables,
+        mask: AttentionMask,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        """(B, T, D). With a ``cache`` the tokens also attend to the keys and values it holds."""
+        q_BUTC, k_BuTC, v_BuTC = (
+            projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.wq, self.wk, self.wv)
+        )
+        if self.qk_norm == "before":
+            q_BUTC, k_BuTC = self.q_norm(q_BUTC), self.k_norm(k_BuTC)
+        q_BUTC = rotate(q_BUTC, rotary, self.interleaved)
+        k_BuTC = rotate(k_BuTC, rotary, self.interleaved)
+        if self.qk_norm == "after":
+            q_BUTC, k_BuTC = self.q_norm(q_BUTC), self.k_norm(k_BuTC)
+        if cache is not None:
+            k_BuTC, v_BuTC = cache.with_chunk(k_BuTC, v_BuTC)
+        return self.wo(attend(q_BUTC, k_BuTC, v_BuTC, mask))
 
 
 class TransformerBlock(nn.Module):

@@ -30,7 +30,7 @@ _TOKENS_PER_CHUNK = 128
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Which copy of which token each row of one group holds.
+    """The token, if any, that each row of one group is a copy of.
 
     source_n   (n,) int64    the token of each copy, sorted by slot.
     row_n      (n,) int64    the row of each copy; all other rows are zero.

@@ -2,7 +2,7 @@
 
 Both operands of every matmul, in forward and backward, are rounded to float8 (e4m3) with one scale per slice along the
 dimension that is summed over. For a weight's gradient that dimension is an expert's rows, so each expert has its own scales.
-Scales are powers of two, as in torchao's rowwise recipe: the rounded numbers are exact in bfloat16 and in float32, and
+Scales are powers of two, as in torchao's rowwise scaling: the rounded numbers are exact in bfloat16 and in float32, and
 multiplying them there is what the float8 kernel does.
 
 Shape letters: sequence/shapes.py. N are rows sorted by expert, D is the width in, F the width out.

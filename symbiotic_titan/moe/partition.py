@@ -38,7 +38,7 @@ class MoEArgs:
 
     dim, hidden_dim:   width of a token and of a routed expert.
     top_k:             experts per token, inside its group.
-    score_function:    a name registered in ``moe.scores``, such as ``softmax`` over the group's experts.
+    score_function:    a name registered in ``config.experts.ROUTER_SCORES``, such as ``softmax`` over the group's experts.
     selection_bias:    add a bias per expert when the top-k are chosen; weights do not see it (arXiv 2408.15664).
     normalize_weights: divide the top-k weights by their sum.
     route_scale:       factor on the weights, after that.

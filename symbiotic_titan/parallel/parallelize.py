@@ -70,7 +70,7 @@ def apply_activation_checkpoint(
 
 
 def _ignore_profiler_ops() -> None:
-    """Keep per-op checkpointing from counting the profiler marks of FSDP's hooks."""
+    """Let per-op checkpointing ignore the profiler ops of FSDP's hooks."""
     # From torch 2.13 on FSDP emits these ops inside a checkpointed block. The recomputation emits more of them than the forward
     # did, and per-op checkpointing fails on an op that it has no result for. Older versions have neither the list nor the failure.
     ignored = getattr(torch.utils.checkpoint, "SAC_IGNORED_OPS", None)

@@ -1,8 +1,7 @@
 """PackedBatch: every tensor that the model receives.
 
-Letters: B rows, T positions of a row, V ViT tokens a row may hold, P ViT patches that they may stand for, L latent tokens a row may
-hold, Z numbers in one latent patch, Q numbers in one ViT patch. All sizes are static for a config: what a row does not
-use is padding, so compiled code and block masks are never rebuilt, and a row without any image has the same shapes.
+All sizes are static for a config: unused positions are padding. So compiled code and block masks are never rebuilt, and a sequence
+without any image has the same shapes. Shape letters: sequence/shapes.py. I, P and L are the most that a sequence may hold.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -15,30 +14,30 @@ from symbiotic_titan.sequence.modality import IGNORE_INDEX, NUM_MODALITIES
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B packed rows. A row holds several documents, then padding.
+    """B packed sequences. A sequence holds several documents, then padding.
 
     tokens     (B, T) int64     token ids; image positions hold the placeholder id of their modality.
     modality   (B, T) int64     TEXT, VIT, VAE or PADDING.
-    document   (B, T) int64     document number within the row, from 0; -1 on padding.
-    span       (B, T) int64     number of the image within the row, from 0; -1 on text and padding. ViT and VAE images share
-                                one numbering; all tokens of one image share one span.
+    document   (B, T) int64     index of the document within the sequence; -1 on padding.
+    span       (B, T) int64     index of the image within the sequence; -1 on text and padding. Input (ViT) and target (VAE) images
+                                share one numbering; all tokens of one image share one span.
     positions  (B, T, 3) int64  rotary positions (temporal, height, width), starting at 0 in every document. Text has three
                                 equal values. See ``sequence.positions`` for the conventions for images.
     labels     (B, T) int64     id of the next token where it is trained on, else IGNORE_INDEX. Already shifted.
     task       (B, T) int64     number of the task (``tasks.task_number``); NO_TASK on padding.
 
-    vit_patches (B, P, Q) float32    flattened patches (channel, row, column), normalised as the ViT expects; those of an image lie
-                                     together. Where a token is a square of patches, P is V times as many, and the patches of one
-                                     token are adjacent (merge-window order).
+    vit_patches (B, P, Q) float32    flattened patches (channel, row, column), normalized as the ViT expects; an image's patches are
+                                     adjacent. If a token is a square of patches, its patches are adjacent (merge-window order) and
+                                     P is a multiple of I.
     vit_coords  (B, P, 2) int64      (row, column) of each patch in its image's patch grid.
-    vit_image   (B, P) int64         span number of each patch's image; -1 where unused.
-    vit_index   (B, V) int64         position in the row of each ViT token; T where unused. The tokens of an image lie together.
+    vit_image   (B, P) int64         span of each patch's image; -1 if unused.
+    vit_index   (B, I) int64         position in the sequence of each ViT token; T if unused. An image's tokens are adjacent.
 
     latents     (B, L, Z) float32    clean latent patches x_0, flattened (channel, row, column). Between a loader and
-                                     ``codecs.batch`` uint8 instead: the pixels that an autoencoder makes them of.
+                                     ``codecs.batch`` uint8 instead: the pixels that an autoencoder will encode.
     vae_coords  (B, L, 2) int64      (row, column) of each latent token in its image's token grid.
-    vae_image   (B, L) int64         span number of each latent token's image; -1 where unused.
-    vae_index   (B, L) int64         position in the row of each latent token; T where unused.
+    vae_image   (B, L) int64         span of each latent token's image; -1 if unused.
+    vae_index   (B, L) int64         position in the sequence of each latent token; T if unused.
     """
 
     tokens: torch.Tensor
@@ -58,7 +57,7 @@ class PackedBatch:
     vae_index: torch.Tensor
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch on ``device``; copies do not block where the source is pinned."""
+        """The same batch on ``device``; copies from pinned memory do not block the host."""
         return replace(
             self,
             **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)},
@@ -85,11 +84,11 @@ class PackedBatch:
 
 
 def stack_rows(rows: list[PackedBatch]) -> PackedBatch:
-    """One batch from batches of the same static sizes, joined along the row dim."""
+    """One batch from batches of the same static sizes, concatenated along B."""
     return PackedBatch(
         **{f.name: torch.cat([getattr(r, f.name) for r in rows]) for f in fields(PackedBatch)}
     )
 
 
-# FSDP and activation checkpointing look for tensors with pytree: they must see through the dataclass.
+# FSDP and activation checkpointing find tensors with pytree; registered, it sees into the dataclass.
 pytree.register_dataclass(PackedBatch)

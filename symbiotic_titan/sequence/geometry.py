@@ -1,11 +1,8 @@
-"""How pixels become patches and patches become tokens, for both kinds of image.
+"""ImageGeometry: how pixels become patches and patches become tokens, for input and target images; patchify and its inverse.
 
-One object, made by the root from the model flavor and the latents codec, is handed to data and to the model, so that the
-two cannot disagree.
+One object, built from the model flavor and the latents codec, is handed to both data and model, so that they cannot disagree.
 
-Cells of an image <-> the flat tokens of a row.
-
-Letters: C channels, H and W cells (pixels or latents), L tokens of the image, Z numbers in one token.
+Shape letters: sequence/shapes.py. H and W count pixels or positions of a latent grid.
 """
 
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ from typing import Literal
 
 import torch
 
-# How an image to be understood gets its size, see ``data.images``.
+# How an input image is resized, see ``data.images``.
 ResizeRule = Literal["fit", "qwen", "glm", "aria"]
 
 
@@ -23,15 +20,15 @@ class ImageGeometry:
 
     vit_patch:       pixels along one side of a ViT patch.
     vit_merge:       ViT patches along one side of one sequence token (2: a token covers 2 x 2 patches).
-    vit_queries:     where the tokens of an image are not squares of it but learned queries that read it: how many, one number
-                     for each of ``vit_query_sides``; else empty.
-    vit_query_sides: ViT patches along the longer side of the images that so many queries read.
-    vit_channels:    colour channels of an image to be understood.
+    vit_queries:     if an image's tokens are learned queries instead of squares of patches: how many, one number for each of
+                     ``vit_query_sides``; else empty.
+    vit_query_sides: ViT patches along the longer side of the images that each number of queries is for.
+    vit_channels:    colour channels of an input image.
     latent_channels: channels of the latents codec (3 for the ``pixel`` codec).
-    latent_stride:   pixels along one side of one latent cell (1 for the ``pixel`` codec, 8 for a Flux autoencoder).
-    latent_patch:    latent cells along one side of one sequence token.
-    vit_mean, vit_std: what the ViT's input is normalised by, per channel, for pixels in [0, 1].
-    vit_resize:      how an image to be understood gets its size.
+    latent_stride:   pixels along one side of one latent position (1 for the ``pixel`` codec, 8 for a Flux autoencoder).
+    latent_patch:    latent positions along one side of one sequence token.
+    vit_mean, vit_std: mean and deviation per channel that normalize the ViT's input, for pixels in [0, 1].
+    vit_resize:      how an input image is resized.
     """
 
     vit_patch: int
@@ -48,14 +45,14 @@ class ImageGeometry:
 
     @property
     def vit_token_pixels(self) -> int:
-        """Pixels along one side of the square that an image's size is counted in: of one ViT token or, with queries, one patch."""
+        """Pixels along one side of the unit of an image's size: one ViT token or, with queries, one patch."""
         return self.vit_patch * self.vit_merge
 
     def vit_side(self, pixels: int) -> int:
         """With queries: patches along the longer side of an image within a budget of ``pixels``.
 
         Raises:
-            ValueError: no number of queries is for such images.
+            ValueError: the model has no queries for this budget.
         """
         budgets = {(side * self.vit_patch) ** 2: side for side in self.vit_query_sides}
         if pixels not in budgets:
@@ -67,13 +64,13 @@ class ImageGeometry:
         return budgets[pixels]
 
     def vit_grid(self, rows: int, columns: int) -> tuple[int, int]:
-        """(rows, columns) of the tokens of an image of ``rows`` x ``columns`` patches; queries lie in one row."""
+        """(rows, columns) of the tokens of an image of ``rows`` x ``columns`` patches; queries form a single row."""
         if not self.vit_queries:
             return rows // self.vit_merge, columns // self.vit_merge
         return 1, self.vit_queries[self.vit_query_sides.index(max(rows, columns))]
 
     def vit_budget(self, pixels: int) -> tuple[int, int]:
-        """(tokens, patches) that an image may have within a budget of ``pixels``."""
+        """(tokens, patches) of the largest image within a budget of ``pixels``."""
         if not self.vit_queries:
             tokens = pixels // self.vit_token_pixels**2
             return tokens, tokens * self.vit_merge**2
@@ -82,8 +79,8 @@ class ImageGeometry:
         return queries, side**2
 
     def vit_room(self, num_tokens: int, pixels: int | None) -> tuple[int, int]:
-        """(tokens, patches) of as many images within a budget of ``pixels`` as ``num_tokens`` hold; None: none will come. Squares of an
-        image fill all of the tokens; queries come by the image."""
+        """(tokens, patches) to reserve if input images may take ``num_tokens`` of a sequence. With queries, which come by whole images,
+        these are the images within a budget of ``pixels`` that fit; None means that there are no images."""
         if not self.vit_queries:
             return num_tokens, num_tokens * self.vit_merge**2
         if pixels is None:
@@ -99,7 +96,7 @@ class ImageGeometry:
 
     @property
     def vae_token_pixels(self) -> int:
-        """Pixels along one side of one token of an image to be generated."""
+        """Pixels along one side of one token of a target image."""
         return self.latent_stride * self.latent_patch
 
     @property
@@ -108,15 +105,15 @@ class ImageGeometry:
         return self.latent_channels * self.latent_patch**2
 
 
-def patchify(cells_CHW: torch.Tensor, patch: int) -> torch.Tensor:
+def patchify(grid_CHW: torch.Tensor, patch: int) -> torch.Tensor:
     """(L, Z) tokens in row-major order; each is flattened as (channel, row, column)."""
-    channels, height, width = cells_CHW.shape
-    split = cells_CHW.reshape(channels, height // patch, patch, width // patch, patch)
+    channels, height, width = grid_CHW.shape
+    split = grid_CHW.reshape(channels, height // patch, patch, width // patch, patch)
     return split.permute(1, 3, 0, 2, 4).reshape(-1, channels * patch**2)
 
 
 def unpatchify(tokens_LZ: torch.Tensor, rows: int, columns: int, patch: int) -> torch.Tensor:
-    """(C, H, W) cells of an image of ``rows`` x ``columns`` tokens: the inverse of ``patchify``."""
+    """(C, H, W) pixels or latents of an image of ``rows`` x ``columns`` tokens: the inverse of ``patchify``."""
     split = tokens_LZ.reshape(rows, columns, -1, patch, patch)
     return split.permute(2, 0, 3, 1, 4).reshape(-1, rows * patch, columns * patch)
 

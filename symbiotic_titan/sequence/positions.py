@@ -1,13 +1,13 @@
-"""Rotary positions of a document, in three conventions.
+"""Rotary positions of a document, by three conventions.
 
-``shared``: 1-D. Text counts up by one; all tokens of one image share one position and the text behind it goes on at the
+``shared``: 1-D. Text counts up by one; all tokens of one image share one position, and the text after it continues at the
 next one (arXiv 2505.14683, section 3). All three axes carry the same number.
 
-``sequence``: 1-D. Every token counts up by one, those of an image too, in the order in which the decoder reads them.
+``sequence``: 1-D. Every token counts up by one, image tokens too, in the order in which the decoder reads them.
 
 ``grid``: 3 axes (temporal, height, width), as multimodal rotary backbones expect (arXiv 2409.12191, section 2.1). Text has
-three equal values. A token of an image that starts at p has (p, p + row, p + column); text goes on behind the largest of
-the image's positions.
+three equal values. A token of an image that starts at p has (p, p + row, p + column); the text after it continues after the largest
+of the image's positions.
 """
 
 from typing import Literal

@@ -10,8 +10,8 @@ A batch and its sequences
     N   items of a list that is explained where it is used: copies of tokens sorted by expert, selected tokens, keys of a mask
 
 Images
-    H   height in pixels or latent cells
-    W   width in pixels or latent cells
+    H   height in pixels or positions of a latent grid
+    W   width in pixels or positions of a latent grid
     C   channels: of an image, of latents, of one attention head
     P   patches of input images (ViT patches)
     Q   numbers in a flattened ViT patch

@@ -106,13 +106,9 @@ UNFINISHED: set[str] = {
     "config",
     "data",
     "docs",
-    "flow",
     "hf",
     "hf.architectures",
-    "moe",
-    "parallel",
     "partition",
-    "sequence",
     "weights",
 }
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from symbiotic_titan.model.layers import Attention, FeedForward, RMSNorm
+from symbiotic_titan.model.decoder import Attention
+from symbiotic_titan.model.layers import FeedForward, RMSNorm
 from symbiotic_titan.model.rope import frequencies, frequency_axes, rotary_tables, rotate
 
 
