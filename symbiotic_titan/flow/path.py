@@ -42,5 +42,6 @@ def draw_timesteps(
     shape: tuple[int, ...], config: Flow, generator: torch.Generator
 ) -> torch.Tensor:
     """``shape`` float32 timesteps in [0, 1], drawn from the configured distribution and shifted."""
+    # The shift is applied here, so that every distribution has it.
     distribution = TIMESTEP_DISTRIBUTIONS[config.timesteps]
     return shift_timesteps(distribution(shape, config, generator), config.shift)

@@ -77,8 +77,10 @@ def model_cost(
             repeats = patches_per_token if _PER_PATCH.match(name) else 1
             matmul[modality] += share * parameter.numel() * repeats
     if args.tie_embeddings:
+        # The table was skipped above as a look-up, but tied it is also the output's matmul.
         matmul[TEXT] += args.vocab_size * args.dim
 
+    # Scores and weighted values: two matmuls of 2 FLOPs per multiply-add.
     attention = 4 * args.num_layers * args.num_heads * args.head_dim * seq_len
     forward = [2 * m + attention for m in matmul]
     forward[VIT] += 4 * vit.num_layers * vit.dim * image_patches * patches_per_token

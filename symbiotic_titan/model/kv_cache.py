@@ -65,6 +65,7 @@ class KeyValueCache:
 
     def columns_with(self, chunk: PackedBatch) -> Columns:
         """What the attention rule reads, for the cached tokens and the chunk's."""
+        # Padding is kept too: a chunk stays a rectangle, and the rule hides padding by its document number.
         new = Columns(chunk.document, chunk.span, chunk.modality)
         if self._columns is None:
             return new

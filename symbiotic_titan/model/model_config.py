@@ -29,6 +29,7 @@ def write_model_config(path: Path, args: ModelArgs) -> None:
         for group in args.groups
     ]
     shield = [MODALITY_NAMES[m] for m in args.shield_modalities]
+    # torchtitan's base class has a private field, which is no hyperparameter.
     values = {key: value for key, value in asdict(args).items() if not key.startswith("_")}
     write_json(path, KIND, {**values, "groups": groups, "shield_modalities": shield})
 

@@ -66,6 +66,7 @@ def rotate(x_BUTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> tor
     """
     num = tables.cos.shape[-1]
     cos, sin = tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)
+    # In float32: rounding cos and sin to bfloat16 would blur positions that are close together.
     rotated, rest = x_BUTC[..., : 2 * num].float(), x_BUTC[..., 2 * num :]
     if interleaved:
         a, b = rotated[..., 0::2], rotated[..., 1::2]
@@ -74,4 +75,5 @@ def rotate(x_BUTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> tor
         a, b = rotated[..., :num], rotated[..., num:]
         rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
     rotated = rotated.to(x_BUTC.dtype)
+    # Without partial rotary there is nothing to append, and cat would copy.
     return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated

@@ -135,6 +135,7 @@ class SymbioticModel(ModelProtocol):
         rotary, mask = self._rotary(batch.positions), self._decoder_mask(batch, cache)
         layer_caches = () if cache is None else cache.layers
         records = []
+        # Deepstack features belong to the first layers only, so the shorter lists are filled with None.
         for block, features_BID, layer_cache in zip_longest(
             self.layers.values(), vit.deepstack, layer_caches
         ):
@@ -144,8 +145,10 @@ class SymbioticModel(ModelProtocol):
             if record is not None:
                 records.append(record)
         velocity_BLZ = self.flow_head(read_tokens(h_BTD, batch.vae_index), condition_BLD)
+        # Unused latent tokens got noise like all others; their velocity is exactly 0, so that sums over L need no mask.
         used_BL1 = (batch.vae_image >= 0).unsqueeze(-1)
         if logit_index_BN is not None:
+            # Before the output layer: its (T, V) logits are the largest tensor of a forward.
             h_BTD = read_tokens(h_BTD, logit_index_BN)
         return ModelOutput(
             logits=self.output(self.norm(h_BTD)),
@@ -162,6 +165,7 @@ class SymbioticModel(ModelProtocol):
 
     def _query_indices(self, batch: PackedBatch) -> QueryIndices:
         """Learned query and patches of each ViT token."""
+        # The spans of the ViT tokens; unused ones have index T and read the padded -1.
         image_BI = F.pad(batch.span, (0, 1), value=-1).gather(1, batch.vit_index)
         query_BI = index_within_image(image_BI).clamp(max=self.args.vit.queries[-1] - 1)
         rule = query_rule(image_BI, batch.vit_image)

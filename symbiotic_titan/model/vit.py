@@ -69,6 +69,7 @@ def table_entries(
         entries_BPN = (row_BP * side + column_BP).unsqueeze(-1)
         return entries_BPN, torch.ones_like(entries_BPN, dtype=torch.float32)
     if reading == "bilinear":
+        # A side of one patch has no last corner to align with; its only patch reads the first entry.
         at_BPA = coords_BPA * (side - 1) / (sizes_BPA - 1).clamp(min=1)
         near_BPAN = torch.stack([at_BPA.floor() + i for i in (0, 1)], dim=-1)
         weights_BPAN = 1 - (at_BPA.unsqueeze(-1) - near_BPAN).abs()
@@ -102,6 +103,7 @@ class VitBlock(nn.Module):
     def forward(
         self, x_BPS: torch.Tensor, rotary: RotaryTables | None, mask: AttentionMask
     ) -> torch.Tensor:
+        # One matmul for all three, as most released encoders store them.
         qkv_BPUC = self.wqkv(self.attention_norm(x_BPS)).unflatten(-1, (-1, self.head_dim))
         q_BUPC, k_BUPC, v_BUPC = qkv_BPUC.transpose(1, 2).chunk(3, dim=1)
         if rotary is not None:

@@ -103,6 +103,7 @@ def _check_names(names: list[str]) -> None:
                 f"expert group {name!r}: a name is lower-case letters, digits and underscores and starts with a letter, "
                 f"because it becomes part of parameter names"
             )
+        # ``Router`` is a ModuleDict with the groups as attributes: a group "keys" or "forward" would hide the method.
         if hasattr(nn.ModuleDict, name) or name == "training":
             raise ValueError(
                 f"expert group {name!r}: torch modules have an attribute of this name; choose another"

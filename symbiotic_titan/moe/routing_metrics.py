@@ -22,6 +22,7 @@ def capacity_rate(counts_E: Tensor, capacity_factor: float = 1.0) -> Tensor:
 
     Capacity is ceil(assignments / E * factor) per expert. NaN without assignments.
     """
+    # float64: float32 is exact only up to 2^24, and a step may have more assignments than that.
     total = counts_E.sum(-1)
     capacity = torch.ceil(total.double() / counts_E.shape[-1] * capacity_factor).unsqueeze(-1)
     return (torch.minimum(counts_E.double(), capacity).sum(-1) / total).float()
@@ -85,6 +86,7 @@ def layer_statistics(
     experts share its tokens evenly. ``all`` is the mean over groups, weighted by their assignments (idle experts: the sum).
     ``overlap/text_vit`` is how many of the k most used experts two modalities of one group have in common, see ``overlap_size``.
     """
+    # To the CPU once, instead of a wait for the device per statistic.
     by_group = counts_YME.cpu().split([group.num_experts for group in groups], dim=-1)
     statistics: dict[str, Tensor] = {}
     together = []

@@ -90,6 +90,7 @@ def _sharded_parameter(name: str, unit: str, parameter: nn.Parameter) -> Sharded
         for axis, placement in zip(mesh.mesh_dim_names, parameter.placements, strict=True):
             if axis in ("fsdp", "efsdp"):
                 dim = placement.dim  # type: ignore[attr-defined]  # Shard or _StridedShard
+                # FSDP pads the sharded dim to a multiple of the ranks.
                 gathered[dim] = -(-gathered[dim] // axes[axis]) * axes[axis]
     return ShardedParameter(
         name=name,
@@ -184,6 +185,7 @@ def gathered_memory(
         unit: precision.computed * sum(p.gathered for p in members)
         for unit, members in units_of(parameters).items()
     }
+    # Without FSDP autocast copies every weight in its first matmul, and the backward needs the copies.
     if all(p.shard == p.expert == 1 for p in parameters):
         copies = sum(units.values()) if precision.computed != precision.stored else 0
         return GatheredMemory("none", 0, 0, copies)
@@ -251,7 +253,7 @@ def weight_traffic(
     for p in parameters:
         leaving = p.gathered * (p.shard - 1) // p.shard
         gather += leaving
-        if p.trainable:
+        if p.trainable:  # frozen weights are gathered too, but have no gradient to reduce
             scatter += leaving
             replicas += 2 * (p.gathered // p.shard) * (p.replicate - 1) // p.replicate
     return Traffic(

@@ -60,6 +60,7 @@ def join_ranks(config: JobConfig) -> DataRanks:
     """Join the processes that torchrun started, or return this process alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device(device_type(), int(os.environ.get("LOCAL_RANK", "0")))
+    # Before the process group is made: NCCL would otherwise create its context on device 0 of every process.
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     if size == 1:

@@ -69,6 +69,7 @@ class PackedBatch:
 
     def num_tokens(self) -> torch.Tensor:
         """(NUM_MODALITIES,) int64: positions of each modality in this batch."""
+        # Compared with an arange: bincount would wait for the device to learn the size of its result.
         one_hot = self.modality.flatten().unsqueeze(-1) == torch.arange(
             NUM_MODALITIES, device=self.modality.device
         )

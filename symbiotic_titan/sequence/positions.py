@@ -37,4 +37,5 @@ def image_positions(
     rows = torch.arange(height).repeat_interleave(width)
     columns = torch.arange(width).repeat(height)
     offsets = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
+    # The text must not share a position with the image on any axis, so it goes on after the longer side.
     return start + offsets, start + max(height, width)

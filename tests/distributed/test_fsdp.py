@@ -34,7 +34,7 @@ CASES = {
     "deepstack": "",
     "deepstack_per_op": "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op",
 }
-# Features leave the ViT behind both of its blocks.
+# Features leave the ViT after both of its blocks.
 VIT = {"temporal_patch": 2, "position_grid": 5, "deepstack": (0, 1)}
 
 

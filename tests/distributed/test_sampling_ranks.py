@@ -38,7 +38,7 @@ def give_the_head_weights(model):
 
 
 def trained_on(model, args, rank):
-    """This rank's gradients behind a step."""
+    """This rank's gradients after a step."""
     model.zero_grad()
     backward(forward(model, args, rank))
     grads = [p.grad for p in model.parameters() if p.grad is not None]

@@ -58,7 +58,7 @@ def results():
     return run_on_ranks(2, cases)
 
 
-def test_all_weights_are_sharded_behind_a_validation(results):
+def test_all_weights_are_sharded_after_a_validation(results):
     assert all(sharded for result in results for sharded, _ in result.values())
 
 

@@ -1,7 +1,4 @@
-"""Tiny random models of transformers, saved as it saves them, and the same tensors in our network.
-
-Letters: B rows, T tokens, K experts per token.
-"""
+"""Tiny random models of transformers, saved as it saves them, and the same tensors in our network."""
 
 import json
 from collections.abc import Mapping

@@ -1,7 +1,4 @@
-"""Documents with images to be understood, as our network and as models of transformers take them in.
-
-Letters: P patches, Q numbers in a patch, V tokens of images, A axes, T tokens, C colours, F frames, N images, S pixels along a side.
-"""
+"""Documents with images to be understood, as our network and as models of transformers take them in."""
 
 from dataclasses import replace
 

@@ -1,7 +1,4 @@
-"""A partitioned MoE written as plainly as possible, and small layers to compare it with.
-
-Letters: T tokens, D width.
-"""
+"""A partitioned MoE written as plainly as possible, and small layers to compare it with."""
 
 import torch
 import torch.nn.functional as F

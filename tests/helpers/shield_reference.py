@@ -1,7 +1,4 @@
-"""The shield written with explicit detach and nothing but autograd, and how far two sets of gradients are apart.
-
-Letters: T tokens, D width, F width out.
-"""
+"""The shield written with explicit detach and nothing but autograd, and how far two sets of gradients are apart."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +8,7 @@ from symbiotic_titan.moe.experts import SharedExpert
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 
 MODES = ("output", "weights")
-# What float32 leaves of 1e-6 behind several layers or many small terms: up to 3e-6 was measured.
+# What float32 leaves of 1e-6 after several layers or many small terms: up to 3e-6 was measured.
 DEEP = 5e-6
 # Every set of modalities, the empty one too.
 SETS = ((), (TEXT,), (VIT,), (VAE,), (TEXT, VIT), (TEXT, VAE), (VIT, VAE), (TEXT, VIT, VAE))

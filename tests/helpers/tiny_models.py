@@ -20,7 +20,7 @@ LENGTH, NUM_VIT, NUM_VAE = 48, 8, 12
 
 
 class HandMadeRow:
-    """Documents laid one behind the other, value by value; ``batch`` pads them to the sizes above."""
+    """Documents laid one after the other, value by value; ``batch`` pads them to the sizes above."""
 
     def __init__(self, args: ModelArgs) -> None:
         self.args = args

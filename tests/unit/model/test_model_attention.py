@@ -1,4 +1,4 @@
-"""Letters: B rows, T tokens, D width, H heads, C head width."""
+"""Attention and feed-forward against plain references."""
 
 import pytest
 import torch

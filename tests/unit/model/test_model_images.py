@@ -1,7 +1,4 @@
-"""The ways in and out for images, each against itself written out.
-
-Letters: B rows, P patches, W width of the encoder, L latent tokens, D width, Z numbers in a latent patch.
-"""
+"""The ways in and out for images, each against itself written out."""
 
 import math
 
@@ -100,12 +97,12 @@ def test_rows_and_columns_turn_different_channels():
 
 
 def test_grid_sizes_are_those_of_each_patch_s_image():
-    """Of equal images side by side as well, whatever their numbers, and with or without unused patches behind."""
+    """Of equal images side by side as well, whatever their numbers, and with or without unused patches after them."""
     grids = [(4, 6), (6, 2), (6, 2), (2, 2)]
-    places = [torch.cartesian_prod(*map(torch.arange, size)) for size in grids]
+    coords = [torch.cartesian_prod(*map(torch.arange, size)) for size in grids]
     order = torch.Generator().manual_seed(0)
-    coords_1PA = torch.cat([p[torch.randperm(len(p), generator=order)] for p in places])[None]
-    counts = torch.tensor([len(p) for p in places])
+    coords_1PA = torch.cat([p[torch.randperm(len(p), generator=order)] for p in coords])[None]
+    counts = torch.tensor([len(p) for p in coords])
     image_1P = torch.tensor([2, 90, 4, 2]).repeat_interleave(counts)[None]
     expected = torch.tensor(grids).repeat_interleave(counts, dim=0)[None]
     assert torch.equal(grid_sizes(coords_1PA, image_1P), expected)
@@ -117,12 +114,12 @@ def test_grid_sizes_are_those_of_each_patch_s_image():
 @pytest.mark.parametrize("size", [(4, 6), (5, 5), (2, 12), (1, 3)])
 def test_table_is_resampled_corner_on_corner(size):
     side = 5
-    table_1WSS = torch.randn(1, 7, side, side, generator=torch.Generator().manual_seed(0))
+    table_1SNN = torch.randn(1, 7, side, side, generator=torch.Generator().manual_seed(0))
     coords_1PA = torch.cartesian_prod(*map(torch.arange, size)).unsqueeze(0)
-    cells, weights = table_entries(coords_1PA, torch.tensor(size).expand_as(coords_1PA), side)
-    rows_NS = table_1WSS[0].flatten(1).T
-    got = (rows_NS[cells[0]] * weights[0].unsqueeze(-1)).sum(1)
-    expected = F.interpolate(table_1WSS, size, mode="bilinear", align_corners=True)
+    entries, weights = table_entries(coords_1PA, torch.tensor(size).expand_as(coords_1PA), side)
+    rows_NS = table_1SNN[0].flatten(1).T
+    got = (rows_NS[entries[0]] * weights[0].unsqueeze(-1)).sum(1)
+    expected = F.interpolate(table_1SNN, size, mode="bilinear", align_corners=True)
     torch.testing.assert_close(got, expected[0].flatten(1).T, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, len(got)))
 

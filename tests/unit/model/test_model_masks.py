@@ -1,4 +1,4 @@
-"""Letters: B rows, T tokens, P patches."""
+"""Attention masks against the rule spelled out token by token."""
 
 import pytest
 import torch

@@ -1,7 +1,4 @@
-"""Learned queries that read images: each against itself written out, and alone against packed.
-
-Letters: B rows, T tokens, P patches, V tokens of images, W width of the encoder.
-"""
+"""Learned queries that read images: each against itself written out, and alone against packed."""
 
 from dataclasses import replace
 
@@ -76,10 +73,10 @@ def test_projector_equals_each_image_by_itself_with_torch_s_attention(query_args
     assert found.isfinite().all()
 
 
-def test_places_begin_anew_with_every_image():
+def test_indices_start_again_with_every_image():
     images = [[4, 4, 4, 2, 2, 7, -1, -1], [3, 3, 3, 3, 3, 3, 3, 3], [-1] * 8]
-    places = [[0, 1, 2, 0, 1, 0, 0, 1], list(range(8)), list(range(8))]
-    assert index_within_image(torch.tensor(images)).tolist() == places
+    indices = [[0, 1, 2, 0, 1, 0, 0, 1], list(range(8)), list(range(8))]
+    assert index_within_image(torch.tensor(images)).tolist() == indices
     assert index_within_image(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0)
 
 
@@ -170,13 +167,13 @@ def test_the_cost_of_an_image_is_that_of_the_products_that_torch_counts(query_ar
     patches = side**2
     model = SymbioticModel(args)
     coords_1PA = torch.cartesian_prod(torch.arange(side), torch.arange(side))[None]
-    places = QueryIndices(
+    indices = QueryIndices(
         torch.arange(queries)[None], torch.ones(1, 1, queries, patches, dtype=torch.bool)
     )
     whole = torch.ones(1, 1, patches, patches, dtype=torch.bool)
     values_1PQ = torch.zeros(1, patches, args.geometry.vit_patch_values)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.vit(values_1PQ, coords_1PA, torch.full_like(coords_1PA, side), whole, places)
+        model.vit(values_1PQ, coords_1PA, torch.full_like(coords_1PA, side), whole, indices)
     attention = 4 * vit.dim * patches * (vit.num_layers * patches + queries)
     encoder = nn.ModuleDict({"vit": model.vit})
     decoder_attention = 4 * args.num_layers * args.num_heads * args.head_dim * 48

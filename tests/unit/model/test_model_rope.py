@@ -1,4 +1,4 @@
-"""Letters: B rows, T tokens, H heads, C head width, R frequencies."""
+"""Rotary tables and rotation against plain references."""
 
 import math
 

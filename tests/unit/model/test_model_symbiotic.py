@@ -1,4 +1,4 @@
-"""Who influences whom, through the whole model. Letters: B rows, T tokens, L latent tokens, Z numbers in a latent patch."""
+"""Who influences whom, through the whole model."""
 
 from dataclasses import replace
 
@@ -208,7 +208,7 @@ def test_tied_embeddings_are_one_parameter_after_initialisation(make_args, make_
 
 
 @torch.no_grad()
-def test_deepstack_features_reach_the_tokens_of_their_image_behind_their_layer(
+def test_deepstack_features_reach_the_tokens_of_their_image_after_their_layer(
     deep, make_model, forward, pack
 ):
     """Their mergers moved: the first layer's input and other tokens' output of it do not change."""
@@ -221,12 +221,12 @@ def test_deepstack_features_reach_the_tokens_of_their_image_behind_their_layer(
     assert changed(expected, forward(model, batch)) == [list(range(3, 9))]
     model.vit.deepstack_mergers["1"].w2.bias += 1.0
     forward(model, batch)
-    first, behind_first, *moved = seen
+    first, after_first, *moved = seen
     assert torch.equal(moved[0], first)
-    difference = moved[1] - behind_first
+    difference = moved[1] - after_first
     torch.testing.assert_close(difference[0, 3:5], torch.ones(2, deep.dim), atol=1e-5, rtol=0)
     assert not difference[0, :3].any() and not difference[0, 5:].any()
-    assert torch.equal(moved[3], moved[1])  # the second feature is added behind the second layer
+    assert torch.equal(moved[3], moved[1])  # the second feature is added after the second layer
 
 
 def test_added_tokens_land_at_their_positions_and_nowhere_else():

@@ -15,9 +15,9 @@ def test_bicubic_reading_of_the_table_is_that_of_grid_sample(rows, columns):
     table = torch.randn(side**2, 3, generator=generator)
     coords = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).unsqueeze(0)
     sizes = torch.tensor([rows, columns]).expand_as(coords)
-    cells, weights = table_entries(coords, sizes, side, "bicubic")
+    entries, weights = table_entries(coords, sizes, side, "bicubic")
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
-    found = (table[cells] * weights.unsqueeze(-1)).sum(-2)
+    found = (table[entries] * weights.unsqueeze(-1)).sum(-2)
     at = ((coords + 0.5) / sizes * 2 - 1).flip(-1).unsqueeze(1)
     expected = F.grid_sample(
         table.view(1, side, side, 3).permute(0, 3, 1, 2),

@@ -125,7 +125,7 @@ def test_two_runs_give_the_same_bits(dtype):
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_padding_gets_exact_zeros_and_no_gradient_and_touches_nobody(bad):
+def test_padding_gets_exact_zeros_and_no_gradient_and_touches_no_other_token(bad):
     layer = make_layer(make_args())
     x_TD, modality_T = make_tokens(40)
     clean_TD, _ = layer(x_TD, modality_T, NO_SHIELD)
@@ -173,7 +173,7 @@ def test_empty_groups_experts_and_batches_have_zero_gradients_that_exist(modalit
             assert (grad.count_nonzero() > 0) == (name.split(".")[1] in routed), name
 
 
-def test_an_expert_nobody_chose_has_a_zero_gradient():
+def test_an_expert_that_was_not_chosen_has_a_zero_gradient():
     layer = make_layer(make_args())
     x_TD, modality_T = make_tokens(2)
     out_TD, record = layer(x_TD, modality_T, NO_SHIELD)

@@ -1,4 +1,4 @@
-"""A shape file gives back the shape it was written from, and is a flavor by its path."""
+"""A model config gives back the arguments it was written from, and its path is a flavor."""
 
 import json
 from dataclasses import replace
