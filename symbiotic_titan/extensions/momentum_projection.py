@@ -1,9 +1,9 @@
-"""Optimizer builder ``momentum_projection``: takes out of a gradient what would undo its own momentum.
+"""Optimizer builder ``momentum_projection``: remove the component of a gradient that opposes its own momentum.
 
-Where tasks share parameters, one batch may pull against the direction that the others have built up. After clipping, if the
-gradient g of a parameter opposes its Adam momentum m (<g, m> < 0), Adam gets g - <g, m> / <m, m> m instead: the part of g
-across m. This follows the gradient projection of Rosetta (2607.00293). It is an extension like any user's own: nothing of the
-trainer knows it. A config asks for it so, with the groups whose parameters tasks share:
+If tasks share parameters, one batch may pull against the direction that the others have built up. After clipping, if the
+gradient g of a parameter opposes its Adam momentum m (<g, m> < 0), Adam gets g - <g, m> / <m, m> m instead: the component of g
+orthogonal to m. This follows the gradient projection of Rosetta (arXiv 2607.00293). It is an extension like any user's own: no part of
+the trainer knows it. A config enables it, for the groups whose parameters tasks share, with
 
     [experimental]
     custom_import = "symbiotic_titan.extensions.momentum_projection"
@@ -39,14 +39,15 @@ class Options:
 
 @torch.no_grad()
 def project(gradients: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor]) -> None:
-    """Make each gradient orthogonal to its momentum where it opposes it, in place; others keep their bits.
+    """Make each gradient that opposes its momentum orthogonal to it, in place; the others are unchanged to the last bit.
 
-    Float32 arithmetic. A collective where gradients are sharded, without a device sync.
+    Float32 arithmetic. One collective if gradients are sharded, no wait for the device.
     """
     pairs = [
         (local_part(g), local_part(m).float()) for g, m in zip(gradients, momenta, strict=True)
     ]
     dots = [torch.stack([(g.float() * m).sum(), m.square().sum()]) for g, m in pairs]
+    # A branch on the sign would wait for the device. Clamped to 0, the factor subtracts nothing where gradient and momentum agree.
     for (gradient, momentum), dot in zip(pairs, sum_over_shards(dots, gradients), strict=True):
         opposition = (dot[0] / dot[1].clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(0.0)
         gradient.sub_(opposition * momentum)
@@ -59,7 +60,7 @@ def momentum_projection(
     """Adam over the configured groups, with the gradients of ``builder_options.groups`` projected before each step.
 
     Raises:
-        ValueError: the options name a group that is not there or is frozen, or are otherwise wrong.
+        ValueError: the options are malformed, or name a group that does not exist or is frozen.
     """
     options = row_from_dict(Options, config.builder_options, "optimizer.builder_options")
     adam = build_adam(model, config)
@@ -67,11 +68,11 @@ def momentum_projection(
     for name in options.groups:
         if name not in known:
             raise ValueError(
-                f"optimizer.builder_options.groups: no group {name!r} that trains; choose from {', '.join(known)}"
+                f"optimizer.builder_options.groups: no trainable group {name!r}; choose from {', '.join(known)}"
             )
 
     def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        moving = [  # a parameter without momentum is at its first step
+        moving = [  # before its first step a parameter has no momentum
             parameter
             for group in optimizer.param_groups
             if group["name"] in options.groups

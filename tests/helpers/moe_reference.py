@@ -57,9 +57,9 @@ def routed_output(layer: PartitionedMoE, x_TD: Tensor, modality_T: Tensor) -> Te
             rows.append(torch.zeros_like(x_1D))
             continue
         group, experts, weights, _ = route(layer, x_1D, modality)
-        experts = layer.experts[group.name]
+        module = layer.experts[group.name]
         outs = [
-            weight * swiglu(x_1D, experts.w1[e], experts.w2[e], experts.w3[e]).float()
+            weight * swiglu(x_1D, module.w1[e], module.w2[e], module.w3[e]).float()
             for e, weight in zip(experts[0].tolist(), weights[0], strict=True)
         ]
         rows.append(torch.stack(outs).sum(0).to(x_1D.dtype))

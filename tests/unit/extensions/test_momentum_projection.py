@@ -119,7 +119,7 @@ def test_checkpoint_has_nothing_more_than_that_of_adam():
     ("options", "message"),
     [
         ({}, "optimizer.builder_options: missing key 'groups'"),
-        ({"groups": ["sharde"]}, "no group 'sharde' that trains; choose from shared, own"),
+        ({"groups": ["sharde"]}, "no trainable group 'sharde'; choose from shared, own"),
         ({"groups": "shared"}, "builder_options.groups: must be a list, each item a string"),
         ({"group": ["shared"]}, "unknown key 'group'; did you mean 'groups'?"),
     ],
