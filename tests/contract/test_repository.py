@@ -54,6 +54,12 @@ def test_no_file_names_a_package_registry():
     assert not lines_matching(REGISTRY)
 
 
+def test_no_link_is_tracked():
+    command = ["git", "ls-files", "--stage"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    assert not [line for line in listed.splitlines() if line.startswith("120000")]
+
+
 def test_license_is_bsd_3_clause_and_says_whose():
     text = (ROOT / "LICENSE").read_text()
     assert text.startswith("BSD 3-Clause License")
