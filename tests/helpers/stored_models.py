@@ -65,9 +65,9 @@ def save(state: dict, folder: Path) -> Path:
 
 
 def plan_for(folder: Path, groups=BIMODAL, seed: int = 0) -> Plan:
-    """A plan drawn by lot for the checkpoint in ``folder``."""
+    """A random plan for the checkpoint in ``folder``."""
     stored = open_model(folder)
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(8, generator=generator) for _ in range(2)])
     identity = ModelIdentity("tiny", None, router_hash(stored), {"all": 8}, 2)
-    return Plan(identity, "lot", seed, groups, ("layers.1", "layers.2"), order)
+    return Plan(identity, "random", seed, groups, ("layers.1", "layers.2"), order)

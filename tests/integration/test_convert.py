@@ -184,7 +184,7 @@ def test_a_release_is_profiled_split_checked_and_given_back(
         ("to-hf --checkpoint SHAPE --part whole --out X", "shape holds a shape only; name the"),
         ("partition --config POOL --checkpoint SHAPE --out X", "shape holds a shape only"),
         ("check --config POOL --checkpoint VLM --original SHAPE", "--original: .*holds a shape"),
-        ("partition --config POOL --checkpoint RELEASE --out X", "convert.py from-hf --shape-only"),
+        ("partition --config POOL --checkpoint RELEASE --out X", "convert from-hf --shape-only"),
         ("plan --config SPLIT --profile PROFILE --out PROFILE", "profile.json, which this command"),
         ("plan --config SPLIT --profile PROFILE --out VLM", "vlm cannot be written"),
         ("check --config POOL --checkpoint VLM --json VLM", "--json: .*vlm cannot be written"),
@@ -200,7 +200,7 @@ def test_a_release_is_profiled_split_checked_and_given_back(
         ),
         ("plan --config POOL --profile PROFILE --out X", "has no [experts.partition]"),
         ("plan --config SPLIT --profile NONE --out X", "expert profile: no such file"),
-        ("plan --config SPLIT --profile PROFILE --out X --rule best", "choose from balanced"),
+        ("plan --config SPLIT --profile PROFILE --out X --rule best", "choose from cumulative"),
         ("partition --config SPLIT --checkpoint VLM --out X", "--plan must say which expert"),
         ("check --config SPLIT --checkpoint VLM", "has the expert groups all"),
         ("check --config SPLIT --checkpoint VLM --batches 0", "--batches: must be at least 1"),
@@ -254,7 +254,9 @@ def test_an_interruption_is_one_line(release, tmp_path, monkeypatch, capsys):
 def test_what_was_imported_goes_back_with_the_shape_beside_it(release, tmp_path, capsys):
     imported, back = tmp_path / "imported", tmp_path / "back"
     run(convert.main, "from-hf", "--hf", release, "--out", imported)
-    assert f"tools/convert.py partition --checkpoint {imported} --config" in capsys.readouterr().out
+    assert (
+        f"symbiotic convert partition --checkpoint {imported} --config" in capsys.readouterr().out
+    )
     to_hf = ("to-hf", "--checkpoint", imported, "--part", "understanding", "--out", back)
     assert convert.main([*map(str, to_hf), "--training.steps", "3"]) == 2
     assert "no use for --training.steps 3 without --config" in capsys.readouterr().err

@@ -64,7 +64,7 @@ VISION_DEFAULTS = {
     "patch_size": 32,
     "layer_norm_eps": 1e-6,
 }
-# Number of patches of the square canvas that an image is placed on -> number of queries that read it.
+# Number of patches of the square that an image is placed on -> number of queries that read it.
 QUERIES = {"1225": 128, "4900": 256}
 _SUPPORTED = {"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False}
 _OTHERS = {
@@ -92,7 +92,7 @@ _BESIDE = {
 
 
 def queries(config: Config) -> dict[int, int]:
-    """Patches per side of the square canvas that an image is placed on -> number of queries that read it, both ascending.
+    """Patches per side of the square that an image is placed on -> number of queries that read it, both ascending.
 
     Raises:
         ValueError: the setting has another type, a number of patches is no square, or queries do not increase with patches.
@@ -102,7 +102,7 @@ def queries(config: Config) -> dict[int, int]:
     check_value(f"config.json: {key}", stated, dict[str, int])
     if not stated or not all(map(_is_square, stated)):
         raise ValueError(
-            f"config.json: {key} = {stated} must have square numbers of patches as keys, since images are placed on square canvases, e.g. "
+            f"config.json: {key} = {stated} must have square numbers of patches as keys, since images are placed on squares, e.g. "
             f"{QUERIES}"
         )
     by_patches = {int(patches): number for patches, number in stated.items()}

@@ -117,7 +117,7 @@ def test_logits_and_router_choices_with_images_equal_those_of_transformers(pair,
 
 
 def test_tokens_of_images_equal_those_of_transformers_whatever_else_is_in_the_row(pair):
-    """Also behind unused tokens and beside patches that nobody reads."""
+    """Also after unused tokens and next to patches that no query reads."""
     theirs, ours, _, _ = pair
     row = image_document(ours.args, 4)
     inputs = released_squares(ours.args, DOCUMENTS[4], row)

@@ -153,7 +153,7 @@ def test_experts_in_one_tensor_are_the_same_experts(pair, tmp_path):
 
 
 @pytest.mark.parametrize("layers", [46, 3])
-def test_the_layer_that_predicts_further_tokens_stands_behind_the_last(layers):
+def test_the_layer_that_predicts_further_tokens_comes_after_the_last(layers):
     """A layer that config.json only forgot to count is none."""
     args = GLM4V_MOE.model_args(
         {**RELEASED, "text_config": {**RELEASED["text_config"], "num_hidden_layers": layers}}

@@ -1,4 +1,4 @@
-"""What a released model has and our network has no part for goes through every step bit for bit."""
+"""Unmapped tensors of a released model go through every step bit for bit."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def test_another_dtype_is_that_of_what_the_release_has_besides(tmp_path):
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "of an older import"])
 def test_a_further_layer_with_more_experts_than_the_half_is_left_out(tmp_path, kept):
-    """And config.json says that there is none, as it does where nobody kept the layer."""
+    """config.json then says that there is none, also where an older import did not keep the layer."""
     release = copy.deepcopy(GLM)
     release["text_config"]["num_nextn_predict_layers"] = 1
     further = random_besides(GLM_BESIDE, torch.float32)
@@ -76,13 +76,13 @@ def test_what_a_release_has_besides_is_never_whole_in_memory(tmp_path, monkeypat
     import_model(stored, tmp_path / "imported")
     alive, most, read = weakref.WeakSet(), [], TensorSlice.read
 
-    def watched(place):
-        tensor = read(place)
+    def counted(piece):
+        tensor = read(piece)
         alive.add(tensor)
         most.append(len(alive))
         return tensor
 
-    monkeypatch.setattr(TensorSlice, "read", watched)
+    monkeypatch.setattr(TensorSlice, "read", counted)
     import_model(stored, tmp_path / "shape", shape_only=True)
     assert len(most) == len(more) and max(most) <= 2  # the one before is freed as the next arrives
     most.clear()

@@ -1,4 +1,4 @@
-"""What is measured of a partition, on layers small enough to count by hand."""
+"""Evaluation of a partition, on layers small enough to count by hand."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_inside_shares_count_tokens_whose_top_k_is_in_their_group():
         for half in (slice(0, 100), slice(100, 200)):
             for layer in layers:
                 layer(x_TD[half], modality_T[half], torch.ones(()))
-    layers[0](x_TD, modality_T, torch.ones(()))  # nobody watches any more
+    layers[0](x_TD, modality_T, torch.ones(()))  # outside the block nothing is counted
     shares = inside.shares(ALONE)
     for i, layer in enumerate(layers):
         own = {TEXT: set(order[i, :7].tolist()), VAE: set(order[i, 7:].tolist())}
@@ -91,7 +91,7 @@ def test_equal_shares_count_tokens_whose_output_is_the_same_bits_for_the_same_in
             forward(before)
         with equal.comparing(model_of(*after)):
             forward(after)
-        forward(after)  # nobody watches any more
+        forward(after)  # outside the block nothing is counted
     shares = equal.shares(ALONE)
     uses_T = (before[0].router(x_TD, modality_T).experts_TK == 5).any(-1)
     for name, modality in (("text", TEXT), ("vit", VIT), ("vae", VAE)):

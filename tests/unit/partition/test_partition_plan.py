@@ -129,7 +129,7 @@ def test_balanced_has_the_groups_of_cumulative_with_equal_load_in_every_range():
     for degree, worst in ((2, 0), (4, 0)):
         loads = [int(load[part].sum()) for part in torch.tensor(balanced[0]).chunk(degree)]
         assert max(loads) - min(loads) <= worst
-    assert balanced[1] == [8, 9, 10, 11]  # nobody is known to use them: they keep their order
+    assert balanced[1] == [8, 9, 10, 11]  # unused experts keep their order
 
 
 def test_balanced_cuts_sizes_that_are_no_power_of_two():

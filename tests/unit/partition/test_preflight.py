@@ -1,4 +1,4 @@
-"""Sources are spared, and are what they are taken for."""
+"""Pre-flight checks: an output never touches what is read, and sources are what they are taken for."""
 
 import math
 import re
@@ -73,7 +73,7 @@ def test_the_original_of_another_model_is_refused(tmp_path):
         ValueError, match="plan of .*split is of another model: its routers have hash .* those of"
     ):
         check_original(tmp_path / "split", stranger)
-    check_original(vlm, stranger)  # nobody wrote down what this was made from
+    check_original(vlm, stranger)  # it has no record of what it was made from
 
 
 def halved(folder, value: float) -> CastingReader:

@@ -1,4 +1,4 @@
-"""A distributed checkpoint whose bytes are damaged is named, not a traceback of torch's."""
+"""Damaged bytes of a distributed checkpoint raise an error that names the file, not a traceback of torch."""
 
 import re
 

@@ -28,7 +28,7 @@ def tensors():
     return {**made, "number": torch.tensor(2.5), "nothing": torch.zeros(0, 4)}
 
 
-def kinds_of(tensors):
+def specs_of(tensors):
     return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
@@ -41,20 +41,20 @@ def assert_same(found, expected):
 
 def test_every_dtype_is_read_as_the_package_reads_it(tmp_path, tensors):
     save_file(tensors, tmp_path / "a.safetensors")
-    places = read_slices(tmp_path / "a.safetensors")
-    assert {n: p.spec for n, p in places.items()} == kinds_of(tensors)
-    assert_same({name: place.read() for name, place in places.items()}, tensors)
+    slices = read_slices(tmp_path / "a.safetensors")
+    assert {n: p.spec for n, p in slices.items()} == specs_of(tensors)
+    assert_same({name: place.read() for name, place in slices.items()}, tensors)
 
 
 def test_the_package_reads_what_is_written(tmp_path, tensors):
-    write_file(tmp_path / "a.safetensors", kinds_of(tensors), tensors.__getitem__)
+    write_file(tmp_path / "a.safetensors", specs_of(tensors), tensors.__getitem__)
     assert_same(load_file(tmp_path / "a.safetensors"), tensors)
 
 
 def test_a_view_is_written_as_its_values(tmp_path):
     whole = torch.arange(24.0).view(4, 6)
     views = {"transposed": whole.t(), "part": whole[1:3, ::2]}
-    write_file(tmp_path / "a.safetensors", kinds_of(views), views.__getitem__)
+    write_file(tmp_path / "a.safetensors", specs_of(views), views.__getitem__)
     assert_same(load_file(tmp_path / "a.safetensors"), {n: t.clone() for n, t in views.items()})
 
 
@@ -65,7 +65,7 @@ def test_a_folder_is_cut_into_files_of_the_size_asked_for(tmp_path):
     }
     asked = []
     value = lambda name: (asked.append(name), tensors[name])[1]  # noqa: E731
-    write_folder(tmp_path, kinds_of(tensors), value, shard_bytes=80)
+    write_folder(tmp_path, specs_of(tensors), value, shard_bytes=80)
     assert sorted(asked) == sorted(tensors)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -83,14 +83,14 @@ def test_tensors_begin_at_whole_numbers_of_their_own(tmp_path):
         "b": torch.ones(2),
         "c": torch.ones(1, dtype=torch.bfloat16),
     }
-    write_folder(tmp_path, kinds_of(tensors), tensors.__getitem__, shard_bytes=10**6)
-    places = slices_in(tmp_path)
-    assert all(place.start % place.spec.dtype.itemsize == 0 for place in places.values())
+    write_folder(tmp_path, specs_of(tensors), tensors.__getitem__, shard_bytes=10**6)
+    slices = slices_in(tmp_path)
+    assert all(piece.start % piece.spec.dtype.itemsize == 0 for piece in slices.values())
 
 
 def test_filling_casts_to_the_dtype_of_the_target(tmp_path):
     tensors = {"a": torch.randn(4), "b": torch.randn(2, 2)}
-    write_folder(tmp_path, kinds_of(tensors), tensors.__getitem__, shard_bytes=10**6)
+    write_folder(tmp_path, specs_of(tensors), tensors.__getitem__, shard_bytes=10**6)
     targets = {"b": torch.zeros(2, 2, dtype=torch.bfloat16)}
     SafetensorsModel(tmp_path).read_into(targets)
     assert torch.equal(targets["b"], tensors["b"].bfloat16())
@@ -153,7 +153,7 @@ def test_damaged_headers_are_named(tmp_path):
 def test_folders_that_do_not_hold_what_their_index_says_are_named(tmp_path):
     assert "has neither model.safetensors.index.json nor" in message_of(slices_in, tmp_path)
     tensors = {f"t{i}": torch.ones(2) for i in range(3)}
-    write_folder(tmp_path, kinds_of(tensors), tensors.__getitem__, shard_bytes=8)
+    write_folder(tmp_path, specs_of(tensors), tensors.__getitem__, shard_bytes=8)
     index = json.loads((tmp_path / INDEX).read_text())
 
     def message(content) -> str:
