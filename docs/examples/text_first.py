@@ -9,8 +9,8 @@ from symbiotic_titan.sequence.modality import TEXT
 
 
 @register_partition_rule("text_first")
-def text_first(counts_LME: Tensor, groups: Groups) -> Tensor:
-    ranked_LE = counts_LME[:, TEXT].argsort(dim=-1, descending=True, stable=True)
-    parts = ranked_LE.split([group.num_experts for group in groups], dim=-1)
+def text_first(counts_YME: Tensor, groups: Groups) -> Tensor:
+    ranked_YE = counts_YME[:, TEXT].argsort(dim=-1, descending=True, stable=True)
+    parts = ranked_YE.split([group.num_experts for group in groups], dim=-1)
     # Inside a group the experts keep their order.
     return torch.cat([part_Le.sort(dim=-1).values for part_Le in parts], dim=-1)

@@ -1,7 +1,4 @@
-"""Pixels that a loader carries -> latents that the model is trained on, on the training device.
-
-Letters: B rows, L latent tokens of a row, Z numbers in a latent token, A axes (row, column).
-"""
+"""Pixels that a loader carries -> latents that the model is trained on, on the training device."""
 
 from dataclasses import dataclass, replace
 

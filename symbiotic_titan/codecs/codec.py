@@ -1,7 +1,4 @@
-"""A codec: images to be generated <-> latents. Frozen, and without a draw: an autoencoder's latents are the means it predicts.
-
-Letters: N images, C channels, H and W pixels or latent cells.
-"""
+"""A codec: images to be generated <-> latents. Frozen, and without a draw: an autoencoder's latents are the means it predicts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

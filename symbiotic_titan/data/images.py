@@ -7,8 +7,6 @@ sizes that a released family was trained with, as the image processors of transf
                two frames, so its numbers are halved here.
     aria       with ``max_image_size`` squared = data.vit_pixels and ``min_image_size`` squared = data.vit_min_pixels: the longer side
                gets the first, whatever it was, and the shorter one at least the second; what then lacks to whole patches is black.
-
-Letters: C channels, H and W pixels, P patches, Q numbers in one ViT patch.
 """
 
 import io
@@ -201,12 +199,12 @@ def vit_patches(
         resized = whole
     windows = np.asarray(resized).reshape(rows, merge, patch, columns, merge, patch, channels)
     # row, window row, y, column, window column, x, C -> row, column, window row, window column, C, y, x; as bytes: a quarter to move
-    bytes_PCQ = windows.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, patch**2)
-    values_PCQ = bytes_PCQ.astype(np.float32)
-    values_PCQ /= 255.0
-    values_PCQ -= np.array(geometry.vit_mean, dtype=np.float32)[:, None]
-    values_PCQ /= np.array(geometry.vit_std, dtype=np.float32)[:, None]
-    values_PQ = torch.from_numpy(values_PCQ.reshape(-1, geometry.vit_patch_values))
+    bytes_PCN = windows.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, patch**2)
+    values_PCN = bytes_PCN.astype(np.float32)
+    values_PCN /= 255.0
+    values_PCN -= np.array(geometry.vit_mean, dtype=np.float32)[:, None]
+    values_PCN /= np.array(geometry.vit_std, dtype=np.float32)[:, None]
+    values_PQ = torch.from_numpy(values_PCN.reshape(-1, geometry.vit_patch_values))
     grid = rows * merge, columns * merge
     return VitSegment(values_PQ, *geometry.vit_grid(*grid), grid)
 

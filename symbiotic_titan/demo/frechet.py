@@ -2,8 +2,6 @@
 
 Nothing has to be loaded, and every feature says what it means. The distances of this map compare models of the demo world with
 each other; they are not the FID of papers.
-
-Letters: N images, F features, H and W pixels, P places, C channels.
 """
 
 from collections.abc import Sequence
@@ -23,7 +21,7 @@ LEVELS = (0.0, 1.0)
 
 
 def image_features(image: Image.Image) -> np.ndarray:
-    """(F,) float64 in about [0, 1]: mean colour and edges per direction in each cell, and how colours are distributed."""
+    """(D,) float64 in about [0, 1]: mean colour and edges per direction in each cell, and how colours are distributed."""
     small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     values_HWC = np.asarray(small, dtype=np.float64) / 255.0
     corners = _corner_shares(values_HWC)
@@ -79,21 +77,21 @@ def frechet_distance(first: Sequence[Image.Image], second: Sequence[Image.Image]
         raise ValueError(
             f"a Fréchet distance needs two images on each side, got {len(first)} and {len(second)}"
         )
-    one_NF, other_NF = (np.stack([image_features(i) for i in images]) for images in (first, second))
-    return gaussian_distance(one_NF.mean(0), np.cov(one_NF.T), other_NF.mean(0), np.cov(other_NF.T))
+    one_ND, other_ND = (np.stack([image_features(i) for i in images]) for images in (first, second))
+    return gaussian_distance(one_ND.mean(0), np.cov(one_ND.T), other_ND.mean(0), np.cov(other_ND.T))
 
 
 def gaussian_distance(
-    mean_F: np.ndarray, covariance_FF: np.ndarray, other_F: np.ndarray, other_FF: np.ndarray
+    mean_D: np.ndarray, covariance_DD: np.ndarray, other_D: np.ndarray, other_DD: np.ndarray
 ) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two normal distributions.
 
     The trace of the root is that of the symmetric (C1^(1/2) C2 C1^(1/2))^(1/2), whose eigenvalues are real and, but for rounding,
     not negative: singular covariances, of few images, need no correction.
     """
-    values_F, vectors_FF = np.linalg.eigh(covariance_FF)
-    root_FF = (vectors_FF * np.sqrt(values_F.clip(0))) @ vectors_FF.T
-    product_F = np.linalg.eigvalsh(root_FF @ other_FF @ root_FF)
-    traces = np.trace(covariance_FF) + np.trace(other_FF)
-    distance = ((mean_F - other_F) ** 2).sum() + traces - 2 * np.sqrt(product_F.clip(0)).sum()
+    values_D, vectors_DD = np.linalg.eigh(covariance_DD)
+    root_DD = (vectors_DD * np.sqrt(values_D.clip(0))) @ vectors_DD.T
+    product_D = np.linalg.eigvalsh(root_DD @ other_DD @ root_DD)
+    traces = np.trace(covariance_DD) + np.trace(other_DD)
+    distance = ((mean_D - other_D) ** 2).sum() + traces - 2 * np.sqrt(product_D.clip(0)).sum()
     return float(max(distance, 0.0))

@@ -1,7 +1,4 @@
-"""Images as scorers take them: Pillow images, or what a codec decodes.
-
-Letters: H and W pixels.
-"""
+"""Images as scorers take them: Pillow images, or what a codec decodes."""
 
 import numpy as np
 import torch

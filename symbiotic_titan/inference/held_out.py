@@ -1,6 +1,6 @@
 """Held-out data and the losses on it: the same rows, noise and timesteps at every measurement, on any number of ranks.
 
-Letters: J tasks.
+Shape letters: sequence/shapes.py.
 """
 
 import contextlib

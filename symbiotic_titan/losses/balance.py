@@ -29,11 +29,11 @@ def balance_loss(records: Sequence[RoutingRecord], totals: RoutingTotals | None 
     sizes = [prob_sum.shape[0] for prob_sum in records[0].prob_sum]
     counts = totals.counts.sum(1).float().split(sizes, dim=-1)
     loss = counts[0].new_zeros(())
-    for group, counts_LE in enumerate(counts):
-        prob_sum_LE = torch.stack([record.prob_sum[group] for record in records])
-        share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
-        tokens_L1 = totals.num_tokens[:, group].float().clamp(min=1).unsqueeze(-1)
-        loss = loss + sizes[group] * (share_LE * prob_sum_LE / tokens_L1).sum()
+    for group, counts_YE in enumerate(counts):
+        prob_sum_YE = torch.stack([record.prob_sum[group] for record in records])
+        share_YE = counts_YE / counts_YE.sum(-1, keepdim=True).clamp(min=1)
+        tokens_Y1 = totals.num_tokens[:, group].float().clamp(min=1).unsqueeze(-1)
+        loss = loss + sizes[group] * (share_YE * prob_sum_YE / tokens_Y1).sum()
     return loss / len(records)
 
 

@@ -88,15 +88,15 @@ def profile_model(
     layers = moe_layers(loaded.model)
     if not layers:
         raise ValueError(f"model.flavor = {config.model.flavor!r} has no MoE layer to profile")
-    counts_LME = torch.zeros(
+    counts_YME = torch.zeros(
         len(layers), NUM_MODALITIES, loaded.args.num_experts, dtype=torch.int64, device=ranks.device
     )
     tokens_M = torch.zeros(NUM_MODALITIES, dtype=torch.int64, device=ranks.device)
     for batch in batches:
-        counts_LME += routing_totals(loaded(batch).records).counts
+        counts_YME += routing_totals(loaded(batch).records).counts
         tokens_M += batch.num_tokens()
     if lacks_encoder(loaded.stored):
-        counts_LME[:, VIT], tokens_M[VIT] = 0, 0
+        counts_YME[:, VIT], tokens_M[VIT] = 0, 0
     tokens = ranks.sum(tokens_M).tolist()
     return Profile(
         model=ModelIdentity(
@@ -107,7 +107,7 @@ def profile_model(
             top_k=loaded.args.top_k,
         ),
         layers=tuple(layers),
-        counts=ranks.sum(counts_LME).cpu(),
+        counts=ranks.sum(counts_YME).cpu(),
         tokens=dict(zip(MODALITY_NAMES, tokens, strict=True)),
         data=data,
     )
@@ -127,21 +127,21 @@ class TokenShares:
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
         shape = (num_layers, NUM_MODALITIES)
-        self._hits_LM = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._tokens_LM = torch.zeros_like(self._hits_LM)
+        self._hits_YM = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._tokens_YM = torch.zeros_like(self._hits_YM)
 
     def count(self, layer: int, hit_T: Tensor, modality_T: Tensor) -> None:
         for m in range(NUM_MODALITIES):
-            self._hits_LM[layer, m] += (hit_T & (modality_T == m)).sum()
-            self._tokens_LM[layer, m] += (modality_T == m).sum()
+            self._hits_YM[layer, m] += (hit_T & (modality_T == m)).sum()
+            self._tokens_YM[layer, m] += (modality_T == m).sum()
 
     def shares(self, ranks: DataRanks) -> dict[str, list[float]]:
         """Modality -> share of its tokens by layer, over all processes. Modalities without tokens are left out. A collective."""
-        hits_LM, tokens_LM = ranks.sum(self._hits_LM).cpu(), ranks.sum(self._tokens_LM).cpu()
+        hits_YM, tokens_YM = ranks.sum(self._hits_YM).cpu(), ranks.sum(self._tokens_YM).cpu()
         return {
-            name: (hits_LM[:, m].double() / tokens_LM[:, m]).tolist()
+            name: (hits_YM[:, m].double() / tokens_YM[:, m]).tolist()
             for m, name in enumerate(MODALITY_NAMES)
-            if tokens_LM[:, m].all()
+            if tokens_YM[:, m].all()
         }
 
 
@@ -154,7 +154,7 @@ class InsideShares(TokenShares):
         self.plan = plan
         sizes = torch.tensor([group.num_experts for group in plan.groups])
         group_of_slot_E = torch.arange(len(sizes)).repeat_interleave(sizes)
-        self._owner_LE = group_of_slot_E[plan.order.argsort(-1)].to(device)
+        self._owner_YE = group_of_slot_E[plan.order.argsort(-1)].to(device)
 
     @contextmanager
     def counting(self, model: nn.Module) -> Iterator[None]:
@@ -173,7 +173,7 @@ class InsideShares(TokenShares):
     ) -> None:
         _, modality_T = arguments
         group_T = group_of_token(modality_T, self.plan.groups)
-        inside_T = (self._owner_LE[layer][routing.experts_TK] == group_T.unsqueeze(-1)).all(-1)
+        inside_T = (self._owner_YE[layer][routing.experts_TK] == group_T.unsqueeze(-1)).all(-1)
         self.count(layer, inside_T, modality_T)
 
 

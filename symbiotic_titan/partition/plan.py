@@ -29,8 +29,8 @@ _KEYS = ("model", "rule", "seed", "groups", "layers", "order")
 class Plan:
     """A partition of one model's experts.
 
-    order (L, E) int64   for each MoE layer, the original index of the expert in each slot, group after group.
-    shared (L, S) int64  the S experts that each layer's new shared expert is made from, S = 0 for none. They keep their slots too.
+    order (Y, E) int64   for each MoE layer, the original index of the expert in each slot, group after group.
+    shared (Y, N) int64  the S experts that each layer's new shared expert is made from, S = 0 for none. They keep their slots too.
     """
 
     model: ModelIdentity
@@ -129,25 +129,25 @@ def check_layers(plan: Plan, layers: Iterable[str]) -> None:
         )
 
 
-def check_order(order_LE: Any, shape: tuple[int, int], where: str) -> None:
+def check_order(order_YE: Any, shape: tuple[int, int], where: str) -> None:
     """Pass if every row of an order contains every expert once.
 
     Raises:
         ValueError: it does not; the message begins with ``where``.
     """
-    if not isinstance(order_LE, Tensor) or order_LE.is_floating_point():
+    if not isinstance(order_YE, Tensor) or order_YE.is_floating_point():
         raise ValueError(
-            f"{where}: the order must be a tensor of integers, got {type(order_LE).__name__}"
+            f"{where}: the order must be a tensor of integers, got {type(order_YE).__name__}"
         )
-    if tuple(order_LE.shape) != shape:
+    if tuple(order_YE.shape) != shape:
         raise ValueError(
-            f"{where}: the order must have shape {shape} (layers, experts), got {tuple(order_LE.shape)}"
+            f"{where}: the order must have shape {shape} (layers, experts), got {tuple(order_YE.shape)}"
         )
-    wrong_L = (order_LE.sort(dim=-1).values != torch.arange(shape[1])).any(-1)
-    if wrong_L.any():
-        row = int(wrong_L.nonzero()[0])
+    wrong_Y = (order_YE.sort(dim=-1).values != torch.arange(shape[1])).any(-1)
+    if wrong_Y.any():
+        row = int(wrong_Y.nonzero()[0])
         raise ValueError(
-            f"{where}: row {row} of the order must hold every expert from 0 to {shape[1] - 1} once, got {order_LE[row].tolist()}"
+            f"{where}: row {row} of the order must hold every expert from 0 to {shape[1] - 1} once, got {order_YE[row].tolist()}"
         )
 
 
@@ -161,15 +161,15 @@ def make_plan(
         ValueError: an unknown rule, a rule that returns no valid order, or a profile with another number of experts than ``groups``.
     """
     _check_profile(profile, groups)
-    counts_LME = profile.counts.clone()
+    counts_YME = profile.counts.clone()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        order_LE = PARTITION_RULES[rule](counts_LME, tuple(groups))
+        order_YE = PARTITION_RULES[rule](counts_YME, tuple(groups))
     num_layers, _, num_experts = profile.counts.shape
-    check_order(order_LE, (num_layers, num_experts), f"experts.partition_rule = {rule!r}")
-    shared_LS = most_used(profile.counts, num_shared)
+    check_order(order_YE, (num_layers, num_experts), f"experts.partition_rule = {rule!r}")
+    shared_YN = most_used(profile.counts, num_shared)
     return Plan(
-        profile.model, rule, seed, tuple(groups), profile.layers, order_LE.long(), shared_LS
+        profile.model, rule, seed, tuple(groups), profile.layers, order_YE.long(), shared_YN
     )
 
 
@@ -208,19 +208,19 @@ class RetainedRoutingMass:
 def retained_routing_mass(profile: Profile, plan: Plan) -> list[RetainedRoutingMass]:
     """How much of each modality's routing stays inside the modality's group, in the order of the modalities."""
     num_experts = profile.counts.shape[-1]
-    ordered_LME = profile.counts.gather(2, plan.order.unsqueeze(1).expand_as(profile.counts))
-    parts = ordered_LME.double().split([group.num_experts for group in plan.groups], dim=-1)
+    ordered_YME = profile.counts.gather(2, plan.order.unsqueeze(1).expand_as(profile.counts))
+    parts = ordered_YME.double().split([group.num_experts for group in plan.groups], dim=-1)
     rows = []
-    for group, part_LME in zip(plan.groups, parts, strict=True):
+    for group, part_YME in zip(plan.groups, parts, strict=True):
         baseline = group.num_experts / num_experts
         for m in group.modalities:
-            total_L = profile.counts[:, m].sum(-1)
-            if not bool(total_L.all()):
+            total_Y = profile.counts[:, m].sum(-1)
+            if not bool(total_Y.all()):
                 rows.append(RetainedRoutingMass(MODALITY_NAMES[m], None, None, None, baseline))
                 continue
-            share_L = part_LME[:, m].sum(-1) / total_L
-            worst = int(share_L.argmin())
-            mean, least = float(share_L.mean()), float(share_L[worst])
+            share_Y = part_YME[:, m].sum(-1) / total_Y
+            worst = int(share_Y.argmin())
+            mean, least = float(share_Y.mean()), float(share_Y[worst])
             layer = profile.layers[worst]
             rows.append(RetainedRoutingMass(MODALITY_NAMES[m], mean, least, layer, baseline))
     return sorted(rows, key=lambda row: MODALITY_NAMES.index(row.modality))

@@ -65,8 +65,8 @@ def check_layer_names(names: Any) -> None:
 class Profile:
     """Expert counts of a model over data.
 
-    layers (L,)              names of the MoE layers, as in parameter names.
-    counts (L, M, E) int64   choices per layer, modality and expert; every token makes top_k.
+    layers (Y,)              names of the MoE layers, as in parameter names.
+    counts (Y, M, E) int64   choices per layer, modality and expert; every token makes top_k.
     tokens                   modality -> number of tokens that were read.
     data                     what was read, for readers of the file.
     """
@@ -149,20 +149,20 @@ def too_few_tokens(profile: Profile) -> str | None:
 def layer_statistics(profile: Profile) -> list[dict[str, Any]]:
     """Per layer: imbalance ratio and relative standard deviation of text's and ViT's counts, and how many experts are among the most
     (least) used of both. None where a modality has no tokens."""
-    counts_LME, names = profile.counts, MODALITY_NAMES
-    k = overlap_size(counts_LME.shape[-1])
-    imbalance_LM, deviation_LM = imbalance_ratio(counts_LME), relative_deviation(counts_LME)
-    text_LE, vit_LE = counts_LME[:, TEXT], counts_LME[:, VIT]
-    most_L, least_L = top_overlap(text_LE, vit_LE, k), top_overlap(-text_LE, -vit_LE, k)
+    counts_YME, names = profile.counts, MODALITY_NAMES
+    k = overlap_size(counts_YME.shape[-1])
+    imbalance_YM, deviation_YM = imbalance_ratio(counts_YME), relative_deviation(counts_YME)
+    text_YE, vit_YE = counts_YME[:, TEXT], counts_YME[:, VIT]
+    most_Y, least_Y = top_overlap(text_YE, vit_YE, k), top_overlap(-text_YE, -vit_YE, k)
     rows = []
     for i, layer in enumerate(profile.layers):
-        measured = {m: bool(counts_LME[i, m].any()) for m in (TEXT, VIT)}
+        measured = {m: bool(counts_YME[i, m].any()) for m in (TEXT, VIT)}
         row: dict[str, Any] = {"layer": layer}
         for m in (TEXT, VIT):
-            row[f"imbalance_{names[m]}"] = float(imbalance_LM[i, m]) if measured[m] else None
-            row[f"deviation_{names[m]}"] = float(deviation_LM[i, m]) if measured[m] else None
+            row[f"imbalance_{names[m]}"] = float(imbalance_YM[i, m]) if measured[m] else None
+            row[f"deviation_{names[m]}"] = float(deviation_YM[i, m]) if measured[m] else None
         both = all(measured.values())
-        row[f"top_{k}_in_both"] = int(most_L[i]) if both else None
-        row[f"bottom_{k}_in_both"] = int(least_L[i]) if both else None
+        row[f"top_{k}_in_both"] = int(most_Y[i]) if both else None
+        row[f"bottom_{k}_in_both"] = int(least_Y[i]) if both else None
         rows.append(row)
     return rows

@@ -1,6 +1,6 @@
 """Partition rules: which experts of each layer go to which group, decided from how often text and ViT tokens choose them.
 
-A rule gets counts (L, M, E), of layers, modalities and experts, and the groups. It returns an order (L, E): for each layer the original
+A rule gets counts (Y, M, E), of layers, modalities and experts, and the groups. It returns an order (Y, E): for each layer the original
 index of the expert in each slot, the first group's slots first. It may use torch's global random generator, which is seeded before
 the rule runs. ``symbiotic_titan.extend.register_partition_rule`` adds one.
 """
@@ -20,86 +20,86 @@ PartitionRule = Callable[[Tensor, Groups], Tensor]
 PARTITION_RULES: Registry[PartitionRule] = Registry("experts.partition_rule")
 
 
-def cumulative(counts_LME: Tensor, groups: Groups) -> Tensor:
+def cumulative(counts_YME: Tensor, groups: Groups) -> Tensor:
     """The paper's rule (arXiv 2604.07753): experts ranked by their share of text's choices plus their share of ViT's. With shares
     instead of counts the ranking does not depend on how many tokens of each were profiled. Groups without text and ViT get the
     least used experts. Where text and ViT have a group each, the other experts are divided so that as much routing as possible
     stays inside the right group."""
-    shares_LME = _shares(counts_LME)
-    return _order(_owners(shares_LME[:, TEXT] + shares_LME[:, VIT], shares_LME, groups), groups)
+    shares_YME = _shares(counts_YME)
+    return _order(_owners(shares_YME[:, TEXT] + shares_YME[:, VIT], shares_YME, groups), groups)
 
 
-def cumulative_counts(counts_LME: Tensor, groups: Groups) -> Tensor:
+def cumulative_counts(counts_YME: Tensor, groups: Groups) -> Tensor:
     """As ``cumulative``, but by counts: the modality with more tokens in the profile weighs more."""
-    return _order(_owners(counts_LME[:, TEXT] + counts_LME[:, VIT], counts_LME, groups), groups)
+    return _order(_owners(counts_YME[:, TEXT] + counts_YME[:, VIT], counts_YME, groups), groups)
 
 
-def per_modality_max(counts_LME: Tensor, groups: Groups) -> Tensor:
+def per_modality_max(counts_YME: Tensor, groups: Groups) -> Tensor:
     """As ``cumulative``, but experts are ranked by the larger of their two shares, not by the sum: specialists come before experts
     that both modalities use a little."""
-    shares_LME = _shares(counts_LME)
-    understanding_LE = torch.maximum(shares_LME[:, TEXT], shares_LME[:, VIT])
-    return _order(_owners(understanding_LE, shares_LME, groups), groups)
+    shares_YME = _shares(counts_YME)
+    understanding_YE = torch.maximum(shares_YME[:, TEXT], shares_YME[:, VIT])
+    return _order(_owners(understanding_YE, shares_YME, groups), groups)
 
 
-def balanced(counts_LME: Tensor, groups: Groups) -> Tensor:
+def balanced(counts_YME: Tensor, groups: Groups) -> Tensor:
     """The groups of ``cumulative``, each ordered for expert parallelism: ranks own contiguous ranges of equal size, which get about
     equal load. It is balanced for degrees that are products of the smallest prime factors of the group's size, e.g. 2, 4, 8."""
-    order_LE = cumulative(counts_LME, groups)
+    order_YE = cumulative(counts_YME, groups)
     sizes = [group.num_experts for group in groups]
-    for layer, row_E in enumerate(order_LE):
+    for layer, row_E in enumerate(order_YE):
         parts = []
         for group, experts_E in zip(groups, row_E.split(sizes), strict=True):
-            load_E = counts_LME[layer, list(group.modalities)].sum(0)
+            load_E = counts_YME[layer, list(group.modalities)].sum(0)
             parts += _spread_load(experts_E.tolist(), load_E.tolist())
-        order_LE[layer] = torch.tensor(parts)
-    return order_LE
+        order_YE[layer] = torch.tensor(parts)
+    return order_YE
 
 
-def random(counts_LME: Tensor, groups: Groups) -> Tensor:
+def random(counts_YME: Tensor, groups: Groups) -> Tensor:
     """A random baseline: random groups, different in every layer."""
-    num_layers, _, num_experts = counts_LME.shape
-    permutation_LE = torch.stack([torch.randperm(num_experts) for _ in range(num_layers)])
+    num_layers, _, num_experts = counts_YME.shape
+    permutation_YE = torch.stack([torch.randperm(num_experts) for _ in range(num_layers)])
     sizes = torch.tensor([group.num_experts for group in groups])
     bounds = sizes.cumsum(0)
-    return _order(torch.bucketize(permutation_LE, bounds, right=True), groups)
+    return _order(torch.bucketize(permutation_YE, bounds, right=True), groups)
 
 
-def _shares(counts_LME: Tensor) -> Tensor:
+def _shares(counts_YME: Tensor) -> Tensor:
     """Counts as shares of their modality's choices in the layer; 0 where there are none."""
     # float64 is as exact as the counts: experts with equal counts stay tied, and ties are broken by the expert's index.
-    return counts_LME.double() / counts_LME.sum(-1, keepdim=True).clamp(min=1)
+    return counts_YME.double() / counts_YME.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _owners(understanding_LE: Tensor, usage_LME: Tensor, groups: Groups) -> Tensor:
-    """(L, E) index of each expert's group. Groups with neither text nor ViT take the experts that understanding uses least. The
+def _owners(understanding_YE: Tensor, usage_YME: Tensor, groups: Groups) -> Tensor:
+    """(Y, E) index of each expert's group. Groups with neither text nor ViT take the experts that understanding uses least. The
     others go to the group of text and ViT; where these have a group each, experts are sorted by text's lead over ViT and cut at the
     groups' sizes, which keeps the most routing inside the right group."""
-    owner_LE = torch.full(understanding_LE.shape, -1)
+    owner_YE = torch.full(understanding_YE.shape, -1)
     serves = [bool({TEXT, VIT} & set(group.modalities)) for group in groups]
     # Descending and stable: of equally used experts, the one with the lower index counts as more used.
-    ranked_LE = understanding_LE.argsort(dim=-1, descending=True, stable=True)
-    end = ranked_LE.shape[1]
+    ranked_YE = understanding_YE.argsort(dim=-1, descending=True, stable=True)
+    end = ranked_YE.shape[1]
     for g in range(len(groups) - 1, -1, -1):
         if not serves[g]:
             start = end - groups[g].num_experts
-            owner_LE.scatter_(1, ranked_LE[:, start:end], g)
+            owner_YE.scatter_(1, ranked_YE[:, start:end], g)
             end = start
     first, *second = [g for g in range(len(groups)) if serves[g]]
-    rest_LE = ranked_LE[:, :end].sort(dim=-1).values
+    rest_YE = ranked_YE[:, :end].sort(dim=-1).values
     if second:
-        own = usage_LME[:, list(groups[first].modalities)].sum(1)
-        other = usage_LME[:, list(groups[second[0]].modalities)].sum(1)
-        lead = (own - other).gather(1, rest_LE)
-        rest_LE = rest_LE.gather(1, lead.argsort(dim=-1, descending=True, stable=True))
-        owner_LE.scatter_(1, rest_LE[:, groups[first].num_experts :], second[0])
-    owner_LE.scatter_(1, rest_LE[:, : groups[first].num_experts], first)
-    return owner_LE
+        own = usage_YME[:, list(groups[first].modalities)].sum(1)
+        other = usage_YME[:, list(groups[second[0]].modalities)].sum(1)
+        lead = (own - other).gather(1, rest_YE)
+        rest_YE = rest_YE.gather(1, lead.argsort(dim=-1, descending=True, stable=True))
+        owner_YE.scatter_(1, rest_YE[:, groups[first].num_experts :], second[0])
+    owner_YE.scatter_(1, rest_YE[:, : groups[first].num_experts], first)
+    return owner_YE
 
 
-def _order(owner_LE: Tensor, groups: Groups) -> Tensor:
-    """(L, E) expert indices sorted by group, inside a group in their original order."""
-    return owner_LE.argsort(dim=-1, stable=True)
+def _order(owner_YE: Tensor, groups: Groups) -> Tensor:
+    """(Y, E) expert indices sorted by group, inside a group in their original order."""
+    return owner_YE.argsort(dim=-1, stable=True)
 
 
 def _spread_load(experts: list[int], load: list[int]) -> list[int]:
@@ -120,18 +120,18 @@ for _rule in (cumulative, cumulative_counts, per_modality_max, balanced, random)
     PARTITION_RULES.register(_rule.__name__, _rule)
 
 
-def most_used(counts_LME: Tensor, number: int) -> Tensor:
-    """(L, number) indices, ascending, of the experts with the largest sum of shares of text's and ViT's choices.
+def most_used(counts_YME: Tensor, number: int) -> Tensor:
+    """(Y, N) indices, ascending, of the experts with the largest sum of shares of text's and ViT's choices.
 
     Raises:
         ValueError: a layer has fewer experts.
     """
-    num_experts = counts_LME.shape[-1]
+    num_experts = counts_YME.shape[-1]
     if number > num_experts:
         raise ValueError(
             f"experts.new_shared_experts: must be at most the {num_experts} experts of a layer, got {number}"
         )
-    shares_LME = _shares(counts_LME)
-    use_LE = shares_LME[:, TEXT] + shares_LME[:, VIT]
-    ranked_LE = use_LE.argsort(dim=-1, descending=True, stable=True)
-    return ranked_LE[:, :number].sort(dim=-1).values
+    shares_YME = _shares(counts_YME)
+    use_YE = shares_YME[:, TEXT] + shares_YME[:, VIT]
+    ranked_YE = use_YE.argsort(dim=-1, descending=True, stable=True)
+    return ranked_YE[:, :number].sort(dim=-1).values

@@ -1,6 +1,6 @@
 """How often each expert was selected, by layer and modality: from a run's logs or from a profile.
 
-Letters: L MoE layers, M modalities, G groups, E experts, e experts that a modality can reach.
+Shape letters: sequence/shapes.py.
 """
 
 import json
@@ -27,7 +27,7 @@ from symbiotic_titan.sequence.modality import NUM_MODALITIES
 
 @dataclass(frozen=True, eq=False)
 class ExpertUse:
-    """counts_LME int64; reachable_ME bool; layers: number of each layer; period: where the counts come from.
+    """counts_YME int64; reachable_ME bool; layers: number of each layer; period: where the counts come from.
 
     index: that of the run, which decides the colour.
     is_profile: one fixed pass over data, so that raw counts mean something by themselves.
@@ -36,21 +36,21 @@ class ExpertUse:
     index: int
     label: str
     period: str
-    counts_LME: np.ndarray
+    counts_YME: np.ndarray
     reachable_ME: np.ndarray
     layers: tuple[int, ...]
     is_profile: bool
 
     def reachable(self, modality: int) -> np.ndarray:
-        """(L, e) counts of the experts that ``modality`` can reach."""
-        return self.counts_LME[:, modality][:, self.reachable_ME[modality]]
+        """(Y, e) counts of the experts that ``modality`` can reach."""
+        return self.counts_YME[:, modality][:, self.reachable_ME[modality]]
 
     def imbalance(self, modality: int) -> np.ndarray:
-        """(L,) fullest expert / mean expert; NaN without assignments."""
+        """(Y,) fullest expert / mean expert; NaN without assignments."""
         return imbalance_ratio(torch.from_numpy(self.reachable(modality))).numpy()
 
     def deviation(self, modality: int) -> np.ndarray:
-        """(L,) standard deviation over experts: of the counts in a profile, else divided by their mean."""
+        """(Y,) standard deviation over experts: of the counts in a profile, else divided by their mean."""
         measure = count_std if self.is_profile else relative_deviation
         return measure(torch.from_numpy(self.reachable(modality))).numpy()
 
@@ -64,7 +64,7 @@ class ExpertUse:
         return np.sort(most), np.sort(least)
 
     def has_tokens(self, modality: int) -> bool:
-        return bool(self.counts_LME[:, modality].any())
+        return bool(self.counts_YME[:, modality].any())
 
     def choose_layer(self, layer: int | None) -> int:
         """``layer``, or the middle one.
@@ -100,7 +100,7 @@ def from_run(run: Run, *, step: int | None, window: int) -> ExpertUse | None:
         index=run.index,
         label=run.label,
         period=words,
-        counts_LME=np.stack([logged[s] for s in steps]).sum(axis=0, dtype=np.int64),
+        counts_YME=np.stack([logged[s] for s in steps]).sum(axis=0, dtype=np.int64),
         reachable_ME=run.tensors[REACHABLE_TAG][steps[-1]].astype(bool),
         layers=tuple(run.tensors[LAYERS_TAG][steps[-1]].tolist()),
         is_profile=False,
@@ -131,19 +131,19 @@ def from_profile(path: Path) -> ExpertUse:
         index=0,
         label=path.stem,
         period="profiled data",
-        counts_LME=counts,
+        counts_YME=counts,
         reachable_ME=_groups_in_use(counts, list(groups.values())),
         layers=_layer_numbers(profile.get("layers", []), len(counts)),
         is_profile=True,
     )
 
 
-def _groups_in_use(counts_LME: np.ndarray, sizes: list[int]) -> np.ndarray:
+def _groups_in_use(counts_YME: np.ndarray, sizes: list[int]) -> np.ndarray:
     """(M, E) bool: the experts of every group that a modality's tokens went to."""
-    num_experts = counts_LME.shape[-1]
+    num_experts = counts_YME.shape[-1]
     if sum(sizes) != num_experts:
         sizes = [num_experts]
-    blocks = np.split(counts_LME, np.cumsum(sizes)[:-1], axis=-1)
+    blocks = np.split(counts_YME, np.cumsum(sizes)[:-1], axis=-1)
     used_MG = np.stack([np.any(block, axis=(0, 2)) for block in blocks], axis=1)
     return np.repeat(used_MG, sizes, axis=1)
 

@@ -3,7 +3,6 @@
 Prompts and noise are the same every time, so two grids differ only by the weights. No global random generator and nothing that the
 optimizer sees is touched: training with and without sampling is bitwise the same. Several processes share the prompts, and
 each runs the same number of forwards.
-Letters: N pictures, H and W pixels.
 """
 
 import time

@@ -4,7 +4,6 @@ Held-out sequences are packed once, before training, by the loader itself, and s
 of training, so that the numbers compare with training losses; seeds are fixed, so that two validations, or two runs, differ only
 by the weights. No global random generator and nothing that the optimizer sees is touched: training with and without validation
 is bitwise the same.
-Letters: J tasks.
 """
 
 import contextlib

@@ -15,12 +15,12 @@ LAYERS = range(1, 4)
 
 def counts_of(step: int) -> torch.Tensor:
     """(3, 3, 12): text falls with the expert's number, ViT rises, VAE is even; all grow with the step and the layer."""
-    counts_LME = torch.zeros(3, 3, 12, dtype=torch.int64)
+    counts_YME = torch.zeros(3, 3, 12, dtype=torch.int64)
     for i, layer in enumerate(LAYERS):
-        counts_LME[i, TEXT, :8] = torch.arange(8, 0, -1) * step * layer
-        counts_LME[i, VIT, :8] = torch.arange(1, 9) * step * layer
-        counts_LME[i, VAE, 8:] = step
-    return counts_LME
+        counts_YME[i, TEXT, :8] = torch.arange(8, 0, -1) * step * layer
+        counts_YME[i, VIT, :8] = torch.arange(1, 9) * step * layer
+        counts_YME[i, VAE, 8:] = step
+    return counts_YME
 
 
 class Log:

@@ -262,14 +262,14 @@ def test_an_unknown_score_function_lists_the_known_ones():
 
 def test_text_first_deals_the_experts_by_the_choices_of_text():
     import_extension("docs.examples.text_first")
-    counts_LME = torch.zeros(2, 3, 6, dtype=torch.int64)
-    counts_LME[0, TEXT] = torch.tensor([1, 9, 2, 8, 3, 7])
-    counts_LME[1, TEXT] = torch.tensor([9, 1, 8, 2, 7, 3])
-    counts_LME[:, VIT] = 1000 * torch.arange(6)
+    counts_YME = torch.zeros(2, 3, 6, dtype=torch.int64)
+    counts_YME[0, TEXT] = torch.tensor([1, 9, 2, 8, 3, 7])
+    counts_YME[1, TEXT] = torch.tensor([9, 1, 8, 2, 7, 3])
+    counts_YME[:, VIT] = 1000 * torch.arange(6)
     groups = (ExpertGroup("und", (TEXT, VIT), 4), ExpertGroup("gen", (VAE,), 2))
-    order_LE = PARTITION_RULES["text_first"](counts_LME, groups)
-    check_order(order_LE, (2, 6), "text_first")
-    assert order_LE.tolist() == [[1, 3, 4, 5, 0, 2], [0, 2, 4, 5, 1, 3]]
+    order_YE = PARTITION_RULES["text_first"](counts_YME, groups)
+    check_order(order_YE, (2, 6), "text_first")
+    assert order_YE.tolist() == [[1, 3, 4, 5, 0, 2], [0, 2, 4, 5, 1, 3]]
 
 
 def test_the_sgd_builder_steps_every_group_at_its_rate_and_checks_its_options():

@@ -3,8 +3,6 @@
     fid/distance   of the pictures of given captions to real images (arXiv 1706.08500); less is better
 
 In its folder: images/*.png, one for each caption.
-
-Letters: N images, H and W pixels.
 """
 
 import logging

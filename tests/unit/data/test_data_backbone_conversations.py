@@ -1,7 +1,4 @@
-"""What the data chain makes of conversations beside what the processors of transformers make of them, for the released backbones.
-
-Letters: T tokens.
-"""
+"""What the data chain makes of conversations beside what the processors of transformers make of them, for the released backbones."""
 
 import io
 from types import SimpleNamespace

@@ -1,8 +1,4 @@
-"""What the data chain makes of images beside what the image processors of transformers make of them, for the released backbones.
-
-Letters: P patches, C channels, T frames of a patch (an image is repeated), Q numbers in a patch, S pixels along a side of a square,
-G patches along it.
-"""
+"""What the data chain makes of images beside what the image processors of transformers make of them, for the released backbones."""
 
 import numpy as np
 import pytest

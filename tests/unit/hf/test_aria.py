@@ -1,7 +1,4 @@
-"""Our network against transformers' AriaForConditionalGeneration, tiny, random, in float32.
-
-Letters: P patches, A axes, X cells of a table, B rows, T tokens.
-"""
+"""Our network against transformers' AriaForConditionalGeneration, tiny, random, in float32."""
 
 from dataclasses import replace
 

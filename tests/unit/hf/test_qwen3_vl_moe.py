@@ -1,7 +1,4 @@
-"""Our network against transformers' Qwen3VLMoeForConditionalGeneration, tiny, random, in float32.
-
-Letters: T tokens, V tokens of images, D width, A axes.
-"""
+"""Our network against transformers' Qwen3VLMoeForConditionalGeneration, tiny, random, in float32."""
 
 import copy
 from dataclasses import replace

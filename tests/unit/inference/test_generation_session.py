@@ -1,7 +1,4 @@
-"""Reading rows chunk by chunk gives what one forward over whole rows of the data chain gives.
-
-Letters: B rows, L latent tokens, Z numbers in a latent token.
-"""
+"""Reading rows chunk by chunk gives what one forward over whole rows of the data chain gives."""
 
 import copy
 from dataclasses import replace

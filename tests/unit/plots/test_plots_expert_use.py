@@ -21,10 +21,10 @@ def run(tmp_path):
 
 def test_the_last_logged_counts_are_summed_or_one_step_is_chosen(run):
     last = from_run(run, step=None, window=2)
-    assert (last.counts_LME == (counts_of(100) + counts_of(200)).numpy()).all()
+    assert (last.counts_YME == (counts_of(100) + counts_of(200)).numpy()).all()
     assert last.period == "2 logged steps, 100 to 200"
     one = from_run(run, step=100, window=2)
-    assert (one.counts_LME == counts_of(100).numpy()).all() and one.period == "step 100"
+    assert (one.counts_YME == counts_of(100).numpy()).all() and one.period == "step 100"
     with pytest.raises(ValueError, match="--step 7: r logged counts at 1, 100, 200"):
         from_run(run, step=7, window=2)
 
