@@ -202,7 +202,8 @@ class RetainedRoutingMass:
     def values(self) -> dict[str, Any]:
         """JSON-able, with the keys of a plan file."""
         values = dict(vars(self))
-        return {**values, "by_lot": values.pop("random_baseline")}
+        by_lot = values.pop("random_baseline")  # plan files keep the name that they began with
+        return {**values, "by_lot": by_lot}
 
 
 def retained_routing_mass(profile: Profile, plan: Plan) -> list[RetainedRoutingMass]:
