@@ -26,6 +26,12 @@ def train(config: JobConfig) -> None:
     trainer = None
     try:
         trainer = SymbioticTrainer(config)
+        if config.sampling.enable:
+            from symbiotic_titan.training.sample_grids import (
+                add_sample_grids,  # loads the generator
+            )
+
+            add_sample_grids(trainer)
         trainer.train()
     finally:
         if trainer is not None:

@@ -25,9 +25,8 @@ from symbiotic_titan.model.masks import (
     query_rule,
     sequence_rule,
 )
-from symbiotic_titan.model.projectors import QueryIndices
 from symbiotic_titan.model.rope import RotaryTables, frequencies, frequency_axes, rotary_tables
-from symbiotic_titan.model.vit import VisionTransformer, VitOutput, grid_sizes
+from symbiotic_titan.model.vit import QueryIndices, VisionTransformer, VitOutput, grid_sizes
 from symbiotic_titan.moe.record import RoutingRecord
 from symbiotic_titan.sequence.batch import PackedBatch
 

@@ -7,6 +7,7 @@ each runs the same number of forwards.
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from symbiotic_titan.training.stop import (
     Interrupted,
     paused_training,
 )
+from symbiotic_titan.training.trainer import SymbioticTrainer
 
 
 class SampleGrids:
@@ -62,7 +64,7 @@ class SampleGrids:
         """Every ``sampling.freq`` steps, step 0 included, and at the last step."""
         return step % self._settings.freq == 0 or step == self._num_steps
 
-    def draw_if_due(self, step: int) -> None:
+    def write_if_due(self, step: int) -> None:
         """Generate and write the grid of ``step``. A stop signal ends it after the current solver step, without a grid."""
         if not self.is_due(step):
             return
@@ -115,3 +117,22 @@ class SampleGrids:
         grid_HW3 = np.asarray(picture_grid(images, self._settings.prompts))
         for writer in writers:
             writer.add_image("sampling/pictures", grid_HW3, step, dataformats="HWC")
+
+
+def add_sample_grids(trainer: SymbioticTrainer) -> None:
+    """Let ``trainer`` write the grids of [sampling] between its steps.
+
+    Raises:
+        ValueError: the codec's weights are missing.
+    """
+    grids = SampleGrids(
+        cast(SymbioticModel, trainer.model_parts[0]),
+        trainer.job_config,
+        cast(Tokenizer, trainer.tokenizer),
+        trainer.ranks,
+        trainer.metrics_processor,
+        autocast=lambda: trainer.maybe_enable_amp,
+        stop_requested=trainer.stop_requested,
+        codec=trainer.encode.codec,
+    )
+    trainer.step_hooks.append(grids.write_if_due)

@@ -12,7 +12,7 @@ import functools
 import operator
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,14 +30,13 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.saved import SavedConfig
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
-from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.flow.noise import draw_noise_and_timesteps
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTotals
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import model_cost
-from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
+from symbiotic_titan.model.symbiotic import ModelOutput
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
@@ -53,7 +52,6 @@ from symbiotic_titan.training.metrics import (
 from symbiotic_titan.training.stop import StopRequest
 
 if TYPE_CHECKING:  # loaded by the runs that use them
-    from symbiotic_titan.training.sample_grids import SampleGrids
     from symbiotic_titan.training.validation import SymbioticValidator
 
 
@@ -82,7 +80,8 @@ class SymbioticTrainer(Trainer):
             self.validator.connect(
                 self.to_device, self.maybe_enable_amp, self.sum_over_ranks, self.stop_requested
             )
-        self.samples = self.build_samples() if job_config.sampling.enable else None
+        # Called with the step after each step, and with 0 before the first one of a new run.
+        self.step_hooks: list[Callable[[int], None]] = []
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.shield_scale = torch.ones((), device=self.device)
         seen = job_config.data.seen_pixels
@@ -91,20 +90,6 @@ class SymbioticTrainer(Trainer):
             cast(ModelArgs, self.model_args),
             job_config.training.seq_len,
             image_patches=geometry.vit_budget(seen)[1] if seen else None,
-        )
-
-    def build_samples(self) -> "SampleGrids":
-        """What generates the images of [sampling]; the generator is imported only where it is used."""
-
-        return SampleGrids(
-            cast(SymbioticModel, self.model_parts[0]),
-            self.job_config,
-            cast(Tokenizer, self.tokenizer),
-            self.ranks,
-            self.metrics_processor,
-            autocast=lambda: self.maybe_enable_amp,
-            stop_requested=self.stop_requested,
-            codec=self.encode.codec,
         )
 
     # ---- data ---------------------------------------------------------------------------------------------------------
@@ -197,8 +182,8 @@ class SymbioticTrainer(Trainer):
         if self.step == 1:  # of a new run, or from initial weights
             if self.job_config.validation.enable:
                 self.validator.validate(self.model_parts, step=0)
-            if self.samples is not None:
-                self.samples.draw_if_due(step=0)
+            for hook in self.step_hooks:
+                hook(0)
         self.optimizers.zero_grad()
         self.shield_scale.fill_(shield_scale(self.job_config.shielding, self.step))
         batches = [
@@ -243,8 +228,8 @@ class SymbioticTrainer(Trainer):
                     tokens_seen=self.tokens_seen,
                 )
             )
-        if self.samples is not None:
-            self.samples.draw_if_due(self.step)
+        for hook in self.step_hooks:
+            hook(self.step)
 
     def count_skipped(self) -> dict[str, int]:
         """Bad samples that all ranks have skipped since the run began: ``skipped``, and the number for each reason that occurred.

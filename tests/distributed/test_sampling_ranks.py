@@ -80,7 +80,7 @@ def draw(rank, layout, stop_at=None):
         autocast=contextlib.nullcontext,
         stop_requested=stop_requested,
     )
-    samples.draw_if_due(0)
+    samples.write_if_due(0)
     handle.remove()
     assert model.training and torch.equal(torch.random.get_rng_state(), state)
     sharded = all(isinstance(p, DTensor) for p in model.parameters())

@@ -10,8 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.masks import dense_mask, query_rule
-from symbiotic_titan.model.projectors import QueryIndices, QueryProjector
 from symbiotic_titan.model.symbiotic import SymbioticModel, index_within_image
+from symbiotic_titan.model.vit import (
+    QueryIndices,
+    QueryProjector,
+)
 from symbiotic_titan.sequence.batch import stack_rows
 from symbiotic_titan.sequence.modality import VIT
 

@@ -74,7 +74,7 @@ def test_a_grid_shows_what_the_generator_draws_and_its_time_is_not_trainings(cap
     model = tiny_model(tiny_args())
     samples, start = samples_of(model), time.perf_counter()
     with caplog.at_level("INFO"):
-        samples.draw_if_due(0)
+        samples.write_if_due(0)
     [(tag, step, image_HW3)] = written_by(samples)
     assert (tag, step) == ("sampling/pictures", 0)
     generator = Generator(model, config_of(TINY), ByteTokenizer(), torch.device("cpu"))
@@ -93,12 +93,12 @@ def test_steps_that_have_a_grid():
 def test_grids_of_two_steps_compare_and_differ_by_the_weights():
     model = tiny_model(tiny_args())
     samples = samples_of(model)
-    samples.draw_if_due(0)
-    samples.draw_if_due(100)
+    samples.write_if_due(0)
+    samples.write_if_due(100)
     with torch.no_grad():
         for parameter in model.flow_head.parameters():
             parameter.mul_(1.5)
-    samples.draw_if_due(200)
+    samples.write_if_due(200)
     first, again, later = (image for _, _, image in written_by(samples))
     assert np.array_equal(first, again) and not np.array_equal(first, later)
 
@@ -123,14 +123,14 @@ def test_nothing_is_left_behind_even_by_an_error(training):
     model = tiny_model(tiny_args()).train(training)
     before, state = [p.clone() for p in model.parameters()], torch.random.get_rng_state()
     samples = samples_of(model)
-    samples.draw_if_due(0)
+    samples.write_if_due(0)
 
     def broken():
         raise KeyError
 
     samples._stop_requested = broken
     with pytest.raises(KeyError):
-        samples.draw_if_due(0)
+        samples.write_if_due(0)
     assert all(m.training is training for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
@@ -142,7 +142,7 @@ def test_a_stop_signal_ends_it_between_two_steps_without_a_grid(caplog):
     model.register_forward_hook(lambda *unused: forwards.append(None))
     samples = samples_of(model, TINY, stops=[True])
     with caplog.at_level("INFO"):
-        samples.draw_if_due(0)
+        samples.write_if_due(0)
     assert "sampling at step 0 interrupted by a stop signal" in caplog.text
     assert not written_by(samples) and model.training and len(forwards) == 2
     assert samples._metrics.time_last_log > 100.0
@@ -167,11 +167,11 @@ def test_drawing_compiles_nothing():
         (output.logits.sum() + output.velocity.sum()).backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    samples.draw_if_due(0)
+    samples.write_if_due(0)
     assert not counters["stats"].get("unique_graphs")
     expected = train()
     num_graphs = counters["stats"]["unique_graphs"]
-    samples.draw_if_due(100)
+    samples.write_if_due(100)
     assert all(torch.equal(p, q) for p, q in zip(train(), expected, strict=True))
     assert counters["stats"]["unique_graphs"] == num_graphs > 0
     torch._dynamo.reset()
