@@ -138,7 +138,7 @@ def test_a_signal_to_one_rank_during_a_validation_stops_all(tmp_path, demo, vali
     statuses, texts = runs.stop_one_of_two(tmp_path, arguments)
     assert statuses == [0, 0], texts[1][-3000:]
     for text in texts:
-        assert "validation at step 0 broken off: a stop signal came" in text
+        assert "validation at step 0 interrupted by a stop signal" in text
         assert "saving a checkpoint at step 1 and stopping" in text
     assert newest_complete_step(tmp_path / "checkpoint") == (1, {})
 
