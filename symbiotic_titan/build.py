@@ -9,7 +9,6 @@ from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.data.loader import PackedLoader
-from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.data.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.losses.terms import text_errors
@@ -31,6 +30,9 @@ def build_dataloader(
     table: str = "[[data.sources]]",
 ) -> PackedLoader:
     """Packed rows of the configured mixture, with the geometry of the configured flavor. ``table``: that of the sources, for messages."""
+    # Imported here: a config is checked, or a model run, without the data pipeline.
+    from symbiotic_titan.data.pipeline import build_loader
+
     workers = job_config.training.dataloader
     return build_loader(
         job_config.data,

@@ -10,7 +10,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from symbiotic_titan.config.data import FORMATS, PACKINGS
-from symbiotic_titan.config.experts import ROUTER_SCORES, SHIELD_SCHEDULES, ShieldSchedule
+from symbiotic_titan.config.experts import (
+    PARTITION_RULES,
+    ROUTER_SCORES,
+    SHIELD_SCHEDULES,
+    ShieldSchedule,
+)
 from symbiotic_titan.config.generation import SOLVERS, SolverStep
 from symbiotic_titan.config.losses import (
     LOSS_TERMS,
@@ -25,7 +30,6 @@ from symbiotic_titan.hf.architectures.base import ARCHITECTURES, Architecture
 from symbiotic_titan.moe.router import RouterScore
 from symbiotic_titan.optim.build import OptimizerBuilder
 from symbiotic_titan.partition.rules import (
-    PARTITION_RULES,
     PartitionRule,
 )
 from symbiotic_titan.registry import Registry

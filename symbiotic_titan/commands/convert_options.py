@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from symbiotic_titan.partition.rules import PARTITION_RULES
+from symbiotic_titan.config.experts import PARTITION_RULES
 
 _PARTITIONED = "TOML file with [experts.partition]"
 

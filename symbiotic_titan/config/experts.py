@@ -16,6 +16,19 @@ ROUTER_SCORES: Registry[Callable[..., Any]] = Registry(
     {"softmax": f"{_SCORES}:softmax", "sigmoid": f"{_SCORES}:sigmoid"},
 )
 
+_RULES = "symbiotic_titan.partition.rules"
+# Name -> ``partition.rules.PartitionRule``.
+PARTITION_RULES: Registry[Callable[..., Any]] = Registry(
+    "experts.partition_rule",
+    {
+        "cumulative": f"{_RULES}:cumulative",
+        "cumulative_counts": f"{_RULES}:cumulative_counts",
+        "per_modality_max": f"{_RULES}:per_modality_max",
+        "balanced": f"{_RULES}:balanced",
+        "random": f"{_RULES}:random",
+    },
+)
+
 ShieldSchedule = Callable[["Shielding", int], float]
 """([shielding], step) -> scale in [0, 1], for the steps 1 to ``shielding.steps``; after them ``after_scale`` holds. A pure
 function, so that a resumed run continues exactly."""
@@ -43,7 +56,7 @@ class Experts:
     """Tables [experts.partition.<name>] with ``modalities`` and ``num_experts``; set in TOML. Without any, all modalities share all
     experts."""
 
-    partition_rule: str = "cumulative"
+    partition_rule: str = choice(PARTITION_RULES, "cumulative")
     """Rule by which ``symbiotic convert plan`` assigns the experts of an unpartitioned checkpoint to the groups: a built-in name or
     one that ``experimental.custom_import`` registers. Training does not read it."""
 

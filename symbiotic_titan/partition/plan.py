@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from symbiotic_titan.config.experts import PARTITION_RULES
 from symbiotic_titan.config.files import read_json, write_json
 from symbiotic_titan.config.rows import check_value, row_from_dict
 from symbiotic_titan.moe.partition import ExpertGroup
@@ -16,7 +17,7 @@ from symbiotic_titan.partition.profile import (
     Profile,
     check_layer_names,
 )
-from symbiotic_titan.partition.rules import PARTITION_RULES, Groups, most_used
+from symbiotic_titan.partition.rules import Groups, most_used
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, modality_ids
 from symbiotic_titan.weights.reader import some_of
 

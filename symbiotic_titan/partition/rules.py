@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from symbiotic_titan.moe.partition import ExpertGroup
-from symbiotic_titan.registry import Registry
 from symbiotic_titan.sequence.modality import TEXT, VIT
 
 Groups = Sequence[ExpertGroup]
 PartitionRule = Callable[[Tensor, Groups], Tensor]
-
-PARTITION_RULES: Registry[PartitionRule] = Registry("experts.partition_rule")
 
 
 def cumulative(counts_YME: Tensor, groups: Groups) -> Tensor:
@@ -114,10 +111,6 @@ def _spread_load(experts: list[int], load: list[int]) -> list[int]:
         open_parts = [part for part in parts if len(part) < size // num_parts]
         min(open_parts, key=lambda part: sum(load[e] for e in part)).append(expert)
     return [expert for part in parts for expert in _spread_load(sorted(part), load)]
-
-
-for _rule in (cumulative, cumulative_counts, per_modality_max, balanced, random):
-    PARTITION_RULES.register(_rule.__name__, _rule)
 
 
 def most_used(counts_YME: Tensor, number: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from torchtitan.config.job_config import DataLoader
 
 from symbiotic_titan.codecs.files import codec_info
+from symbiotic_titan.config.experts import PARTITION_RULES
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import OPTIMIZER_BUILDERS
 from symbiotic_titan.data.images import aspect_buckets
@@ -20,7 +21,6 @@ from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
 from symbiotic_titan.optim.shield_schedule import check_schedule
 from symbiotic_titan.parallel.float8 import check_converters, check_float8
-from symbiotic_titan.partition.rules import PARTITION_RULES
 from symbiotic_titan.sequence.geometry import ImageGeometry
 
 
@@ -300,8 +300,8 @@ def check_job(config: JobConfig) -> None:
         raise ValueError(f"training.steps: must be at least 1, got {config.training.steps}")
     if not config.data.sources:
         raise ValueError("[[data.sources]]: none given; name at least one source of samples")
-    _ = PARTITION_RULES[config.experts.partition_rule]
-    _ = OPTIMIZER_BUILDERS[config.optimizer.builder]
+    PARTITION_RULES.check("experts.partition_rule", config.experts.partition_rule)
+    OPTIMIZER_BUILDERS.check("optimizer.builder", config.optimizer.builder)
     check_validation(config)
     check_start(config)
     check_converters(config)

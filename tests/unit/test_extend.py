@@ -14,7 +14,12 @@ from torch import nn
 
 from symbiotic_titan.commands import show_parallel
 from symbiotic_titan.config.data import FORMATS, PACKINGS
-from symbiotic_titan.config.experts import ROUTER_SCORES, SHIELD_SCHEDULES, Shielding
+from symbiotic_titan.config.experts import (
+    PARTITION_RULES,
+    ROUTER_SCORES,
+    SHIELD_SCHEDULES,
+    Shielding,
+)
 from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.generation import SOLVERS
 from symbiotic_titan.config.job import JobConfig, job_config_class
@@ -33,7 +38,6 @@ from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.partition.plan import check_order
-from symbiotic_titan.partition.rules import PARTITION_RULES
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
 from symbiotic_titan.sequence.tasks import TASKS
 from symbiotic_titan.training.checks import check_job

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from symbiotic_titan.config.experts import PARTITION_RULES
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.partition.plan import (
     Plan,
@@ -16,7 +17,6 @@ from symbiotic_titan.partition.profile import (
     ModelIdentity,
     Profile,
 )
-from symbiotic_titan.partition.rules import PARTITION_RULES
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 
 OURS = ("cumulative", "cumulative_counts", "per_modality_max", "balanced", "random")
@@ -173,21 +173,21 @@ def test_kept_mass_is_the_share_of_choices_inside_the_group():
         ),
     ],
 )
-def test_a_rule_that_gives_no_order_is_named(monkeypatch, result, message):
-    monkeypatch.setitem(PARTITION_RULES._parts, "mine", result)
+def test_a_rule_that_gives_no_order_is_named(result, message):
     profile = profile_of(([1, 2, 3, 4], [0] * 4))
-    with pytest.raises(ValueError, match="experts.partition_rule = 'mine': .*" + message):
-        make_plan(profile, bimodal(2, 2), "mine")
+    with PARTITION_RULES.temporarily(mine=result):
+        with pytest.raises(ValueError, match="experts.partition_rule = 'mine': .*" + message):
+            make_plan(profile, bimodal(2, 2), "mine")
 
 
-def test_a_rule_cannot_change_the_profile(monkeypatch):
+def test_a_rule_cannot_change_the_profile():
     def spoil(counts, groups):
         counts.zero_()
         return torch.arange(4).unsqueeze(0)
 
-    monkeypatch.setitem(PARTITION_RULES._parts, "mine", spoil)
     profile = profile_of(([1, 2, 3, 4], [0] * 4))
-    make_plan(profile, bimodal(2, 2), "mine")
+    with PARTITION_RULES.temporarily(mine=spoil):
+        make_plan(profile, bimodal(2, 2), "mine")
     assert profile.counts.sum() == 10
 
 
