@@ -1,4 +1,8 @@
-"""Import the module that a config names, so that it can register its parts."""
+"""Import the module of a user's own parts, which registers them as it is imported.
+
+    [experimental]
+    custom_import = "docs.examples.cosine_shield"
+"""
 
 import importlib
 import os
@@ -8,12 +12,11 @@ import sys
 def import_extension(name: str) -> None:
     """Import the module ``name``, the value of ``experimental.custom_import``; the current directory is searched too.
 
-    ``load_job_config`` calls it before it looks at anything else of a config, so that what the module registers can be chosen there.
-
-    Whatever else the module's own code raises keeps its traceback: it is the module's author who can use it.
+    ``load_job_config`` calls it before it reads the rest of a config, so that the config can choose what the module registers.
+    Any other error of the module's own code keeps its traceback, for the module's author.
 
     Raises:
-        ValueError: it is no module's name, there is no such module, or it cannot be parsed or imports what does not exist.
+        ValueError: the name is not that of a module, there is no such module, it cannot be parsed, or an import of its fails.
     """
     where = f"experimental.custom_import = {name!r}"
     if not all(part.isidentifier() for part in name.split(".")):

@@ -21,8 +21,12 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.losses import Flow
 from symbiotic_titan.flow.noise import draw_noise_and_timesteps
 from symbiotic_titan.flow.path import interpolate, velocity_target
-from symbiotic_titan.losses.report import accuracies, correct_tokens, mean_losses
-from symbiotic_titan.losses.step import LossFunction
+from symbiotic_titan.losses.step import (
+    LossFunction,
+    accuracies,
+    correct_tokens,
+    mean_losses,
+)
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.parallel.ranks import DataRanks
 from symbiotic_titan.sequence.batch import PackedBatch

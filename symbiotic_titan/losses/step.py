@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from symbiotic_titan.config.losses import Losses, LossSettings
-from symbiotic_titan.losses.report import mean_losses
-from symbiotic_titan.losses.terms import StepInputs, text_errors
+from symbiotic_titan.losses.terms import StepInputs, sum_by_task, text_errors
 from symbiotic_titan.moe.record import RoutingTotals
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
@@ -50,6 +49,20 @@ class MicroBatchResult:
     def is_finite(self) -> Tensor:
         """() bool."""
         return torch.isfinite(sum(value.sum() for value in self.values.values()))  # type: ignore[arg-type]
+
+
+def mean_losses(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, float]:
+    """``<term>`` and ``by_task/<task>_<term>`` from (J,) sums and counts by term; what has no target is left out."""
+    losses = {  # device sync, here and below, where the sums are on a device
+        term: float(sums_J.sum() / counts[term].sum())
+        for term, sums_J in sums.items()
+        if counts[term].sum() > 0
+    }
+    for i, task in enumerate(TASKS):
+        for term, sums_J in sums.items():
+            if counts[term][i] > 0:
+                losses[f"by_task/{task}_{term}"] = float(sums_J[i] / counts[term][i])
+    return losses
 
 
 class LossFunction:
@@ -130,3 +143,18 @@ class LossFunction:
         """Those of the step's weighted losses and of its gradient norm that are not finite."""
         values = {**{name: losses[name] for name in self.weights}, "grad_norm": grad_norm}
         return {n: v for n, v in values.items() if not torch.isfinite(torch.tensor(v))}
+
+
+def correct_tokens(logits_BTV: Tensor, batch: PackedBatch) -> Tensor:
+    """(J,) labelled tokens whose most likely next token is the label, by task."""
+    # A label that is ignored is negative: no token is ever equal to it.
+    return sum_by_task((logits_BTV.argmax(-1) == batch.labels).float(), batch.task)
+
+
+def accuracies(correct_J: Tensor, count_J: Tensor) -> dict[str, float]:
+    """``accuracy/<task>``: share of labelled tokens that are right; a task without one is left out."""
+    return {
+        f"accuracy/{task}": float(correct_J[i] / count_J[i])  # device sync
+        for i, task in enumerate(TASKS)
+        if count_J[i] > 0
+    }

@@ -2,7 +2,11 @@
 
 import torch
 
-from symbiotic_titan.losses.report import accuracies, correct_tokens, mean_losses
+from symbiotic_titan.losses.step import (
+    accuracies,
+    correct_tokens,
+    mean_losses,
+)
 from symbiotic_titan.sequence.modality import IGNORE_INDEX
 from symbiotic_titan.sequence.tasks import TASKS
 from tests.unit.losses.test_losses import random_batch
