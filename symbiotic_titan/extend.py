@@ -9,6 +9,7 @@ A module of yours registers them when it is imported, and ``experimental.custom_
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from symbiotic_titan.codecs.codec import Codec
 from symbiotic_titan.config.data import FORMATS, PACKINGS
 from symbiotic_titan.config.experts import (
     PARTITION_RULES,
@@ -16,7 +17,7 @@ from symbiotic_titan.config.experts import (
     SHIELD_SCHEDULES,
     ShieldSchedule,
 )
-from symbiotic_titan.config.generation import SOLVERS, SolverStep
+from symbiotic_titan.config.generation import CODECS, SOLVERS, SolverStep
 from symbiotic_titan.config.losses import (
     LOSS_TERMS,
     TIMESTEP_DISTRIBUTIONS,
@@ -24,7 +25,9 @@ from symbiotic_titan.config.losses import (
     TimestepDistribution,
 )
 from symbiotic_titan.config.optimizer import LR_DECAYS, OPTIMIZER_BUILDERS, LRDecay
+from symbiotic_titan.config.tokenizer import TOKEN_FAMILIES, TOKENIZER_KINDS, TokenFamily
 from symbiotic_titan.data.formats.shard import FileFormat
+from symbiotic_titan.data.images import ResizeRule
 from symbiotic_titan.data.packing import Packing
 from symbiotic_titan.hf.architectures.base import ARCHITECTURES, Architecture
 from symbiotic_titan.moe.router import RouterScore
@@ -33,6 +36,7 @@ from symbiotic_titan.partition.rules import (
     PartitionRule,
 )
 from symbiotic_titan.registry import Registry
+from symbiotic_titan.sequence.geometry import RESIZE_RULES
 from symbiotic_titan.sequence.tasks import Task as Task
 from symbiotic_titan.sequence.tasks import register_task as register_task
 
@@ -105,6 +109,26 @@ def register_loss_term(
         return function
 
     return register
+
+
+def register_codec(name: str) -> Callable[[type[Codec]], type[Codec]]:
+    """Decorator: ``latents.codec = name`` chooses this subclass of ``codecs.codec.Codec``."""
+    return _into(CODECS, name)
+
+
+def register_resize_rule(name: str) -> Callable[[ResizeRule], ResizeRule]:
+    """Decorator: ``image_resize = name`` of a model's ``vit`` chooses this function for the sizes of input images."""
+    return _into(RESIZE_RULES, name)
+
+
+def register_tokenizer_kind(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: ``tokenizer.kind = name`` chooses this function, which gets [tokenizer] and returns a ``data.tokenizer.Tokenizer``."""
+    return _into(TOKENIZER_KINDS, name)
+
+
+def register_token_family(name: str, family: TokenFamily) -> TokenFamily:
+    """``tokenizer.family = name`` chooses these special tokens and turns, and so does ``auto`` where a file has all of their signs."""
+    return TOKEN_FAMILIES.register(name, family)
 
 
 def register_optimizer_builder(name: str) -> Callable[[OptimizerBuilder], OptimizerBuilder]:

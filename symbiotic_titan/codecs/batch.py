@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from symbiotic_titan.codecs.build import build_codec
-from symbiotic_titan.codecs.codec import Codec
+from symbiotic_titan.codecs.codec import Codec, build_codec
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import (

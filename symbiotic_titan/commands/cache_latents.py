@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from symbiotic_titan import device
-from symbiotic_titan.codecs.build import build_codec
+from symbiotic_titan.codecs.codec import build_codec
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config

@@ -112,11 +112,7 @@ def source_rows(rows: list[Any], table: str) -> list[DataSource]:
     names = [s.name for s in sources]
     for i, s in enumerate(sources, start=1):
         where = f"{table} #{i} ({s.name})"
-        if s.task not in TASKS:
-            raise ValueError(
-                f"{table} #{i}.task: must be one of {', '.join(map(repr, TASKS))}, got {s.task!r}; another one is registered by the "
-                "module that experimental.custom_import names"
-            )
+        TASKS.check(f"{table} #{i}.task", s.task)
         if names.count(s.name) > 1:
             raise ValueError(f"{where}: name is used twice; every source needs its own")
         if not 0 <= s.weight < float("inf"):

@@ -1,7 +1,7 @@
 """Import the module of a user's own parts, which registers them as it is imported.
 
-    [experimental]
-    custom_import = "docs.examples.cosine_shield"
+[experimental]
+custom_import = "docs.examples.cosine_shield"
 """
 
 import importlib

@@ -1,6 +1,6 @@
-"""[sampling]: pictures of fixed prompts, drawn while training.
+"""[latents]: what target images are made of, and where that is computed.
 
-[latents]: what an image to be generated is made of, and where that is computed.
+[sampling]: images generated from fixed prompts while training.
 """
 
 from collections.abc import Callable
@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from symbiotic_titan.registry import Registry, choice
+
+# Name -> subclass of ``codecs.codec.Codec``.
+CODECS: Registry[Any] = Registry(
+    "latents.codec",
+    {
+        "pixel": "symbiotic_titan.codecs.codec:PixelCodec",
+        "flux": "symbiotic_titan.codecs.flux:FluxCodec",
+        "autoencoder_kl": "symbiotic_titan.codecs.autoencoder_kl:KLCodec",
+    },
+)
 
 # (velocity model, state at t, t, next timestep) -> state at the next timestep; see ``flow.solver``.
 SolverStep = Callable[[Callable[[Any, float], Any], Any, float, float], Any]
@@ -22,12 +32,12 @@ SOLVERS: Registry[SolverStep] = Registry(
 
 @dataclass
 class Latents:
-    codec: Literal["pixel", "flux", "autoencoder_kl"] = "pixel"
+    codec: str = choice(CODECS, "pixel")
     """``pixel``: patches of pixels, scaled to [-1, 1]; for small runs, needs no autoencoder. ``flux``: torchtitan's Flux autoencoder.
-    ``autoencoder_kl``: one of diffusers, which must be installed. Their latents are the means, nothing is drawn."""
+    ``autoencoder_kl``: one of diffusers, which must be installed. Their latents are means, without noise."""
 
     patch: int = 4
-    """Latent cells along one side of one sequence token (pixels, for the ``pixel`` codec)."""
+    """Latent positions along one side of one sequence token (pixels, for the ``pixel`` codec)."""
 
     path: str = ""
     """Weights of the autoencoder: a safetensors file for ``flux``, a folder that diffusers wrote for ``autoencoder_kl``."""
@@ -42,7 +52,7 @@ class Latents:
     """Precision in which the autoencoder computes and in which a cache keeps its latents; the flow's own is float32 always."""
 
     cache: str = ""
-    """Folder that symbiotic cache-latents wrote for this config. Images to be generated are then read from it, and nothing is
+    """Folder that symbiotic cache-latents wrote for this config. Latents of target images are then read from it, and nothing is
     encoded while training."""
 
     @property
@@ -60,17 +70,17 @@ class Latents:
 @dataclass
 class Sampling:
     enable: bool = False
-    """Whether to draw ``prompts`` and show the pictures in TensorBoard: before the first step, every ``freq`` steps and at the
-    last step"""
+    """Whether to generate images for ``prompts`` and show them in TensorBoard: before the first step, every ``freq`` steps and at
+    the last step"""
 
     freq: int = 500
-    """Steps from one grid of pictures to the next"""
+    """Steps from one grid of images to the next"""
 
     prompts: list[str] = field(default_factory=list)
-    """Captions; each gets a picture, with the same noise every time"""
+    """Captions; an image is generated for each, with the same noise every time"""
 
     aspect: str = "1:1"
-    """Width:height of the pictures; the nearest bucket of data.vae_pixels and data.max_aspect is taken"""
+    """Width:height of the images; the nearest bucket of data.vae_pixels and data.max_aspect is taken"""
 
     steps: int = 20
     """Steps of the sampler"""
@@ -88,7 +98,7 @@ class Sampling:
     """Seed of the noise"""
 
     batch_size: int = 8
-    """Pictures that one process draws at once. Several processes share the prompts"""
+    """Images that one process generates at once. Several processes share the prompts"""
 
     def __post_init__(self) -> None:
         for name in ("freq", "batch_size"):

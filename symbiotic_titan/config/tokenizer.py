@@ -1,16 +1,18 @@
-"""[tokenizer]: how text becomes ids, and which tokens mark documents, images and the turns of a conversation."""
+"""[tokenizer]: how text becomes ids, and which special tokens surround documents, images and the turns of a conversation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from symbiotic_titan.config.rows import unknown_key_message
+from symbiotic_titan.registry import Registry, choice
 
 
 @dataclass(frozen=True)
-class Marks:
-    """Token strings around text and images: a family's defaults, or those with what the user set."""
+class TokenFamily:
+    """The special tokens and turns of a family of tokenizers, or those with what the user set."""
 
     special: dict[str, str]
     """Role -> token. Roles are the fields of SpecialTokens."""
@@ -19,19 +21,19 @@ class Marks:
     """Further special tokens, for use in ``turns`` and ``turn_separator``."""
 
     turns: dict[str, list[str]]
-    """Role of a speaker -> what stands before and behind the text of a turn; ``{eos}`` is the token of that role."""
+    """Role of a speaker -> [before, after] the text of a turn; ``{eos}`` is the token of that role."""
 
     turn_separator: str
-    """What stands between two turns."""
+    """What separates two turns."""
 
     opening: str = "{bos}"
     """What every document begins with."""
 
     signs: tuple[str, ...] = ()
-    """Tokens that a vocabulary has all of if it is of this family."""
+    """Tokens that tell the family: a vocabulary of this family has all of them."""
 
-    yields: bool = False
-    """Whether begin, end and padding that a file declares go before these."""
+    prefers_declared: bool = False
+    """Prefer the file's own bos, eos and pad."""
 
     @property
     def tokens(self) -> list[str]:
@@ -40,7 +42,7 @@ class Marks:
 
 
 # The names that the byte tokenizer gives its own tokens.
-PLAIN = Marks(
+PLAIN = TokenFamily(
     special={
         "pad": "<pad>",
         "bos": "<bos>",
@@ -55,7 +57,7 @@ PLAIN = Marks(
     turn_tokens=("<user>", "<assistant>"),
     turns={"system": ["", ""], "user": ["<user>", ""], "assistant": ["<assistant>", "{eos}"]},
     turn_separator="",
-    yields=True,
+    prefers_declared=True,
 )
 
 # No released backbone generates images: these tokens are ours.
@@ -65,9 +67,9 @@ _GENERATION = {
     "vae_end": "<|generation_end|>",
 }
 
-# Qwen2.5, Qwen3 and their VL models, whose turns are ChatML. They have no token that begins a document: their pre-training
-# text follows an <|endoftext|>.
-QWEN = Marks(
+# Qwen2.5, Qwen3 and their VL models, with turns in ChatML. They have no token that begins a document: in their pre-training
+# <|endoftext|> comes before a text.
+QWEN = TokenFamily(
     special={
         "pad": "<|endoftext|>",
         "bos": "<|endoftext|>",
@@ -85,7 +87,7 @@ QWEN = Marks(
     signs=("<|im_start|>",),
 )
 
-# Aria, whose turns are ChatML too.
+# Aria, with turns in ChatML too.
 ARIA = replace(
     QWEN,
     special={
@@ -98,12 +100,12 @@ ARIA = replace(
         **_GENERATION,
     },
     signs=("<|im_start|>", "<|img|>", "<fim_prefix>"),
-    yields=True,
+    prefers_declared=True,
 )
 
-# GLM-4.5V. What ends an answer is the <|user|> of the next turn, which does not repeat it. No <think></think> is put before
-# an answer: write it into [tokenizer.turns] where it is wanted.
-GLM = Marks(
+# GLM-4.5V. An answer ends with the <|user|> of the next turn, which does not repeat it. An answer has no <think></think> before
+# it: write that into [tokenizer.turns] where it is wanted.
+GLM = TokenFamily(
     special={
         "pad": "<|endoftext|>",
         "bos": "<sop>",
@@ -124,9 +126,9 @@ GLM = Marks(
     signs=("[gMASK]", "<sop>", "<|user|>"),
 )
 
-# Hunyuan-A13B, a model of text: its marks of images are ours. Every turn of a user begins as a document does; the released
-# template makes an exception of the one behind a system's turn.
-HUNYUAN = Marks(
+# Hunyuan-A13B, a text model: its special tokens for images are ours. Every user's turn begins like a document; in the released
+# template the one after a system's turn does not.
+HUNYUAN = TokenFamily(
     special={
         **PLAIN.special,
         "pad": "<|pad|>",
@@ -144,51 +146,58 @@ HUNYUAN = Marks(
     signs=("<|startoftext|>", "<|extra_4|>"),
 )
 
-# In the order in which a file is tried: the first whose signs it has.
-FAMILIES = {"aria": ARIA, "qwen": QWEN, "glm": GLM, "hunyuan": HUNYUAN, "plain": PLAIN}
+TOKEN_FAMILIES: Registry[TokenFamily] = Registry("tokenizer.family")
+TOKEN_FAMILIES.register("aria", ARIA)
+TOKEN_FAMILIES.register("qwen", QWEN)
+TOKEN_FAMILIES.register("glm", GLM)
+TOKEN_FAMILIES.register("hunyuan", HUNYUAN)
+TOKEN_FAMILIES.register("plain", PLAIN)
+# ``tokenizer.family``: whichever family's signs the file has.
+AUTO = "auto"
+
+# Name -> function of [tokenizer] that opens a tokenizer, see ``data.tokenizer``.
+TOKENIZER_KINDS: Registry[Callable[..., Any]] = Registry(
+    "tokenizer.kind",
+    {
+        "bytes": "symbiotic_titan.data.tokenizer:open_bytes",
+        "huggingface": "symbiotic_titan.data.tokenizer:open_huggingface",
+        "sentencepiece": "symbiotic_titan.data.tokenizer:open_sentencepiece",
+    },
+)
 
 
 @dataclass
 class Tokenizer:
-    kind: Literal["bytes", "huggingface", "sentencepiece"] = "bytes"
+    kind: str = choice(TOKENIZER_KINDS, "bytes")
     """``bytes``: one token per byte, needs no file; ``huggingface``: a ``tokenizer.json``; ``sentencepiece``: a ``.model``"""
 
     path: str = ""
     """The file, or the folder that holds it. Nothing is downloaded."""
 
-    family: Literal["auto", "plain", "qwen", "aria", "glm", "hunyuan"] = "auto"
+    family: str = AUTO
     """Whose special tokens and turns are the defaults: ``qwen`` (ChatML and <|vision_start|>), ``aria``, ``glm`` (GLM-4.5V),
     ``hunyuan`` (Hunyuan-A13B), or ``plain`` (<user>, <vit_start> and so on; begin, end and padding as the file declares them).
     ``auto``: the one whose tokens the file has, e.g. qwen with <|im_start|>, else plain."""
 
     special: Annotated[dict[str, str], tyro.conf.Fixed] = field(default_factory=dict)
     """[tokenizer.special]: role = "token", for roles whose token is not the family's: pad, bos, eos, vit_start, vit, vit_end,
-    vae_start, vae, vae_end. A token that the file lacks is added behind its vocabulary."""
+    vae_start, vae, vae_end. A token that the file lacks is added after its vocabulary."""
 
     turns: Annotated[dict[str, list[str]], tyro.conf.Fixed] = field(default_factory=dict)
-    """[tokenizer.turns]: role = ["before", "behind"], what stands around a turn of system, user, assistant or a role of yours.
-    Special tokens in it count as such, ``{eos}`` is the token of that role, the rest is text. What stands behind an assistant's
+    """[tokenizer.turns]: role = ["before", "after"], what surrounds a turn of system, user, assistant or a role of yours.
+    Special tokens in it count as such, ``{eos}`` is the token of that role, the rest is text. What comes after an assistant's
     turn is trained with it; a turn that begins with the same tokens does not repeat them. A chat template beside the file is not
     run: it does not say which of its tokens to train."""
 
     turn_tokens: list[str] = field(default_factory=list)
-    """Further special tokens that ``turns`` uses; those that the file lacks are added behind its vocabulary."""
+    """Further special tokens that ``turns`` uses; those that the file lacks are added after its vocabulary."""
 
     turn_separator: str | None = None
-    """What stands between two turns, never trained; None means the family's"""
+    """What separates two turns, never trained; None means the family's"""
 
     def __post_init__(self) -> None:
-        if self.kind == "bytes":
-            for name in ("path", "family", "special", "turns", "turn_tokens", "turn_separator"):
-                if getattr(self, name) not in ("", "auto", {}, [], None):
-                    raise ValueError(
-                        f"tokenizer.{name}: has no effect with tokenizer.kind = 'bytes'; remove it, or set the kind to "
-                        "'huggingface' or 'sentencepiece'"
-                    )
-        elif not self.path:
-            raise ValueError(
-                f"tokenizer.path: empty; tokenizer.kind = {self.kind!r} needs a local file or folder"
-            )
+        if self.family != AUTO:
+            TOKEN_FAMILIES.check("tokenizer.family", self.family)
         for role in self.special:
             if role not in PLAIN.special:
                 raise ValueError(
@@ -197,7 +206,7 @@ class Tokenizer:
         for role, strings in self.turns.items():
             if len(strings) != 2:
                 raise ValueError(
-                    f"tokenizer.turns.{role}: must be two strings, what stands before and behind the text, got {strings!r}"
+                    f"tokenizer.turns.{role}: must be two strings, before and after the text, got {strings!r}"
                 )
         for token in (*self.special.values(), *self.turn_tokens):
             if len(token) < 2:
@@ -205,7 +214,20 @@ class Tokenizer:
                     f"tokenizer: a special token must have at least two characters, got {token!r}"
                 )
 
-    def marks(self, family: Marks) -> Marks:
+    def refuse_file_settings(self) -> None:
+        """For a kind without a file: refuse the settings that would have no effect.
+
+        Raises:
+            ValueError: names the first that is set.
+        """
+        for name in ("path", "family", "special", "turns", "turn_tokens", "turn_separator"):
+            if getattr(self, name) not in ("", AUTO, {}, [], None):
+                raise ValueError(
+                    f"tokenizer.{name}: has no effect with tokenizer.kind = {self.kind!r}; remove it, or choose a kind that reads "
+                    "a file, such as 'huggingface'"
+                )
+
+    def adapted(self, family: TokenFamily) -> TokenFamily:
         """``family`` with what the user set.
 
         Raises:
@@ -221,11 +243,11 @@ class Tokenizer:
         strings = [opening, separator, *(text for turn in turns.values() for text in turn)]
         used = [token for token in family.turn_tokens if any(token in text for text in strings)]
         _check_roles(special, [*used, *self.turn_tokens])
-        return Marks(special, (*used, *self.turn_tokens), turns, separator, opening)
+        return TokenFamily(special, (*used, *self.turn_tokens), turns, separator, opening)
 
 
 def _check_roles(special: dict[str, str], turn_tokens: list[str]) -> None:
-    """Padding and the two ends of a document may share a token, also with turns; the tokens of images are theirs alone."""
+    """pad, bos and eos may share a token with each other and with turns; a token of images may have no other role."""
     for role, token in special.items():
         others = [name for name, other in special.items() if other == token and name != role]
         if token in turn_tokens:

@@ -1,18 +1,19 @@
-"""Images in: decode, fit to a pixel budget, cut into the patches of the ViT. Images to be generated: see ``latents``.
+"""Where images are decoded, and input images resized and cut into the patches of the ViT. Target images: see ``latents``.
 
-An image to be understood gets its size by one of four rules (``ImageGeometry.vit_resize``). ``fit`` is ours. The others give the
-sizes that a released family was trained with, as the image processors of transformers do:
+An input image gets its size by a rule (``ImageGeometry.vit_resize``). ``fit`` is ours. The others give the sizes that a released
+family was trained with, as the image processors of transformers do:
 
     qwen, glm  with their ``size`` = {shortest_edge: data.vit_min_pixels, longest_edge: data.vit_pixels}; GLM-4V's count an image as
                two frames, so its numbers are halved here.
     aria       with ``max_image_size`` squared = data.vit_pixels and ``min_image_size`` squared = data.vit_min_pixels: the longer side
-               gets the first, whatever it was, and the shorter one at least the second; what then lacks to whole patches is black.
+               gets the first, whatever it was, and the shorter one at least the second; black pixels complete the last patches.
 """
 
 import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from math import ceil, floor, isqrt, log, sqrt
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from symbiotic_titan.data.documents import VitSegment
-from symbiotic_titan.sequence.geometry import ImageGeometry
+from symbiotic_titan.sequence.geometry import RESIZE_RULES, ImageGeometry
 
 # What Pillow's decoders raise on damaged files.
 DECODE_ERRORS = (
@@ -44,7 +45,7 @@ MAX_ASPECT = 200
 # The decoders that a shard's bytes may reach, whatever the extension says; Pillow has dozens more.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 
-# What the orientation of a camera's EXIF data asks for; upright images have 1.
+# EXIF orientation -> the transposition that turns the image upright; an upright image has 1.
 ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -62,14 +63,14 @@ class ImageSizeError(Exception):
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Upright RGB image of encoded ``data``; what is transparent becomes white.
+    """Upright RGB image of encoded ``data``, on white where it is transparent.
 
     Raises:
-        ImageSizeError: told by the header, before anything is decoded.
+        ImageSizeError: too many pixels; read from the header, before anything is decoded.
         one of DECODE_ERRORS: the data are damaged.
     """
     with warnings.catch_warnings():
-        # Pillow warns of what it can do without, and raises where it cannot go on.
+        # Pillow warns of damage that it can repair, and raises where it cannot.
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
@@ -109,10 +110,10 @@ def _orientation(image: Image.Image) -> int:
 def fit_size(
     height: int, width: int, max_pixels: int, step: int, min_pixels: int = 0
 ) -> tuple[int, int]:
-    """(height, width) in multiples of ``step``, of about the same shape and with at most ``max_pixels`` pixels.
+    """(height, width) in multiples of ``step``, of about the same aspect and with at most ``max_pixels`` pixels.
 
-    Images are not enlarged beyond the rounding, but for those below ``min_pixels``. An extreme shape is flattened where its short
-    side would vanish.
+    Only images below ``min_pixels`` are enlarged beyond the rounding. An extreme aspect is reduced where the short side would
+    vanish.
     """
     budget = max_pixels // step**2
     assert budget >= 1, "checked when the loader is built"
@@ -158,25 +159,50 @@ def backbone_size(
 
 
 def longest_side_size(height: int, width: int, longest: int, shortest: int) -> tuple[int, int]:
-    """(height, width) of which one is ``longest`` pixels and the other at least ``shortest``, at the price of the shape."""
+    """(height, width): the longer side is ``longest`` pixels, the other one at least ``shortest``, even if that changes the aspect."""
     scale = longest / max(height, width)
     if width >= height:
         return max(int(height * scale), shortest, 1), longest
     return longest, max(int(width * scale), shortest, 1)
 
 
+ResizeRule = Callable[[int, int, ImageGeometry, int, int], tuple[int, int]]
+"""(height, width, geometry, max_pixels, min_pixels) -> (height, width) to which an input image is resized. Registered by name in
+``sequence.geometry.RESIZE_RULES``. Raises ImageSizeError where the backbone does not take such a shape."""
+
+
+def resize_to_fit(
+    height: int, width: int, geometry: ImageGeometry, max_pixels: int, min_pixels: int
+) -> tuple[int, int]:
+    return fit_size(height, width, max_pixels, geometry.vit_token_pixels, min_pixels)
+
+
+def resize_as_qwen(
+    height: int, width: int, geometry: ImageGeometry, max_pixels: int, min_pixels: int
+) -> tuple[int, int]:
+    step = geometry.vit_token_pixels
+    return backbone_size(height, width, max_pixels, step, min_pixels, widen=False)
+
+
+def resize_as_glm(
+    height: int, width: int, geometry: ImageGeometry, max_pixels: int, min_pixels: int
+) -> tuple[int, int]:
+    step = geometry.vit_token_pixels
+    return backbone_size(height, width, max_pixels, step, min_pixels, widen=True)
+
+
+def resize_as_aria(
+    height: int, width: int, geometry: ImageGeometry, max_pixels: int, min_pixels: int
+) -> tuple[int, int]:
+    longest = geometry.vit_side(max_pixels) * geometry.vit_patch
+    return longest_side_size(height, width, longest, isqrt(min_pixels))
+
+
 def vit_size(
     height: int, width: int, max_pixels: int, geometry: ImageGeometry, min_pixels: int
 ) -> tuple[int, int]:
-    """(height, width) to which an image to be understood is resized, by the rule of ``geometry``."""
-    step = geometry.vit_token_pixels
-    if geometry.vit_resize == "aria":
-        longest = geometry.vit_side(max_pixels) * geometry.vit_patch
-        return longest_side_size(height, width, longest, isqrt(min_pixels))
-    if geometry.vit_resize == "fit":
-        return fit_size(height, width, max_pixels, step, min_pixels)
-    widen = geometry.vit_resize == "glm"
-    return backbone_size(height, width, max_pixels, step, min_pixels, widen=widen)
+    """(height, width) to which an input image is resized, by the rule of ``geometry``."""
+    return RESIZE_RULES[geometry.vit_resize](height, width, geometry, max_pixels, min_pixels)
 
 
 def vit_patches(
@@ -217,7 +243,7 @@ def vit_patch_coords(rows: int, columns: int, merge: int) -> torch.Tensor:
 
 
 def aspect_buckets(max_pixels: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
-    """All (height, width) in multiples of ``step`` within the budget and the aspect, that no other one contains."""
+    """All (height, width) in multiples of ``step`` within the budget and the aspect; sizes that another one contains are left out."""
     budget = max_pixels // step**2
     sizes = [
         (rows, columns)
@@ -240,7 +266,7 @@ def nearest_bucket(height: int, width: int, buckets: list[tuple[int, int]]) -> t
 
 
 def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest centred part of ``image`` with the wanted shape, resized; nothing is cut off where the shapes agree."""
+    """The largest centred part of ``image`` with the wanted aspect, resized; nothing is cut off where the aspects agree."""
     scale = min(image.height / height, image.width / width)
     left = max(0.0, (image.width - width * scale) / 2)
     top = max(0.0, (image.height - height * scale) / 2)

@@ -17,7 +17,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from symbiotic_titan.codecs.files import fingerprint
+from symbiotic_titan.codecs.codec import fingerprint
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.formats.shard import Shard

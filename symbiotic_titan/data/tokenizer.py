@@ -1,16 +1,18 @@
 """Text to token ids and back."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from symbiotic_titan.config.tokenizer import FAMILIES, Marks
+from symbiotic_titan.config.tokenizer import AUTO, TOKEN_FAMILIES, TOKENIZER_KINDS, TokenFamily
 from symbiotic_titan.config.tokenizer import Tokenizer as TokenizerSection
 from symbiotic_titan.data.vocabulary_files import (
+    HuggingFaceVocabulary,
+    SentencePieceVocabulary,
     Vocabulary,
     declared_tokens,
     find_file,
@@ -28,7 +30,7 @@ BYTE_SPECIALS = (
 
 
 class Turn(NamedTuple):
-    """Ids before and behind the text of a turn. ``suffix`` ends the turn: the assistant's is trained like its text."""
+    """Ids before and after the text of a turn. ``suffix`` ends the turn: the assistant's is trained like its text."""
 
     prefix: list[int]
     suffix: list[int]
@@ -37,9 +39,8 @@ class Turn(NamedTuple):
 class Tokenizer(Protocol):
     """What the data chain needs of a tokenizer. Special tokens never come out of ``encode``, whatever the text says.
 
-    Every document begins with ``opening``. A conversation goes on with the turns, one behind another with ``separator`` between
-    them. ``special_ids`` names every special token, also those of turns; ``fingerprint`` changes where an id of some text or
-    turn may.
+    Every document begins with ``opening``. In a conversation its turns follow, with ``separator`` between them. ``special_ids``
+    names every special token, also those of turns; ``fingerprint`` changes where an id of some text or turn may.
     """
 
     special: SpecialTokens
@@ -102,31 +103,37 @@ class ByteTokenizer(BaseTokenizer):
 
 
 class FileTokenizer(BaseTokenizer):
-    """A vocabulary file, and behind its ids the special tokens that it lacks.
+    """A vocabulary file, and after its ids the special tokens that it lacks.
 
     Made of the file's content, not of its path: so it travels to worker processes, and they cannot read another file.
     """
 
-    def __init__(self, section: TokenizerSection, data: bytes, declared: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        section: TokenizerSection,
+        data: bytes,
+        declared: Mapping[str, str],
+        vocabulary: Callable[[bytes, Mapping[str, str]], Vocabulary],
+    ) -> None:
         super().__init__()
-        self._made_of = (section, data, declared)
-        self._file = open_vocabulary(section, data, declared)
-        marks = section.marks(_family(section, self._file))
-        self.added = [token for token in marks.tokens if self._file.id_of(token) is None]
+        self._made_of = (section, data, declared, vocabulary)
+        self._file = open_vocabulary(section, data, declared, vocabulary)
+        family = section.adapted(_family(section, self._file))
+        self.added = [token for token in family.tokens if self._file.id_of(token) is None]
         self.vocab_size = self._file.size + len(self.added)
         self.special_ids = self._file.special | {
-            token: self._id_of(token) for token in marks.tokens
+            token: self._id_of(token) for token in family.tokens
         }
         self._spelled = {i: self._spell(token) for token, i in self.special_ids.items()}
-        self.special = SpecialTokens(**{r: self.special_ids[t] for r, t in marks.special.items()})
+        self.special = SpecialTokens(**{r: self.special_ids[t] for r, t in family.special.items()})
         self.eos_id = self.special.eos
-        self.opening = self._encode_marked(marks.opening)
-        self.separator = self._encode_marked(marks.turn_separator)
+        self.opening = self._encode_with_special(family.opening)
+        self.separator = self._encode_with_special(family.turn_separator)
         self._turns = {
-            role: Turn(self._encode_marked(before), self._encode_marked(behind))
-            for role, (before, behind) in marks.turns.items()
+            role: Turn(self._encode_with_special(before), self._encode_with_special(after))
+            for role, (before, after) in family.turns.items()
         }
-        self._check(marks)
+        self._check(family)
         layout = repr((self.special, sorted(self._turns.items()), self.separator))
         # The usual opening is left out, as in states that were saved before there were others.
         layout += "" if self.opening == [self.special.bos] else repr(self.opening)
@@ -163,18 +170,18 @@ class FileTokenizer(BaseTokenizer):
         """Ids of the characters of ``token``, for vocabularies that find it in a text although it is special."""
         ids: list[int] = []
         for character in token:
-            pieces = [self._file.id_of(f"<0x{byte:02X}>") for byte in character.encode()]
+            byte_ids = [self._file.id_of(f"<0x{byte:02X}>") for byte in character.encode()]
             own = self._file.id_of(character)
             if own is not None:
                 ids.append(own)
-            elif None not in pieces:
-                ids += [i for i in pieces if i is not None]
+            elif None not in byte_ids:
+                ids += [i for i in byte_ids if i is not None]
             else:
                 ids += self._file.encode(character)
         return ids
 
-    def _encode_marked(self, text: str) -> list[int]:
-        """Ids of a string of the config, in which special tokens are meant."""
+    def _encode_with_special(self, text: str) -> list[int]:
+        """Ids of a string of the config, where special tokens count as such."""
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
         ids: list[int] = []
@@ -182,8 +189,8 @@ class FileTokenizer(BaseTokenizer):
             ids += [self.special_ids[part]] if part in self.special_ids else self.encode(part)
         return ids
 
-    def _check(self, marks: Marks) -> None:
-        for token in marks.tokens:
+    def _check(self, family: TokenFamily) -> None:
+        for token in family.tokens:
             if self.special_ids[token] == self._file.unknown:
                 raise ValueError(
                     f"tokenizer.special: {token!r} is what unknown characters become in this file; choose another "
@@ -191,19 +198,22 @@ class FileTokenizer(BaseTokenizer):
                 )
         if not self._turns["assistant"].suffix:
             raise ValueError(
-                "tokenizer.turns.assistant: no token stands behind its text; name the token that ends an answer, "
+                "tokenizer.turns.assistant: no token comes after its text; name the token that ends an answer, "
                 "or nothing would tell generation where to stop"
             )
 
 
-def _family(section: TokenizerSection, file: Vocabulary) -> Marks:
-    """Defaults of the section's family, with the file's own begin, end and padding where the family yields to them."""
-    if section.family == "auto":
-        has = (f for f in FAMILIES.values() if all(file.id_of(t) is not None for t in f.signs))
-        family = next(has)  # plain has no signs
+def _family(section: TokenizerSection, file: Vocabulary) -> TokenFamily:
+    """The section's family; with ``auto`` the one with the most signs, all of which the file has."""
+    if section.family == AUTO:
+        families = [TOKEN_FAMILIES[name] for name in TOKEN_FAMILIES]
+        matching = [f for f in families if all(file.id_of(t) is not None for t in f.signs)]
+        family = max(
+            matching, key=lambda family: len(family.signs)
+        )  # ``plain`` has none, so it always matches
     else:
-        family = FAMILIES[section.family]
-    if not family.yields:
+        family = TOKEN_FAMILIES[section.family]
+    if not family.prefers_declared:
         return family
     declared = {r: token for r, token in file.declared.items() if file.id_of(token) != file.unknown}
     return replace(family, special=family.special | declared)
@@ -215,8 +225,20 @@ def open_tokenizer(section: TokenizerSection) -> ByteTokenizer | FileTokenizer:
     Raises:
         ValueError: the file is missing or no vocabulary, or its special tokens do not fit the section.
     """
-    if section.kind == "bytes":
-        return ByteTokenizer()
-    file = find_file(section.kind, section.path)
-    declared = declared_tokens(file.parent) if section.kind == "huggingface" else {}
-    return FileTokenizer(section, file.read_bytes(), declared)
+    return TOKENIZER_KINDS[section.kind](section)
+
+
+def open_bytes(section: TokenizerSection) -> ByteTokenizer:
+    section.refuse_file_settings()
+    return ByteTokenizer()
+
+
+def open_huggingface(section: TokenizerSection) -> FileTokenizer:
+    file = find_file(section, "tokenizer.json")
+    declared = declared_tokens(file.parent)
+    return FileTokenizer(section, file.read_bytes(), declared, HuggingFaceVocabulary)
+
+
+def open_sentencepiece(section: TokenizerSection) -> FileTokenizer:
+    file = find_file(section, "tokenizer.model", pattern="*.model")
+    return FileTokenizer(section, file.read_bytes(), {}, SentencePieceVocabulary)

@@ -1,7 +1,7 @@
-"""Vocabularies that other tools trained, each behind the same few methods: Hugging Face's tokenizer.json, SentencePiece."""
+"""Vocabularies that other tools trained, with the same few methods: Hugging Face's tokenizer.json, SentencePiece."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +17,8 @@ DECLARED_ROLES = ("bos", "eos", "pad")
 class Vocabulary(Protocol):
     """Ids 0 .. size-1.
 
-    ``special``: token -> id where a token stands for no text; ``unknown``: the id of text that it has no token for, None where
-    there is no such text; ``declared``: role -> token.
+    ``special``: token -> id where a token stands for no text; ``unknown``: the id of text without a token of its own, None where
+    every text has one; ``declared``: role -> token.
     """
 
     size: int
@@ -46,7 +46,7 @@ class HuggingFaceVocabulary:
         if not isinstance(model, dict):
             raise ValueError("it describes no model")
         self._tokenizer = _parsed(data.decode("utf-8"))
-        # Files are saved with whatever their last user had set: rows are cut and padded elsewhere.
+        # Files are saved with whatever their last user had set; sequences are cut and padded by packing.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A special token that a text spells out is text. Not saved by pickle, therefore set here.
@@ -84,7 +84,8 @@ class SentencePieceVocabulary:
         ValueError: ``data`` is none.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, declared: Mapping[str, str]) -> None:
+        del declared  # its own are in the file
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
@@ -101,8 +102,8 @@ class SentencePieceVocabulary:
         self.declared = {role: self._model.id_to_piece(i) for role, i in ids.items() if i >= 0}
 
     def id_of(self, token: str) -> int | None:
-        piece = self._model.piece_to_id(token)
-        return piece if self._model.id_to_piece(piece) == token else None
+        own = self._model.piece_to_id(token)
+        return own if self._model.id_to_piece(own) == token else None
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -111,33 +112,38 @@ class SentencePieceVocabulary:
         return self._model.decode(ids)
 
 
-def find_file(kind: str, path: str) -> Path:
-    """The vocabulary file at ``path``, or the one in the folder ``path``.
+def find_file(section: Tokenizer, name: str, pattern: str = "") -> Path:
+    """The vocabulary file ``tokenizer.path``, or in that folder the file ``name`` or the only one that matches ``pattern``.
 
     Raises:
         ValueError: there is none, or there are several.
     """
-    place = Path(path)
-    if place.is_file():
-        return place
-    if not place.is_dir():
-        raise ValueError(f"tokenizer.path: there is no file or folder {path!r}")
-    name = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}[kind]
-    if (place / name).is_file():
-        return place / name
-    models = sorted(place.glob("*.model")) if kind == "sentencepiece" else []
-    if len(models) == 1:
-        return models[0]
-    if models:
-        names = ", ".join(m.name for m in models)
-        raise ValueError(f"tokenizer.path: {path!r} has several models ({names}); name one of them")
-    raise ValueError(f"tokenizer.path: {path!r} has no {name}; {_remedy(kind, place)}")
+    if not section.path:
+        raise ValueError(
+            f"tokenizer.path: empty; tokenizer.kind = {section.kind!r} needs a local file or folder"
+        )
+    path = Path(section.path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"tokenizer.path: there is no file or folder {section.path!r}")
+    if (path / name).is_file():
+        return path / name
+    matching = sorted(path.glob(pattern)) if pattern else []
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        names = ", ".join(m.name for m in matching)
+        raise ValueError(
+            f"tokenizer.path: {section.path!r} has several models ({names}); name one of them"
+        )
+    raise ValueError(f"tokenizer.path: {section.path!r} has no {name}; {_remedy(path, pattern)}")
 
 
-def _remedy(kind: str, folder: Path) -> str:
-    if kind == "huggingface" and list(folder.glob("*.model")):
+def _remedy(folder: Path, pattern: str) -> str:
+    if pattern != "*.model" and list(folder.glob("*.model")):
         return "it has a SentencePiece model: set tokenizer.kind = 'sentencepiece'"
-    if kind == "sentencepiece" and (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").is_file():
         return "it has a tokenizer.json: set tokenizer.kind = 'huggingface'"
     if (folder / "vocab.json").is_file() or (folder / "vocab.txt").is_file():
         return "save its vocabulary as tokenizer.json once, with AutoTokenizer and save_pretrained of transformers"
@@ -165,17 +171,19 @@ def declared_tokens(folder: Path) -> dict[str, str]:
     return {role: token for role, token in tokens.items() if isinstance(token, str)}
 
 
-def open_vocabulary(section: Tokenizer, data: bytes, declared: Mapping[str, str]) -> Vocabulary:
-    """The vocabulary that ``data``, the content of a file, holds.
+def open_vocabulary(
+    section: Tokenizer,
+    data: bytes,
+    declared: Mapping[str, str],
+    make: Callable[[bytes, Mapping[str, str]], Vocabulary],
+) -> Vocabulary:
+    """The vocabulary that ``make`` reads from ``data``, the content of a file.
 
     Raises:
         ValueError: it holds none.
     """
     try:
-        if section.kind == "sentencepiece":
-            vocabulary: Vocabulary = SentencePieceVocabulary(data)
-        else:
-            vocabulary = HuggingFaceVocabulary(data, declared)
+        vocabulary = make(data, declared)
         if not vocabulary.size:
             raise ValueError("it is empty")
     except ValueError as error:

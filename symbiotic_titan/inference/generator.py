@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 
 from symbiotic_titan.build import build_tokenizer
-from symbiotic_titan.codecs.build import build_codec
-from symbiotic_titan.codecs.codec import Codec
+from symbiotic_titan.codecs.codec import Codec, build_codec
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config

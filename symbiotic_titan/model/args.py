@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from torch import nn
 from torchtitan.protocols.model import BaseModelArgs
 
-from symbiotic_titan.codecs.files import codec_info
+from symbiotic_titan.codecs.codec import codec_info
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.model.masks import VitAttention
 from symbiotic_titan.model.rope import Mrope

@@ -4,7 +4,8 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_type_hints
 
 from symbiotic_titan.config.rows import check_value
-from symbiotic_titan.sequence.geometry import ResizeRule
+from symbiotic_titan.registry import choice
+from symbiotic_titan.sequence.geometry import RESIZE_RULES
 
 PositionReading = Literal["bilinear", "bicubic", "floor"]
 
@@ -75,7 +76,7 @@ class VitArgs:
     """Mean per channel by which images are normalized, for pixels in [0, 1]."""
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Standard deviation per channel, likewise."""
-    image_resize: ResizeRule = "fit"
+    image_resize: str = choice(RESIZE_RULES, "fit")
     """How images are resized, see ``data.images``."""
 
     def __post_init__(self) -> None:
@@ -113,6 +114,7 @@ class VitArgs:
         self._validate_queries()
 
     def _validate_queries(self) -> None:
+        RESIZE_RULES.check("vit.image_resize", self.image_resize)
         require(
             (self.image_resize == "aria") == bool(self.queries),
             f"vit.image_resize: must be 'aria' with learned queries (vit.queries) and only with them, got {self.image_resize!r} "

@@ -5,13 +5,24 @@ One object, built from the model flavor and the latents codec, is handed to both
 Shape letters: sequence/shapes.py. H and W count pixels or positions of a latent grid.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 
-# How an input image is resized, see ``data.images``.
-ResizeRule = Literal["fit", "qwen", "glm", "aria"]
+from symbiotic_titan.registry import Registry
+
+# Name -> how an input image is resized, see ``data.images.ResizeRule``.
+RESIZE_RULES: Registry[Callable[..., Any]] = Registry(
+    "vit.image_resize",
+    {
+        "fit": "symbiotic_titan.data.images:resize_to_fit",
+        "qwen": "symbiotic_titan.data.images:resize_as_qwen",
+        "glm": "symbiotic_titan.data.images:resize_as_glm",
+        "aria": "symbiotic_titan.data.images:resize_as_aria",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class ImageGeometry:
     latent_stride:   pixels along one side of one latent position (1 for the ``pixel`` codec, 8 for a Flux autoencoder).
     latent_patch:    latent positions along one side of one sequence token.
     vit_mean, vit_std: mean and deviation per channel that normalize the ViT's input, for pixels in [0, 1].
-    vit_resize:      how an input image is resized.
+    vit_resize:      how an input image is resized, a name in RESIZE_RULES.
     """
 
     vit_patch: int
@@ -39,7 +50,7 @@ class ImageGeometry:
     latent_patch: int
     vit_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     vit_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    vit_resize: ResizeRule = "fit"
+    vit_resize: str = "fit"
     vit_queries: tuple[int, ...] = ()
     vit_query_sides: tuple[int, ...] = ()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchtitan.config.job_config import DataLoader
 
-from symbiotic_titan.codecs.files import codec_info
+from symbiotic_titan.codecs.codec import codec_info
 from symbiotic_titan.config.experts import PARTITION_RULES
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import OPTIMIZER_BUILDERS

@@ -21,7 +21,7 @@ from symbiotic_titan.config.experts import (
     Shielding,
 )
 from symbiotic_titan.config.extension import import_extension
-from symbiotic_titan.config.generation import SOLVERS
+from symbiotic_titan.config.generation import CODECS, SOLVERS
 from symbiotic_titan.config.job import JobConfig, job_config_class
 from symbiotic_titan.config.load import check_table, load_job_config
 from symbiotic_titan.config.losses import LOSS_TERMS, TIMESTEP_DISTRIBUTIONS
@@ -47,6 +47,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 REGISTRIES = (
+    CODECS,
     FORMATS,
     PACKINGS,
     LOSS_TERMS,

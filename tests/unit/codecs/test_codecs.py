@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from symbiotic_titan.codecs import codec as codec_module
-from symbiotic_titan.codecs.build import build_codec
+from symbiotic_titan.codecs.codec import build_codec
 from symbiotic_titan.codecs.flux import autoencoder_module
 from symbiotic_titan.config.generation import Latents
 

@@ -7,7 +7,7 @@ import torch
 
 from symbiotic_titan.codecs import batch as codec_batch
 from symbiotic_titan.codecs.batch import BatchEncoder, build_batch_encoder, image_places
-from symbiotic_titan.codecs.build import build_codec
+from symbiotic_titan.codecs.codec import build_codec
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import (

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from symbiotic_titan.codecs.files import codec_info, fingerprint, flux_shape
+from symbiotic_titan.codecs.codec import codec_info, fingerprint
+from symbiotic_titan.codecs.flux import flux_sizes
 from symbiotic_titan.config.generation import Latents
 
 KL = {
@@ -29,7 +30,7 @@ def kl_folder(tmp_path):
 
 def test_sizes_of_a_flux_autoencoder_are_read_off_its_tensors(write_flux):
     path = write_flux(ch=64, ch_mult=(1, 2, 1), num_res_blocks=2, z_channels=6)
-    shape = flux_shape(Path(path))
+    shape = flux_sizes(Path(path))
     assert (shape.width, shape.multiples) == (64, (1, 2, 1))
     assert (shape.blocks_per_level, shape.channels) == (2, 6)
     info = codec_info(Latents(codec="flux", path=path))
@@ -86,7 +87,7 @@ def test_files_of_something_else_are_refused(tmp_path, kl_folder):
     with pytest.raises(ValueError, match="no Flux autoencoder, for it has no tensor 'encoder.conv"):
         codec_info(Latents(codec="flux", path=str(path)))
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="is no whole safetensors file"):
+    with pytest.raises(ValueError, match="is no complete safetensors file"):
         codec_info(Latents(codec="flux", path=str(path)))
     with pytest.raises(ValueError, match="holds a VQModel, but latents.codec is 'autoencoder_kl'"):
         codec_info(Latents(codec="autoencoder_kl", path=kl_folder(_class_name="VQModel")))

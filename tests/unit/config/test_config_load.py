@@ -107,7 +107,7 @@ ROW = {"name": "a", "task": "lm", "format": "jsonl", "path": "x"}
         ([ROW, ROW], "[[data.sources]] #1 (a): name is used twice"),
         (
             [{**ROW, "task": "t2v"}],
-            "#1.task: must be one of 'lm', 'mmu', 't2i', 't2i_long', 'interleaved', got 't2v'",
+            "#1.task = 't2v': nothing is registered under this name; choose from lm, mmu, t2i, t2i_long, interleaved",
         ),
         ([{**ROW, "taks": "lm"}], "unknown key 'taks'; did you mean 'task'?"),
         ([{"name": "a"}], "[[data.sources]] #1: missing key 'task'"),

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from symbiotic_titan.codecs.batch import BatchEncoder
-from symbiotic_titan.codecs.build import build_codec
+from symbiotic_titan.codecs.codec import build_codec
 from symbiotic_titan.codecs.flux import autoencoder_module
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
@@ -184,7 +184,9 @@ def test_the_writer_does_not_mix_two_codecs_in_one_folder(
 
 
 def test_a_missing_or_damaged_manifest_is_named(make_loader, tmp_path, pixel_cache):
-    with pytest.raises(ValueError, match=r"#1 \(t2i\): latents.cache has no .*tools/cache_latents"):
+    with pytest.raises(
+        ValueError, match=r"#1 \(t2i\): latents.cache has no .*symbiotic cache-latents"
+    ):
         make_loader(latents=Latents(cache=str(tmp_path)))
     shutil.copytree(pixel_cache, tmp_path, dirs_exist_ok=True)
     (tmp_path / "data" / "t2i" / MANIFEST).write_text("{}")

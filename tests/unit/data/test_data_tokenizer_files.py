@@ -10,7 +10,7 @@ import jinja2
 import pytest
 import tokenizers
 
-from symbiotic_titan.config.tokenizer import FAMILIES, PLAIN, Tokenizer
+from symbiotic_titan.config.tokenizer import PLAIN, TOKEN_FAMILIES, Tokenizer
 from symbiotic_titan.data.fingerprint import (
     check_fingerprint,
     fingerprint_of,
@@ -105,7 +105,9 @@ def test_a_special_token_in_a_text_comes_back_as_the_text_it_was(open_, name):
 
 def test_every_special_role_has_a_default_in_every_family():
     roles = [field.name for field in dataclasses.fields(SpecialTokens)]
-    assert all(list(family.special) == roles for family in FAMILIES.values())
+    assert all(
+        list(family.special) == roles for family in map(TOKEN_FAMILIES.__getitem__, TOKEN_FAMILIES)
+    )
 
 
 def test_qwen_files_keep_their_tokens_and_get_those_for_generated_images_behind(open_, folders):
@@ -262,10 +264,10 @@ def test_a_pickled_tokenizer_is_the_same_without_its_file(open_, folders, tmp_pa
 FORKED = """
 import os, sys
 from symbiotic_titan.config.tokenizer import Tokenizer
-from symbiotic_titan.data.vocabulary_files import open_vocabulary
+from symbiotic_titan.data.tokenizer import open_tokenizer
 text = "a red circle " * 1000
 for kind, path in zip(("huggingface", "sentencepiece"), sys.argv[1:]):
-    vocabulary = open_vocabulary(Tokenizer(kind=kind, path=path), open(path, "rb").read(), {})
+    vocabulary = open_tokenizer(Tokenizer(kind=kind, path=path))
     ids = vocabulary.encode(text)
     child = os.fork()
     if child == 0:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from symbiotic_titan.codecs.build import build_codec
+from symbiotic_titan.codecs.codec import build_codec
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.inference.generator import Generator
