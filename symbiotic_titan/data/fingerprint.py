@@ -1,8 +1,7 @@
-"""The fingerprint of a data state: what must be the same on resume, and what to tell a user who resumes with something else.
+"""The fingerprint of a data state: what must be the same on resume, and the errors if it is not.
 
-It covers the order of the samples and the documents they become. It leaves out how documents are packed (packing, look-ahead), who
-reads them (workers, ranks), what happens at a source's end, and which samples are bad: a run that stopped for such a reason must be
-able to continue with the remedy.
+It covers the order of the samples and the documents they become. It leaves out packing and look-ahead, workers and ranks,
+``at_end``, and the treatment of bad samples: a run that one of these stopped must be able to resume with a new setting.
 """
 
 from hashlib import sha256
@@ -11,7 +10,7 @@ from typing import Any
 
 from symbiotic_titan.data.streams import PipelineSpec
 
-# Settings of [data] that decide what documents a sample becomes.
+# Settings of [data] that affect the documents made of a sample.
 DOCUMENT_KEYS = (
     "vit_pixels",
     "vit_min_pixels",
@@ -23,7 +22,7 @@ DOCUMENT_KEYS = (
 
 
 def fingerprint_of(spec: PipelineSpec) -> dict[str, Any]:
-    """The fingerprint, JSON-able. A file counts by name, size and number of samples, so that data may move to another folder."""
+    """The fingerprint, JSON-able. A file is identified by name, size and number of samples, so data may move to another folder."""
     files = {
         source.name: _hash_files(
             [(PurePosixPath(s.path).name, s.num_bytes, s.num_samples) for s in shards]
@@ -52,7 +51,7 @@ def _hash_files(files: list[tuple[str, int, int]]) -> str:
 
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise ValueError when the state was saved with other data or settings than the current ones.
+    """Raise ValueError if the state was saved with other data or settings.
 
     A key that an older version did not save counts as unchanged.
     """
@@ -98,7 +97,7 @@ def _check_sources(saved: dict[str, Any], current: dict[str, Any]) -> None:
                     "set it back",
                 )
     for name, value in saved.get("too_long", {}).items():
-        # A change to "truncate" is allowed: it is the remedy for a sample that was too long, and no waiting document was cut.
+        # Changing to "truncate" is allowed: it lets a run go on after a sample that was too long, and changes no waiting document.
         if value == "truncate" != current["too_long"][name]:
             _refuse(
                 f"too_long of source {name!r} was 'truncate', now it is {current['too_long'][name]!r}",

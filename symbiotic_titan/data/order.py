@@ -1,8 +1,7 @@
-"""The order of samples as arithmetic: nothing is drawn, so there is no random state to save.
+"""The order of samples as arithmetic: no random generator, so no random state to save.
 
-The samples of a source form one endless sequence, one epoch after another: number ``g`` is in epoch ``g // n`` at position
-``g % n``. Within an epoch the shards are permuted, then the samples of each shard. Reads thus stay within few files at a time,
-while every epoch has another order.
+The samples of a source form one endless sequence, epoch after epoch: index ``g`` is in epoch ``g // n`` at position ``g % n``.
+Each epoch permutes the shards, then the samples of each shard: the order changes while reads stay within a few files at a time.
 """
 
 from functools import lru_cache
@@ -10,7 +9,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-# Permutations kept per source. Enough for all streams, which are in the same shard at about the same time.
+# Permutations cached per source. A few suffice: all streams are in the same shard at about the same time.
 CACHED_PERMUTATIONS = 8
 
 
@@ -21,7 +20,8 @@ def hash_key(*parts: object) -> int:
 
 
 def hash_fraction(*parts: object) -> float:
-    """A number in [0, 1) that depends on ``parts`` alone, spread evenly."""
+    """A uniform number in [0, 1) that depends on ``parts`` alone."""
+    # 53 bits, the precision of a float64: more could round up to 1.
     return (hash_key(*parts) >> 11) / 2.0**53
 
 
@@ -42,7 +42,7 @@ def permutation(length: int, key: int) -> np.ndarray:
 
 
 class SourceOrder:
-    """Order of one source's samples; a pure function of seed, source name and shard sizes. Its caches are no state."""
+    """Order of one source's samples; a pure function of seed, source name and shard sizes."""
 
     def __init__(self, seed: int, name: str, shard_sizes: list[int]) -> None:
         self.num_samples = sum(shard_sizes)
@@ -53,7 +53,7 @@ class SourceOrder:
         self._samples = lru_cache(CACHED_PERMUTATIONS)(self._samples_of_shard)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(shard, sample within the shard) of number ``index`` of the endless sequence."""
+        """(shard, sample within the shard) at ``index`` in the endless sequence."""
         epoch, position = divmod(index, self.num_samples)
         order, ends = self._shards(epoch)
         place = int(np.searchsorted(ends, position, side="right"))

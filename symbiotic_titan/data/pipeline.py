@@ -1,4 +1,4 @@
-"""From config to loader: index the shards, compute the sizes, refuse what cannot work. Runs once per process, before training."""
+"""From config to loader: index the shards, compute the sizes, reject what cannot work. Runs once per process, before training."""
 
 import logging
 from math import ceil
@@ -42,8 +42,8 @@ def build_loader(
 ) -> PackedLoader:
     """The loader of data rank ``dp_rank``, with every shard indexed and every setting checked.
 
-    prefetch_factor: batches' worth of rows that each worker makes ahead; None: 2.
-    gather:          all-gather of a dict over the data ranks; needed where there are several.
+    prefetch_factor: rows that each worker makes ahead, in batches; None: 2.
+    gather:          all-gather of a dict over the data ranks; required if there are several.
     table:           where the user wrote the sources of ``config``, for messages.
 
     Raises:
@@ -77,6 +77,8 @@ def build_loader(
 
 
 def _streams_of_rank(num_streams: int, dp_rank: int, dp_world_size: int) -> range:
+    # Consecutive streams, as the trainer numbers the rows of a global batch: with one stream per row, a row keeps its noise, which is
+    # seeded by that number, on any number of ranks.
     per_rank, rest = divmod(num_streams, dp_world_size)
     if rest or not per_rank:
         nearest = dp_world_size * max(1, round(num_streams / dp_world_size))
@@ -89,6 +91,7 @@ def _streams_of_rank(num_streams: int, dp_rank: int, dp_world_size: int) -> rang
 
 
 def _check_workers(num_workers: int, num_streams: int) -> None:
+    # A worker with more streams than the others would deliver them late, and all rows come round robin.
     if num_workers and num_streams % num_workers:
         fitting = max(w for w in range(1, num_workers) if num_streams % w == 0)
         raise ValueError(
@@ -108,12 +111,12 @@ def build_spec(
     global_batch_size: int,
     table: str = "[[data.sources]]",
 ) -> PipelineSpec:
-    """The spec of all streams. Sources of weight zero are left out. ``table``: where the user wrote the sources, for messages.
+    """The spec of all streams. Sources of weight zero are left out. ``table``: the config table of the sources, for messages.
 
     Raises:
         ValueError: no source, shards that are missing, empty or unreadable, or images that cannot fit a packed sequence.
     """
-    # Each source with its number in the config, which messages name.
+    # Each source keeps its number in the config, for messages: leaving out those of weight zero would shift it.
     rows = [(i, s) for i, s in enumerate(config.sources, start=1) if s.weight > 0]
     if not rows:
         raise ValueError(f"{table}: there is none; name at least one source")
@@ -141,6 +144,7 @@ def build_spec(
         config=config,
         sources=[source for _, source in rows],
         shards=[indexed(config, s, f"{table} #{i} ({s.name})") for i, s in rows],
+        # One stream per row of the global batch: each batch then takes one row of every stream on any number of ranks.
         num_streams=config.num_lanes or global_batch_size,
         tokenizer=tokenizer.fingerprint,
         size=size,
@@ -151,6 +155,7 @@ def build_spec(
 
 def indexed(config: Data, source: DataSource, where: str) -> list[Shard]:
     """The shards of ``source``, checked for the fields that its task needs."""
+    # A damaged end of a file is then one more bad sample, instead of an error before training.
     tolerant = source.bad_samples_of(config) == "skip"
     shards = index_source(source, where, cache_folder=config.cache_folder, tolerant=tolerant)
     check_names(source, shards, where)
@@ -186,7 +191,7 @@ def _check_images_fit(
     for task in sorted(name for name in tasks if TASKS[name].has_targets):
         step = geometry.vae_token_pixels
         buckets = aspect_buckets(config.vae_pixels, step, config.max_aspect)
-        num_tokens = max((h * w // step**2 for h, w in buckets), default=0)
+        num_tokens = max((h * w // step**2 for h, w in buckets), default=0)  # 0 is refused below
         num_text = overhead + 1  # a caption of one token
         held = size.num_vae_tokens
         _check_image("vae", config.vae_pixels, step, num_tokens, num_text, size, task, held)
@@ -202,8 +207,8 @@ def _check_image(
     task: str,
     held: int,
 ) -> None:
-    """Refuse a sequence, or the part of one that ``task`` may take, that is too short for the largest image with the least text,
-    and one that may hold fewer tokens of such images, ``held``, than a single image has."""
+    """Refuse sizes that the largest image with the least text does not fit: the sequence, the task's share of it, or ``held``, the
+    image tokens that a sequence may hold. Training would otherwise skip such samples, or stop at the first one."""
     if not num_tokens:
         raise ValueError(
             f"data.{kind}_pixels: {pixels} pixels hold no token of {step} x {step}; set at least {step**2}"
@@ -228,7 +233,7 @@ def _check_image(
 
 
 def _check_texts_fit(sources: list[DataSource], size: SequenceSize, opening: int) -> None:
-    """Refuse a share of a task whose texts are split that holds nothing after the ``opening`` tokens of a document."""
+    """Refuse a task's share of a sequence that holds only the ``opening`` tokens: splitting a text over it would never advance."""
     for source in sources:
         num_tokens = size.of_task(task_number(source.task))
         if TASKS[source.task].splits_text and num_tokens <= opening:

@@ -1,7 +1,7 @@
-"""Sources on disk or at an fsspec URL: their shards, indexed once, and a reader that fetches samples by number.
+"""Sources on disk or at an fsspec URL: their shards, indexed once, and a reader that fetches samples by index.
 
-The shards are plain data and are sent to worker processes; the reader owns open files and is made in the process that reads.
-How files of each format are indexed and read: see ``formats``.
+Shards are plain data and are sent to worker processes; a reader owns open files and is made in the process that reads.
+Each format indexes and reads its files in ``formats``.
 """
 
 import functools
@@ -35,7 +35,7 @@ from symbiotic_titan.data.formats.shard import (
 from symbiotic_titan.data.formats.unpack import compression_of, unpacked
 from symbiotic_titan.sequence.tasks import TASKS
 
-# Samples of a source that are read to see which names its samples have.
+# Samples of a source that are read to find out which fields they have.
 NUM_INSPECTED = 16
 
 # Seconds between two log lines about indexing.
@@ -45,18 +45,18 @@ LOG_SECONDS = 15
 def index_source(
     source: DataSource, where: str, *, cache_folder: str = "", tolerant: bool = False
 ) -> list[Shard]:
-    """All shards of ``source``, sorted by path. Every file is read once, as far as its format needs: tar headers, lines, footers.
+    """All shards of ``source``, sorted by path. Reads of every file what its index needs: tar headers, lines or footers.
 
-    where:        the config row, which leads the messages.
-    cache_folder: where indexes are kept and compressed files are unpacked to; "" for neither.
-    tolerant:     the part of a file that cannot be read counts as one bad sample after the others, instead of an error.
+    where:        the config row, for messages.
+    cache_folder: for indexes and unpacked files; "": keep neither.
+    tolerant:     count the unreadable part of a file as one bad sample after the others, instead of raising.
 
     Raises:
         ValueError: no file matches, or a file is empty, damaged or not of its format.
     """
     paths = expand(source.path, where)
-    # Processes that start together share the work through the cache, if each goes through the files in an order of its own.
-    # This random order decides nothing else: the shards are sorted below.
+    # Each process indexes in its own random order, so that processes that start together share the work through the cache.
+    # The shards are sorted below, so the order affects nothing else.
     order = random.Random().sample(paths, len(paths)) if cache_folder else paths
     found: dict[str, list[Shard]] = {}
     for path in _logged(order, where):
@@ -98,14 +98,14 @@ def _index_file(
 
 
 def check_names(source: DataSource, shards: list[Shard], where: str) -> None:
-    """Raise ValueError when no sample has the fields of the source's task, judged by a few samples or by a schema."""
+    """Raise ValueError if no sample has the fields of the source's task, judged by a few samples or by a schema."""
     names = _names_seen(shards)
     if names:
         check_fields(TASKS[source.task], source.keys, names, where)
 
 
 def _plain(path: str, cache_folder: str, where: str) -> tuple[File, str]:
-    """The file ``path``, unpacked where it is compressed, and why it could not be unpacked to its end."""
+    """The file ``path``, unpacked if it is compressed, and why unpacking stopped early ("" if it did not)."""
     data, damage = path, ""
     if compression_of(path):
         data, damage = unpacked(path, cache_folder, where)
@@ -114,7 +114,7 @@ def _plain(path: str, cache_folder: str, where: str) -> tuple[File, str]:
 
 
 def _columns(source: DataSource, names: list[str]) -> list[str]:
-    """Those of ``names`` that may hold fields of the source's task; other columns are not decoded."""
+    """The ``names`` that may hold fields of the source's task; other columns are not decoded."""
     fields = {"image", *TASKS[source.task].fields}
     wanted = [name for field in fields for name in names_of(field, source.keys)]
     heads = {name for path in wanted for name in (path, *(head for head, _ in dotted(path)))}
@@ -122,7 +122,7 @@ def _columns(source: DataSource, names: list[str]) -> list[str]:
 
 
 def _names_seen(shards: list[Shard]) -> set[str]:
-    """Names of a few samples, spread over the shards; empty where all of these are bad."""
+    """Field names of a few samples, spread over the shards; empty if all of them are bad."""
     reader = Reader(shards)
     names: set[str] = set()
     inspected = range(0, len(shards), -(-len(shards) // NUM_INSPECTED))
@@ -139,7 +139,7 @@ def _names_seen(shards: list[Shard]) -> set[str]:
 
 
 def expand(path: str, where: str) -> list[str]:
-    """Files that ``path`` names, sorted: the order of samples depends on it. A path that exists is no pattern, even with a ``*``."""
+    """Files that match ``path``, sorted, because the order of samples depends on it. An existing path with a ``*`` is no pattern."""
     try:
         filesystem, pattern = url_to_fs(path)
     except (ValueError, ImportError) as error:
@@ -155,14 +155,14 @@ def expand(path: str, where: str) -> list[str]:
 
 
 class Reader:
-    """Fetches samples of one source by shard and number. Not to be shared between processes, which would share file positions."""
+    """Fetches samples of one source by shard and index. Do not share it between processes: they would share file positions."""
 
     def __init__(self, shards: list[Shard]) -> None:
         self._shards = shards
         self._files: OrderedDict[int, OpenShard] = OrderedDict()
 
     def read(self, shard: int, sample: int) -> Sample:
-        """Raises BadSample: it cannot be read."""
+        """Raises BadSample if it cannot be read."""
         at = self._shards[shard]
         key = at.key(sample)
         try:
@@ -178,7 +178,7 @@ class Reader:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        # Least recently used first: the streams of a process read near each other, so a few open shards serve them all.
+        # LRU eviction: the streams of a process read near each other, so a few open shards serve them all.
         if len(self._files) >= self._shards[shard].max_open:
             self._files.popitem(last=False)[1].close()
         self._files[shard] = self._shards[shard].open()

@@ -1,19 +1,19 @@
 """Streams: independent, endless series of packed sequences. Row r of the run comes from stream r % num_streams.
 
-A stream is a pure function of (config, seed, stream number), so that neither the number of ranks nor that of workers changes
-what is trained, and a resume continues exactly. One sample at a time, until enough documents wait:
+A stream is a pure function of (config, seed, stream number): the numbers of ranks and workers do not change the training data,
+and a resume is exact. It reads one sample at a time until ``data.lookahead`` documents wait:
 
     1. the mixture names the source                         counts of this stream -> source
-    2. the stream's k-th sample of a source is number k * num_streams + stream of the source's endless sequence
-    3. the order locates that number, the reader fetches it                number -> shard and sample -> bytes
+    2. the stream's k-th sample of a source has index k * num_streams + stream in the source's endless sequence
+    3. the order locates that index, the reader fetches it                  index -> shard and sample -> bytes
     4. the sample becomes documents, which wait; a bad sample is skipped or stops the run
-    5. the packing chooses documents among those waiting                         documents -> packed sequence
+    5. the packing chooses among the waiting documents                           documents -> packed sequence
 
-A stream ends where step 2 leads beyond the first epoch of a source that stops the run (``data.at_end``). Waiting documents are
-still packed; after them its sequences are empty.
+A stream ends when step 2 goes past the first epoch of a source that stops the run (``data.at_end``). The waiting documents are
+still packed; all later sequences are empty.
 
-The state between two sequences is a few counters and the numbers of the waiting documents, which are read again on resume: a
-checkpoint stays small, whatever the look-ahead.
+The state between two sequences is a few counters and the indices of the waiting documents, which a resume reads again: a checkpoint
+holds no tokens or pixels, whatever the look-ahead.
 """
 
 import logging
@@ -34,12 +34,12 @@ class MakesDocuments(Protocol):
     """What a stream needs of ``samples.DocumentMaker``."""
 
     def make(self, source: DataSource, sample: Sample, index: int) -> list[Document]:
-        """The documents of number ``index`` of the source's endless sequence; raises BadSample."""
+        """The documents of the sample at ``index`` in the source's endless sequence; raises BadSample."""
 
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """All that decides a stream's sequences, besides its number. Plain data: worker processes get a copy."""
+    """Everything, except its number, that determines a stream's sequences. Plain data: worker processes get a copy."""
 
     config: Data
     sources: list[DataSource]
@@ -52,17 +52,17 @@ class PipelineSpec:
 
 
 class StreamState(TypedDict):
-    """A stream between two sequences, JSON-able. Its keys are part of checkpoints. Lists have one entry per source.
+    """A stream's state between two sequences, JSON-able. Checkpoints contain its keys. Lists have one entry per source.
 
     rows:      sequences made so far.
-    scheduled: samples of each source that the mixture has counted.
-    read:      samples read of each source; those beyond ``scheduled`` were skipped.
-    skipped:   of each source, how many by reason. (States of older versions lack this and the next four.)
-    in_a_row:  of each source, how many were skipped since its last good sample.
-    truncated: of each source, how many were cut to fit.
-    tokens:    of each source, the tokens of the samples that the mixture has counted.
-    ended:     the source whose end the stream has reached, else -1. Once nothing waits, all further sequences are empty.
-    waiting:   (source, number in its endless sequence, part) of each waiting document.
+    scheduled: good samples so far, which the mixture counts.
+    read:      samples read so far, skipped ones included.
+    skipped:   samples skipped so far, by reason. (States of older versions lack this and the next four.)
+    in_a_row:  samples skipped since the last good one.
+    truncated: samples cut to fit.
+    tokens:    tokens of the good samples.
+    ended:     the source whose end the stream has reached, else -1. Once no document waits, all further sequences are empty.
+    waiting:   (source, index in its endless sequence, part) of each waiting document.
     """
 
     rows: int
@@ -77,7 +77,7 @@ class StreamState(TypedDict):
 
 
 class OpenSource:
-    """A source in the process that reads it: its order and its open files, shared by all streams of the process."""
+    """A source in the process that reads it: its order and open files, shared by all streams of the process."""
 
     def __init__(self, spec: PipelineSpec, number: int) -> None:
         self.config = spec.sources[number]
@@ -88,17 +88,17 @@ class OpenSource:
         self._stops = self.config.at_end_of(spec.config) == "stop"
 
     def has(self, index: int) -> bool:
-        """Whether number ``index`` of the endless sequence may be read; not beyond the end of a source that stops the run."""
+        """False if ``index`` is past the end of a source that stops the run."""
         return not self._stops or index < self._order.num_samples
 
     def documents(self, index: int) -> list[Document]:
-        """The documents of number ``index`` of the endless sequence; raises BadSample."""
+        """The documents of the sample at ``index`` in the endless sequence; raises BadSample."""
         return self._maker.make(self.config, self._reader.read(*self._order.locate(index)), index)
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A document that waits to be packed, and where it can be read again."""
+    """A document that waits to be packed, and the indices from which a resume reads it again."""
 
     source: int
     index: int
@@ -133,20 +133,20 @@ class Stream:
         self._waiting = _read_again(sources, state["waiting"])
 
     def next_row(self) -> PackedBatch:
-        """The next packed sequence; raises ValueError for a bad sample, as data.bad_samples says."""
+        """The next packed sequence; raises ValueError for a bad sample that ``data.bad_samples`` does not skip."""
         self._read_ahead(self._spec.config.lookahead)
         documents = [waiting.document for waiting in self._waiting]
         chosen = self._choose(documents, self._spec.size) if documents else []
         taken = set(chosen)
         self._waiting = [w for i, w in enumerate(self._waiting) if i not in taken]
         self._num_rows += 1
-        # Only reading tells that a source has ended. Done now, the state says whether this was the last sequence.
+        # The end of a source is only found by reading. Reading now lets the state say whether this sequence was the last.
         self._read_ahead(1)
         return self._spec.builder.build([documents[i] for i in chosen])
 
     def state(self) -> StreamState:
         """``Stream(..., state)`` continues with exactly the sequences that would have come next."""
-        # Copies: a worker makes further sequences before the trainer takes this one and its state.
+        # Copies: this stream goes on to later sequences before the trainer has received this one and its state.
         return {
             "rows": self._num_rows,
             "scheduled": list(self._scheduled),
@@ -165,15 +165,15 @@ class Stream:
             self._read_next()
 
     def _read_next(self) -> None:
-        """Read one sample. A bad one does not count for the mixture, so the next sample comes from the same source."""
+        """Read one sample. A bad one is not counted, so the mixture chooses the same source again and its shares stay exact."""
         by_tokens = self._spec.config.mixture_by == "tokens"
         source = self._mixture.next(self._number, self._tokens if by_tokens else self._scheduled)
-        # Interleaved: every number of the endless sequence belongs to exactly one stream.
+        # Interleaved: every index belongs to exactly one stream, so no sample is lost or repeated, without communication.
         index = self._read[source] * self._spec.num_streams + self._number
         if not self._sources[source].has(index):
             self._ended = source
             return
-        self._read[source] += 1
+        self._read[source] += 1  # also for a bad sample: a resume must not read it again
         try:
             documents = self._sources[source].documents(index)
         except BadSample as error:
@@ -209,13 +209,13 @@ class Stream:
                 f"data.max_bad_in_a_row = {data.max_bad_in_a_row}; the last one is {error}; repair the shards, correct the "
                 "source, or raise the limit"
             )
-        # Only this stream's own count; the loader checks all streams of a rank. Here it stops a stream that finds no good sample.
+        # The loader checks all streams of a rank, but only after each batch, which a stream without good samples would never complete.
         if not passed_over:
             check_skipped(self._spec, [self.state()], f"; the last one is {error}")
 
 
 def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -> list[Waiting]:
-    """The documents of a saved state. Several parts of one long text may wait; it is read once."""
+    """The documents of a saved state. A text with several waiting parts is read once."""
     samples: dict[tuple[int, int], list[Document]] = {}
     for source, index, _ in places:
         if (source, index) not in samples:
@@ -250,7 +250,7 @@ def new_state(spec: PipelineSpec) -> StreamState:
 
 
 def resumed(spec: PipelineSpec, saved: dict[str, Any]) -> StreamState:
-    """``saved`` with zeros for keys that older versions lacked. A stream that reached the end of a source that now repeats continues."""
+    """``saved``, with zeros for keys that older versions lacked. A stream that ended goes on if its source now repeats."""
     state: StreamState = new_state(spec) | saved  # type: ignore[assignment, operator]
     if state["ended"] >= 0 and spec.sources[state["ended"]].at_end_of(spec.config) == "repeat":
         state["ended"] = -1
@@ -258,21 +258,20 @@ def resumed(spec: PipelineSpec, saved: dict[str, Any]) -> StreamState:
 
 
 def ended_sources(spec: PipelineSpec, states: list[StreamState]) -> list[str]:
-    """Names of the sources whose end the streams of ``states`` have reached; empty while one of these has a document left."""
+    """Names of the sources whose end the streams have reached; empty while any stream has a document left."""
     if any(state["ended"] < 0 or state["waiting"] for state in states):
         return []
     return [spec.sources[number].name for number in sorted({s["ended"] for s in states})]
 
 
 def open_mixture(spec: PipelineSpec) -> Mixture:
-    """The schedule that all streams of ``spec`` follow."""
+    """The mixture of all streams. It is stateless, so sharing it does not couple them."""
     weights = [source.weight for source in spec.sources]
     return Mixture(weights, spec.num_streams, spec.config.mixture_by)
 
 
 def num_skipped(spec: PipelineSpec, states: list[StreamState]) -> list[int]:
-    """Bad samples skipped so far, per source: those read and not counted by the mixture, without those that
-    ``too_long = "skip"`` passes over."""
+    """Bad samples skipped so far, per source: read - scheduled, without samples that ``too_long = "skip"`` passes over."""
     return [
         sum(
             state["read"][number]
@@ -287,7 +286,7 @@ def num_skipped(spec: PipelineSpec, states: list[StreamState]) -> list[int]:
 
 
 def count_reasons(states: list[StreamState]) -> dict[str, int]:
-    """Samples skipped by reason, and samples ``truncated``, over all sources. Reasons that did not occur count 0."""
+    """Skipped samples by reason, and ``truncated`` samples, over all sources; 0 for a reason that did not occur."""
     counts = dict.fromkeys((*REASONS, "truncated"), 0)
     for state in states:
         for reasons in state["skipped"]:
@@ -298,7 +297,7 @@ def count_reasons(states: list[StreamState]) -> dict[str, int]:
 
 
 def check_skipped(spec: PipelineSpec, states: list[StreamState], last: str = "") -> None:
-    """Raise ValueError when the streams of ``states`` have skipped more than data.max_bad_samples."""
+    """Raise ValueError if the streams of ``states`` have together skipped more than data.max_bad_samples."""
     counts, limit = num_skipped(spec, states), spec.config.max_bad_samples
     if sum(counts) > limit:
         named = ", ".join(
