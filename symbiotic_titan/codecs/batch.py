@@ -16,7 +16,7 @@ from symbiotic_titan.sequence.geometry import (
 
 @dataclass(frozen=True)
 class ImagePlace:
-    """An image of ``rows`` x ``columns`` tokens, the first of which is token ``start`` of row ``row`` of the batch."""
+    """An image of ``rows`` x ``columns`` tokens. It begins at latent token ``start`` of row ``row`` of the batch."""
 
     row: int
     start: int
@@ -59,7 +59,7 @@ class BatchEncoder:
 
 
 def image_places(vae_image_BL: torch.Tensor, vae_coords_BLA: torch.Tensor) -> list[ImagePlace]:
-    """Where each image to be generated lies. Tokens of an image are adjacent and in row-major order."""
+    """Where each target image lies. Tokens of an image are adjacent and in row-major order."""
     numbers_BL, coords_BLA = vae_image_BL.cpu(), vae_coords_BLA.cpu()  # device sync
     places = []
     for row, numbers_L in enumerate(numbers_BL):
@@ -76,8 +76,8 @@ def image_places(vae_image_BL: torch.Tensor, vae_coords_BLA: torch.Tensor) -> li
 def build_batch_encoder(
     latents: Latents, geometry: ImageGeometry, device: torch.device | str, *, needed: bool = True
 ) -> BatchEncoder:
-    """The step between the loader and the model; the codec is loaded only where batches carry pixels. ``needed``: whether there
-    are images to be generated at all.
+    """The step between the loader and the model; the codec is loaded only where batches carry pixels. ``needed``: whether
+    there are target images at all.
 
     Raises:
         ValueError: see ``build_codec``.

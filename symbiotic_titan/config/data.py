@@ -139,14 +139,14 @@ class Data:
     number of ranks."""
 
     mixture_by: MixtureBy = "samples"
-    """What the weights of the sources are shares of: of samples, or of tokens, which images and long texts have more of. Either is
-    followed exactly in every stream, not only on average: after any sample a source is less than one sample, or about one longest
+    """Whether the weights of the sources are shares of the samples or of the tokens; images and long texts have more tokens. Either
+    is kept exactly in every stream, not only on average: after any sample a source is less than one sample, or about one longest
     sample, off its share (``data/mixture.py`` has the proofs). Changing it on a resumed run is refused."""
 
     at_end: AtEnd = "repeat"
     """What happens when all samples of a source were read: they come again in another order; or the run stops, with every sample
-    of that source trained exactly once. A stream that needs a sample beyond the end first uses up those that wait, then gives empty
-    rows until all streams are there; that is the last step, and a full checkpoint is saved. Training does not last longer than
+    of that source trained exactly once. A stream at its end first uses up its waiting samples, then gives empty rows until all
+    streams have ended; that is the last step, and a full checkpoint is saved. Training does not last longer than
     ``training.steps`` in any case, and the learning rate follows that number. May change on a resumed run: with ``repeat`` it
     goes on."""
 
@@ -173,15 +173,15 @@ class Data:
     """Latent tokens a row may hold; 0 means as many as the row is long."""
 
     vit_pixels: int = 1024
-    """Pixel budget of an image to be understood; it keeps its shape within it. Where learned queries read the images (Aria): the pixels
-    of the square that every image is laid in, one of those that there are queries for."""
+    """Pixel budget of an input image, which keeps its aspect. Where learned queries read the images (Aria): the pixels of the square
+    that every image is laid in; the model must have queries for that size."""
 
     vit_min_pixels: int = 0
-    """Smaller images to be understood are enlarged to about so many pixels; 0 leaves them as they are. Where learned queries read the
-    images: the shorter side is stretched to at least the square root of it."""
+    """Smaller input images are enlarged to about this many pixels; 0 leaves them as they are. Where learned queries read the images:
+    the shorter side is stretched to at least its square root."""
 
     vae_pixels: int = 1024
-    """Pixel budget of an image to be generated; it is resized to the nearest aspect bucket within it."""
+    """Pixel budget of a target image, which is resized to the nearest aspect bucket."""
 
     max_aspect: float = 2.0
     """Longest side over shortest side of the aspect buckets."""

@@ -31,10 +31,10 @@ class Float8:
     """Scales of linear layers: per tensor, per row, or per row with the weights' gradients in the model's precision."""
 
     experts: bool = True
-    """Whether the grouped matmuls of routed experts are converted too. Their scales are per row whatever the recipe."""
+    """Whether the grouped matmuls of routed experts are converted too. Their scales are per row in any case."""
 
     all_gather: bool = False
-    """Whether FSDP gathers the weights of linear layers in float8: half the bytes of bfloat16. Recipe 'tensorwise' only."""
+    """Whether FSDP gathers the weights of linear layers in float8: half the bytes of bfloat16. Needs scales per tensor."""
 
     def __post_init__(self) -> None:
         if self.all_gather and self.recipe != "tensorwise":

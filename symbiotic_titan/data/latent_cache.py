@@ -1,12 +1,12 @@
 """A cache of latents: tar shards in place of a source's images, and a manifest that says what they were made of.
 
     <latents.cache>/data/<source>/          of [[data.sources]]; validation/<source>/ of [[validation.sources]]
-        manifest.json                       written first: how images were encoded, and all shards there will be
+        manifest.json                       written first: how images were encoded, and all shards that the cache will have
         00000-<name of the file>.tar        one for each shard of the source, with its samples in its order;
                                             <key>.json, the fields of its task, and <key>.safetensors, the latents
 
 A run that reads it has the rows that it would have had without it: the shards have the same samples in the same order, and a
-sample whose image was bad is there without latents. The source's own files are not read, and need not be there any more.
+sample whose image was bad has no latents. The source's own files are not read, and may have been removed.
 """
 
 import glob

@@ -117,7 +117,7 @@ class FileTokenizer(BaseTokenizer):
     ) -> None:
         super().__init__()
         self._made_of = (section, data, declared, vocabulary)
-        self._file = open_vocabulary(section, data, declared, vocabulary)
+        self._file = open_vocabulary(section.path, section.kind, data, declared, vocabulary)
         family = section.adapted(_family(section, self._file))
         self.added = [token for token in family.tokens if self._file.id_of(token) is None]
         self.vocab_size = self._file.size + len(self.added)
@@ -204,7 +204,7 @@ class FileTokenizer(BaseTokenizer):
 
 
 def _family(section: TokenizerSection, file: Vocabulary) -> TokenFamily:
-    """The section's family; with ``auto`` the one with the most signs, all of which the file has."""
+    """The section's family; with ``auto``, of the families whose signs the file has, the one with the most."""
     if section.family == AUTO:
         families = [TOKEN_FAMILIES[name] for name in TOKEN_FAMILIES]
         matching = [f for f in families if all(file.id_of(t) is not None for t in f.signs)]
@@ -234,11 +234,11 @@ def open_bytes(section: TokenizerSection) -> ByteTokenizer:
 
 
 def open_huggingface(section: TokenizerSection) -> FileTokenizer:
-    file = find_file(section, "tokenizer.json")
+    file = find_file(section.path, section.kind, "tokenizer.json")
     declared = declared_tokens(file.parent)
     return FileTokenizer(section, file.read_bytes(), declared, HuggingFaceVocabulary)
 
 
 def open_sentencepiece(section: TokenizerSection) -> FileTokenizer:
-    file = find_file(section, "tokenizer.model", pattern="*.model")
+    file = find_file(section.path, section.kind, "tokenizer.model", pattern="*.model")
     return FileTokenizer(section, file.read_bytes(), {}, SentencePieceVocabulary)

@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
-from symbiotic_titan.config.tokenizer import Tokenizer
-
 # Roles that a file may give tokens to by itself.
 DECLARED_ROLES = ("bos", "eos", "pad")
 
@@ -112,32 +110,32 @@ class SentencePieceVocabulary:
         return self._model.decode(ids)
 
 
-def find_file(section: Tokenizer, name: str, pattern: str = "") -> Path:
-    """The vocabulary file ``tokenizer.path``, or in that folder the file ``name`` or the only one that matches ``pattern``.
+def find_file(path: str, kind: str, name: str, pattern: str = "") -> Path:
+    """The vocabulary file at ``path``, or in that folder the file ``name`` or the only one that matches ``pattern``.
+
+    ``kind``: of the tokenizer, for messages.
 
     Raises:
         ValueError: there is none, or there are several.
     """
-    if not section.path:
+    if not path:
         raise ValueError(
-            f"tokenizer.path: empty; tokenizer.kind = {section.kind!r} needs a local file or folder"
+            f"tokenizer.path: empty; tokenizer.kind = {kind!r} needs a local file or folder"
         )
-    path = Path(section.path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ValueError(f"tokenizer.path: there is no file or folder {section.path!r}")
-    if (path / name).is_file():
-        return path / name
-    matching = sorted(path.glob(pattern)) if pattern else []
+    found = Path(path)
+    if found.is_file():
+        return found
+    if not found.is_dir():
+        raise ValueError(f"tokenizer.path: there is no file or folder {path!r}")
+    if (found / name).is_file():
+        return found / name
+    matching = sorted(found.glob(pattern)) if pattern else []
     if len(matching) == 1:
         return matching[0]
     if matching:
         names = ", ".join(m.name for m in matching)
-        raise ValueError(
-            f"tokenizer.path: {section.path!r} has several models ({names}); name one of them"
-        )
-    raise ValueError(f"tokenizer.path: {section.path!r} has no {name}; {_remedy(path, pattern)}")
+        raise ValueError(f"tokenizer.path: {path!r} has several models ({names}); name one of them")
+    raise ValueError(f"tokenizer.path: {path!r} has no {name}; {_remedy(found, pattern)}")
 
 
 def _remedy(folder: Path, pattern: str) -> str:
@@ -172,12 +170,13 @@ def declared_tokens(folder: Path) -> dict[str, str]:
 
 
 def open_vocabulary(
-    section: Tokenizer,
+    path: str,
+    kind: str,
     data: bytes,
     declared: Mapping[str, str],
     make: Callable[[bytes, Mapping[str, str]], Vocabulary],
 ) -> Vocabulary:
-    """The vocabulary that ``make`` reads from ``data``, the content of a file.
+    """The vocabulary that ``make`` reads from ``data``, the content of the file at ``path``; ``kind``: of the tokenizer.
 
     Raises:
         ValueError: it holds none.
@@ -188,6 +187,6 @@ def open_vocabulary(
             raise ValueError("it is empty")
     except ValueError as error:
         raise ValueError(
-            f"tokenizer.path: {section.path!r} is no vocabulary of tokenizer.kind = {section.kind!r}: {error}"
+            f"tokenizer.path: {path!r} is no vocabulary of tokenizer.kind = {kind!r}: {error}"
         ) from error
     return vocabulary
