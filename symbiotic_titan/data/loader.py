@@ -1,12 +1,11 @@
-"""The data loader: streams shared out over ranks and worker processes, and a state that does not depend on their numbers.
+"""The data loader: streams divided among ranks and worker processes, with a state that is independent of their numbers.
 
     rank k of N                streams [k L/N, (k+1) L/N) of the L streams
     worker w of W on a rank    every W-th of the rank's streams
-    main process               restores the order: always the stream with the fewest rows, of equals the lowest
+    main process               restores the order: the next row is that of the stream with the fewest rows, ties to the lowest
 
-So rows come round robin over the streams, whatever N and W are, also right after a resume in the middle of a round. The state
-holds every stream of every rank as of the rows that the trainer received. Rows that a worker made ahead of that are not in it
-and are made again after a resume.
+So rows come round robin over the streams for any N and W, also after a resume in the middle of a round. The state covers the rows
+that the trainer has received, for every stream of every rank; rows that workers made ahead are made again after a resume.
 """
 
 import atexit
@@ -40,10 +39,10 @@ from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 
 @dataclass(frozen=True)
 class SerializedRow:
-    """A row on its way from a worker process: one tensor instead of one per field.
+    """A row serialized for transfer from a worker process, as one tensor instead of one per field.
 
-    Every tensor sent between processes holds a file descriptor on both sides while it lives. With a dozen fields per row, the
-    rows that workers make ahead would exceed the usual limit of 1024.
+    Every tensor sent between processes holds a file descriptor on both sides while it lives. With a dozen per row, prefetching would
+    exceed the usual limit of 1024.
     """
 
     buffer: torch.Tensor
@@ -58,7 +57,7 @@ class SerializedRow:
         return cls(buffer, [(n, values[n].dtype, tuple(values[n].shape)) for n in names])
 
     def row(self) -> PackedBatch:
-        """The row again; its fields are views of ``buffer``."""
+        """The deserialized row; its fields are views of ``buffer``."""
         values: dict[str, Any] = {}
         start = 0
         for name, dtype, shape in self.layout:
@@ -68,7 +67,7 @@ class SerializedRow:
         return PackedBatch(**values)
 
 
-# Stream number -> state; what a stream yields: its number, the row, and the state after that row.
+# Stream number -> state; and what a stream yields: its number, a row, and the state after that row.
 States = dict[int, StreamState]
 StreamRow = tuple[int, PackedBatch, StreamState]
 # All-gather of ``States`` over the data ranks.
@@ -76,9 +75,10 @@ Gather = Callable[[States], list[States]]
 
 
 class PackedLoader(BaseDataLoader):
-    """Endless batches of this rank's rows. Every new iterator continues after the last batch that was handed out.
+    """Endless batches of this rank's rows. A new iterator continues after the last batch that was yielded.
 
-    Where a source stops the run, batches are empty once ``ended_sources`` names it: other ranks may still have rows.
+    After a source that stops the run has ended here (``ended_sources``), batches are padding only: other ranks may still have rows,
+    and every rank must take part in their collectives.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class PackedLoader(BaseDataLoader):
 
     @property
     def spec(self) -> PipelineSpec:
-        """All that decides the rows, besides which streams this rank has."""
+        """Everything that determines the rows, except this rank's choice of streams."""
         return self._spec
 
     @property
@@ -112,12 +112,12 @@ class PackedLoader(BaseDataLoader):
 
     @property
     def num_skipped(self) -> int:
-        """Bad samples that this rank's streams have skipped since the run began."""
+        """Bad samples that this rank's streams have skipped since the start of the run."""
         return sum(num_skipped(self._spec, list(self._states.values())))
 
     @property
     def skip_reasons(self) -> dict[str, int]:
-        """Samples that this rank's streams have skipped, by reason, and ``truncated`` ones; the keys are always the same."""
+        """Samples that this rank's streams have skipped, by reason, and ``truncated``; always with all keys."""
         return count_reasons(list(self._states.values()))
 
     @property
@@ -128,14 +128,14 @@ class PackedLoader(BaseDataLoader):
 
     @property
     def ended_sources(self) -> list[str]:
-        """Sources whose end this rank's streams have reached; empty while one of the streams has a row left."""
+        """Sources whose end this rank's streams have reached; empty while any stream has a row left."""
         return ended_sources(self._spec, list(self._states.values()))
 
     def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
         rows = self._rows()
         while True:
             taken = [next(rows) for _ in range(self._local_batch_size)]
-            # The state advances with rows that are handed out, not with those that workers made ahead.
+            # The state advances with the rows that are yielded, not with those that workers made ahead.
             for stream, _, state in taken:
                 self._states[stream] = state
             check_skipped(self._spec, list(self._states.values()))
@@ -143,18 +143,18 @@ class PackedLoader(BaseDataLoader):
             yield batch.pin_memory() if self._pin_memory else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """All streams of all ranks and their fingerprint; the same on every rank. A collective where there are several."""
+        """All streams of all ranks, and the fingerprint; the same on every rank. A collective if there are several ranks."""
         states = {n: state for part in self._gather(self._states) for n, state in part.items()}
         assert sorted(states) == list(range(self._spec.num_streams))
-        # One string, because a distributed checkpoint stores a nested dict leaf by leaf; its keys are those of older versions.
+        # One string, because a distributed checkpoint stores a nested dict leaf by leaf. The keys are kept for old checkpoints.
         saved = {"identity": fingerprint_of(self._spec), "lanes": states}
         return {"state": json.dumps(saved, sort_keys=True)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken, on any number of ranks and workers.
+        """Continue from ``state_dict``, which may come from other numbers of ranks and workers.
 
         Raises:
-            ValueError: it was taken with other data or settings; the message says which.
+            ValueError: it was saved with other data or settings; the message says which.
         """
         saved = json.loads(state_dict["state"])
         check_fingerprint(saved["identity"], fingerprint_of(self._spec))
@@ -167,7 +167,7 @@ class PackedLoader(BaseDataLoader):
         return _in_stream_order(_checked(self._worker_rows(dataset)), self._states)
 
     def _worker_rows(self, dataset: "StreamDataset") -> Iterator["StreamRow | WorkerError"]:
-        """Rows of the workers in turn. The workers end with this generator, or with the interpreter."""
+        """Rows of the workers in turn. The workers exit with this generator or with the interpreter."""
         running = [
             iter(
                 DataLoader(
@@ -177,12 +177,12 @@ class PackedLoader(BaseDataLoader):
                     num_workers=self._num_workers,
                     prefetch_factor=(self._prefetch_factor or 2) * self._local_batch_size,
                     worker_init_fn=_ignore_signals,
-                    # DataLoader draws a seed for its workers; from the global generator, that would change the noise of training.
+                    # DataLoader draws a base seed; its own generator keeps the global random state independent of num_workers.
                     generator=torch.Generator(),
                 )
             )
         ]
-        # At exit Python sends SIGTERM to child processes and waits for them; workers ignore it, so they must be gone by then.
+        # At exit Python sends SIGTERM to child processes and waits for them. Workers ignore it, so they must have exited before.
         atexit.register(running.clear)
         try:
             while True:
@@ -194,14 +194,14 @@ class PackedLoader(BaseDataLoader):
 
 
 class WorkerError:
-    """Message of a ValueError in a worker. Passed on as a value: DataLoader would wrap an exception in the worker's traceback."""
+    """Message of a ValueError in a worker. Sent as a value: DataLoader would wrap an exception in the worker's traceback."""
 
     def __init__(self, message: str) -> None:
         self.message = message
 
 
 class StreamDataset(IterableDataset):
-    """Rows of some streams, or of a worker's share of them."""
+    """Rows of the streams in ``states``; in a worker, of its share of them."""
 
     def __init__(self, spec: PipelineSpec, states: States) -> None:
         self._spec = spec
@@ -224,7 +224,7 @@ class StreamDataset(IterableDataset):
 
 
 def _round_robin(rows: dict[int, int]) -> Iterator[int]:
-    """Streams in the order their rows are read: the one with the fewest rows, of equals the lowest."""
+    """Streams in the order of their rows: always the one with the fewest rows, ties to the lowest number."""
     rows = dict(rows)
     while True:
         stream = min(rows, key=lambda n: (rows[n], n))
@@ -240,10 +240,10 @@ def _checked(rows: Iterator[StreamRow | WorkerError]) -> Iterator[StreamRow]:
 
 
 def _in_stream_order(rows: Iterator[StreamRow], states: States) -> Iterator[StreamRow]:
-    """``rows``, in order within each stream, brought into the order of ``_round_robin`` over all streams.
+    """``rows``, which are in order within each stream, reordered to ``_round_robin`` over all streams.
 
-    DataLoader asks its workers in turn, always from the first. At the start of a round that is the right order and nothing is
-    held back; after a resume in the middle of a round, a few rows per worker are.
+    DataLoader polls its workers in turn, starting with the first. That is already the right order, except after a resume in the
+    middle of a round, where a few rows per worker are buffered.
     """
     early: dict[int, deque[StreamRow]] = {stream: deque() for stream in states}
     for stream in _round_robin({n: state["rows"] for n, state in states.items()}):
@@ -259,6 +259,6 @@ def _serialized(item: Any) -> Any:
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the process group is for the trainer, which finishes its step and still needs rows for that."""
+    """A signal to the process group is meant for the trainer, which still needs rows to finish its step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -40,8 +40,8 @@ class SequenceSize:
     num_tokens:      positions, T.
     num_vit_tokens:  ViT tokens among them.
     num_vae_tokens:  latent tokens among them.
-    task_tokens:     index of a task -> positions that its documents may take; a task that is not named may take all.
-    num_vit_patches: patches that ``num_vit_tokens`` may stand for; None where a ViT token always is a square of patches.
+    task_tokens:     task number -> positions that its documents may take; a task without an entry may take all.
+    num_vit_patches: ViT patches of the sequence, P; None if a ViT token is always a square of patches, which then gives the number.
     """
 
     num_tokens: int
@@ -63,7 +63,7 @@ class SequenceSize:
         )
 
     def minus(self, document: Document) -> "SequenceSize":
-        """The room that is left after ``document``."""
+        """The remaining room after ``document``."""
         return SequenceSize(
             self.num_tokens - document.num_tokens,
             self.num_vit_tokens - document.num_vit_tokens,
@@ -75,15 +75,15 @@ class SequenceSize:
         )
 
 
-# data.packing: (waiting documents by age, room) -> indices of those that form the next sequence, in their order there. Index 0,
-# the oldest, must be among them, so that none waits for ever. A pure function: a resumed run must choose as before.
+# data.packing: (waiting documents by age, room) -> indices of the next sequence's documents, in order. They must include 0, the
+# oldest, so that no document waits forever. A pure function, because a resumed run must choose as the original would have.
 Packing = Callable[[list[Document], SequenceSize], list[int]]
 
 
 def longest_first(waiting: list[Document], size: SequenceSize) -> list[int]:
-    """The oldest document, then again and again the longest that still fits (of equals the oldest).
+    """The oldest document, then repeatedly the longest that still fits (ties to the oldest).
 
-    This is first-fit decreasing for one bin at a time. The oldest goes first so that none waits for more than ``len(waiting)``
+    First-fit decreasing for one bin at a time. The oldest goes first, so that no document waits for more than ``len(waiting)``
     sequences.
     """
     chosen = [0]
@@ -99,20 +99,19 @@ def longest_first(waiting: list[Document], size: SequenceSize) -> list[int]:
 def fullest(waiting: list[Document], size: SequenceSize) -> list[int]:
     """The oldest document, then those, by age, that leave the fewest positions empty.
 
-    A dynamic program over subset sums. For every total length that can be reached it keeps one subset, the first found, which
-    favours older documents. The result is the fullest sequence possible, unless limits on image tokens or on a task rule out
-    the subset that was kept and not another one of the same length. At most num_tokens x len(waiting) steps; it ends early
-    when the sequence is full to the last position.
+    Dynamic programming over subset sums. It keeps one subset per reachable length, the first found, which favours older documents.
+    The result is optimal, except where the image or task limits rule out the subset that was kept but not another of the same
+    length. At most num_tokens x len(waiting) steps; stops early when the sequence is full.
     """
     left = size.minus(waiting[0])
     tasks = list(left.task_tokens)
     limits = [left.num_vit_tokens, left.num_vae_tokens, *left.task_tokens.values()]
-    # All limits are fields of one Python integer, so that one subtraction and one comparison serve them all. Above each field
-    # is a guard bit, which the subtraction borrows, and thereby clears, where a limit would fall below zero.
+    # All limits are bit fields of one Python integer, so that one subtraction and one comparison check them all. A subtraction that
+    # takes a limit below zero borrows, and so clears, the guard bit above its field.
     width = size.num_tokens.bit_length() + 1
     spare = _side_by_side([1 << width - 1] * len(limits), width)
     rest = _side_by_side([min(limit, size.num_tokens) for limit in limits], width) + spare
-    # Length without the oldest document -> what is left of the limits, and the document that was added last.
+    # Length without the oldest document -> (remaining limits, document added last).
     reached = {0: (rest, 0)}
     for i, document in enumerate(waiting[1:], start=1):
         count = document.num_tokens
@@ -140,7 +139,7 @@ def _side_by_side(values: list[int], width: int) -> int:
 
 
 class SequenceBuilder:
-    """Lays documents out in packed sequences of one size."""
+    """Builds packed sequences of one size from documents."""
 
     def __init__(
         self,
@@ -161,7 +160,7 @@ class SequenceBuilder:
         self._latents = latents or TokenForm(geometry.vae_token_values, torch.float32)
 
     def build(self, documents: list[Document]) -> PackedBatch:
-        """A batch of one sequence (B = 1): the documents one after another, then padding; only padding where there is none."""
+        """A batch of one sequence (B = 1): the documents one after another, then padding."""
         sequence = _Sequence(self._geometry, self._layout, self._special, self._latents)
         for number, document in enumerate(documents):
             sequence.add(number, document)
@@ -169,7 +168,7 @@ class SequenceBuilder:
 
 
 class _Sequence:
-    """A sequence while it is written: one list entry per token, per ViT patch and per latent token."""
+    """A sequence under construction: lists with one entry per token, ViT patch or latent token."""
 
     def __init__(
         self,
@@ -191,9 +190,7 @@ class _Sequence:
         self._vae = _Images(latents)
 
     def add(self, number: int, document: Document) -> None:
-        position = (
-            0  # of every document: what it means must not depend on where it lies in the sequence
-        )
+        position = 0  # of every document: its place in the packed sequence must not change it
         for segment in document.segments:
             start = len(self._tokens)
             if isinstance(segment, TextSegment):
@@ -252,7 +249,7 @@ class _Sequence:
         )
 
     def _labels(self) -> torch.Tensor:
-        """The next token, where that one is trained. A document's first token never is, so no label crosses documents."""
+        """The next token if that token is trained. A document's first token never is, so no label crosses documents."""
         following = zip(self._tokens[1:], self._trained[1:], strict=True)
         return _int64([token if trained else IGNORE_INDEX for token, trained in following])
 
@@ -289,14 +286,14 @@ class _Images:
         return _int64(self._index)
 
 
-# Cached: images come in few sizes, and making their coordinates anew was a tenth of the time of building a sequence. The
-# results are shared; ``padded`` copies them.
+# Cached: images come in few sizes, and computing coordinates was a tenth of the time of building a sequence. Sharing the results is
+# safe, because ``padded`` copies them.
 _vit_coords = lru_cache(256)(vit_patch_coords)
 _vae_coords = lru_cache(256)(coords)
 
 
 def _int64(values: list[int]) -> torch.Tensor:
-    """``torch.tensor(values, dtype=int64)`` by way of NumPy, which takes a third of the time for lists."""
+    """``torch.tensor(values, dtype=int64)`` through NumPy: for lists, in a third of the time."""
     return torch.from_numpy(np.array(values, dtype=np.int64))
 
 

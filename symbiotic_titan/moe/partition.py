@@ -1,8 +1,8 @@
-"""Which experts belong to which group, and which modalities route there.
+"""Expert groups: which experts belong to which group, and which modalities route there.
 
 Experts are numbered in group-major order: all of group 0, then all of group 1. Under expert parallelism a *slot* is an
-expert's index in rank-major order: rank 0 holds the first 1/ep of every group, rank 1 the second, so that what a rank owns
-is one contiguous range of slots.
+expert's index in rank-major order: rank r holds the r-th 1/ep of every group, so its experts are one contiguous range of slots and
+one all-to-all serves all groups.
 """
 
 import re
@@ -20,10 +20,10 @@ SHIELD_MODES = ("output", "weights")
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """Experts that only tokens of some modalities are routed to.
+    """Experts reserved for the tokens of some modalities.
 
     name:        part of parameter names (``router.<name>.weight``, ``experts.<name>.w1``).
-    modalities:  integers of ``sequence.modality`` whose tokens route inside this group.
+    modalities:  integers of ``sequence.modality`` whose tokens are routed within this group.
     num_experts: size of the group.
     """
 
@@ -34,21 +34,21 @@ class ExpertGroup:
 
 @dataclass(frozen=True)
 class MoEArgs:
-    """Hyperparameters of one partitioned MoE layer. One group with every modality is the standard MoE.
+    """Hyperparameters of one partitioned MoE layer. One group with all modalities is the standard MoE.
 
     dim, hidden_dim:   width of a token and of a routed expert.
     top_k:             experts per token, inside its group.
     score_function:    a name registered in ``config.experts.ROUTER_SCORES``, such as ``softmax`` over the group's experts.
-    selection_bias:    add a bias per expert when the top-k are chosen; weights do not see it (arXiv 2408.15664).
+    selection_bias:    add a bias per expert to choose the top-k, but not to the weights (arXiv 2408.15664).
     normalize_weights: divide the top-k weights by their sum.
-    route_scale:       factor on the weights, after that.
+    route_scale:       factor on the weights, after normalization.
     shared_hidden_dim: width of the shared expert; 0 means no shared expert.
     shared_gate:       a sigmoid gate per token on the shared expert's output.
     shield_modalities: tokens whose gradient in the shared expert is scaled, see ``moe.gradient_shield``.
     shield_mode:       ``output`` or ``weights``.
 
     Raises:
-        ValueError: groups that overlap, do not cover, are empty or smaller than top_k, unusable names, unknown choices, sizes
+        ValueError: groups that overlap, miss a modality or are smaller than top_k, unusable names, unknown choices, sizes
             below one.
     """
 
@@ -88,6 +88,7 @@ def _check_sizes(args: MoEArgs) -> None:
         raise ValueError(
             f"shared_hidden_dim must be 0 (no shared expert) or more, got {args.shared_hidden_dim}"
         )
+    # top_k is the same for all groups: (T, K) tensors then hold the routing of every token, without padding.
     for group in args.groups:
         if group.num_experts < args.top_k:
             raise ValueError(
@@ -154,10 +155,10 @@ def _check_choices(args: MoEArgs) -> None:
 
 
 def check_expert_parallel_degree(groups: Sequence[ExpertGroup], degree: int) -> None:
-    """Pass if every group can be cut into ``degree`` equal shares.
+    """Check that every group can be cut into ``degree`` equal shares.
 
     Raises:
-        ValueError: names the group, its size, the degree, and the nearest degrees that divide all groups.
+        ValueError: names the group, its size, the degree, and the nearest degrees that divide every group.
     """
     if degree < 1:
         raise ValueError(f"expert_parallel_degree must be at least 1, got {degree}")

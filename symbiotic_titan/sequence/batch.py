@@ -1,7 +1,7 @@
 """PackedBatch: every tensor that the model receives.
 
-All sizes are static for a config: unused positions are padding. So compiled code and block masks are never rebuilt, and a sequence
-without any image has the same shapes. Shape letters: sequence/shapes.py. I, P and L are the most that a sequence may hold.
+All sizes are static for a config, with padding in unused positions, so that nothing recompiles and a batch without images has the
+same shapes. Shape letters: sequence/shapes.py; I, P and L are the maximum per sequence.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -23,18 +23,18 @@ class PackedBatch:
                                 share one numbering; all tokens of one image share one span.
     positions  (B, T, 3) int64  rotary positions (temporal, height, width), starting at 0 in every document. Text has three
                                 equal values. See ``sequence.positions`` for the conventions for images.
-    labels     (B, T) int64     id of the next token where it is trained on, else IGNORE_INDEX. Already shifted.
+    labels     (B, T) int64     id of the next token if it is trained, else IGNORE_INDEX. Already shifted.
     task       (B, T) int64     number of the task (``tasks.task_number``); NO_TASK on padding.
 
-    vit_patches (B, P, Q) float32    flattened patches (channel, row, column), normalized as the ViT expects; an image's patches are
-                                     adjacent. If a token is a square of patches, its patches are adjacent (merge-window order) and
+    vit_patches (B, P, Q) float32    flattened patches (channel, row, column), normalized for the ViT; an image's patches are
+                                     adjacent. If a token is a square of patches, these are adjacent too (merge-window order), and
                                      P is a multiple of I.
     vit_coords  (B, P, 2) int64      (row, column) of each patch in its image's patch grid.
     vit_image   (B, P) int64         span of each patch's image; -1 if unused.
     vit_index   (B, I) int64         position in the sequence of each ViT token; T if unused. An image's tokens are adjacent.
 
-    latents     (B, L, Z) float32    clean latent patches x_0, flattened (channel, row, column). Between a loader and
-                                     ``codecs.batch`` uint8 instead: the pixels that an autoencoder will encode.
+    latents     (B, L, Z) float32    clean latent patches x_0, flattened (channel, row, column). From the loader to
+                                     ``codecs.batch`` they may be uint8 pixels, which an autoencoder will encode.
     vae_coords  (B, L, 2) int64      (row, column) of each latent token in its image's token grid.
     vae_image   (B, L) int64         span of each latent token's image; -1 if unused.
     vae_index   (B, L) int64         position in the sequence of each latent token; T if unused.
@@ -69,7 +69,7 @@ class PackedBatch:
 
     def num_tokens(self) -> torch.Tensor:
         """(NUM_MODALITIES,) int64: positions of each modality in this batch."""
-        # Compared with an arange: bincount would wait for the device to learn the size of its result.
+        # A comparison with arange, because bincount syncs with the device for the size of its result.
         one_hot = self.modality.flatten().unsqueeze(-1) == torch.arange(
             NUM_MODALITIES, device=self.modality.device
         )
@@ -91,5 +91,5 @@ def stack_rows(rows: list[PackedBatch]) -> PackedBatch:
     )
 
 
-# FSDP and activation checkpointing find tensors with pytree; registered, it sees into the dataclass.
+# FSDP and activation checkpointing find tensors through pytree, which must know the dataclass.
 pytree.register_dataclass(PackedBatch)

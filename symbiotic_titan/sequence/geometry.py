@@ -1,8 +1,8 @@
 """ImageGeometry: how pixels become patches and patches become tokens, for input and target images; patchify and its inverse.
 
-One object, built from the model flavor and the latents codec, is handed to both data and model, so that they cannot disagree.
+Data and model share one object, built from the model flavor and the latents codec, so that they cannot disagree.
 
-Shape letters: sequence/shapes.py. H and W count pixels or positions of a latent grid.
+Shape letters: sequence/shapes.py.
 """
 
 from collections.abc import Callable
@@ -31,14 +31,14 @@ class ImageGeometry:
 
     vit_patch:       pixels along one side of a ViT patch.
     vit_merge:       ViT patches along one side of one sequence token (2: a token covers 2 x 2 patches).
-    vit_queries:     if an image's tokens are learned queries instead of squares of patches: how many, one number for each of
+    vit_queries:     if an image's tokens are learned queries instead of squares of patches: the number of queries for each of
                      ``vit_query_sides``; else empty.
-    vit_query_sides: ViT patches along the longer side of the images that each number of queries is for.
+    vit_query_sides: longer side, in ViT patches, of the images that each number of queries encodes.
     vit_channels:    colour channels of an input image.
     latent_channels: channels of the latents codec (3 for the ``pixel`` codec).
     latent_stride:   pixels along one side of one latent position (1 for the ``pixel`` codec, 8 for a Flux autoencoder).
     latent_patch:    latent positions along one side of one sequence token.
-    vit_mean, vit_std: mean and deviation per channel that normalize the ViT's input, for pixels in [0, 1].
+    vit_mean, vit_std: mean and standard deviation per channel of the ViT's input normalization, for pixels in [0, 1].
     vit_resize:      how an input image is resized, a name in RESIZE_RULES.
     """
 
@@ -56,11 +56,11 @@ class ImageGeometry:
 
     @property
     def vit_token_pixels(self) -> int:
-        """Pixels along one side of the unit of an image's size: one ViT token or, with queries, one patch."""
+        """Image sides are multiples of this many pixels: the side of a ViT token or, with queries, of a patch."""
         return self.vit_patch * self.vit_merge
 
     def vit_side(self, pixels: int) -> int:
-        """With queries: patches along the longer side of an image within a budget of ``pixels``.
+        """For learned queries: the longer side, in patches, of an image within a budget of ``pixels``.
 
         Raises:
             ValueError: the model has no queries for this budget.
@@ -90,8 +90,10 @@ class ImageGeometry:
         return queries, side**2
 
     def vit_room(self, num_tokens: int, pixels: int | None) -> tuple[int, int]:
-        """(tokens, patches) to reserve if input images may take ``num_tokens`` of a sequence. With queries, which come by whole images,
-        these are the images within a budget of ``pixels`` that fit; None means that there are no images."""
+        """(tokens, patches) to reserve if input images may take ``num_tokens`` of a sequence.
+
+        Learned queries come in whole images, so these are multiples of the largest image within ``pixels``; None: no images.
+        """
         if not self.vit_queries:
             return num_tokens, num_tokens * self.vit_merge**2
         if pixels is None:

@@ -1,14 +1,14 @@
-"""Modalities and the integers that stand for them in tensors; special tokens, declared once for data, model and generation."""
+"""Modalities and their integers in tensors; special tokens, declared once for data, model and generation."""
 
 from dataclasses import dataclass
 
-# A token's modality. Padding is none of them, and comes after them so that a table of size NUM_MODALITIES + 1 covers all.
+# A token's modality. Padding is not a modality; it comes last, so that a table with NUM_MODALITIES + 1 entries covers it too.
 TEXT, VIT, VAE = 0, 1, 2
 NUM_MODALITIES = 3
 PADDING = 3
 MODALITY_NAMES = ("text", "vit", "vae")
 
-# The number of a task is its place in ``tasks.TASKS``; a padding token belongs to none.
+# Task of a padding token; real tasks are numbered by their index in ``tasks.TASKS``.
 NO_TASK = -1
 
 # Label of a token that has no next-token loss (upstream uses the same value).
@@ -19,7 +19,7 @@ def modality_ids(names: list[str] | tuple[str, ...], *, key: str) -> tuple[int, 
     """Integers of modality ``names``, in the order given.
 
     Raises:
-        ValueError: a name is no modality; the message names the config ``key`` it came from.
+        ValueError: a name is not a modality; the message names the config ``key``.
     """
     for name in names:
         if name not in MODALITY_NAMES:
@@ -31,10 +31,10 @@ def modality_ids(names: list[str] | tuple[str, ...], *, key: str) -> tuple[int, 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that the layout of a document needs; which strings stand for them is [tokenizer.special].
+    """Ids of the tokens that documents need; [tokenizer.special] gives their strings.
 
-    ``vit`` and ``vae`` are placeholders: positions whose embedding is overwritten by the image. The ``*_start`` and
-    ``*_end`` tokens around an image are ordinary text tokens. ``pad``, ``bos`` and ``eos`` may be one token.
+    ``vit`` and ``vae`` are placeholders, whose embeddings the image overwrites. The ``*_start`` and ``*_end`` tokens around an image
+    are ordinary text tokens. ``pad``, ``bos`` and ``eos`` may be the same token.
     """
 
     pad: int

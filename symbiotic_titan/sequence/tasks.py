@@ -1,7 +1,7 @@
-"""Tasks: what a sample is trained for. One row each; data, losses and reports ask the row and name no task themselves.
+"""The task table: what a sample is trained for. Data, losses and reports read the table and name no task themselves.
 
-Another package adds a task with one row: ``symbiotic_titan.extend.register_task(Task("name", ...))``. A task's number in
-tensors is its place in the registry, so rows are only ever added at the end.
+Another package adds a task with ``symbiotic_titan.extend.register_task(Task("name", ...))``. A task's number in tensors is its index
+in the registry, so tasks are only ever appended.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from symbiotic_titan.registry import Registry
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
-# Field of a sample -> the names under which it is looked for when the source's ``keys`` do not name it.
+# Field of a sample -> names to look it up by, unless the source's ``keys`` name it.
 FIELDS = {
     "text": ("text", "txt"),
     "image": (*IMAGE_EXTENSIONS, "image", "images"),
@@ -24,7 +24,7 @@ FIELDS = {
     "segments": ("segments",),
 }
 
-# Schemas that ``data.layouts`` can lay out as documents. The last field of a schema tells it from the others.
+# Schemas with a document layout in ``data.layouts``. The last field of a schema distinguishes it from the others.
 TEXT_SCHEMA = ("text",)
 QUESTION_SCHEMA = ("image", "question", "answer")
 CAPTION_SCHEMA = ("image", "caption")
@@ -41,20 +41,20 @@ class Task:
     """One row of the table of tasks.
 
     name:              as in ``[[data.sources]]``, in ``data.max_row_share`` and in the metrics ``loss/by_task/<name>_text``.
-    schemas:           alternative sets of fields; a sample has the fields of one of them, and the first that matches is taken.
-    input_images:      its samples may have images that the model reads.
-    target_images:     images that the model learns to generate: ``none``; exactly ``one`` in every sample, so that its latents can
-                       be cached; or ``any`` number. Their latents carry the flow loss.
-    trained_fields:    fields of the schemas whose text carries the next-token loss.
+    schemas:           alternative sets of fields; the first one that a sample has in full applies.
+    input_images:      samples may have images that the model reads.
+    target_images:     images that the model learns to generate: ``none``; exactly ``one`` per sample, so that its latents can be
+                       cached; or ``any`` number. Their latents carry the flow loss.
+    trained_fields:    fields whose text carries the next-token loss.
     trained_roles:     speakers whose turns in a conversation carry it.
     drops_caption:     ``data.condition_dropout`` applies: some samples are trained without their caption.
-    shortens_caption:  where ``too_long = "truncate"``, the caption is cut; otherwise a document loses its own end.
-    splits_text:       a text that is longer than a row goes on in further documents.
-    layout:            makes the documents of a sample, for a task with a layout of its own: called with a
-                       ``data.layouts.TaskSample``, it returns a list of segments per document. None: the schema's usual one.
+    shortens_caption:  ``too_long = "truncate"`` cuts the caption instead of the end of the document.
+    splits_text:       a text longer than a packed sequence continues in further documents.
+    layout:            ``data.layouts.TaskSample`` -> a list of segments per document, for a task with its own layout. None: the
+                       schema's layout.
 
     Raises:
-        ValueError: a name that no config key can have, an unknown field, or a schema without a layout.
+        ValueError: a name that cannot be a config key, an unknown field, or a schema without a layout.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Task:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Every field of the schemas, once."""
+        """All fields of the schemas, without repetition."""
         return tuple(dict.fromkeys(field for schema in self.schemas for field in schema))
 
     @property
@@ -121,17 +121,17 @@ TASKS: Registry[Task] = Registry("data.sources.task")
 
 
 def register_task(task: Task) -> Task:
-    """Add ``task`` at the end of the table; raises ValueError where another one has its name."""
+    """Append ``task`` to the table; raises ValueError if its name is taken."""
     return TASKS.register(task.name, task)
 
 
 def task_names() -> tuple[str, ...]:
-    """Names in the order of the numbers that stand for tasks in tensors. Losses by task have one entry for each."""
+    """Names by task number. Losses by task have one entry for each."""
     return tuple(TASKS)
 
 
 def task_number(name: str) -> int:
-    """The number that stands for the task ``name`` in tensors."""
+    """Number of the task ``name`` in tensors."""
     return task_names().index(name)
 
 

@@ -1,4 +1,4 @@
-"""Shards that allow random access: the index says which byte ranges of the plain file are the parts of a sample."""
+"""Shards with random access: an index of the byte ranges that hold each sample in the uncompressed file."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from symbiotic_titan.data.formats.shard import BadSample, FilePart
 class ByteRangeShard(FilePart):
     """A shard that ``OpenByteRanges`` reads. Formats derive from it and add the arrays of their index.
 
-    An index is arrays, not objects: millions of samples stay small, travel to worker processes quickly and can be kept in a file.
+    Arrays, not objects: an index of millions of samples stays small, is quickly sent to worker processes, and can be cached in a file.
     """
 
     max_open: ClassVar[int] = 8
@@ -27,7 +27,7 @@ class ByteRangeShard(FilePart):
 
 
 class OpenByteRanges:
-    """Reads samples from one open file. Raises OSError: it cannot be opened."""
+    """Reads samples from one open file. Raises OSError if it cannot be opened."""
 
     def __init__(self, shard: ByteRangeShard) -> None:
         self._shard = shard
@@ -39,7 +39,7 @@ class OpenByteRanges:
         return {name: self._read(name, *byte_range) for name, byte_range in ranges.items()}
 
     def _read(self, name: str, offset: int, length: int) -> bytes:
-        # A header may claim more bytes than a truncated file has; reading would return fewer without an error.
+        # A header may claim more bytes than a truncated file has, and a read past the end is no error: it returns fewer.
         if offset + length > self._num_bytes:
             raise BadSample("unreadable", f"the file ends inside its .{name}")
         self._file.seek(offset)

@@ -1,9 +1,9 @@
-"""Indexes of files, kept in the cache folder: making them reads whole data sets, and every process of a run needs them.
+"""Cached file indexes: making them reads the whole data set, and every process of a run needs them.
 
-A cached index is one file: a SHA-256 digest of the rest, then safetensors with the arrays of the shard's dataclass; a field that
-is no array is JSON in an array of bytes. Its name depends on the path, size and time of the file that it was made from, so that a
-changed file is never read with an old index. Several processes may write at once: each writes a file of its own, which then
-replaces that of the others with equal contents. A damaged cache file is made anew.
+A cached index is one file: a SHA-256 digest of the rest, then safetensors with the fields of the shard's dataclass (fields other
+than arrays as JSON in a byte array). Its name depends on the path, size and modification time of the data file, so a stale index is
+never read. Processes may write concurrently: each writes a temporary file and renames it, and all have equal contents. A damaged
+cache file is rebuilt.
 """
 
 import json
@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 from symbiotic_titan.config.files import replacing
 from symbiotic_titan.data.formats.shard import File, FilePart, Indexed
 
-# Part of the files' names: raise it with every change to what is in them.
+# Part of the file names: increment it with every change to the contents.
 VERSION = 1
 DIGEST_BYTES = 32
 
@@ -28,7 +28,7 @@ DIGEST_BYTES = 32
 def version_of(path: str) -> str:
     """A hash that changes when the file at ``path``, local or at a URL, changes, as far as its file system tells."""
     filesystem, name = url_to_fs(path)
-    # ukey leaves out what some file systems know of the version, e.g. a web server's entity tag; info has it.
+    # ukey ignores some evidence of a change, e.g. a web server's entity tag; info includes it.
     parts = (path, filesystem.ukey(name), sorted(map(str, filesystem.info(name).items())))
     return sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -36,9 +36,9 @@ def version_of(path: str) -> str:
 def cached_index(
     index: Callable[[], Indexed], file: File, format_name: str, shard: type[FilePart], folder: str
 ) -> Indexed:
-    """The index of ``file``: read from ``folder`` where it is there and whole, else made by ``index`` and written there.
+    """The index of ``file``, read from ``folder`` or, if it is missing or damaged there, made by ``index`` and written.
 
-    shard: the dataclass of the one shard that such an index has at most.
+    shard: dataclass of the shard; a cached index has at most one.
 
     Raises:
         ValueError: the folder cannot be written.
@@ -54,7 +54,7 @@ def cached_index(
 
 
 def _read(path: Path) -> bytes | None:
-    """The safetensors in ``path``; None where the file is missing or damaged."""
+    """The safetensors in ``path``; None if the file is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -96,7 +96,7 @@ def _unpacked(content: bytes, file: File, shard: type[FilePart]) -> Indexed:
 
 
 def _fields_of(shard: type) -> list[Field]:
-    # The file's path is not kept: the folder of the data may be mounted elsewhere.
+    # Without the path: the data may be mounted elsewhere next time.
     return [f for f in fields(shard) if f.name != "file"]
 
 

@@ -1,4 +1,4 @@
-"""JSON Lines: one JSON object a line. A sample is a line that is not blank; its bytes are parsed when it is read."""
+"""JSON Lines: one JSON object per line. A sample is a non-blank line, parsed when it is read."""
 
 from array import array
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from symbiotic_titan.data.formats.shard import ChooseColumns, File, FileFormat, 
 
 @dataclass(frozen=True)
 class Lines(ByteRangeShard):
-    """The lines of a file of N samples: 16 bytes per sample.
+    """The lines of a file with N samples: 16 bytes per sample.
 
-    lines:  (N, 2) int64: offset, length of each line that is not blank.
-    blanks: int64: for each blank line, the number of samples before it.
+    lines:  (N, 2) int64: offset and length of each non-blank line.
+    blanks: (blank lines,) int64: number of samples before each blank line.
     """
 
     lines: np.ndarray
@@ -36,7 +36,7 @@ class Lines(ByteRangeShard):
 
 
 class JsonLines(FileFormat):
-    """One shard a file, of its lines."""
+    """One shard per file."""
 
     cached_shard = Lines
 

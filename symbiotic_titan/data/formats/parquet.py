@@ -1,7 +1,7 @@
-"""Parquet: each row group is a shard, because a row group is the least that can be decoded.
+"""Parquet: each row group is a shard, because a row group is the smallest unit that can be decoded.
 
-The order of samples walks through one shard before the next, so each row group is decoded once per stream and epoch. In an
-order over the whole file every sample would cost the decoding of thousands.
+The sample order finishes one shard before the next, so each row group is decoded once per stream and epoch. With an
+order over the whole file, every sample could cost the decoding of a whole row group.
 """
 
 from collections.abc import Iterator
@@ -22,20 +22,20 @@ from symbiotic_titan.data.formats.shard import (
     Indexed,
 )
 
-# Arrow's errors derive from OSError or ValueError, except those for features that it lacks.
+# Arrow's errors derive from OSError or ValueError, except those for unsupported features.
 PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
 class RowGroup(FilePart):
-    """Row group ``number`` of a file. Its first row is row ``first_row`` of the file; only ``columns`` are read."""
+    """Row group ``number`` of a file, which begins at the file's row ``first_row``; only ``columns`` are read."""
 
     number: int
     first_row: int
     num_samples: int
     columns: tuple[str, ...]
     names: tuple[str, ...]
-    # Decoded row groups are large. The streams read from one, and from two where some have moved on to the next.
+    # Decoded row groups are large. Two suffice: the one that most streams read, and the next for those that are ahead.
     max_open: ClassVar[int] = 2
 
     def key(self, sample: int) -> str:
@@ -52,7 +52,7 @@ class OpenRowGroup:
         self._names = shard.columns
         try:
             with fsspec.open(shard.file.data, "rb") as opened:
-                # No threads: Arrow's thread pool does not survive a fork, and this may run in a forked worker process.
+                # No threads: Arrow's thread pool does not survive a fork, and this may run in a forked worker.
                 table = pq.ParquetFile(
                     opened, pre_buffer=False, page_checksum_verification=True
                 ).read_row_group(shard.number, columns=list(shard.columns), use_threads=False)
@@ -78,7 +78,7 @@ class OpenRowGroup:
 
 
 class Parquet(FileFormat):
-    """One shard a row group. A Parquet file ends with an index of its own, so none is kept in the cache folder."""
+    """One shard per row group. The footer of a Parquet file is an index already, so none is cached."""
 
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
         try:
@@ -106,7 +106,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _names(schema: pa.Schema) -> Iterator[str]:
-    """Columns, and the fields of those that are structs, as ``column.field``."""
+    """Columns, and the fields of struct columns as ``column.field``."""
     for column in schema:
         yield column.name
         if pa.types.is_struct(column.type):

@@ -1,15 +1,15 @@
-"""What every format provides: shards, which say how many samples they have, and open shards, which read them.
+"""Interface of the formats: shards, which know their number of samples, and open shards, which read them.
 
-FileFormat.index(file)  ->  Indexed: shards          in every process, once; plain data, which worker processes are sent
+FileFormat.index(file)  ->  Indexed: shards          once in every process; plain data, sent to worker processes
 Shard.open()            ->  OpenShard                in the process that reads
-OpenShard.read(number)  ->  the values of a sample
+OpenShard.read(sample)  ->  the values of a sample
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-# Picks, among the names of a file's columns, those that the task of the source needs.
+# Column names of a file -> those that the source's task needs.
 ChooseColumns = Callable[[list[str]], list[str]]
 
 
@@ -23,14 +23,14 @@ class OpenShard(Protocol):
 
 
 class Shard(Protocol):
-    """Samples that are stored together: a file, or a part of one. Plain data: worker processes get a copy.
+    """Samples stored together: a file or a part of one. Plain data: worker processes get a copy.
 
     path:      the file as the user named it.
     num_bytes: length of the file at ``path``.
     max_open:  how many shards of this kind a reader keeps open.
-    names:     names of its samples' values, where the index tells them; empty otherwise.
+    names:     field names of its samples, if the index knows them; else empty.
 
-    The order of a run's samples follows from ``num_samples`` of all shards, so an index must not depend on chance.
+    The sample order of a run follows from ``num_samples`` of all shards, so indexing must be deterministic.
     """
 
     max_open: ClassVar[int]
@@ -59,7 +59,7 @@ class File:
     """A file of samples.
 
     path:      as the user named it.
-    data:      where its plain bytes are: a copy in the cache folder where the file at ``path`` is compressed.
+    data:      path of the uncompressed bytes: ``path``, or a copy in the cache folder if that is compressed.
     num_bytes: length of the file at ``path``.
     """
 
@@ -85,7 +85,7 @@ class FilePart:
 
 @dataclass(frozen=True)
 class Indexed:
-    """The shards of a file, and what is wrong with the rest of the file; empty where nothing is."""
+    """The shards of a file, and what is wrong with the rest of it ("" if nothing)."""
 
     shards: list[Shard]
     damage: str = ""
@@ -94,9 +94,9 @@ class Indexed:
 class FileFormat:
     """One format of ``data.sources.format``. Others are registered with ``extend.register_format``.
 
-    cached_shard: a dataclass with the field ``file`` and others that are NumPy arrays or JSON values. Where a format has one,
-                  ``index`` returns at most one shard, of this class, and the index is kept in ``data.cache_folder``. None
-                  where making the index costs no more than reading it back.
+    cached_shard: a dataclass with the field ``file`` and others that are NumPy arrays or JSON values. ``index`` then returns at most
+                  one shard, of this class, and the index is cached in ``data.cache_folder``. None: not cached, because indexing
+                  costs no more than reading a cached index.
     """
 
     cached_shard: ClassVar[type[FilePart] | None] = None
@@ -104,14 +104,14 @@ class FileFormat:
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
         """The shards of ``file``, which is not empty. The same file must give the same shards in every process.
 
-        A file that is damaged gives the shards before the damage, and no error.
+        A damaged file gives the shards before the damage instead of an error.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class DamagedRest:
-    """The part of a file that cannot be read. It counts as one bad sample, so that it is skipped and counted like any other."""
+    """The unreadable rest of a file. It is one bad sample, so that it is skipped and counted like any other."""
 
     path: str
     num_bytes: int
@@ -133,7 +133,7 @@ class DamagedRest:
         pass
 
 
-# Why a sample is bad; skipped ones are counted under these.
+# Why a sample is bad; skipped samples are counted by these names.
 REASONS = (
     "unreadable",
     "json",
@@ -161,16 +161,16 @@ class BadSample(Exception):
         return f"{self.place}{self.args[0]}"
 
     def at(self, shard: str, key: str) -> "BadSample":
-        """The same error, whose text now names the sample's shard and key."""
+        """This error, with the sample's shard and key added to its text."""
         self.place = f"{shard}: sample {key!r}: "
         return self
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Values of one sample, as its format stores them, and where they came from.
+    """Values of one sample, as its format stores them, and their source.
 
-    members: bytes of the members of a tar file, by extension; the bytes of a JSON line, as ``json``; values of Parquet columns.
+    members: bytes of tar members by extension; bytes of a JSON line as ``json``; values of Parquet columns by name.
     """
 
     shard: str

@@ -1,4 +1,4 @@
-"""Compressed files -> plain ones in the cache folder. Samples are read in any order; a compressed stream has no random access."""
+"""Decompress files into the cache folder: samples are read in random order, and a compressed stream has no random access."""
 
 import lzma
 import zlib
@@ -11,7 +11,7 @@ from fsspec.compression import compr
 from symbiotic_titan.config.files import replacing
 from symbiotic_titan.data.formats.index_cache import version_of
 
-# Suffix of a file -> fsspec's name of its compression.
+# File suffix -> fsspec's name of the compression.
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
 UNPACK_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
@@ -21,17 +21,17 @@ CHUNK = 2**20
 
 
 def compression_of(path: str) -> str | None:
-    """fsspec's name of the compression that the suffix of ``path`` stands for, or None."""
+    """fsspec's name of the compression that the suffix of ``path`` means, or None."""
     return next((name for end, name in COMPRESSIONS.items() if path.endswith(end)), None)
 
 
 def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
-    """A plain copy of the compressed file ``path`` in the cache folder.
+    """An uncompressed copy of the file ``path`` in the cache folder.
 
-    Processes that start together may each unpack the file: the copies are equal and the last one stays.
+    Processes that start together may each unpack the file: the copies are equal, and the last one remains.
 
     Returns:
-        the path of the copy, and why the file could not be unpacked to its end ("" where it could).
+        the path of the copy, and why unpacking stopped early ("" if it did not).
 
     Raises:
         ValueError: there is no cache folder, or no library for the compression.
@@ -55,7 +55,7 @@ def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
 
 
 def _unpack(path: str, compression: Any, target: Path, damage: Path) -> None:
-    """Write ``target``. Where ``path`` is damaged, it ends there and ``damage`` says why, so that the samples before it can be used."""
+    """Write ``target``. If ``path`` is damaged, keep what precedes the damage, whose samples can be used, and say why in ``damage``."""
     with replacing(target) as unfinished, unfinished.open("wb") as out:
         error = _copy(path, compression, out)
         if error:
@@ -63,11 +63,11 @@ def _unpack(path: str, compression: Any, target: Path, damage: Path) -> None:
 
 
 def _copy(path: str, compression: Any, out: Any) -> str:
-    """Copy the plain bytes of ``path`` to ``out``. Returns the error that stopped it, or "" at the end of the file."""
+    """Decompress ``path`` to ``out``. Returns the error that stopped it, or "" at the end of the file."""
     with fsspec.open(path, "rb", compression=compression) as file:
         while True:
             try:
-                chunk = file.read1(CHUNK)  # unlike read, it returns what comes before the damage
+                chunk = file.read1(CHUNK)  # unlike read, returns the bytes before the damage
             except UNPACK_ERRORS as error:
                 return str(error) or type(error).__name__
             if not chunk:

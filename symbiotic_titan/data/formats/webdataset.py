@@ -1,4 +1,4 @@
-"""WebDataset: tar files, a sample is the members whose paths are equal up to the first dot of the file name."""
+"""WebDataset: tar files. A sample is the members whose paths are equal up to the first dot of the file name."""
 
 import tarfile
 from array import array
@@ -14,21 +14,21 @@ from symbiotic_titan.data.formats.shard import ChooseColumns, File, FileFormat, 
 
 # Bytes of a block of a tar file.
 BLOCK = 512
-# A damaged header may claim any size; a negative one would make tarfile walk backwards, for ever.
+# A damaged header may claim any size; a negative one would make tarfile walk backwards forever.
 MAX_MEMBER = 2**62
 
-# What tarfile raises on headers that make no sense.
+# What tarfile raises on damaged headers.
 TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, OverflowError, IndexError)
 
 
 @dataclass(frozen=True)
 class TarSamples(ByteRangeShard):
-    """The N samples of a tar file with M members: 24 bytes per member and 16 per sample besides the keys.
+    """The N samples of a tar file with M members: 24 bytes per member, 16 per sample, and the keys.
 
-    kinds:    names of members that occur (extensions).
+    kinds:    the extensions that occur.
     members:  (M, 3) int64: index into ``kinds``, offset, length; sample by sample.
-    ends:     (N,) int64: end of each sample's rows in ``members``.
-    keys:     uint8: all keys one after another, in UTF-8.
+    ends:     (N,) int64: end of each sample's entries in ``members``.
+    keys:     uint8: all keys concatenated, in UTF-8.
     key_ends: (N,) int64: end of each key in ``keys``.
     """
 
@@ -56,14 +56,14 @@ def _start(ends: np.ndarray, number: int) -> int:
 
 
 class WebDataset(FileFormat):
-    """One shard a file, of the samples whose members all lie within the file."""
+    """One shard per file, of the samples whose members are all complete."""
 
     cached_shard = TarSamples
 
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
         numbers: dict[str, int] = {}
         kinds: dict[str, int] = {}
-        rows = array("q")  # sample, kind, offset and length of one member after another
+        rows = array("q")  # (sample, kind, offset, length) of each member, flattened
         with fsspec.open(file.data, "rb") as opened:
             num_bytes = opened.seek(0, 2)
             opened.seek(0)
@@ -81,7 +81,7 @@ class WebDataset(FileFormat):
 
 
 class TarWalk:
-    """The regular files in an open tar archive, up to its end or its first damage, which is then in ``damage``."""
+    """The regular files of an open tar archive, up to its end or its first damage, which ``damage`` then describes."""
 
     def __init__(self, opened: IO[bytes]) -> None:
         self._opened = opened
@@ -92,7 +92,7 @@ class TarWalk:
         try:
             with tarfile.open(fileobj=self._opened, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    # tarfile remembers every member, a kilobyte each: gigabytes for a data set of millions.
+                    # tarfile remembers every member at a kilobyte each: gigabytes for millions of samples.
                     archive.members.clear()  # type: ignore[attr-defined]
                     if not 0 <= member.size <= MAX_MEMBER:
                         raise ValueError(f"size {member.size} of {member.name!r}")
@@ -103,7 +103,7 @@ class TarWalk:
             self.damage = f"cannot be read as a tar file ({error}); write it again, uncompressed, or correct format"
             return
         self._opened.seek(end)
-        # tarfile takes a header that breaks off for the end; a whole archive ends with a block of zeros.
+        # tarfile takes a truncated header for the end of the archive, but a complete archive ends with a block of zeros.
         if self._opened.read(BLOCK) != bytes(BLOCK):
             self.damage = f"breaks off after byte {end}; copy or write it again"
 
@@ -118,12 +118,12 @@ def _split_name(path: str) -> tuple[str, str]:
 def _by_sample(
     file: File, keys: list[str], kinds: list[str], members: np.ndarray, whole: np.ndarray
 ) -> list[Shard]:
-    """One shard of the samples that are ``whole``, or none where no sample is.
+    """One shard of the complete samples, or none if there are no such samples.
 
     members: (M, 4) int64: sample, kind, offset, length, in the order of the file.
-    whole:   (N,) bool.
+    whole:   (N,) bool: the sample is complete.
     """
-    # Members of one sample need not be neighbours in the file. A stable sort keeps their order.
+    # Members of one sample need not be adjacent in the file. A stable sort keeps their order.
     members = members[np.argsort(members[:, 0], kind="stable")]
     members = members[whole[members[:, 0]]]
     if not len(members):
