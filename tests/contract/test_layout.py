@@ -225,13 +225,11 @@ def test_no_two_rooms_import_each_other_and_no_files_form_a_circle():
     assert not circles(GRAPH)
 
 
-@pytest.mark.xfail(strict=False, reason="16 today")
 def test_imports_are_at_most_14_deep():
     chain = longest_chain(GRAPH)
     assert len(chain) <= DEEPEST, " <- ".join(chain)
 
 
-@pytest.mark.xfail(strict=False, reason="119 today")
 def test_training_loads_at_most_110_modules_of_ours():
     modules, _ = import_train(ROOT)
     assert modules <= MOST_MODULES
@@ -240,7 +238,6 @@ def test_training_loads_at_most_110_modules_of_ours():
 # ---- sizes ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=False, reason="4 short files today")
 def test_files_have_40_to_400_lines():
     assert not files_of_wrong_size(FILES)
 
