@@ -1,10 +1,10 @@
-"""Where noise and timesteps are drawn, for training and for generation.
+"""Noise and timesteps, for training and for generation.
 
-In training every sequence of the global batch has its own generator, seeded by (seed, step, index of the sequence). One rank with
-two micro-batches therefore draws what two ranks with one micro-batch draw, and a resumed run draws what the uninterrupted run would
-have drawn. In generation the noise of an image depends on (seed, index of the image) alone, not on its batch.
+In training every sequence of the global batch has its own generator, seeded by (seed, step, index of the sequence). Its noise is
+therefore the same on any number of ranks and micro-batches, and after a resume without a saved random state. In generation the
+noise of an image depends on (seed, index of the image) alone, not on its batch.
 
-All generators live on the CPU: a GPU's generator gives other numbers for the same seed.
+All generators are on the CPU, because a GPU's generator gives other numbers for the same seed.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from symbiotic_titan.flow.path import draw_timesteps
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """CPU generator whose seed is a hash of ``key``."""
-    # A hash instead of a sum of the parts: (1, 2) and (2, 1) must not give the same numbers.
+    # A hash, because with a sum of the parts (1, 2) and (2, 1) would give the same numbers.
     text = "/".join(str(part) for part in key)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -32,9 +32,8 @@ def first_token_of_image(image_BL: torch.Tensor) -> torch.Tensor:
     """(B, L) index of the first token of each token's image; an image's tokens are adjacent."""
     index_L = torch.arange(image_BL.shape[1], device=image_BL.device)
     starts_BL = image_BL != image_BL.roll(1, dims=1)
-    starts_BL[:, 0] = (
-        True  # rolled, the first token is compared with the last, which may have the same image number
-    )
+    # roll compares the first token with the last, which may have the same image number.
+    starts_BL[:, 0] = True
     return torch.where(starts_BL, index_L, 0).cummax(dim=1).values
 
 
@@ -50,8 +49,7 @@ def draw_noise_and_timesteps(
     noises, timesteps = [], []
     for row in range(first_row, first_row + num_rows):
         generator = row_generator(config.seed, step, row)
-        # One draw per token, also for tokens that share a timestep: so the noise that is drawn next does not depend on the number of
-        # images.
+        # One draw per token, also for tokens that share a timestep, so that the noise drawn next is independent of the images.
         timesteps.append(draw_timesteps((num_tokens,), config, generator))
         noises.append(torch.randn(num_tokens, latent_values, generator=generator))
     device = vae_image_BL.device
@@ -61,6 +59,6 @@ def draw_noise_and_timesteps(
 
 
 def noise_of_image(seed: int, index: int, num_tokens: int, num_values: int) -> torch.Tensor:
-    """(L, Z) float32 on the CPU; a function of its arguments alone, so an image is the same in any batch."""
+    """(L, Z) float32 on the CPU; a function of the arguments alone, so an image is the same in any batch."""
     generator = keyed_generator("image", seed, index)
     return torch.randn(num_tokens, num_values, generator=generator)

@@ -18,7 +18,7 @@ def interpolate(
 
 
 def velocity_target(latents_BLZ: torch.Tensor, noise_BLZ: torch.Tensor) -> torch.Tensor:
-    """(B, L, Z) dx_t/dt, which is the same for every t: the path is straight."""
+    """(B, L, Z) dx_t/dt, constant in t because the path is straight."""
     return noise_BLZ - latents_BLZ
 
 
@@ -28,12 +28,12 @@ def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def uniform(shape: tuple[int, ...], config: Flow, generator: torch.Generator) -> torch.Tensor:
-    """Every timestep equally likely."""
+    """Uniform in [0, 1)."""
     return torch.rand(shape, generator=generator)
 
 
 def logit_normal(shape: tuple[int, ...], config: Flow, generator: torch.Generator) -> torch.Tensor:
-    """The sigmoid of a normal: mostly the middle of the path, where the velocity is hardest to predict (arXiv 2403.03206, eq. 19)."""
+    """The sigmoid of a normal: favours the middle of the path, where velocities are hardest to predict (arXiv 2403.03206, eq. 19)."""
     normal = torch.randn(shape, generator=generator) * config.std + config.mean
     return normal.sigmoid()
 
@@ -42,6 +42,6 @@ def draw_timesteps(
     shape: tuple[int, ...], config: Flow, generator: torch.Generator
 ) -> torch.Tensor:
     """``shape`` float32 timesteps in [0, 1], drawn from the configured distribution and shifted."""
-    # The shift is applied here, so that every distribution has it.
+    # Shifted here, so that the shift applies to registered distributions too.
     distribution = TIMESTEP_DISTRIBUTIONS[config.timesteps]
     return shift_timesteps(distribution(shape, config, generator), config.shift)

@@ -1,7 +1,7 @@
 """From noise to data: solve the flow's ordinary differential equation from t = 1 to t = 0, along the path of ``flow.path``.
 
-A velocity model is any function of (state, timestep); nothing here knows the network. With N steps the error falls as 1/N for Euler
-and as 1/N^2 for Heun, which evaluates the velocity twice per step.
+A velocity model is any function of (state, timestep). With N steps the error falls as 1/N for Euler and as 1/N^2 for Heun, which
+evaluates the velocity twice per step.
 """
 
 import math
@@ -19,12 +19,12 @@ VelocityModel = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 def euler_step(velocity: VelocityModel, x_t: torch.Tensor, t: float, t_next: float) -> torch.Tensor:
-    """Along the tangent: order 1, one evaluation."""
+    """Euler's method: order 1, one evaluation."""
     return x_t + (t_next - t) * velocity(x_t, t)
 
 
 def heun_step(velocity: VelocityModel, x_t: torch.Tensor, t: float, t_next: float) -> torch.Tensor:
-    """Along the mean of the velocities at both ends, the second one after an Euler step: order 2, two evaluations."""
+    """Heun's method, the mean of the velocities at t and after an Euler step: order 2, two evaluations."""
     start = velocity(x_t, t)
     end = velocity(x_t + (t_next - t) * start, t_next)
     return x_t + (t_next - t) * (start + end) / 2
@@ -36,8 +36,8 @@ class SolverOptions:
 
     steps:    steps from noise to data.
     sampler:  a name registered in ``SOLVERS``.
-    shift:    as in training; above 1 more of the steps are spent near the noise.
-    guidance: scale of classifier-free guidance (arXiv 2207.12598); 1 follows the caption as trained, more exaggerates its effect.
+    shift:    as in training; above 1, more steps are near the noise.
+    guidance: scale of classifier-free guidance (arXiv 2207.12598); 1 is no guidance, more strengthens the caption's effect.
 
     Raises:
         ValueError: a number out of range, or an unknown sampler.
@@ -61,13 +61,13 @@ class SolverOptions:
 
     @property
     def is_guided(self) -> bool:
-        """Whether the velocity without a caption is needed too, which doubles the cost."""
+        """Whether the velocity without a caption is needed as well, which doubles the cost."""
         return self.guidance != 1.0
 
 
 def time_grid(steps: int, shift: float) -> list[float]:
     """steps + 1 timesteps from 1 to 0: evenly spaced, then shifted as in training."""
-    # float64: the differences of neighbours are the step sizes, and their rounding errors would add up.
+    # float64: step sizes are differences of neighbours, whose rounding errors would add up.
     return shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
 
 
@@ -77,7 +77,7 @@ def solve(
     options: SolverOptions,
     after_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """The data at t = 0 that ``noise`` at t = 1 flows to. Guidance is applied by ``velocity``, not here."""
+    """Solve from ``noise`` at t = 1 to data at t = 0. Guidance is part of ``velocity``."""
     step, x_t = SOLVERS[options.sampler], noise
     for t, t_next in pairwise(time_grid(options.steps, options.shift)):
         x_t = step(velocity, x_t, t, t_next)

@@ -1,9 +1,8 @@
-"""Load-balancing loss, independently in each group.
+"""Load-balancing loss, computed separately for each group.
 
-Per group g: E_g * sum over its experts of f_e * P_e, with f_e the share of the group's assignments that went to expert e
+Per group g: E_g * sum over its experts of f_e * P_e, where f_e is the share of the group's assignments that go to expert e
 (sums to 1, no gradient) and P_e the router's mean probability for e over the group's tokens. 1.0 when uniform.
 (Switch Transformer, arXiv 2101.03961, eq. 4 to 6, with top-k assignments.)
-
 """
 
 from collections.abc import Sequence
@@ -16,12 +15,12 @@ from symbiotic_titan.moe.record import RoutingRecord, RoutingTotals, routing_tot
 
 
 def balance_loss(records: Sequence[RoutingRecord], totals: RoutingTotals | None = None) -> Tensor:
-    """0-dim float32: mean over layers, sum over groups.
+    """() float32: mean over layers, sum over groups.
 
-    A group without tokens contributes 0 with a gradient that exists and is zero.
+    A group without tokens contributes 0, and its router gets a zero gradient rather than none.
 
-    ``totals``: counts summed over data-parallel ranks and micro-batches (``global`` scope). Then this is the part of the
-    global loss that these records carry: the parts of all ranks and micro-batches *sum* to the loss of the one big batch.
+    ``totals``: counts summed over data-parallel ranks and micro-batches (``global`` scope). The result is then these records' share:
+    the shares of all ranks and micro-batches *sum* to the loss of the whole step.
     """
     assert records, "balance_loss needs the record of at least one layer"
     if totals is None:
@@ -40,8 +39,8 @@ def balance_loss(records: Sequence[RoutingRecord], totals: RoutingTotals | None 
 def balance(inputs: StepInputs) -> Tensor:
     """() the micro-batch's share of the step's balancing loss; 0 without MoE layers.
 
-    With the step's counts the parts of all micro-batches sum to the loss of the whole step; without them every micro-batch has a
-    loss of its own, and the step's is their mean.
+    With the step's counts (``global`` scope) the shares sum to the loss of the whole step; without them the step's loss is the mean of
+    the micro-batches' own losses.
     """
     if not inputs.records:
         return torch.zeros((), device=inputs.batch.tokens.device)

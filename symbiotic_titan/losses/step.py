@@ -1,7 +1,7 @@
 """The loss of one optimizer step, put together from the registered terms.
 
-Targets are counted before the forward passes, over all ranks and micro-batches; every micro-batch then adds its sums divided by these
-counts. So the gradient of N micro-batches on M ranks is that of one batch N x M times as large.
+Targets are counted before the forward passes, over all ranks and micro-batches, and every micro-batch's sums are divided by these
+counts. The gradient of N micro-batches on M ranks is therefore that of one batch N x M times as large.
 """
 
 import functools
@@ -24,7 +24,7 @@ from symbiotic_titan.sequence.tasks import TASKS
 class StepTotals:
     """Targets of one step over all ranks and micro-batches; known before any forward.
 
-    counts     term -> (J,) targets by task, of the terms that have some.
+    counts     term -> (J,) targets by task, for the terms that count targets.
     modality   (M,) tokens.
     positions  () tokens and padding.
     """
@@ -36,7 +36,7 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class MicroBatchResult:
-    """What one micro-batch on this rank leaves, detached.
+    """Detached results of one micro-batch on this rank.
 
     values   term -> (J,) sums by task, or () its share of the step's value.
     routing  None without MoE layers.
@@ -52,7 +52,7 @@ class MicroBatchResult:
 
 
 def mean_losses(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, float]:
-    """``<term>`` and ``by_task/<task>_<term>`` from (J,) sums and counts by term; what has no target is left out."""
+    """``<term>`` and ``by_task/<task>_<term>`` from (J,) sums and counts by term; those without targets are left out."""
     losses = {  # device sync, here and below, where the sums are on a device
         term: float(sums_J.sum() / counts[term].sum())
         for term, sums_J in sums.items()
@@ -66,9 +66,9 @@ def mean_losses(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dic
 
 
 class LossFunction:
-    """The registered terms with the weights of [losses]. It fills torchtitan's slot for the loss.
+    """The registered terms with the weights of [losses]; torchtitan's train spec takes it as the loss function.
 
-    cross_entropy: ``text_errors``, or the same compiled.
+    cross_entropy: ``text_errors``, possibly compiled.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class LossFunction:
 
     @property
     def counted(self) -> list[str]:
-        """Terms that are sums over targets, in their order."""
+        """Terms that are sums over targets, in order of registration."""
         return list(self._counts)
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """Term -> (J,) targets of ``batch`` by task. Needs no forward."""
+        """Term -> (J,) targets of ``batch`` by task, known before the forward."""
         return {name: count(batch) for name, count in self._counts.items()}
 
     def values(self, inputs: StepInputs) -> dict[str, Tensor]:
@@ -119,18 +119,18 @@ class LossFunction:
         for name, value in values.items():
             weighted = self.weights[name] * value.sum()
             if name in totals.counts:
-                # A step without any target of this kind has the loss 0, not NaN.
+                # Without any target in the step the loss is 0, not NaN.
                 weighted = weighted / totals.counts[name].sum().clamp(min=1)
             terms.append(weighted)
         return functools.reduce(operator.add, terms)
 
     def sum_results(self, results: Sequence[MicroBatchResult]) -> Tensor:
-        """All terms' values of this rank one after another, to be summed over ranks."""
+        """All terms' values of this rank, concatenated, to be summed over ranks in one all-reduce."""
         rows = [torch.cat([v.reshape(-1) for v in result.values.values()]) for result in results]
         return torch.stack(rows).sum(0)
 
     def step_losses(self, total: Tensor, totals: StepTotals) -> dict[str, float]:
-        """Losses of the step by name, from ``sum_results`` summed over ranks; a task without a target in this step is left out."""
+        """Losses of the step by name, from ``sum_results`` summed over ranks; tasks without targets in this step are left out."""
         sizes = [len(TASKS) if name in totals.counts else 1 for name in self._values]
         values = dict(zip(self._values, total.split(sizes), strict=True))
         means = mean_losses({n: v for n, v in values.items() if n in totals.counts}, totals.counts)
@@ -140,19 +140,19 @@ class LossFunction:
         return losses
 
     def not_finite(self, losses: Mapping[str, float], grad_norm: float) -> dict[str, float]:
-        """Those of the step's weighted losses and of its gradient norm that are not finite."""
+        """The non-finite ones among the step's weighted losses and its gradient norm."""
         values = {**{name: losses[name] for name in self.weights}, "grad_norm": grad_norm}
         return {n: v for n, v in values.items() if not torch.isfinite(torch.tensor(v))}
 
 
 def correct_tokens(logits_BTV: Tensor, batch: PackedBatch) -> Tensor:
     """(J,) labelled tokens whose most likely next token is the label, by task."""
-    # A label that is ignored is negative: no token is ever equal to it.
+    # IGNORE_INDEX is negative, so no token equals it.
     return sum_by_task((logits_BTV.argmax(-1) == batch.labels).float(), batch.task)
 
 
 def accuracies(correct_J: Tensor, count_J: Tensor) -> dict[str, float]:
-    """``accuracy/<task>``: share of labelled tokens that are right; a task without one is left out."""
+    """``accuracy/<task>``: share of correct labelled tokens; tasks without labels are left out."""
     return {
         f"accuracy/{task}": float(correct_J[i] / count_J[i])  # device sync
         for i, task in enumerate(TASKS)

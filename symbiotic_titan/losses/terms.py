@@ -1,7 +1,7 @@
-"""Our terms of the loss that are averaged over tokens: next-token cross entropy and flow matching.
+"""The loss terms that are averaged over tokens: next-token cross entropy and flow matching.
 
-A term gives sums by task over one micro-batch, and counts its targets before the forward. Both are divided once per step, by the
-counts over all ranks and micro-batches (``losses.step``). Which terms there are, and their weights: ``config.losses``.
+A term returns sums by task over one micro-batch, and counts its targets before the forward. The sums are divided once, by the counts
+over all ranks and micro-batches (``losses.step``). ``config.losses`` registers the terms and their weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from symbiotic_titan.sequence.tasks import TASKS
 
 
 def text_errors(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """(B, T) float32 next-token cross entropy in nats; 0 where there is no label."""
+    """(B, T) float32 next-token cross entropy in nats; 0 at positions without a label."""
     errors = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(),
         labels_BT.flatten(),
@@ -30,15 +30,15 @@ def text_errors(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a term is computed from: one micro-batch and the model's output on it.
+    """Inputs of a loss term: one micro-batch and the model's output on it.
 
     logits             (B, T, V).
     velocity           (B, L, Z) predicted velocity.
     target_velocity    (B, L, Z).
     records            one per MoE layer; empty without MoE layers.
     num_micro_batches  of the step, over all data ranks.
-    step_routing       expert counts of the whole step, where losses.balance_scope = "global"; else None.
-    cross_entropy      ``text_errors``, or the same compiled.
+    step_routing       expert counts of the whole step with losses.balance_scope = "global"; else None.
+    cross_entropy      ``text_errors``, possibly compiled.
     """
 
     batch: PackedBatch
@@ -53,6 +53,7 @@ class StepInputs:
 
 def sum_by_task(values: Tensor, tasks: Tensor) -> Tensor:
     """(J,) sums of ``values`` by ``tasks`` of the same shape; NO_TASK is left out."""
+    # A product and a sum in fixed order; a scatter_add of floats is nondeterministic on a GPU.
     one_hot = tasks.unsqueeze(-1) == torch.arange(len(TASKS), device=tasks.device)
     return (values.unsqueeze(-1) * one_hot).flatten(0, -2).sum(0)
 
@@ -83,6 +84,6 @@ def text_sums(inputs: StepInputs) -> Tensor:
 def flow_sums(inputs: StepInputs) -> Tensor:
     """(J,) squared velocity error, averaged over channels and summed over latent tokens (arXiv 2210.02747, eq. 9)."""
     errors_BL = (inputs.velocity.float() - inputs.target_velocity.float()).square().mean(-1)
-    # Unused slots are multiplied by 0 too, so that their predictions have a gradient, which is 0.
+    # Masked, not selected: shapes stay static, and without images the flow head still gets a gradient, of zero.
     errors_BL = errors_BL.masked_fill(inputs.batch.vae_image < 0, 0.0)
     return sum_by_task(errors_BL, latent_tasks(inputs.batch))

@@ -1,16 +1,16 @@
 """Permute copies of tokens into expert order, and combine the experts' outputs into tokens again.
 
-1. Every token is copied once per chosen expert. The T*K copies are sorted once, stably, by the slot of their expert; padding sorts
+1. Every token has one copy per chosen expert. The T*K copies are sorted once, stably, by the slot of their expert; padding sorts
    last and is cut off. Without expert parallelism a slot is an expert's number; see ``moe.partition``.
-2. ``permute`` gathers the tokens into that order, one tensor per expert group. Where the kernel asks for it, each expert's share is
-   rounded up to whole blocks with rows of zeros (``padded_counts``).
+2. ``permute`` gathers the tokens in that order, one tensor per expert group. If the kernel requires it, each expert's rows are
+   padded with zeros to whole blocks (``padded_counts``).
 3. The experts compute.
-4. ``unpermute``: every token gathers its K rows and adds them, weighted.
+4. ``unpermute``: every token gathers its K rows and sums them, weighted.
 
 Both gathers are autograd functions, because the backward of each is the forward of the other: a gather and a sum over K in a fixed
-order. Autograd's own backward would be a scatter-add, which is slow on a CPU and not deterministic on a GPU.
+order. Autograd's own backward would be a scatter-add, which is slow on a CPU and nondeterministic on a GPU.
 
-Shape letters: sequence/shapes.py. N are the rows of one group (copies and rows of zeros) or, where copies are sorted, all T*K.
+Shape letters: sequence/shapes.py. N are the rows of one group (copies and zero rows) or, before they are split by group, all T*K.
 """
 
 import math
@@ -30,13 +30,13 @@ _TOKENS_PER_CHUNK = 128
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The token, if any, that each row of one group is a copy of.
+    """Assignment of one group's rows to tokens, in both directions.
 
-    source_n   (n,) int64    the token of each copy, sorted by slot.
-    row_n      (n,) int64    the row of each copy; all other rows are zero.
-    offsets_N  (N,) int64    copies in the rows before each row.
-    token_t    (t,) int64    the tokens routed to this group, ascending. All K copies of a token are in one group.
-    row_tK     (t, K) int64  the rows of each of them.
+    source_n   (n,) int64    token of each copy, sorted by slot.
+    row_n      (n,) int64    row of each copy; all other rows are zero.
+    offsets_N  (N,) int64    number of copies before each row.
+    token_t    (t,) int64    tokens routed to this group, ascending. All K copies of a token are in one group.
+    row_tK     (t, K) int64  rows of each of these tokens.
     """
 
     source_n: Tensor
@@ -48,26 +48,26 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Sizes of one group, known to the host: its copies, and its rows (copies and rows of zeros)."""
+    """Sizes of one group on the host: its copies, and its rows (copies and zero rows)."""
 
     copies: int
     rows: int
 
 
 def padded_counts(counts: Tensor, x_TD: Tensor, block_rows: int) -> Tensor:
-    """Rows of each expert, zeros included: rounded up to the ``row_multiple`` of ``x_TD`` and, if ``block_rows`` is not 0, to whole
-    blocks of that many rows, at least one block per expert."""
+    """``counts`` with zero rows: rounded up to the ``row_multiple`` of ``x_TD`` and, if ``block_rows`` is not 0, to whole blocks of
+    ``block_rows`` rows, at least one block per expert."""
     multiple = math.lcm(row_multiple(x_TD.device, x_TD.dtype), block_rows or 1)
-    # An expert without rows gets a wrong weight gradient from grouped kernels on some devices (sm_100): give it a row of zeros.
+    # Grouped kernels on some devices (sm_100) give an expert without rows a wrong weight gradient, so it gets a zero row.
     if block_rows or x_TD.is_cuda:
         counts = counts.clamp(min=1)
     return (counts + (multiple - 1)) // multiple * multiple
 
 
 def _spread_rows(counts_e: Tensor, padded_e: Tensor, size: RowCounts) -> tuple[Tensor, Tensor]:
-    """(row of each copy (n,), copies before each row (N,)) if every expert's copies are followed by its rows of zeros."""
+    """(row of each copy (n,), copies before each row (N,)); every expert's copies are followed by its zero rows."""
     before_e = (padded_e - counts_e).cumsum(0) - (padded_e - counts_e)
-    # ``output_size`` is known here; without it repeat_interleave would wait for the device to learn it.
+    # Without ``output_size`` repeat_interleave would sync with the device.
     zero_rows_before_n = before_e.repeat_interleave(counts_e, output_size=size.copies)
     row_n = zero_rows_before_n + torch.arange(size.copies, device=counts_e.device)
     is_copy_N = torch.zeros(size.rows, dtype=torch.int64, device=counts_e.device)
@@ -82,11 +82,11 @@ def lay_out_rows(
     padded: tuple[Tensor, ...],
     sizes: list[RowCounts],
 ) -> tuple[RowLayout, ...]:
-    """Where every copy goes, one layout per group.
+    """The row layout of each group.
 
     slots_TK: slot of each copy's expert; for padding, any number above all slots. Group 0 has the first slots, then group 1.
-    group_T: the group of each token; for padding, the number of groups.
-    counts, padded: per group, copies of each expert, and the same rounded up.
+    group_T: group of each token; for padding, the number of groups.
+    counts, padded: copies of each expert per group, without and with zero rows.
     """
     top_k = slots_TK.shape[1]
     # Stable: equal slots keep the order of their tokens, so sums over an expert's rows always run in the same order.
@@ -114,8 +114,8 @@ def lay_out_rows(
 
 
 def _bags(index: Tensor, x: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Sums of rows of ``x``; a row without copies is zero."""
-    # One pass over memory: 2 to 10 times faster on a CPU than index_select and a reduction. It refuses an empty index.
+    """Sums of indexed rows of ``x``, per bag; an empty bag gives zeros."""
+    # One pass over memory: 2 to 10 times faster on a CPU than index_select and a reduction. embedding_bag rejects an empty index.
     if index.numel() == 0:
         num_rows = index.shape[0] if offsets is None else offsets.shape[0]
         return x.new_zeros(num_rows, x.shape[1])
@@ -123,7 +123,7 @@ def _bags(index: Tensor, x: Tensor, offsets: Tensor | None, weights: Tensor | No
 
 
 def _gather(x_TD: Tensor, layout: RowLayout, weight_n: Tensor | None = None) -> Tensor:
-    """(N, D): the token of each row, times its weight; rows without a copy are 0."""
+    """(N, D): each row's token, times its weight; rows without a copy are 0."""
     return _bags(layout.source_n, x_TD, layout.offsets_N, weight_n)
 
 
@@ -137,14 +137,14 @@ def _collect(
     out_TD = rows[0].new_zeros(num_tokens, rows[0].shape[1])
     for rows_ND, layout in zip(rows, layouts, strict=True):
         weights_tK = None if weights_TK is None else weights_TK[layout.token_t].to(rows_ND.dtype)
-        # Each token is in one group, so no index occurs twice: a copy, not an accumulation, hence deterministic.
+        # A token is in one group only, so no index occurs twice: index_copy_ never accumulates and is deterministic.
         out_TD.index_copy_(0, layout.token_t, _bags(layout.row_tK, rows_ND, None, weights_tK))
     return out_TD
 
 
 def _dots(rows_ND: Tensor, row_tK: Tensor, grad_tD: Tensor) -> Tensor:
-    """(t, K): each token's gradient times each of its rows, summed over D in float32 and rounded once."""
-    # Off the GPU in chunks that fit a core's cache: copying all rows at once costs 4 times as much on a CPU.
+    """(t, K): dot products of each token's gradient with its rows, summed over D in float32 and rounded once."""
+    # On a CPU in chunks that fit a core's cache: gathering all rows at once takes 4 times as long.
     chunk = row_tK.shape[0] if rows_ND.device.type == "cuda" else _TOKENS_PER_CHUNK
     dots = [
         torch.bmm(rows_ND[index_tK], grad_part_tD.unsqueeze(-1)).squeeze(-1)
@@ -185,7 +185,7 @@ class _Unpermute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         grad_TD = grad_TD.contiguous()
-        # Read once: under activation checkpointing a second look at saved tensors is an error.
+        # Read once: under activation checkpointing, unpacking saved tensors twice is an error.
         saved = ctx.saved_tensors
         if not saved:
             return None, None, None, *(_gather(grad_TD, layout) for layout in ctx.layouts)
@@ -202,7 +202,7 @@ class _Unpermute(torch.autograd.Function):
 
 
 def permute(x_TD: Tensor, layouts: tuple[RowLayout, ...]) -> tuple[Tensor, ...]:
-    """One (N, D) tensor per group: copies of its tokens sorted by slot, with rows of zeros between. Differentiable."""
+    """One (N, D) tensor per group: copies of its tokens sorted by slot, each expert's padded with zero rows. Differentiable."""
     return _Permute.apply(x_TD, layouts)
 
 
@@ -214,7 +214,7 @@ def unpermute(
 ) -> Tensor:
     """(T, D): each token's weighted sum over its K rows; exactly 0 for padding. Differentiable in rows and weights.
 
-    The weights and their gradient are rounded to the rows' dtype. Without weights it is a plain sum.
+    The weights and their gradient are rounded to the rows' dtype. ``None`` weights give a plain sum.
     """
     return _Unpermute.apply(weights_TK, layouts, num_tokens, *rows)
 
@@ -224,7 +224,7 @@ class Dispatched:
     """What the experts compute on.
 
     rows    one (N, D) tensor per group, sorted by expert.
-    counts  one int64 tensor per group: rows of each of the group's experts on this rank, rows of zeros included.
+    counts  one int64 tensor per group: rows of each of the group's experts on this rank, zero rows included.
     """
 
     rows: tuple[Tensor, ...]
@@ -234,8 +234,8 @@ class Dispatched:
 class Dispatcher(Protocol):
     """Brings copies to the experts and their outputs back.
 
-    It keeps no state between the calls of one forward: ``start_combine`` and ``combine`` take the layout that ``dispatch`` returned.
-    What runs between these two hides the transfer.
+    Stateless between calls: ``start_combine`` and ``combine`` take the layout that ``dispatch`` returned. Computation between these
+    two overlaps with the transfer.
     """
 
     def dispatch(
@@ -254,7 +254,7 @@ class Dispatcher(Protocol):
         """
 
     def start_combine(self, rows: tuple[Tensor, ...], layout: Any) -> tuple[Tensor, ...]:
-        """Start the transfer back. ``rows``: one output per group, laid out as its input was. Only ``combine`` may read the result."""
+        """Start the transfer back. ``rows``: each group's output, in its input's layout. Only ``combine`` may read the result."""
 
     def combine(self, sent: tuple[Tensor, ...], weights_TK: Tensor, layout: Any) -> Tensor:
         """(T, D): the weighted sum of each token's copies, from what ``start_combine`` returned."""

@@ -31,7 +31,7 @@ SwiGLUKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 class GroupedExperts(nn.Module):
     """One group's SwiGLU experts ``w2(silu(w1 x) * w3 x)`` with stacked weights: w1, w3 (E, F, D) and w2 (E, D, F).
 
-    Values are uninitialised here, as in every module; ``model.initialize`` sets them.
+    Created uninitialised, as in every module; ``model.initialize`` sets the values.
     """
 
     swiglu: SwiGLUKernel  # the float8 converter and torch.compile replace it
@@ -53,7 +53,7 @@ class GroupedExperts(nn.Module):
 class SharedExpert(nn.Module):
     """SwiGLU ``w2(silu(w1 x) * w3 x)``, optionally times ``sigmoid(gate x)``, whose gradient can be shielded from some modalities.
 
-    In the shield's ``weights`` mode the layers' weights are used directly, so converting these linear layers to float8 has no effect.
+    The shield's ``weights`` mode uses the weights directly, so converting these linear layers to float8 would have no effect.
     """
 
     def __init__(self, args: MoEArgs) -> None:
@@ -75,7 +75,7 @@ class SharedExpert(nn.Module):
             return scale_gradient(self._swiglu(x_TD, lambda layer, y: layer(y)), factors_T)
 
         def linear(layer: nn.Linear, y: Tensor) -> Tensor:
-            dtype = compute_dtype(y)  # autocast does not see into our autograd function
+            dtype = compute_dtype(y)  # autocast does not apply inside an autograd function
             return scaled_weight_linear(y.to(dtype), layer.weight.to(dtype), factors_T)
 
         return self._swiglu(x_TD, linear)
@@ -93,7 +93,9 @@ class PartitionedMoE(nn.Module):
     """
 
     dispatcher: Dispatcher  # expert parallelism replaces it
-    block_rows: int  # not 0 if the experts' kernel needs rows in blocks: see ``padded_counts``
+    block_rows: (
+        int  # block size if the experts' kernel needs rows in blocks, else 0: see ``padded_counts``
+    )
 
     def __init__(self, args: MoEArgs) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class PartitionedMoE(nn.Module):
         shield_scale: 0-dim float tensor, factor on the gradient of shielded tokens in the shared expert; 1 means no shield.
         """
         routing = self.router(x_TD, modality_T)
-        # The record's counts exclude padding, as the dispatcher's do.
+        # Cast first, so that the all-to-all sends the compute dtype. The record's counts exclude padding, as ``dispatch`` expects.
         dispatched, layout = self.dispatcher.dispatch(
             x_TD.to(compute_dtype(x_TD)),
             routing.experts_TK,

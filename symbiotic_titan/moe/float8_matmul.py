@@ -1,9 +1,9 @@
-"""SwiGLU of many experts with emulated float8 matmuls: equal to the GPU's kernel up to the order of its sums. For tests, not speed.
+"""SwiGLU of many experts with emulated float8 matmuls: equal to the GPU's kernel up to summation order. For tests, not speed.
 
 Both operands of every matmul, in forward and backward, are rounded to float8 (e4m3) with one scale per slice along the
-dimension that is summed over. For a weight's gradient that dimension is an expert's rows, so each expert has its own scales.
-Scales are powers of two, as in torchao's rowwise scaling: the rounded numbers are exact in bfloat16 and in float32, and
-multiplying them there is what the float8 kernel does.
+contracted dimension. For a weight's gradient that dimension is an expert's rows, so each expert has its own scales.
+Scales are powers of two, as in torchao's rowwise scaling: the rounded values are exact in bfloat16 and float32, so a matmul in these
+dtypes computes what the float8 kernel does.
 
 Shape letters: sequence/shapes.py. N are rows sorted by expert, D is the width in, F the width out.
 """
@@ -22,14 +22,13 @@ _SMALLEST_AMAX = 1e-12  # as in torchao: keeps the scale of a slice of zeros fin
 def round_to_float8(x: Tensor, dim: int) -> Tensor:
     """``x`` rounded to float8 values, in its own dtype, with one scale for each slice along ``dim``.
 
-    The error is at most 1/16 of a number or 2^-18 of the largest number of its slice.
+    The error of a value is at most 1/16 of it or 2^-18 of the largest value in its slice.
     """
     largest = torch.finfo(_FLOAT8).max
     amax = x.abs().amax(dim, keepdim=True).double().clamp(min=_SMALLEST_AMAX)
     scale = (largest / amax).float().log2().floor().exp2()
-    scaled = (x.float() * scale).clamp(
-        -largest, largest
-    )  # torch 2.11 and older overflow to NaN instead of saturating
+    # Clamped, because torch 2.11 and older overflow to NaN instead of saturating.
+    scaled = (x.float() * scale).clamp(-largest, largest)
     return (scaled.to(_FLOAT8).float() / scale).to(x.dtype)
 
 

@@ -1,12 +1,11 @@
 """Scale the gradient of chosen tokens: identity forward, per-token factor backward.
 
-arXiv 2604.07753 leaves open which gradient is shielded, so there are two modes. Neither changes the forward pass by a bit:
+arXiv 2604.07753 does not say which gradient is shielded, so there are two modes. Both leave the forward pass bitwise unchanged:
 
-- ``output``: ``scale_gradient`` on the shared expert's output. Neither its weights nor the token's own input receives
-  more than ``scale`` times the gradient through it.
+- ``output``: ``scale_gradient`` on the shared expert's output. The gradients of its weights and of the token's input are both scaled.
 - ``weights``: ``scaled_weight_linear`` in place of each of its linear layers. Only the weights' gradient is scaled.
 
-The scale is a tensor, so that a new value at every step does not recompile anything.
+The scale is a tensor, so that a new value does not cause a recompilation.
 
 Shape letters: sequence/shapes.py. D is the width in, F the width out.
 """
@@ -32,7 +31,7 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         (factors_T,) = ctx.saved_tensors
-        # The factor stays float32, because bfloat16 cannot represent most scales (0.1, say); only the product is rounded.
+        # The factor stays float32, because bfloat16 cannot represent most scales (such as 0.1); only the product is rounded.
         return (grad_TD * factors_T.unsqueeze(-1)).to(grad_TD.dtype), None
 
 
@@ -48,7 +47,7 @@ class _ScaledWeightLinear(torch.autograd.Function):
         grad_x_TD = grad_TF @ weight_FD if ctx.needs_input_grad[0] else None
         grad_weight_FD = None
         if ctx.needs_input_grad[1]:
-            # Scaled before the matmul, which sums over tokens: afterwards a token's share can no longer be told apart.
+            # Scaled before the matmul, which sums over tokens.
             scaled_TF = (grad_TF * factors_T.unsqueeze(-1)).to(grad_TF.dtype)
             grad_weight_FD = scaled_TF.t() @ x_TD
         return grad_x_TD, grad_weight_FD, None

@@ -1,14 +1,13 @@
-"""SwiGLU of many experts over rows sorted by expert: the one module that knows which kernel is fastest on which device.
+"""SwiGLU of many experts over rows sorted by expert. The choice of kernel per device is made here alone.
 
-``row_multiple`` is the multiple to which the dispatcher must round each expert's rows up (with rows of zeros); ``grouped_swiglu``
-computes. CUDA uses ``F.grouped_mm`` on devices that have it. Everything else loops over the experts inside one autograd
-function, which keeps the loop's gradients out of autograd (indexing a stacked weight costs a full-size gradient of zeros per
-expert) and its intermediates in cache.
+The dispatcher pads each expert's rows with zeros to a multiple of ``row_multiple``; ``grouped_swiglu`` computes. CUDA devices that
+support it use ``F.grouped_mm``. All others loop over the experts inside one autograd function, which avoids autograd's per-expert
+gradients (indexing a stacked weight costs a full-size gradient of zeros each) and keeps intermediates in cache.
 
 On a CPU every thread takes whole experts. An expert's matmuls are small: splitting each over the threads would cost a wake-up and a
 barrier every 50 microseconds, while whole experts cost one start and one join per call. Measured on 2 cores, T=4096, D=F=512, E=128,
-K=8, bf16: the matmuls of one pass 16 ms against 21 ms. Which thread computes an expert changes nothing in its numbers: each matmul
-runs on one thread in either case. ``tools/bench/moe.py`` repeats the measurements.
+K=8, bf16: 16 ms instead of 21 ms for the matmuls of one pass. Results do not depend on the number of threads, because each matmul
+runs on one thread. ``tools/bench/moe.py`` repeats the measurements.
 
 Shape letters: sequence/shapes.py. N are rows sorted by expert, E the experts on this rank.
 """
@@ -28,7 +27,7 @@ from torch.distributed.tensor import DTensor
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which autocast would compute a matmul of ``x``; ``x.dtype`` without autocast.
 
-    Autocast does not know grouped matmuls nor our autograd functions, so their callers cast explicitly.
+    Autocast does not cover grouped matmuls or our autograd functions, so their callers cast explicitly.
     """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
@@ -41,12 +40,12 @@ def local_tensor(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-# Below this many multiply-adds another thread costs more (50 to 100 us) than it saves.
+# Multiply-adds per thread below which starting another thread costs more (50 to 100 us) than it saves.
 _MIN_WORK_PER_THREAD = 1 << 26
 
 
 def _ranges(costs: list[int], num_ranges: int) -> list[tuple[int, int]]:
-    """Consecutive tasks, cut where the running cost reaches each next share of the total."""
+    """(first, last) of consecutive tasks, split so that the ranges have nearly equal costs."""
     total, seen, first = sum(costs), 0, 0
     ranges: list[tuple[int, int]] = []
     for task, cost in enumerate(costs):
@@ -60,7 +59,7 @@ def _ranges(costs: list[int], num_ranges: int) -> list[tuple[int, int]]:
 def in_threads(work: Callable[[int, int], None], costs: list[int], device: torch.device) -> None:
     """Call ``work(first, last)`` for ranges that together cover every task once. ``costs``: multiply-adds of each task.
 
-    On a CPU the ranges run concurrently, on as many threads as torch may use, and torch uses one thread inside each.
+    On a CPU the ranges run concurrently on torch's number of threads, and torch uses one thread inside each.
     ``work`` must not record gradients. An exception in any range is raised here, after all ranges have ended.
     """
     if device.type != "cpu":
@@ -86,12 +85,12 @@ def in_threads(work: Callable[[int, int], None], costs: list[int], device: torch
 
 
 # oneDNN compiles a kernel for every new row count of a bf16 matmul (3 to 8 ms each, 1024 are cached), and row counts change
-# with every batch. Whole tiles also run 1.3 times faster than ragged ones. fp32 goes through MKL, which has neither problem.
+# with every batch. Full tiles are also 1.3 times faster than partial ones. fp32 uses MKL, which has neither problem.
 _CPU_TILE_ROWS = 32
 
-# bf16 experts with equal counts share a batched matmul while their rows fit a core's cache: for small experts (64 rows,
-# D = F = 256) calling torch costs as much as computing, and batching saves 15 %; large experts gain 2 %. Not in float32: it gains
-# nothing there, and an expert's result would depend, in the last bit, on its neighbours' counts.
+# bf16 experts with equal counts share a batched matmul while their rows fit a core's cache. For small experts (64 rows, D = F = 256)
+# call overhead equals compute time, and batching saves 15 %; large experts gain 2 %. Not in float32: it gains nothing there, and the
+# last bit of an expert's result would depend on its neighbours' counts.
 _RUN_ROWS = 1024
 
 
@@ -102,7 +101,7 @@ def row_multiple(device: torch.device, dtype: torch.dtype) -> int:
 
 @torch.compiler.assume_constant_result
 def _is_hopper_or_newer(device_index: int) -> bool:
-    """Compute capability 9.0 or more. A constant while a compiled layer is traced: a call into the driver would break the graph."""
+    """Compute capability 9.0 or more. Constant under tracing, because a call into the driver would break the graph."""
     return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
@@ -167,12 +166,12 @@ class _Run:
 
     @property
     def experts(self) -> int | slice:
-        """Index into stacked weights; an int for a single expert, because ``mm`` is faster than a ``bmm`` of one."""
+        """Index into stacked weights; an int for a single expert, because ``mm`` is faster than a batched matmul of one."""
         return self.first if self.last == self.first + 1 else slice(self.first, self.last)
 
 
 def _equal_runs(counts: list[int], dtype: torch.dtype) -> list[_Run]:
-    """Runs in the order of the experts, without experts that have no rows."""
+    """Runs in expert order; experts without rows are left out."""
     most_rows = _RUN_ROWS if dtype.itemsize == 2 else 0
     runs: list[_Run] = []
     for expert, rows in enumerate(counts):
@@ -194,13 +193,13 @@ def _by_run(x_ND: Tensor, runs: list[_Run]) -> list[Tensor]:
 
 
 def _scratch(like_NF: Tensor, runs: list[_Run]) -> Tensor:
-    """A flat buffer large enough for the (rows, F) intermediates of any one of ``runs``."""
+    """A flat buffer for the (rows, F) intermediates of the largest of ``runs``."""
     most_rows = max((run.total_rows for run in runs), default=0)
     return like_NF.new_empty(most_rows * like_NF.shape[1])
 
 
-# Custom ops, so that torch.compile sees one call instead of a loop over experts and threads whose length depends on the data, and
-# so that per-op activation checkpointing can save the result. Fakes and backward are separate for the same reason.
+# Custom ops, so that torch.compile sees one call instead of a data-dependent loop over experts and threads, and per-op activation
+# checkpointing can save the result. The backward is its own op for the same reason.
 @torch.library.custom_op("symbiotic_titan::swiglu_loop", mutates_args=())
 def swiglu_loop(
     rows_ND: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, counts_E: Tensor
@@ -217,7 +216,7 @@ def swiglu_loop(
     w1_EDF, w2_EFD, w3_EDF = (w.transpose(1, 2) for w in (w1_EFD, w2_EDF, w3_EFD))
 
     def work(first: int, last: int) -> None:
-        # One scratch buffer per thread instead of one of all N rows: it stays in the core's cache.
+        # One scratch buffer per thread instead of one for all N rows: it stays in the core's cache.
         scratch = _scratch(gate_NF, runs[first:last])
         for run, x, out, gate, up in per_run[first:last]:
             experts = run.experts
@@ -257,7 +256,7 @@ def swiglu_loop_backward(
         torch.empty_like(w) if weights_need_grad else w.new_empty(0)
         for w in (w1_EFD, w2_EDF, w3_EFD)
     ]
-    # Runs leave out experts without rows, so their part of the uninitialised gradients is cleared here.
+    # Runs leave out experts without rows, so zero their part of the uninitialised gradients.
     for expert in [e for e, rows in enumerate(counts) if rows == 0 and weights_need_grad]:
         for grad_w in grad_weights:
             grad_w[expert].zero_()
@@ -274,7 +273,7 @@ def swiglu_loop_backward(
             if weights_need_grad:
                 torch.mul(activated, up, out=hidden)
                 torch.matmul(grad.mT, hidden, out=grad_weights[1][experts])
-            # From here on the three buffers are reused: the activation becomes the gradient of up, then hidden that of gate.
+            # In place from here: the buffer ``activated`` becomes grad_up, and ``hidden`` grad_gate.
             grad_up = activated.mul_(grad_hidden)
             grad_gate = torch.ops.aten.silu_backward.grad_input(
                 grad_hidden.mul_(up), gate, grad_input=hidden

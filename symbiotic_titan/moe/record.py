@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """How one layer routed one batch, padding excluded.
+    """Routing statistics of one layer on one batch, without padding.
 
-    counts     (M, E) int64         assignments per modality and expert; a token makes top_k of them.
+    counts     (M, E) int64         assignments per modality and expert, top_k per token.
     prob_sum   G x (E_g,) float32   sum over the group's tokens of the router's probability for each of its experts
                                     (softmax score, or sigmoid score normalised to sum 1). The only part with a gradient.
     num_tokens (G,) int64           tokens routed in each group.
@@ -50,6 +50,6 @@ def routing_totals(records: Sequence[RoutingRecord]) -> RoutingTotals:
     )
 
 
-# Activation checkpointing and FSDP find tensors with pytree; registered, they see into the dataclasses.
+# Activation checkpointing and FSDP find tensors through pytree, which must know the dataclasses.
 pytree.register_dataclass(RoutingRecord)
 pytree.register_dataclass(RoutingTotals)

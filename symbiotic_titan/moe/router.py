@@ -14,9 +14,9 @@ from symbiotic_titan.sequence.modality import NUM_MODALITIES
 RouterScore = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(logits_TE float32, allowed_TE bool: the expert is in the token's group) -> (scores_TE, probabilities_TE), both float32.
 
-Scores are positive inside the group and 0 outside it. The experts with the highest scores are chosen; their scores become their
-weights, divided by their sum if the flavor normalizes. Probabilities are what the balancing loss reads: scores divided by
-their sum over the group. Padding is allowed every expert; nothing reads its scores, but they must stay finite.
+Scores are positive inside the group and 0 outside it. The top-k experts by score are chosen, and their scores become their weights
+(divided by their sum with ``normalize_weights``). The balancing loss reads the probabilities: scores divided by their sum over the
+group. Padding is allowed every expert; its scores are unused but must be finite.
 """
 
 
@@ -38,7 +38,7 @@ class Routing:
 
 def is_any_modality(modality_T: Tensor, modalities: tuple[int, ...]) -> Tensor:
     """(T,) bool: the token's modality is one of ``modalities``."""
-    # Comparisons instead of a look-up table, which could be on the wrong device or be lost when a model is built on ``meta``.
+    # Comparisons, because a lookup table could be on the wrong device or be lost when a model is built on ``meta``.
     hit_T = torch.zeros_like(modality_T, dtype=torch.bool)
     for modality in modalities:
         hit_T = hit_T | (modality_T == modality)
@@ -54,7 +54,7 @@ def group_of_token(modality_T: Tensor, groups: tuple[ExpertGroup, ...]) -> Tenso
 
 
 def allowed_experts(group_T: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
-    """(T, E) bool: experts inside the token's group. Padding is allowed all, so that its scores stay finite; nothing reads them."""
+    """(T, E) bool: experts inside the token's group. Padding is allowed all, so that its unused scores stay finite."""
     padding_T1 = (group_T == len(group_sizes)).unsqueeze(-1)
     return torch.cat(
         [
@@ -67,8 +67,8 @@ def allowed_experts(group_T: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
 
 def count_assignments(experts_TK: Tensor, modality_T: Tensor, num_experts: int) -> Tensor:
     """(M, E) int64: copies per modality and expert."""
-    # scatter_add of integers: the sum does not depend on the order, so it is deterministic on any device. Unlike bincount it has a
-    # static output shape, so it does not break a compiled graph. Padding counts into an extra row, which is cut off.
+    # scatter_add of integers is deterministic on any device, because integer sums do not depend on order. Unlike bincount it has a
+    # static output shape, so it does not break a compiled graph. Padding is counted in an extra row, which is cut off.
     index_N = (modality_T.unsqueeze(-1) * num_experts + experts_TK).flatten()
     counts = torch.zeros(
         (NUM_MODALITIES + 1) * num_experts, dtype=torch.int64, device=index_N.device
@@ -92,8 +92,8 @@ class GroupRouter(nn.Module):
 class Router(nn.ModuleDict):
     """One ``GroupRouter`` per group. Scores are computed in float32, also under autocast.
 
-    All groups are scored in one matmul and masked: that is cheaper than gathering each group's tokens, and a token's scores are
-    the same numbers however the experts are partitioned.
+    All groups are scored in one matmul and masked: this is cheaper than gathering each group's tokens, and makes a token's logits
+    independent of the partition.
     """
 
     def __init__(self, args: MoEArgs) -> None:
@@ -112,8 +112,8 @@ class Router(nn.ModuleDict):
     def forward(self, x_TD: Tensor, modality_T: Tensor) -> Routing:
         args = self._args
         group_T = group_of_token(modality_T, args.groups)
-        # In bfloat16 nearly equal scores would tie and top-k would follow rounding. (Under FSDP's mixed precision the weights have
-        # been rounded already, as all weights are.)
+        # float32, because in bfloat16 nearly equal scores would tie, and rounding would decide the top-k. (FSDP's mixed precision has
+        # rounded the weights already.)
         with torch.autocast(x_TD.device.type, enabled=False):
             weight_ED = torch.cat([router.weight for router in self._groups()]).float()
             logits_TE = x_TD.float() @ weight_ED.t()
@@ -121,8 +121,7 @@ class Router(nn.ModuleDict):
             scores_TE, probabilities_TE = self._scores(logits_TE, allowed_TE)
             experts_TK = self._choose(scores_TE, allowed_TE)
             weights_TK = self._weights(logits_TE, scores_TE, experts_TK)
-            # One vector-matrix product sums each group's own tokens: a token has probability 0 outside its group, and padding
-            # has weight 0.
+            # One vector-matrix product for all groups: a token's probability is 0 outside its group, and padding has weight 0.
             routed_T = (group_T < len(args.groups)).float()
             prob_sum_E = routed_T @ probabilities_TE
         counts = count_assignments(experts_TK, modality_T, args.num_experts)
@@ -145,8 +144,8 @@ class Router(nn.ModuleDict):
 
     def _weights(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
         if self._args.score_function == "softmax" and self._args.normalize_weights:
-            # The softmax over the chosen logits equals the renormalised softmax and never reads the experts that were not chosen,
-            # so a token gets the same bits from a partition as from one pool of experts.
+            # The softmax over the chosen logits equals the renormalised softmax, but does not read the other experts: the weights are
+            # bitwise equal in a partition and in a single pool of experts.
             weights_TK = logits_TE.gather(-1, experts_TK).softmax(-1)
         else:
             weights_TK = scores_TE.gather(-1, experts_TK)
@@ -157,7 +156,7 @@ class Router(nn.ModuleDict):
 
 def softmax(logits_TE: Tensor, allowed_TE: Tensor) -> tuple[Tensor, Tensor]:
     """The softmax over the group's experts."""
-    # Masked before the softmax, so that experts of other groups take no part in its denominator.
+    # Masked before the softmax, so that experts of other groups are not in its denominator.
     scores_TE = logits_TE.masked_fill(~allowed_TE, float("-inf")).softmax(-1)
     return scores_TE, scores_TE
 

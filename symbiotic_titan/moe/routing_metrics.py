@@ -1,7 +1,7 @@
-"""Routing statistics of one step, computed from expert counts: numbers per layer, their means, heat maps, and tensors to plot from.
+"""Routing statistics of one step, computed from expert counts: scalars per layer, their means, heat maps, and tensors for plots.
 
-Pure functions without gradient. Those at the top take counts (..., E), assignments per expert: a record's ``counts`` gives one number
-per modality, its ``counts.sum(0)`` one for all. Pass the counts of one group to look inside it.
+Pure functions without gradient. The first ones take assignments per expert, (..., E): a record's ``counts`` for one number per
+modality, its ``counts.sum(0)`` for all modalities together, or the counts of one group.
 
 Shape letters: sequence/shapes.py. E may be the experts of one group.
 """
@@ -18,11 +18,11 @@ from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
 
 
 def capacity_rate(counts_E: Tensor, capacity_factor: float = 1.0) -> Tensor:
-    """(...,) float32 in [0, 1]: share of assignments that fit if every expert is limited to its capacity.
+    """(...,) float32 in [0, 1]: share of assignments within the experts' capacity.
 
     Capacity is ceil(assignments / E * factor) per expert. NaN without assignments.
     """
-    # float64: float32 is exact only up to 2^24, and a step may have more assignments than that.
+    # float64, because a step may have more than 2^24 assignments, up to which float32 is exact.
     total = counts_E.sum(-1)
     capacity = torch.ceil(total.double() / counts_E.shape[-1] * capacity_factor).unsqueeze(-1)
     return (torch.minimum(counts_E.double(), capacity).sum(-1) / total).float()
@@ -47,7 +47,7 @@ def count_std(counts_E: Tensor) -> Tensor:
 def relative_deviation(counts_E: Tensor) -> Tensor:
     """(...,) float32 >= 0: standard deviation / mean of the counts. NaN without assignments.
 
-    The standard deviation of raw counts grows with the tokens of a step; divided by the mean, steps and runs are comparable.
+    Dividing by the mean makes steps and runs with different numbers of tokens comparable.
     """
     counts_E = counts_E.double()
     return (counts_E.std(-1, correction=0) / counts_E.mean(-1)).float()
@@ -56,13 +56,13 @@ def relative_deviation(counts_E: Tensor) -> Tensor:
 def overlap_size(num_experts: int) -> int:
     """How many top experts of ``num_experts`` to compare: 8 as in arXiv 2604.07753, Figure 8, but at most a quarter of them.
 
-    Two random sets of k share k * k / num_experts members: at most a quarter of k, so an overlap above that is not chance.
+    Two random sets of k share k * k / num_experts members on average, here at most a quarter of k: a larger overlap is not chance.
     """
     return min(8, num_experts // 4)
 
 
 def top_overlap(counts_a_E: Tensor, counts_b_E: Tensor, k: int) -> Tensor:
-    """(...,) int64: how many of the k most used experts of ``a`` are among the k most used of ``b``.
+    """(...,) int64: number of experts among the k most used of both ``a`` and ``b``.
 
     Ties go to the lower expert number. For the least used experts pass negated counts.
     """
@@ -82,11 +82,11 @@ def layer_statistics(
 ) -> dict[str, Tensor]:
     """``statistic/modality`` -> (Y,), for modalities that have tokens, on the CPU.
 
-    Experts are compared with those of their own group: a token cannot reach the others, so a group is uniform when its own
-    experts share its tokens evenly. ``all`` is the mean over groups, weighted by their assignments (idle experts: the sum).
-    ``overlap/text_vit`` is how many of the k most used experts two modalities of one group have in common, see ``overlap_size``.
+    Statistics are computed within each group, because a token cannot reach the experts of others. ``all`` is the mean over groups,
+    weighted by their assignments (idle experts: the sum). ``overlap/text_vit`` is the number of common experts among the k most used
+    of two modalities of one group, see ``overlap_size``.
     """
-    # To the CPU once, instead of a wait for the device per statistic.
+    # Copied to the CPU once, instead of one device sync per statistic.
     by_group = counts_YME.cpu().split([group.num_experts for group in groups], dim=-1)
     statistics: dict[str, Tensor] = {}
     together = []
@@ -113,7 +113,7 @@ def _expert_use(counts_YE: Tensor, capacity_factor: float) -> dict[str, Tensor]:
 
 
 def _overlaps(counts_YME: Tensor, modalities: list[int]) -> dict[str, Tensor]:
-    """For every two of ``modalities``, which share the group's experts."""
+    """Overlaps of all pairs of ``modalities``, which share the group's experts."""
     k = overlap_size(counts_YME.shape[-1])
     return {
         f"overlap/{MODALITY_NAMES[a]}_{MODALITY_NAMES[b]}": top_overlap(
