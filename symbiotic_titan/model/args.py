@@ -60,8 +60,9 @@ def partition_groups(
 
 @dataclass(kw_only=True)
 class ModelArgs(BaseModelArgs):
-    """All hyperparameters of the network. A flavor sets them; the job's config changes some (``update_from_config``) before the model
-    is built. Fields with a default are switches that the released backbones need, at their usual setting.
+    """All hyperparameters of the network. A flavor sets them, and ``update_from_config`` overrides some from the job's config.
+
+    Fields with a default are switches for the released backbones.
 
     Raises:
         ValueError: from construction, ``validate`` and ``update_from_config``: key, value and the rule it breaks.

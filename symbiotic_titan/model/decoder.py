@@ -49,7 +49,7 @@ class Attention(nn.Module):
         if self.qk_norm == "after":
             q_BUTC, k_BuTC = self.q_norm(q_BUTC), self.k_norm(k_BuTC)
         if cache is not None:
-            # Cached keys are rotated and normalized already: a token keeps its position, so this is done once.
+            # Keys are cached after norm and rotary, which need not be repeated because a token's position never changes.
             k_BuTC, v_BuTC = cache.with_chunk(k_BuTC, v_BuTC)
         return self.wo(attend(q_BUTC, k_BuTC, v_BuTC, mask))
 
@@ -81,7 +81,7 @@ class TransformerBlock(nn.Module):
         h_BTD = self.attend(h_BTD, rotary, mask, cache)
         if not self.moe_enabled:
             return self.feed(h_BTD), None
-        # Routing is per token, so the sequences of the batch are joined.
+        # Routing is per token, so the batch is flattened to one list of tokens.
         x_TD = self.ffn_norm(h_BTD).flatten(0, 1)
         out_TD, record = self.moe(x_TD, modality_BT.flatten(), shield_scale)
         return h_BTD + out_TD.view_as(h_BTD), record

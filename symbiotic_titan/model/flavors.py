@@ -13,8 +13,8 @@ FOLDER = Path(__file__).with_name("flavors")
 
 
 class Flavors(Mapping[str, ModelArgs]):
-    """Name -> ModelArgs, read anew at every look-up, so that no caller can change a flavor for another. A name that ends in .json
-    is the path of a model.json. This is what torchtitan takes as a train spec's ``model_args``."""
+    """Name -> ModelArgs, read anew at every lookup, so that callers cannot modify a shared flavor. A name that ends in .json is the
+    path of a model.json. torchtitan takes this mapping as a train spec's ``model_args``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

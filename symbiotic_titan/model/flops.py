@@ -1,8 +1,8 @@
 """What the model costs: parameters, and FLOPs per token of each modality.
 
-A multiply-add counts as two FLOPs. A token is charged for the parameters it passes through: the decoder without the experts it is
-not routed to, and the embedding and head of its own modality (text: embedding table and output; vit: the encoder; vae: latent
-embedding and flow head). Attention counts the whole sequence for every query, as torchtitan does, so that figures compare.
+A multiply-add is two FLOPs. A token counts the parameters it passes through: the decoder with its top-k experts, and the embedding
+and head of its own modality (text: embedding table and output; vit: the encoder; vae: latent embedding and flow head). Attention
+counts the whole sequence for every query, as torchtitan does, so that MFU is comparable.
 """
 
 import re

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from symbiotic_titan.config.optimizer import clean_name
 
-# (pattern over clean names, value): the first match decides. A number is a constant. "linear" is normal with standard
-# deviation 1 / sqrt(fan-in), which is about 0.02 at a width of some thousands and right for small widths too. "residual"
-# divides that by sqrt(2 * layers) for layers that add to the residual stream, so that it does not grow with depth (GPT-2). "unit"
-# is normal with deviation 1: text then enters the stream as large as images do. (`debug` after 200 steps on English text and
-# coloured squares: text loss 2.21 against 2.28 for embeddings of 0.02, first gradient norm 4 against 14.)
+# (pattern over clean names, value): the first match applies. A number is a constant. "linear" is normal with standard
+# deviation 1 / sqrt(fan-in): about 0.02 at widths of a few thousand, and right for small widths too. "residual" divides it by
+# sqrt(2 * layers) for layers that add to the residual stream, so that the stream does not grow with depth (GPT-2). "unit" is standard
+# normal, so that text enters the stream as large as images. (`debug` after 200 steps on English text and coloured squares: text
+# loss 2.21 instead of 2.28 with embeddings of 0.02, first gradient norm 4 instead of 14.)
 _RULES: tuple[tuple[str, float | str], ...] = (
     (r"norm\.weight$", 1.0),
     (r"\.bias$", 0.0),
@@ -28,15 +28,15 @@ _RULES: tuple[tuple[str, float | str], ...] = (
     (r"^(vit\.)?layers\..*\b(wo|w2)(\.weight)?$", "residual"),
     (r"(\.weight|\.w[13])$", "linear"),
 )
-# Tied embeddings are also the output, whose logits must start near size one.
+# Tied embeddings are also the output layer, whose logits must start near 1.
 _TIED_RULES = ((r"^tok_embeddings\.weight$", "linear"), *_RULES)
 
 
 def initialize(model: nn.Module, seed: int, only: Container[str] | None = None) -> None:
     """Fill every parameter and buffer of ``model`` in place, or only those that ``only`` names (without wrapper prefixes).
 
-    Every rank makes the full tensor on its CPU, one parameter at a time, and keeps its shard: no communication, the memory of the
-    largest single parameter, and about 4 ns per number on one core (2 minutes for 30 billion).
+    Every rank makes the full tensor on its CPU, one parameter at a time, and keeps its shard: no communication, memory for the
+    largest parameter only, and about 4 ns per number on one core (2 minutes for 30 billion).
     """
     tensors = {clean_name(name): tensor for name, tensor in _tensors(model)}
     rules = _RULES if "output.weight" in tensors else _TIED_RULES

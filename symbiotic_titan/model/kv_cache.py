@@ -1,8 +1,7 @@
-"""Key/value cache: sequences are processed in chunks, so that a prompt is read once and then extended token by token, or so that
-an image is denoised again and again after the same prompt.
+"""Key/value cache: a prompt is read once and then extended token by token, or an image is denoised step by step after it.
 
-A chunk is a batch whose tokens follow those of the chunks before it. Padding stays where it was read and no token attends to it, so
-sequences of different lengths need no realignment; ``positions``, not the index in the cache, say where a token is.
+Sequences are processed in chunks: a chunk is a batch whose tokens follow those of the previous chunks. Padding stays in the cache and
+no token attends to it, so sequences of different lengths need no realignment; rotary uses ``positions``, not the cache index.
 
 Shape letters: sequence/shapes.py. T are tokens of a chunk, N the cached tokens and the chunk's.
 """
@@ -24,8 +23,8 @@ class LayerCache:
     def with_chunk(
         self, k_BuTC: torch.Tensor, v_BuTC: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, u, N, C) keys and values: the cached ones, then the chunk's. The next call overwrites the chunk's unless ``append`` is
-        called first."""
+        """(B, u, N, C) keys and values: the cached ones, then the chunk's, which the next call overwrites unless ``append`` comes
+        first."""
         self._keys, self._values = self._with(self._keys, k_BuTC), self._with(self._values, v_BuTC)
         end = self._length + k_BuTC.shape[2]
         return self._keys[:, :, :end], self._values[:, :, :end]
@@ -37,7 +36,7 @@ class LayerCache:
     def _with(self, held_BuNC: torch.Tensor | None, new_BuTC: torch.Tensor) -> torch.Tensor:
         start, end = self._length, self._length + new_BuTC.shape[2]
         if held_BuNC is None or held_BuNC.shape[2] < end:
-            # Doubling the memory instead of growing it to fit copies every token about once, not once per chunk.
+            # Growing by doubling copies every token about once in total, instead of once per chunk.
             size = list(new_BuTC.shape)
             size[2] = end if held_BuNC is None else max(end, 2 * held_BuNC.shape[2])
             larger_BuNC = new_BuTC.new_empty(size)
@@ -49,9 +48,9 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """The tokens of B sequences that every layer has processed, given to the model with the next chunk. Without gradients.
+    """Keys and values of all layers for the processed tokens of B sequences. Without gradients.
 
-    A chunk enters the cache only by ``append``: the solver reads the same noisy image tokens at every step and must not keep them.
+    A chunk enters the cache only by ``append``: the solver's noisy image tokens change at every step and must not be kept.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -65,7 +64,7 @@ class KeyValueCache:
 
     def columns_with(self, chunk: PackedBatch) -> Columns:
         """What the attention rule reads, for the cached tokens and the chunk's."""
-        # Padding is kept too: a chunk stays a rectangle, and the rule hides padding by its document number.
+        # Padding is kept too, so that chunks stay rectangular; the rule masks it by its document number.
         new = Columns(chunk.document, chunk.span, chunk.modality)
         if self._columns is None:
             return new

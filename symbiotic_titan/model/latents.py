@@ -42,7 +42,7 @@ class LatentEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """((B, L, D) tokens, (B, L, D) timestep condition for the flow head). ``timesteps`` are float32 in [0, 1]."""
         dtype = self.patch_embedding.weight.dtype
-        # Scaled to the range for which the frequencies were made (diffusion steps 0 to 1000).
+        # Scaled to diffusion steps 0 to 1000, the range that the frequencies are designed for.
         time_BLN = sinusoids(1000.0 * timesteps_BL, self.timestep_width).to(dtype)
         condition_BLD = self.timestep_w2(F.silu(self.timestep_w1(time_BLN)))
         tokens_BLD = self.patch_embedding(noised_BLZ.to(dtype)) + condition_BLD
@@ -53,7 +53,7 @@ class LatentEmbedding(nn.Module):
 class FlowHead(nn.Module):
     """Norm, scaled and shifted by the timestep (adaLN-Zero, arXiv 2212.09748, section 3.2), then one linear layer.
 
-    Both linear layers start at zero: the first velocity is zero, and no gradient of a random head disturbs the decoder.
+    Both linear layers start at zero: the initial velocity is zero, and no gradient of a random head reaches the decoder.
     """
 
     def __init__(self, args: ModelArgs) -> None:

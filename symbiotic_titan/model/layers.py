@@ -47,12 +47,12 @@ def attend(
 ) -> torch.Tensor:
     """(B, T, U * C) attention output. The type of ``mask`` chooses the kernel; u divides U.
 
-    In cross-attention and with a cache, keys and values belong to other tokens than the queries, and to another number of them.
+    In cross-attention and with a cache, keys and values have another length than the queries.
     """
     grouped = q_BUTC.shape[1] != k_BuTC.shape[1]
     if isinstance(mask, BlockMask):
         assert q_BUTC.is_cuda or not q_BUTC.requires_grad, "FlexAttention has no backward on CPU"
-        # A layer that is being compiled takes flex_attention into its own graph; otherwise it is compiled by itself.
+        # Under an outer torch.compile flex_attention joins that graph; otherwise it is compiled by itself.
         compiled_alone = q_BUTC.is_cuda and not torch.compiler.is_compiling()
         kernel: Callable[..., torch.Tensor] = flex_attention
         if compiled_alone:

@@ -101,7 +101,7 @@ def dense_mask(
     rows, length = shape
     query_T = torch.arange(first_query, length, device=device)
     key_N = torch.arange(length if num_keys is None else num_keys, device=device)
-    # Index vectors that broadcast, so that no B x T x N tensor of integers is made.
+    # Broadcasting index vectors avoid a (B, T, N) tensor of integers.
     index_B = torch.arange(rows, device=device)
     head = torch.zeros((), dtype=torch.long, device=device)
     return rule(index_B[:, None, None], head, query_T[:, None], key_N[None, :]).unsqueeze(1)
@@ -119,7 +119,7 @@ def block_mask(
     """The same mask for FlexAttention, shared by all heads."""
     rows, length = shape
     num_keys = length if num_keys is None else num_keys
-    # On a CPU compiling would take longer than building the mask.
+    # On a CPU, compiling takes longer than building the mask eagerly.
     create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
     return create(rule, B=rows, H=None, Q_LEN=length, KV_LEN=num_keys, device=device)
 

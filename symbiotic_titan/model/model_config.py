@@ -1,4 +1,4 @@
-"""model.json, a model's ModelArgs as a file: models of any size train without a change of code."""
+"""model.json: a model's ModelArgs as a file, so that a new size needs no code."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +29,7 @@ def write_model_config(path: Path, args: ModelArgs) -> None:
         for group in args.groups
     ]
     shield = [MODALITY_NAMES[m] for m in args.shield_modalities]
-    # torchtitan's base class has a private field, which is no hyperparameter.
+    # A private field of torchtitan's base class is not a hyperparameter.
     values = {key: value for key, value in asdict(args).items() if not key.startswith("_")}
     write_json(path, KIND, {**values, "groups": groups, "shield_modalities": shield})
 

@@ -1,7 +1,7 @@
 """Rotary positions of text and images: which axis of a position rotates which frequency, and how a head is rotated.
 
 A position has three axes (temporal, height, width), see ``sequence.positions``. The R frequencies rotate pairs of channels of every
-head. The kinds of multimodal rotary differ only in the axis that each frequency reads, so a kind is a list of R axes.
+head. The variants of multimodal rotary differ only in the axis that each frequency reads, so a variant is a list of R axes.
 
 Shape letters: sequence/shapes.py.
 """
@@ -36,7 +36,7 @@ def frequency_axes(
     interleaved  t h w t h w t t    arXiv 2511.21631: every axis sees high and low frequencies
     pairwise     h w h w t t t t    ERNIE 4.5 VL: time keeps the lowest frequencies
     """
-    # Computed on the device: a table copied from the host would cost a synchronisation per forward.
+    # Computed on the device, because a copy from the host would cost a sync per forward.
     i_R = torch.arange(num, device=device)
     if kind == "none":
         return torch.zeros_like(i_R)
@@ -66,7 +66,7 @@ def rotate(x_BUTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> tor
     """
     num = tables.cos.shape[-1]
     cos, sin = tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)
-    # In float32: rounding cos and sin to bfloat16 would blur positions that are close together.
+    # In float32, because bfloat16 cos and sin would not distinguish nearby positions.
     rotated, rest = x_BUTC[..., : 2 * num].float(), x_BUTC[..., 2 * num :]
     if interleaved:
         a, b = rotated[..., 0::2], rotated[..., 1::2]
@@ -75,5 +75,5 @@ def rotate(x_BUTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> tor
         a, b = rotated[..., :num], rotated[..., num:]
         rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
     rotated = rotated.to(x_BUTC.dtype)
-    # Without partial rotary there is nothing to append, and cat would copy.
+    # Without partial rotary, skip the copy that cat would make.
     return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated

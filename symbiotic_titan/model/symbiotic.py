@@ -45,7 +45,7 @@ class ModelOutput:
     records: tuple[RoutingRecord, ...]
 
 
-# FSDP finds tensors in a module's output with pytree; registered, it sees into the dataclass.
+# FSDP finds tensors in a module's output through pytree, which must know the dataclass.
 pytree.register_dataclass(ModelOutput)
 
 
@@ -53,9 +53,8 @@ def write_tokens(
     h_BTD: torch.Tensor, index_BN: torch.Tensor, tokens_BND: torch.Tensor
 ) -> torch.Tensor:
     """(B, T, D): ``h`` with ``h[b, index[b, n]]`` replaced by ``tokens[b, n]``; tokens with index T are dropped."""
-    # Unused tokens are written to an extra position T, which is cut off: they take part in the graph with a gradient of zero, so
-    # FSDP reduces the same parameters on every rank. Used indices are unique, so the scatter and its gradient (a gather) are
-    # deterministic.
+    # Unused tokens are written to an extra position T, which is cut off. They stay in the graph with zero gradients, so FSDP reduces
+    # the same parameters on every rank. Used indices are unique, so the scatter and its gradient (a gather) are deterministic.
     length = h_BTD.shape[1]
     index_BND = index_BN.unsqueeze(-1).expand_as(tokens_BND)
     longer = F.pad(h_BTD, (0, 0, 0, 1))
@@ -144,10 +143,10 @@ class SymbioticModel(ModelProtocol):
             if record is not None:
                 records.append(record)
         velocity_BLZ = self.flow_head(read_tokens(h_BTD, batch.vae_index), condition_BLD)
-        # Unused latent tokens got noise like all others; their velocity is exactly 0, so that sums over L need no mask.
+        # Unused latent tokens got noise too; with velocity exactly 0, sums over L need no mask.
         used_BL1 = (batch.vae_image >= 0).unsqueeze(-1)
         if logit_index_BN is not None:
-            # Before the output layer: its (T, V) logits are the largest tensor of a forward.
+            # Selected before the output layer, whose (T, V) logits are the largest tensor of a forward.
             h_BTD = read_tokens(h_BTD, logit_index_BN)
         return ModelOutput(
             logits=self.output(self.norm(h_BTD)),
@@ -184,12 +183,12 @@ class SymbioticModel(ModelProtocol):
         h_BTD = self.tok_embeddings(batch.tokens)
         h_BTD = write_tokens(h_BTD, batch.vit_index, vit_BID)
         h_BTD = write_tokens(h_BTD, batch.vae_index, latents_BLD)
-        # Strides as in the other blocks' inputs: with others the first block's attention would be compiled a second time.
+        # The same strides as the other blocks' inputs; others would recompile the attention for the first block.
         return h_BTD.contiguous(), condition_BLD
 
     def _decoder_mask(self, batch: PackedBatch, cache: KeyValueCache | None) -> AttentionMask:
-        """The mask of ``masks.sequence_rule``; with a cache, its lines for the tokens of ``batch``."""
-        # A chunk's lines are few, so they are dense for every backend.
+        """The mask of ``masks.sequence_rule``; with a cache, for the queries of ``batch`` only."""
+        # A chunk has few queries, so its mask is dense for every backend.
         if cache is None:
             return self._mask(sequence_rule(batch, self.args.vit_attention), batch.tokens)
         columns = cache.columns_with(batch)
@@ -199,8 +198,8 @@ class SymbioticModel(ModelProtocol):
     def _mask(
         self, rule: MaskRule, like: torch.Tensor, num_keys: int | None = None
     ) -> AttentionMask:
-        """The mask of ``rule`` for queries of the shape of ``like``, in the backend's form. ``num_keys``: as many as queries by
-        default."""
+        """The mask of ``rule`` in the backend's form, for queries of the shape of ``like``. ``num_keys``: by default the number of
+        queries."""
         blocks = self.args.attention_backend == "flex" and like.shape[1] > 0
         make = block_mask if blocks else dense_mask
         return make(rule, like.shape, like.device, num_keys=num_keys)

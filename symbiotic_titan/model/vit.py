@@ -31,8 +31,8 @@ def patch_rotary(coords_BPA: torch.Tensor, head_dim: int, theta: float) -> Rotar
 
 def grid_sizes(coords_BPA: torch.Tensor, image_BP: torch.Tensor) -> torch.Tensor:
     """(B, P, A) int64: rows and columns of each patch's image, from the largest coordinates of its patches, which are adjacent."""
-    # Renumbered by position, because span numbers have no bound that is known here. A maximum of integers does not depend on their
-    # order, so the scatter is deterministic on any device.
+    # Renumbered by position, because span numbers have no static bound. An integer maximum does not depend on order, so the scatter is
+    # deterministic on any device.
     number_BP = (image_BP != image_BP.roll(1, dims=1)).cumsum(1)
     number_BPA = number_BP.unsqueeze(-1).expand_as(coords_BPA)
     rows, num_patches, axes = coords_BPA.shape
@@ -61,15 +61,14 @@ def table_entries(
     """
     coords_BPA = coords_BPA.float()
     if reading == "floor":
-        # In float32 and in the order of operations of the released models: for a patch that begins on the edge of an entry, rounding
-        # decides.
+        # In float32 and in the released models' order of operations, because rounding decides for a patch on the edge of an entry.
         edges = torch.arange(1 / side, 1.0, 1 / side, device=coords_BPA.device)
         starts_BPA = coords_BPA * (1.0 / sizes_BPA)
         row_BP, column_BP = torch.bucketize(starts_BPA, edges, right=True).unbind(-1)
         entries_BPN = (row_BP * side + column_BP).unsqueeze(-1)
         return entries_BPN, torch.ones_like(entries_BPN, dtype=torch.float32)
     if reading == "bilinear":
-        # A side of one patch has no last corner to align with; its only patch reads the first entry.
+        # A side of one patch reads the first entry; the clamp avoids 0 / 0.
         at_BPA = coords_BPA * (side - 1) / (sizes_BPA - 1).clamp(min=1)
         near_BPAN = torch.stack([at_BPA.floor() + i for i in (0, 1)], dim=-1)
         weights_BPAN = 1 - (at_BPA.unsqueeze(-1) - near_BPAN).abs()

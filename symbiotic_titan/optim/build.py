@@ -1,7 +1,7 @@
 """Parameter groups and their optimizer: every parameter belongs to the first rule that matches its name.
 
-Settings (rates, decay, betas, schedule) come from the config, state from the checkpoint, so a resumed run may change its settings;
-``group_record`` logs what changed.
+On resume, settings (rates, decay, betas, schedule) come from the config and state from the checkpoint, so a run may change its
+settings; ``group_record`` logs the changes.
 """
 
 import re
@@ -22,10 +22,10 @@ from symbiotic_titan.config.optimizer import (
 
 
 def claim_parameters(names: Iterable[str], rules: list[ParamGroupRow]) -> dict[str, list[str]]:
-    """Rule name -> parameter names it claims, in the order given. Without rules, one group ``all``.
+    """Rule name -> names of the parameters it matches first, in the given order. Without rules, one group ``all``.
 
     Raises:
-        ValueError: a rule claims nothing, or a parameter is claimed by no rule; the names are listed.
+        ValueError: a rule claims nothing, or no rule claims a parameter; the names are listed.
     """
     names = list(names)
     if not rules:
@@ -55,7 +55,7 @@ _CLASSES = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 
 
 def freeze_parameters(model: nn.Module, rules: list[ParamGroupRow]) -> None:
-    """Parameters of frozen groups stop requiring gradients. Run before FSDP, which looks at the flag when it shards."""
+    """Turn off gradients for the parameters of frozen groups. Run before FSDP, which reads ``requires_grad`` when it shards."""
     frozen = {rule.name for rule in rules if rule.frozen}
     parameters = dict(model.named_parameters())
     for group, names in claim_parameters(parameters, rules).items():
@@ -64,8 +64,8 @@ def freeze_parameters(model: nn.Module, rules: list[ParamGroupRow]) -> None:
 
 
 def torch_param_groups(model: nn.Module, config: Optimizer) -> list[dict[str, Any]]:
-    """torch.optim parameter groups, in the order of the rules, each with its ``name`` and its ``schedule``, the keys
-    in which it differs from [lr_scheduler]. Frozen groups are left out.
+    """torch.optim parameter groups in the order of the rules, without frozen ones. Each has its ``name`` and its ``schedule``: the
+    keys in which it differs from [lr_scheduler].
     """
     parameters = dict(model.named_parameters())
     rules = {rule.name: rule for rule in config.param_groups}
@@ -92,7 +92,7 @@ def torch_param_groups(model: nn.Module, config: Optimizer) -> list[dict[str, An
 class ParamGroupOptimizers(OptimizersContainer):
     """One torch optimizer over the groups of ``torch_param_groups``; its state is saved by parameter name.
 
-    The saved state holds no settings and nothing of frozen parameters, so it loads on other ranks and under other groups.
+    The saved state has no settings and nothing of frozen parameters, so it loads on other numbers of ranks and with other groups.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -109,14 +109,14 @@ class ParamGroupOptimizers(OptimizersContainer):
         return {k: v for k, v in super().state_dict().items() if k.startswith("state.")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # torch expects settings in the state too: those of this run.
+        # torch also expects settings in the state: pass those of this run.
         settings = {k: v for k, v in super().state_dict().items() if not k.startswith("state.")}
         super().load_state_dict({**state_dict, **settings})
 
 
 OptimizerBuilder = Callable[[nn.Module, Optimizer, ParallelDims], ParamGroupOptimizers]
-"""(model, parallel and initialised; [optimizer]; ranks) -> optimizer. Any OptimizersContainer of torchtitan with ``groups`` will do:
-dicts as in a torch optimizer, each with its ``name``, in the order of its ``optimizers``."""
+"""(parallel, initialised model; [optimizer]; ranks) -> optimizer. Any torchtitan OptimizersContainer with ``groups``: the torch
+parameter groups, each with a ``name``, in the order of its ``optimizers``."""
 
 
 def build_adam(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
 """Gradient norm and update-to-weight ratio of each parameter group, over all ranks. Computed on logged steps only.
 
-Parameters may be sharded, each over a mesh of its own, so norms are summed over shards.
+Parameters may be sharded over different meshes, so squares are summed over each parameter's shards.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,10 +19,10 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 def sum_over_shards(
     sums: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """``sums[i]``, computed over this rank's shard of ``tensors[i]``, summed over all shards of it.
+    """``sums[i]``, computed over this rank's shard of ``tensors[i]``, summed over all its shards.
 
-    All ``sums`` have one shape. One all-reduce for each mesh and placement, however many tensors share it; a collective of all
-    ranks that hold shards.
+    All ``sums`` have the same shape. One all-reduce per sharded axis for all tensors with the same mesh and placement; a collective
+    of all ranks that hold shards.
     """
     whole = list(sums)
     spread: dict[tuple[object, tuple[int, ...]], list[int]] = {}
@@ -49,7 +49,7 @@ def _square(tensor: torch.Tensor) -> torch.Tensor:
 def _norms(
     groups: list[Group], squares: Callable[[Group, torch.Tensor], torch.Tensor]
 ) -> dict[str, list[float]]:
-    """Group name -> roots of the sums of ``squares(group, parameter)``, a vector over this rank's shard of the parameter."""
+    """Group name -> norms. ``squares(group, parameter)``: vector of sums of squares over this rank's shard of the parameter."""
     owners = [(group, parameter) for group in groups for parameter in group["params"]]
     sums = sum_over_shards([squares(*owner) for owner in owners], [p for _, p in owners])
     roots = {}
@@ -60,7 +60,7 @@ def _norms(
 
 
 def group_grad_norms(groups: list[Group]) -> dict[str, float]:
-    """L2 norm of the gradient of each parameter group. A collective where parameters are sharded."""
+    """L2 norm of each parameter group's gradient. A collective if parameters are sharded."""
 
     def squares(group: Group, parameter: torch.Tensor) -> torch.Tensor:
         if parameter.grad is None:
@@ -71,14 +71,16 @@ def group_grad_norms(groups: list[Group]) -> dict[str, float]:
 
 
 def adam_update(parameter: torch.Tensor, group: Group, state: dict[str, Any]) -> torch.Tensor:
-    """What Adam's last step subtracted from this rank's shard of ``parameter``, float32, recomputed from Adam's state.
+    """The last update that Adam subtracted from this rank's shard of ``parameter``, float32, recomputed from Adam's state.
 
     lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) of Adam (arXiv 1412.6980, algorithm 1), whose decay is part of m and v.
     AdamW (arXiv 1711.05101, algorithm 2) also subtracts lr * decay * w, w the weight before the step:
     (w_after + the above) / (1 - lr * decay).
     """
     beta1, beta2 = group["betas"]
-    step = state["step"].double()  # in float64: in float32, 1 - 0.999 has four correct digits
+    step = state[
+        "step"
+    ].double()  # float64, because in float32 1 - 0.999 has only four correct digits
     mean = local_part(state["exp_avg"]).float() / (1 - beta1**step)
     root = (local_part(state["exp_avg_sq"]).float() / (1 - beta2**step)).sqrt()
     update = mean.mul_(group["lr"]).div_(root.add_(group["eps"]))
@@ -91,11 +93,11 @@ def adam_update(parameter: torch.Tensor, group: Group, state: dict[str, Any]) ->
 
 @torch.no_grad()
 def group_update_ratios(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
-    """L2 norm of each parameter group's last update over that of its weights. A collective where parameters are sharded.
+    """L2 norm of each parameter group's last update / that of its weights. A collective if parameters are sharded.
 
-    Call it between the optimizer's step and the schedule's, while gradients exist and rates are those of the step. No copy of the
-    weights is kept: the update is recomputed from Adam's state, one parameter at a time. So only Adam and AdamW have a ratio;
-    groups of other optimizers are left out. For bfloat16 weights it is the update before rounding.
+    Call it between the optimizer's step and the scheduler's, while gradients exist and rates are those of the step. To save a copy of
+    the weights, the update is recomputed from Adam's state, one parameter at a time; groups of optimizers other than Adam and AdamW
+    are left out. For bfloat16 weights it is the update before rounding.
     """
     ratios: dict[str, float] = {}
     for optimizer in optimizers:
@@ -110,7 +112,7 @@ def _update_and_weight(
 ) -> Callable[[Group, torch.Tensor], torch.Tensor]:
     def squares(group: Group, parameter: torch.Tensor) -> torch.Tensor:
         weight = _square(local_part(parameter))
-        if parameter.grad is None:  # it had no gradient
+        if parameter.grad is None:  # Adam skipped it
             return torch.stack([torch.zeros_like(weight), weight])
         update = adam_update(parameter, group, optimizer.state[parameter])
         return torch.stack([_square(update), weight])

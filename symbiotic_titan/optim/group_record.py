@@ -1,4 +1,4 @@
-"""A record of the parameter groups in every checkpoint, and the log of what a resumed run changed about them."""
+"""A record of the parameter groups in every checkpoint, and a log of what a resumed run changed in them."""
 
 import json
 import logging
@@ -18,9 +18,9 @@ class HasGroups(Protocol):
 
 
 class GroupRecord:
-    """The settings of a run's groups, saved in its checkpoints. Loading one logs the differences and changes nothing.
+    """The settings of a run's groups, saved in its checkpoints. Loading a record only logs the differences.
 
-    It is an entry of its own beside the optimizer's state, so that checkpoints without it load as well.
+    It is a separate checkpoint entry from the optimizer's state, so that checkpoints without it also load.
     """
 
     def __init__(self, model: nn.Module, optimizers: HasGroups) -> None:
@@ -28,7 +28,7 @@ class GroupRecord:
         self.optimizers = optimizers
 
     def settings(self) -> Settings:
-        """The groups as they are now; ``lr`` is the rate before the schedule."""
+        """The current groups; ``lr`` is the rate before the schedule."""
         record = {}
         for group in self.optimizers.groups:
             own = {k: v for k, v in group.items() if k not in ("name", "params", "schedule")}
@@ -38,7 +38,7 @@ class GroupRecord:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        # As text it is one entry of the checkpoint, whatever the groups are called, and any tool can read it.
+        # As text it is a single checkpoint entry, whatever the groups' names, and any tool can read it.
         return {"json": json.dumps(self.settings(), default=str)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

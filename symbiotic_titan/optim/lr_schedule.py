@@ -1,4 +1,4 @@
-"""Learning-rate schedules: warm-up, stable part, decay (arXiv 2404.06395), each parameter group with its own."""
+"""Learning-rate schedules per parameter group: warm-up, stable phase, decay (arXiv 2404.06395)."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from symbiotic_titan.config.optimizer import (
 
 
 class StepLRSchedulers(LRSchedulersContainer):
-    """A factor on the learning rate of each group. The saved state is the step alone, so a resume uses the rates of its config."""
+    """A factor on the learning rate of each group. Only the step is saved, so that a resume uses the rates of its own config."""
 
     def __init__(
         self, optimizers: OptimizersContainer, factors: list[list[Callable[[int], float]]]
@@ -57,9 +57,9 @@ def cosine(progress: float) -> float:
 
 
 def schedule_factor(config: LRScheduler, training_steps: int) -> Callable[[int], float]:
-    """Step, counted from 0 -> factor on the rate: linear warm-up, stable part, decay.
+    """Step, counted from 0 -> factor on the rate: linear warm-up, stable phase, decay.
 
-    Equal to torchtitan's own schedule for its three decays (tested), which cannot be given a further one.
+    Equal to torchtitan's own schedule for its three decays (tested); torchtitan's cannot be extended by another decay.
     """
     total = training_steps if config.total_steps is None else config.total_steps
     warmup = _at_most(total, int(config.warmup_steps), "lr_scheduler.warmup_steps")

@@ -1,15 +1,15 @@
-"""Step -> scale of the gradient that shielded tokens send through the shared experts."""
+"""Schedule of the shield: step -> scale of the shielded tokens' gradient in the shared experts."""
 
 from symbiotic_titan.config.experts import SHIELD_SCHEDULES, Shielding
 
 
 def step_ramp(config: Shielding, step: int) -> float:
-    """0: shielded tokens send no gradient at all."""
+    """0: shielded tokens contribute no gradient."""
     return 0.0
 
 
 def linear_ramp(config: Shielding, step: int) -> float:
-    """A line from 0 at step 1 to ``after_scale`` at the first step after the warm-up."""
+    """Linear from 0 at step 1 to ``after_scale`` at the first step after the ramp."""
     return config.after_scale * (step - 1) / config.steps
 
 
@@ -32,7 +32,7 @@ def shield_scale(config: Shielding, step: int) -> float:
 
 
 def check_schedule(config: Shielding, training_steps: int) -> None:
-    """Pass if the schedule is known, ends within the run and gives a scale for each of its steps.
+    """Check that the schedule is registered, ends within the run and gives a valid scale at each of its steps.
 
     Raises:
         ValueError: names the key, the value and the remedy.

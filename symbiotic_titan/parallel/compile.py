@@ -1,9 +1,9 @@
 """torch.compile of the parts between the collectives, each without a graph break.
 
-A MoE layer sends a data-dependent number of rows to other ranks, and FSDP runs hooks at every unit: a graph over a whole block
-would break at both. So the parts between them are compiled: the dense halves of a block, the router, the shared expert, the experts'
-matmuls, the ViT's blocks. Their shapes are static except for the rows of the experts, which are marked dynamic. Token counts, steps
-and the shield's scale are tensors, not constants, so nothing is compiled again after the first step.
+A graph over a whole block would break at the data-dependent all-to-alls of its MoE layer and at the hooks of its FSDP units. So the
+parts between them are compiled: the dense halves of a block, the router, the shared expert, the experts' matmuls, the ViT's blocks.
+Their shapes are static except for the rows of the experts, which are marked dynamic. Token counts, steps and the shield's scale are
+tensors, not constants, so nothing recompiles after the first step.
 
 Equal blocks share one compiled graph.
 """
@@ -53,7 +53,7 @@ def _eager_when_tiny(
     compiled: Callable[..., torch.Tensor], eager: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
     """``compiled``, except for 0 or 1 rows, which run eagerly."""
-    # torch.compile specializes on the sizes 0 and 1 even where a size is dynamic: either would compile another graph mid-training.
+    # torch.compile specializes on the sizes 0 and 1 even of dynamic dims: either would compile another graph mid-training.
 
     def run(rows_ND: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
         return (compiled if rows_ND.shape[0] > 1 else eager)(rows_ND, *args)

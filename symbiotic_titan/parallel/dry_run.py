@@ -1,8 +1,8 @@
 """What a parallel layout costs one rank: shapes of shards, memory, bytes sent. Arithmetic on shapes; nothing is computed or sent.
 
-``sharded_parameters`` reads the model that ``parallelize`` made, on the meta device if need be; everything else is computed from its
-result. Bytes "sent" are those that leave a rank in the usual ring or pairwise algorithms; "gathered" is what FSDP holds on each rank
-while a unit computes. In formulas n is the number of ranks of an axis, W the bytes of the gathered weights.
+``sharded_parameters`` reads the model that ``parallelize`` made, which may be on the meta device; all other functions work on its
+result. Bytes "sent" leave a rank in the usual ring or pairwise algorithms; "gathered" is what FSDP holds on each rank while a unit
+computes. In formulas n is the number of ranks of an axis, W the bytes of the gathered weights.
 """
 
 import re
@@ -139,7 +139,7 @@ class StateMemory:
 
 
 def state_memory(parameters: Iterable[ShardedParameter], precision: Precision) -> StateMemory:
-    """Weights, sharded gradients and Adam's two moments, all in the dtype in which weights are stored."""
+    """Weights, sharded gradients and Adam's two moments, all in the dtype of the stored weights."""
     parameters = list(parameters)
     weights = precision.stored * sum(prod(p.local) for p in parameters)
     trained = precision.stored * sum(prod(p.local) for p in parameters if p.trainable)
@@ -194,7 +194,7 @@ def gathered_memory(
     for unit, size in units.items():
         if unit:
             stages[stage_of(unit)] = stages.get(stage_of(unit), 0) + size
-    # Neighbours in the order in which stages run, which is not the order of parameters: token embeddings come last before the decoder.
+    # Neighbours in order of execution, which is not the order of parameters: token embeddings run just before the decoder.
     order = sorted(stages, key=lambda stage: (stage.startswith("layers."), stage[:3] == "tok"))
     sizes = [0, *(stages[stage] for stage in order), 0]
     neighbours = max(sum(pair) for pair in pairwise(sizes))
@@ -240,7 +240,7 @@ class Traffic:
 
     @property
     def forward(self) -> "Traffic":
-        """The part that a forward without gradients causes."""
+        """The traffic of a forward without gradients."""
         return Traffic(gather_forward=self.gather_forward, exchange_forward=self.exchange_forward)
 
 

@@ -1,8 +1,8 @@
-"""How many bytes of activations one rank holds, estimated from the config.
+"""Estimate of the activation memory of one rank, from the config.
 
-Counted is what autograd saves between forward and backward on the CUDA path (fused attention, grouped matmuls), per token and
-in the dtype of the computation unless stated otherwise. Not counted: index tensors, statistics of norms, temporaries of kernels, the
-ViT's projector, the allocator's waste. ``FORMULA`` is the same as a formula; tests compare the estimate with what autograd saves.
+It covers what autograd saves between forward and backward on the CUDA path (fused attention, grouped matmuls), per token and in the
+dtype of the computation unless stated otherwise. Not covered: index tensors, statistics of norms, temporaries of kernels, the ViT's
+projector, fragmentation. ``FORMULA`` states it as a formula; tests compare the estimate with what autograd saves.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class ActivationMemory:
     @property
     def peak(self) -> int:
         """The largest sum at any time."""
-        # The gradient of the loss is done before the first block is recomputed, so the two never coexist.
+        # The gradient of the loss is complete before the first block is recomputed, so the two never coexist.
         return self.decoder + self.vit + self.masks + self.logits + max(self.loss, self.recomputed)
 
 

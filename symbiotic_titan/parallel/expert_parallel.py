@@ -56,8 +56,7 @@ class AllToAllLayout:
 class AllToAllDispatcher:
     """Every rank of ``mesh`` (one axis) owns an equal share of every group.
 
-    Every collective runs on every call, whether a rank has tokens of all groups, of one, or padding only: a rank that skipped one
-    would leave the others waiting.
+    Every collective runs on every call, even on a rank with padding only: a rank that skipped one would make the others hang.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -77,13 +76,13 @@ class AllToAllDispatcher:
         shares = [size // self.degree for size in group_sizes]
         expert_of_slot_E = experts_by_slot(group_sizes, self.degree, x_TD.device)
         sent_E = counts_E[expert_of_slot_E]
-        # Counts travel before rows: a receiver must know how many rows of each of its experts come from each rank.
+        # Counts are exchanged before rows: a receiver must know how many rows of each of its experts each rank sends.
         received_Xe = collectives.all_to_all_single(sent_E, None, None, self.group).view(
             self.degree, -1
         )
         counts = received_Xe.sum(0).split(shares)
         padded = padded_counts(received_Xe.sum(0), x_TD, block_rows).split(shares)
-        # The host needs the sizes of all tensors that follow. Joined into one tensor they cost one wait for the device, not four.
+        # The host needs the sizes of all following tensors. Joined into one tensor they cost one device sync instead of four.
         numbers = [sent_E.view(self.degree, -1).sum(1), received_Xe.sum(1)]
         numbers += [torch.stack([c.sum() for c in counts]), torch.stack([c.sum() for c in padded])]
         host = torch.cat(numbers).tolist()  # device sync
@@ -105,14 +104,14 @@ class AllToAllDispatcher:
 
     def start_combine(self, rows: tuple[Tensor, ...], layout: AllToAllLayout) -> tuple[Tensor, ...]:
         rows_ND = unpermute(rows, None, layout.received, sum(layout.receive))
-        # Not waited for: the shared expert computes while the rows travel.
+        # Not waited for: the shared expert computes during the transfer.
         return (self._exchange(rows_ND, layout.send, layout.receive),)
 
     def combine(
         self, sent: tuple[Tensor, ...], weights_TK: Tensor, layout: AllToAllLayout
     ) -> Tensor:
         back_ND = collectives.wait_tensor(sent[0])
-        # Weighted here, on the token's own rank, so that router weights need not travel.
+        # Weighted here, on the token's own rank, so that router weights need not be sent.
         return unpermute((back_ND,), weights_TK, layout.copies, weights_TK.shape[0])
 
     def _exchange(self, rows_ND: Tensor, receive: list[int], send: list[int]) -> Tensor:
@@ -165,7 +164,7 @@ class AllToAllDispatcher:
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shard the grouped experts of every ``PartitionedMoE`` in ``model`` over ``mesh`` and give each layer the dispatcher.
 
-    Parameters become DTensors ``Shard(0)``; each rank keeps its part of the values it has, nothing is sent.
+    Parameters become DTensors ``Shard(0)``; each rank keeps its slice of its own values, without communication.
 
     Raises:
         ValueError: the degree does not divide a group.

@@ -46,7 +46,7 @@ _LINEAR_LAYERS = re.compile(
 def float8_linear_config(job_config: JobConfig, sharded: bool) -> "Float8LinearConfig":
     """torchao's configuration for what [float8] says; ``sharded``: FSDP gathers the weights."""
     from torchao.float8 import (
-        Float8LinearConfig,  # only when needed: importing torchao prints warnings
+        Float8LinearConfig,  # imported lazily, because importing torchao prints warnings
     )
 
     options = job_config.float8

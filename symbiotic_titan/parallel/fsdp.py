@@ -82,7 +82,7 @@ def units_inside(block: nn.Module) -> list[nn.Module]:
 def gather_ahead(model: SymbioticModel, *, end_is_freed: bool) -> None:
     """Start the all-gathers of the next block when a block begins, in both directions.
 
-    Without prefetching, the host, which waits for token counts in every MoE layer, would start them too late. The price is the memory
+    Without prefetching they would start too late, because the host syncs for token counts in every MoE layer. The cost is the memory
     of one more gathered block.
     """
     # Only a block's own unit starts gathers: its hook runs once per direction, while the hooks of the units inside run again when

@@ -148,7 +148,7 @@ def _check_finite(where: str, value: Any) -> None:
 
 
 def check_device(config: JobConfig, args: ModelArgs) -> None:
-    """Refuse what the device cannot do now, rather than at the first backward."""
+    """Refuse now what would fail on this device only at the first backward."""
     if args.attention_backend == "flex" and not supports_flex_attention():
         raise ValueError(
             "attention_backend = 'flex' needs a CUDA device: FlexAttention has no backward on this one; use 'sdpa'"
@@ -215,7 +215,7 @@ def check_batch(config: JobConfig, num_data_ranks: int) -> None:
 
 
 def check_shielding(config: JobConfig, args: ModelArgs) -> None:
-    """Shielding acts on shared experts, so it needs some."""
+    """Shielding needs shared experts, on whose gradients it acts."""
     check_schedule(config.shielding, config.training.steps)
     if config.shielding.enabled and not args.shared_hidden_dim:
         why, remedy = "experts.shared = false", "keep the shared expert"
@@ -246,7 +246,7 @@ def check_validation(config: JobConfig) -> None:
 
 
 def check_sampling(config: JobConfig, geometry: ImageGeometry) -> None:
-    """Pass if the images can be generated and shown, and if the run trains image generation.
+    """Check that the images can be generated and shown, and that the run trains image generation.
 
     Raises:
         ValueError: names the key.

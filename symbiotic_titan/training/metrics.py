@@ -1,4 +1,4 @@
-"""What is logged, under which name, and the console line of a step."""
+"""The metrics of a step, their names, and the console line."""
 
 import time
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class StepReport:
     update_ratios  L2 norm of each group's last update over that of its weights.
     assignments  (layers, modalities, E) routed assignments of the step; None without MoE layers.
     fill         share of positions that are not padding.
-    skipped      samples since the run began; ``skipped``, ``skipped/<reason>``, ``truncated``.
+    skipped      samples since the start of the run: ``skipped``, ``skipped/<reason>``, ``truncated``.
     tokens_seen  (modalities,) tokens since the start of training.
     """
 
@@ -89,7 +89,7 @@ class SymbioticMetrics(MetricsProcessor):
         return self.cost.training_flops_per_token(tuple(float(share) for share in shares))
 
     def performance(self, step: int, tokens_seen: torch.Tensor) -> dict[str, float]:
-        """Throughput since the last call; MFU only where the peak FLOPS of the device are known."""
+        """Throughput since the last call; MFU only if the peak FLOPS of the device are known."""
         elapsed = time.perf_counter() - self.time_last_log
         num_steps = max(step - (self.last_logged_step or step - 1), 1)
         tokens_per_second = self.ntokens_since_last_log / elapsed

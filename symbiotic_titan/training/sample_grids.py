@@ -1,8 +1,8 @@
 """Sample grids: images that the model in training generates for fixed prompts, shown as one grid in TensorBoard.
 
-Prompts and noise are the same every time, so two grids differ only by the weights. No global random generator and nothing that the
-optimizer sees is touched: training with and without sampling is bitwise the same. Several processes share the prompts, and
-each runs the same number of forwards.
+Prompts and noise are the same every time, so two grids differ only by the weights. Sampling changes no global random state and
+nothing that the optimizer reads: training with and without it is bitwise equal. The prompts are divided among the processes, and each
+runs the same number of forwards.
 """
 
 import time
@@ -33,7 +33,7 @@ from symbiotic_titan.training.trainer import SymbioticTrainer
 class SampleGrids:
     """Generates the grids of [sampling]. Every process calls it; the one that logs to TensorBoard writes.
 
-    autocast: context manager of the model's compute precision. stop_requested: a collective with one answer for all processes.
+    autocast: context manager of the model's compute precision. stop_requested: a collective, with the same answer on all processes.
     codec: that of [latents]; built here if None.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Stop signals, and pauses of training in which something else is measured."""
+"""Stop signals, and pauses of training for validation and sampling."""
 
 import contextlib
 import signal
@@ -14,7 +14,7 @@ from torchtitan.tools.logging import logger
 
 
 class StopRequest:
-    """Remembers the first stop signal. A second SIGINT interrupts at once, as a user who presses Ctrl-C twice expects."""
+    """Records the first stop signal. A second SIGINT interrupts at once, as a user who presses Ctrl-C twice expects."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None

@@ -1,9 +1,9 @@
 """The trainer: batch -> noise -> model -> loss terms -> step.
 
-torchtitan's Trainer with a ``train_step`` of its own, because every loss term has its own normaliser and because the model returns
-routing records beside its predictions. What differs from upstream's step: targets are counted over the whole step and each term is
-divided once; noise is drawn per row; the balancing loss may need the expert counts of the whole step; losses and gradient norm are
-checked before the weights change; a stop signal ends the run after the current step, with a checkpoint.
+torchtitan's Trainer with its own ``train_step``, because every loss term has its own normaliser and the model also returns routing
+records. Differences from upstream's step: targets are counted over the whole step and each term is divided once; noise is drawn per
+row; the balancing loss may need the expert counts of the whole step; losses and gradient norm are checked before the weights change;
+a stop signal ends the run after the current step, with a checkpoint.
 """
 
 import concurrent.futures
@@ -290,7 +290,7 @@ class SymbioticTrainer(Trainer):
         """Point ``checkpoint.load_step`` at the newest complete checkpoint and check that it belongs to this model.
 
         Raises:
-            ValueError: no checkpoint is complete, or the one to resume from, or to start from, belongs to another model.
+            ValueError: no checkpoint is complete, or the one to load belongs to another model.
         """
         config = self.job_config.checkpoint
         if not config.enable:

@@ -1,9 +1,9 @@
 """Held-out losses while training: the same sequences, noise and timesteps at every validation, on any number of ranks.
 
 Held-out sequences are packed once, before training, by the loader itself, and stay in host memory. Timesteps follow the distribution
-of training, so that the numbers compare with training losses; seeds are fixed, so that two validations, or two runs, differ only
-by the weights. No global random generator and nothing that the optimizer sees is touched: training with and without validation
-is bitwise the same.
+of training, so that the losses are comparable with training losses; seeds are fixed, so that two validations, or two runs, differ only
+by the weights. Validation changes no global random state and nothing that the optimizer reads: training with and without it is
+bitwise equal.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from symbiotic_titan.training.stop import (
 class HeldOutRows:
     """A rank's share of the held-out rows, on the CPU; ``first_rows[i]`` is the global index of the first row of ``batches[i]``.
 
-    Another number of ranks splits the same rows, with the same indices, differently.
+    Other numbers of ranks divide the same rows, with the same indices.
     """
 
     batches: list[PackedBatch]
