@@ -26,6 +26,7 @@ def balance_loss(records: Sequence[RoutingRecord], totals: RoutingTotals | None 
     if totals is None:
         totals = routing_totals(records)
     sizes = [prob_sum.shape[0] for prob_sum in records[0].prob_sum]
+    # Over modalities: a group is balanced by all tokens that its experts receive.
     counts = totals.counts.sum(1).float().split(sizes, dim=-1)
     loss = counts[0].new_zeros(())
     for group, counts_YE in enumerate(counts):

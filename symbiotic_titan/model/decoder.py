@@ -86,7 +86,7 @@ class TransformerBlock(nn.Module):
         out_TD, record = self.moe(x_TD, modality_BT.flatten(), shield_scale)
         return h_BTD + out_TD.view_as(h_BTD), record
 
-    # The dense halves are methods of their own, so that each compiles to one graph: the MoE between them has collectives and sizes
+    # The dense halves are separate methods, so that each compiles to one graph: the MoE between them has collectives and sizes
     # that depend on the data. See ``parallel.compile``.
 
     def attend(
@@ -96,9 +96,9 @@ class TransformerBlock(nn.Module):
         mask: AttentionMask,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        """``h`` plus the attention of its norm."""
+        """``h + attention(norm(h))``."""
         return h_BTD + self.attention(self.attention_norm(h_BTD), rotary, mask, cache)
 
     def feed(self, h_BTD: torch.Tensor) -> torch.Tensor:
-        """``h`` plus the dense feed-forward of its norm."""
+        """``h + feed_forward(norm(h))`` of a dense block."""
         return h_BTD + self.feed_forward(self.ffn_norm(h_BTD))

@@ -16,7 +16,7 @@ one column per key:
         1 g                x x x
         1 d                x     x         later tokens do not attend to a target image: in training it is noise
         1 e                x     x x
-        . .                          x     padding attends to itself, so that no line of the softmax is empty
+        . .                          x     padding attends to itself: an empty softmax would give NaN
 
 Shape letters: sequence/shapes.py. N are keys.
 """
@@ -77,8 +77,8 @@ def patch_rule(image_BP: torch.Tensor) -> MaskRule:
 
 
 def query_rule(token_image_BI: torch.Tensor, patch_image_BP: torch.Tensor) -> MaskRule:
-    """A ViT token attends to the patches of its image; an unused one (image -1) to the first patch, so that no line of the softmax
-    is empty."""
+    """A ViT token attends to the patches of its image; an unused one (image -1) to the first patch, so that no softmax is over an
+    empty set, which would give NaN."""
 
     def attends(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         used = token_image_BI[b, q] >= 0

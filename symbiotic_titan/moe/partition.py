@@ -162,6 +162,7 @@ def check_expert_parallel_degree(groups: Sequence[ExpertGroup], degree: int) -> 
     """
     if degree < 1:
         raise ValueError(f"expert_parallel_degree must be at least 1, got {degree}")
+    # Equal shares only: slots are then the same arithmetic on every rank, and DTensor shards need no padding.
     usable = [
         d
         for d in range(1, min(group.num_experts for group in groups) + 1)

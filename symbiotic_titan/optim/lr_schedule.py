@@ -33,6 +33,7 @@ class StepLRSchedulers(LRSchedulersContainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for scheduler in self.schedulers:
+            # LambdaLR sets rates only at its next step; without this the first step after a resume would use the initial ones.
             scheduler.last_epoch = state_dict["last_epoch"]
             rates = [
                 base * factor(scheduler.last_epoch)

@@ -155,7 +155,7 @@ def units_of(parameters: Iterable[ShardedParameter]) -> dict[str, list[ShardedPa
 
 
 def stage_of(unit: str) -> str:
-    """The block (of decoder or ViT) together with which a unit is gathered; outside of blocks, the unit itself."""
+    """The decoder or ViT block that a unit is gathered with; the unit itself outside of blocks."""
     found = re.match(r"(vit\.)?layers\.\d+", unit)
     return found[0] if found else unit
 

@@ -103,6 +103,7 @@ class AllToAllDispatcher:
         return Dispatched(permute(rows_ND, received), padded), layout
 
     def start_combine(self, rows: tuple[Tensor, ...], layout: AllToAllLayout) -> tuple[Tensor, ...]:
+        # The inverse permutation only: each received row is one copy. The sum over K is left to the token's rank.
         rows_ND = unpermute(rows, None, layout.received, sum(layout.receive))
         # Not waited for: the shared expert computes during the transfer.
         return (self._exchange(rows_ND, layout.send, layout.receive),)
@@ -129,7 +130,7 @@ class AllToAllDispatcher:
         num_groups: int,
         num_copies: int,
     ) -> tuple[RowLayout, ...]:
-        """All slots of all ranks as one group, without rows of zeros: those are added by the receiver, not sent."""
+        """The slots of all ranks as one group, without zero rows, which the receiver adds."""
         slot_of_expert_E = torch.argsort(expert_of_slot_E)
         is_padding_T = group_T == num_groups
         slots_TK = slot_of_expert_E[experts_TK].masked_fill(
@@ -175,6 +176,7 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         check_expert_parallel_degree(layer.args.groups, mesh.size())
         for experts in layer.experts.values():
             for name, parameter in list(experts.named_parameters(recurse=False)):
+                # src_data_rank=None: every rank has the same values (or meta tensors), so there is nothing to broadcast.
                 sharded = distribute_tensor(
                     parameter.detach(), mesh, [Shard(0)], src_data_rank=None
                 )

@@ -1,4 +1,4 @@
-"""The device meshes of a config, and this process among those that read different data."""
+"""Device meshes from the config, and data ranks: the processes that read different data."""
 
 import os
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def parallel_dims_of(config: JobConfig, world_size: int) -> ParallelDims:
 
 @dataclass(frozen=True)
 class DataRanks:
-    """This process among those that read different data.
+    """This process's rank among those that read different data.
 
     rank, size: of the data-parallel ranks; expert parallelism runs inside these, so its ranks read different data too.
     dims:       None if this process is alone.

@@ -86,6 +86,7 @@ class PackedBatch:
 
 def stack_rows(rows: list[PackedBatch]) -> PackedBatch:
     """One batch from batches of the same static sizes, concatenated along B."""
+    # Static sizes, so concatenating needs no further padding.
     return PackedBatch(
         **{f.name: torch.cat([getattr(r, f.name) for r in rows]) for f in fields(PackedBatch)}
     )

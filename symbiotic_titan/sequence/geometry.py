@@ -85,7 +85,7 @@ class ImageGeometry:
         if not self.vit_queries:
             tokens = pixels // self.vit_token_pixels**2
             return tokens, tokens * self.vit_merge**2
-        side = self.vit_side(pixels)
+        side = self.vit_side(pixels)  # a square has the most patches for its longer side
         _, queries = self.vit_grid(side, side)
         return queries, side**2
 

@@ -3,11 +3,11 @@
 A batch and its sequences
     B   packed sequences of a batch, or images that are generated together
     T   tokens of a sequence, or of all sequences of a batch where they are flattened
-    D   width of a token's vector: the decoder's width, or whatever width a function without a model works on
+    D   width of a token's vector: of the decoder, or of the input of a function that knows no model
     V   vocabulary
     A   axes of a position: (temporal, height, width) for a token, (row, column) for a patch
     J   tasks
-    N   items of a list that is explained where it is used: copies of tokens sorted by expert, selected tokens, keys of a mask
+    N   items of a list, explained by the module: copies of tokens sorted by expert, selected tokens, keys of a mask
 
 Images
     H   height in pixels or positions of a latent grid
@@ -26,8 +26,8 @@ Attention
     R   rotary frequencies
 
 Mixture of experts
-    E   experts of a layer, in group-major order; of one group where a function sees only one
-    e   those of the experts that this rank holds, or that a modality can reach
+    E   experts of a layer in group-major order, or of one group
+    e   the subset of experts that this rank holds, or that a modality can reach
     F   hidden width of an expert or another feed-forward; output width of a linear layer that stands alone
     G   expert groups
     K   experts chosen per token

@@ -27,6 +27,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        # Only recorded: the step must finish, or its collectives would hang on the other ranks.
         self.signal_name = signal.Signals(number).name
 
 
@@ -38,7 +39,7 @@ class Interrupted(Exception):
 def paused_training(model: nn.Module, metrics: MetricsProcessor, activity: str) -> Iterator[None]:
     """Evaluation mode for ``activity``, a measurement on the model in training. ``Interrupted`` ends it and is logged.
 
-    The time inside does not count in the throughput, and the model comes back in training mode, resharded.
+    The pause is left out of the throughput; afterwards the model is in training mode and resharded.
     """
     utils.device_module.synchronize()  # device sync: the step's kernels are not this measurement's time
     start = time.perf_counter()
@@ -55,7 +56,7 @@ def paused_training(model: nn.Module, metrics: MetricsProcessor, activity: str) 
 
 
 def _reshard(model: nn.Module) -> None:
-    """Free the gathered weights, which FSDP keeps after a forward for a backward that does not come here."""
+    """Free the gathered weights that FSDP keeps for a backward, which does not follow here."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -189,13 +189,16 @@ class SymbioticTrainer(Trainer):
         batches = [
             self.to_device(next(data_iterator)) for _ in range(self.gradient_accumulation_steps)
         ]
+        # Counted before the first backward: every micro-batch can then divide by the step's totals, and gradients need no rescaling.
         totals = self.loss_fn.totals(self.sum_over_ranks(self.loss_fn.count_step(batches)))
+        # The first backward already needs the routing of the last micro-batch, hence the extra forward.
         needs_routing = self.job_config.losses.balance_scope == "global" and len(batches) > 1
         step_routing = self.routing_of_step(batches) if needs_routing else None
         results = [
             self.forward_backward(batch, i, totals, step_routing) for i, batch in enumerate(batches)
         ]
         should_log = self.metrics_processor.should_log(self.step)
+        # Before clipping scales the gradients.
         norms = group_grad_norms(self.optimizers.groups) if should_log else {}  # type: ignore[attr-defined]
         grad_norm = dist_utils.clip_grad_norm_(
             [p for p in self.model_parts[0].parameters() if p.requires_grad],
@@ -207,6 +210,7 @@ class SymbioticTrainer(Trainer):
         losses = self.loss_fn.step_losses(total, totals)
         self.check_finite(losses, float(grad_norm), results)
         rates = {group["name"]: group["lr"] for group in self.optimizers.groups}  # type: ignore[attr-defined]
+        # An asynchronous save may still be copying the weights that the optimizer is about to change.
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
         ratios = group_update_ratios(self.optimizers) if should_log else {}
@@ -267,6 +271,7 @@ class SymbioticTrainer(Trainer):
         bad = self.loss_fn.not_finite(losses, grad_norm)
         if not bad:
             return
+        # Losses and norm are global, so all ranks get here together and the collective cannot hang.
         flags: list[bool] = [False] * dist.get_world_size()
         dist.all_gather_object(flags, all(bool(result.is_finite) for result in results))
         ranks = [rank for rank, finite in enumerate(flags) if not finite]
@@ -329,6 +334,7 @@ class SymbioticTrainer(Trainer):
         if not loader.can_end:
             return None
         ended = loader.ended_sources
+        # Ranks reach the end at different steps; all go on, some with padding, until none has a row left.
         rows_left = self.sum_over_ranks(torch.tensor(float(not ended), device=self.device))
         return None if rows_left > 0 else f"data ended, all samples of {', '.join(ended)} were read"
 

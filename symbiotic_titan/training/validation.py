@@ -85,7 +85,7 @@ class SymbioticValidator(BaseValidator):
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
         stop_requested: Callable[[], bool],
     ) -> None:
-        """Hand over what only the trainer has. ``stop_requested`` is a collective with one answer for all ranks."""
+        """Set what only the trainer has. ``stop_requested`` is a collective, with the same answer on all ranks."""
         self.to_device = to_device
         self.autocast = autocast
         self.sum_over_ranks = sum_over_ranks
@@ -113,6 +113,7 @@ class SymbioticValidator(BaseValidator):
 
     def _batches(self) -> Iterator[PackedBatch]:
         for batch in self.rows.batches:
+            # A collective: all ranks leave at the same batch, so that none waits in an all-gather of the model.
             if self.stop_requested():
                 raise Interrupted
             yield self.to_device(batch)

@@ -47,6 +47,7 @@ def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
             f"{where}: {path} is compressed, so that samples cannot be read from anywhere in it; set data.cache_folder "
             "to a local folder with room for the unpacked shards, or unpack them yourself"
         )
+    # The version is part of the name, so a changed file is unpacked again.
     target = Path(cache_folder) / f"{version_of(path)}-{Path(path).stem}"
     damage = target.with_name(target.name + ".damage")
     if not target.exists():
@@ -59,6 +60,7 @@ def _unpack(path: str, compression: Any, target: Path, damage: Path) -> None:
     with replacing(target) as unfinished, unfinished.open("wb") as out:
         error = _copy(path, compression, out)
         if error:
+            # Before the rename of ``target``: no process can find the copy without its damage.
             damage.write_text(f"cannot be unpacked to its end ({error}); copy or write it again")
 
 
