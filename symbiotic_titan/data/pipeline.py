@@ -54,6 +54,7 @@ def build_loader(
     spec = build_spec(
         config, latents, geometry, rotary_layout, tokenizer, seq_len, global_batch_size, table
     )
+    # Row r comes from stream r % num_streams: only whole rounds per batch give every number of ranks the same global batches.
     if global_batch_size % spec.num_streams:
         logger.warning(
             f"data.num_lanes: {spec.num_streams} does not divide the global batch size "

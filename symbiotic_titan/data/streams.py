@@ -134,6 +134,7 @@ class Stream:
 
     def next_row(self) -> PackedBatch:
         """The next packed sequence; raises ValueError for a bad sample that ``data.bad_samples`` does not skip."""
+        # Refilled before every choice, so that a resumed stream chooses from the same documents.
         self._read_ahead(self._spec.config.lookahead)
         documents = [waiting.document for waiting in self._waiting]
         chosen = self._choose(documents, self._spec.size) if documents else []
@@ -170,6 +171,7 @@ class Stream:
         source = self._mixture.next(self._number, self._tokens if by_tokens else self._scheduled)
         # Interleaved: every index belongs to exactly one stream, so no sample is lost or repeated, without communication.
         index = self._read[source] * self._spec.num_streams + self._number
+        # One ended source ends the stream: going on without it would change the mixture.
         if not self._sources[source].has(index):
             self._ended = source
             return
@@ -225,6 +227,7 @@ def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -
                 raise ValueError(
                     f"{error}; when the checkpoint was saved, it could be used"
                 ) from error
+    # Documents are made anew from the sample, so a changed source may split a text differently.
     if any(part >= len(samples[source, index]) for source, index, part in places):
         raise ValueError(
             "a text has fewer parts than when the checkpoint was saved; its source or its keys were changed: set them back, "

@@ -75,5 +75,6 @@ def _full_tensor(
     std = 1.0 if value == "unit" else shape[-1] ** -0.5
     if value == "residual":
         std *= (2 * num_layers) ** -0.5
+    # crc32, because Python's hash of a string differs between processes.
     generator = torch.Generator("cpu").manual_seed(crc32(name.encode()) + seed)
     return torch.empty(shape, device="cpu").normal_(std=std, generator=generator)

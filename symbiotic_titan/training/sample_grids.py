@@ -83,7 +83,7 @@ class SampleGrids:
         num_prompts = len(settings.prompts)
         share = -(-num_prompts // ranks.size)
         first = ranks.rank * share
-        # A process with fewer prompts generates some twice: under FSDP all must run the same number of forwards.
+        # Under FSDP all processes must run the same number of forwards, so one with fewer prompts generates some again.
         own = [settings.prompts[i % num_prompts] for i in range(first, first + share)]
         drawn = self._generator.images(
             own,
@@ -94,7 +94,7 @@ class SampleGrids:
             seed=settings.seed,
             aspect=settings.aspect,
             batch_size=settings.batch_size,
-            first_index=first,
+            first_index=first,  # seeds the noise: the grid does not depend on the number of processes
             advance=self._check_stop,
         )
         drawn_NHW3 = torch.from_numpy(np.stack([np.asarray(p.image) for p in drawn]))
@@ -103,6 +103,7 @@ class SampleGrids:
         )
         place = slice(first, first + share)  # the last processes may have fewer, or none
         all_NHW3[place] = drawn_NHW3[: len(all_NHW3[place])].to(ranks.device)
+        # Zero outside a process's own share, so the sum gathers shares of unequal size.
         return ranks.sum(all_NHW3).cpu().numpy()  # device sync
 
     def _check_stop(self, count: int) -> None:
