@@ -92,7 +92,7 @@ def _streams_of_rank(num_streams: int, dp_rank: int, dp_world_size: int) -> rang
 
 
 def _check_workers(num_workers: int, num_streams: int) -> None:
-    # A worker with more streams than the others would deliver them late, and all rows come round robin.
+    # DataLoader polls all workers equally often: with unequal shares some streams would run ahead and fill the reorder buffer.
     if num_workers and num_streams % num_workers:
         fitting = max(w for w in range(1, num_workers) if num_streams % w == 0)
         raise ValueError(
