@@ -23,6 +23,7 @@ from symbiotic_titan.config.losses import (
     TIMESTEP_DISTRIBUTIONS,
     LossTerm,
     TimestepDistribution,
+    check_term_name,
 )
 from symbiotic_titan.config.optimizer import LR_DECAYS, OPTIMIZER_BUILDERS, LRDecay
 from symbiotic_titan.config.tokenizer import TOKEN_FAMILIES, TOKENIZER_KINDS, TokenFamily
@@ -105,7 +106,7 @@ def register_loss_term(
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        LOSS_TERMS.register(name, LossTerm(weight, help, function, count))
+        LOSS_TERMS.register(check_term_name(name), LossTerm(weight, help, function, count))
         return function
 
     return register

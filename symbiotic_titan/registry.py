@@ -18,6 +18,11 @@ def load_part(address: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+def _origin(part: object) -> str:
+    """The module of a function or class, or that of the object's class."""
+    return str(getattr(part, "__module__", type(part).__module__))
+
+
 class Registry(Generic[T]):
     """Name -> part, for one key of the config. Iterates over names: built-in ones in their order, then those registered, in theirs.
 
@@ -40,13 +45,15 @@ class Registry(Generic[T]):
         Raises:
             ValueError: the name is empty, or another part has it.
         """
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"{self.key}: the name of a part must be a text, got {name!r}")
+        if not isinstance(name, str) or not name or name.split() != [name]:
+            raise ValueError(
+                f"{self.key}: the name of a part must be a text without spaces, got {name!r}"
+            )
         if name not in self._parts:
             self._parts[name] = part
         elif self[name] is not part:
             raise ValueError(
-                f"{self.key}: {name!r} is already registered ({self[name]!r}); choose another name"
+                f"{self.key}: {name!r} is already registered by {_origin(self[name])}; choose another name"
             )
         return part
 

@@ -63,7 +63,8 @@ def run(args: list[str]) -> None:
 def raised_by_us(error: ValueError) -> bool:
     """Whether ``error`` was raised in this package: then its message is meant for the user, who needs no traceback."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("symbiotic_titan")
+    raised_in = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    return raised_in == "symbiotic_titan" or raised_in.startswith("symbiotic_titan.")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """JobConfig: torchtitan's sections and ours, one field per section; and the short sections themselves."""
 
+import functools
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,14 @@ from torchtitan.config.job_config import Validation as UpstreamValidation
 from symbiotic_titan.config.data import Data, source_rows
 from symbiotic_titan.config.experts import Experts, Shielding
 from symbiotic_titan.config.generation import Latents, Sampling
-from symbiotic_titan.config.losses import LOSS_TERMS, Flow, Losses, LossSettings, losses_class
+from symbiotic_titan.config.losses import (
+    LOSS_TERMS,
+    Flow,
+    Losses,
+    LossSettings,
+    LossTerm,
+    losses_class,
+)
 from symbiotic_titan.config.optimizer import LR_DECAYS, Optimizer
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.registry import choice
@@ -141,7 +149,13 @@ class JobConfig(UpstreamJobConfig):
 
 def job_config_class() -> type[JobConfig]:
     """JobConfig as it is read: [losses] has a weight for every term that is registered by now."""
-    losses = Losses if {f.name for f in fields(Losses)} >= set(LOSS_TERMS) else losses_class()
+    return _with_terms(tuple((name, LOSS_TERMS[name]) for name in LOSS_TERMS))
+
+
+@functools.cache  # the same class for the same terms: configs of one class can be compared
+def _with_terms(terms: tuple[tuple[str, LossTerm], ...]) -> type[JobConfig]:
+    known = {f.name for f in fields(Losses)} >= {name for name, _ in terms}
+    losses = Losses if known else losses_class()
     section = ("losses", losses, field(default_factory=losses))
     cls = make_dataclass("JobConfig", [section], bases=(JobConfig,))
     cls.__module__ = __name__

@@ -1,5 +1,6 @@
 """[losses] and [flow]: the terms of the loss and the flow-matching path."""
 
+import keyword
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any, Literal
@@ -27,6 +28,14 @@ class LossTerm:
     help: str
     value: Callable[..., Any] | str
     count: Callable[..., Any] | str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
+            raise ValueError(f"losses: the weight of a term must be a number, got {self.weight!r}")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(
+                f"losses: the weight of a term must be zero or positive, got {self.weight}"
+            )
 
     def value_function(self) -> Callable[..., Any]:
         return load_part(self.value) if isinstance(self.value, str) else self.value
@@ -75,7 +84,7 @@ class LossSettings:
         for name in self.terms():
             if getattr(self, name) < 0:
                 raise ValueError(
-                    f"losses.{name}: must be zero or positive, got {getattr(self, name)}"
+                    f"losses.{name}: must be zero or positive, got {getattr(self, name)}; set 0 to train without this term"
                 )
 
     def terms(self) -> dict[str, LossTerm]:
@@ -94,6 +103,20 @@ class LossSettings:
 
     def weight(self, name: str) -> float:
         return float(getattr(self, name))
+
+
+def check_term_name(name: str) -> str:
+    """``name``, if it can be a key of [losses] and a metric.
+
+    Raises:
+        ValueError: it is no identifier, or taken by a setting of [losses] or by the sum of all terms.
+    """
+    taken = {"total", *dir(LossSettings)}
+    if not str(name).isidentifier() or keyword.iskeyword(name) or name in taken:
+        raise ValueError(
+            f"losses: a term cannot have the name {name!r}; choose an identifier such as 'z_loss' that is no key of [losses]"
+        )
+    return name
 
 
 def losses_class() -> type[LossSettings]:

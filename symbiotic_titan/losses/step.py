@@ -65,6 +65,14 @@ def mean_losses(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dic
     return losses
 
 
+def _check_shape(what: str, value: object, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where a term, which may come from a user's module, gives something other than a tensor of ``shape``."""
+    found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if found != shape:
+        rule = f"{shape}, a sum for each task" if shape else "(), one number"
+        raise ValueError(f"{what}: must be a tensor of shape {rule}, got {found}")
+
+
 class LossFunction:
     """The registered terms with the weights of [losses]; torchtitan's train spec takes it as the loss function.
 
@@ -91,11 +99,18 @@ class LossFunction:
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Term -> (J,) targets of ``batch`` by task, known before the forward."""
-        return {name: count(batch) for name, count in self._counts.items()}
+        counts = {name: count(batch) for name, count in self._counts.items()}
+        for name, count in counts.items():
+            _check_shape(f"the count of the loss term {name!r}", count, (len(TASKS),))
+        return counts
 
     def values(self, inputs: StepInputs) -> dict[str, Tensor]:
         """Term -> its differentiable sums by task (J,), or its () share of the step's value."""
-        return {name: value(inputs) for name, value in self._values.items()}
+        values = {name: value(inputs) for name, value in self._values.items()}
+        for name, value in values.items():
+            shape = (len(TASKS),) if name in self._counts else ()
+            _check_shape(f"the value of the loss term {name!r}", value, shape)
+        return values
 
     def count_step(self, batches: Sequence[PackedBatch]) -> Tensor:
         """(J * counted terms + M + 1,) float64: this rank's share of ``StepTotals``, to be summed over ranks."""

@@ -44,6 +44,10 @@ class StepLRSchedulers(LRSchedulersContainer):
             scheduler._last_lr = rates
 
 
+# Points of a decay that are looked at before training.
+_PROBES = 1000
+
+
 def linear(progress: float) -> float:
     return 1 - progress
 
@@ -68,7 +72,7 @@ def schedule_factor(config: LRScheduler, training_steps: int) -> Callable[[int],
     if config.decay_ratio is not None:
         wanted = round(total * config.decay_ratio)
         decay = _at_most(total - warmup, wanted, "lr_scheduler.decay_ratio, in steps")
-    return functools.partial(
+    factor = functools.partial(
         _factor,
         warmup=warmup,
         # One step longer than the run, so that the rate of the last step is not zero.
@@ -77,6 +81,10 @@ def schedule_factor(config: LRScheduler, training_steps: int) -> Callable[[int],
         decay=LR_DECAYS[config.decay_type],
         least=config.min_lr_factor,
     )
+    for i in range(1, 1 + _PROBES) if decay else ():
+        # Raises before training what would otherwise end it in its last part.
+        _share_left(LR_DECAYS[config.decay_type], i / _PROBES)
+    return factor
 
 
 def _at_most(most: int, wanted: int, key: str) -> int:
@@ -92,7 +100,22 @@ def _factor(
         return (step + 1) / warmup
     if step < stable_end:
         return 1.0
-    return least + (1 - least) * decay((step + 1 - stable_end) / decay_steps)
+    return least + (1 - least) * _share_left(decay, (step + 1 - stable_end) / decay_steps)
+
+
+def _share_left(decay: LRDecay, progress: float) -> float:
+    """What ``decay`` gives, which may come from a user's module.
+
+    Raises:
+        ValueError: it is no number in [0, 1]: a rate would be negative, or above the one configured.
+    """
+    share = decay(progress)
+    if not isinstance(share, (int, float)) or not 0.0 <= share <= 1.0:
+        name = next(n for n in LR_DECAYS if LR_DECAYS[n] is decay)
+        raise ValueError(
+            f"lr_scheduler.decay_type = {name!r}: gave {share!r} at progress {progress:.4g}; it must be a number in [0, 1]"
+        )
+    return share
 
 
 def build_schedulers(

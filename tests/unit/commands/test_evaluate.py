@@ -222,7 +222,7 @@ def test_suites_and_their_options_are_listed(capsys):
     assert evaluate.main(["--suites"]) == 0
     listed = capsys.readouterr().out
     assert "demo_world: pictures, answers, knowledge" in listed
-    assert "--demo_world.pictures 60\n        Held-out captions to draw" in listed
+    assert "--demo_world.pictures 60\n        Held-out captions to use" in listed
 
 
 MISTAKES = [

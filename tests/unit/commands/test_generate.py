@@ -44,7 +44,7 @@ def test_a_checkpoint_without_the_parts_that_draw_is_warned_of(run_folder, tmp_p
     kept = {n: t for n, t in whole.items() if not n.startswith(("flow_head", "latent_embedding"))}
     dcp.save(kept, checkpoint_id=tmp_path / "step-1", no_dist=True)
     assert run("text", "--checkpoint", tmp_path / "step-1", "--prompt", "x", "--out", tmp_path) == 0
-    assert "step-1 has no parts that draw: its images will be noise" in caplog.text
+    assert "step-1 has no parts that generate images: its images will be noise" in caplog.text
 
 
 def test_images_are_written_with_their_settings_and_as_the_api_draws_them(run_folder, tmp_path):

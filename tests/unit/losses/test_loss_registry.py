@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from symbiotic_titan.config.losses import LOSS_TERMS, Losses, LossTerm, losses_class
+from symbiotic_titan.extend import register_loss_term
 from symbiotic_titan.losses.step import LossFunction, MicroBatchResult
 from symbiotic_titan.losses.terms import StepInputs, label_counts, sum_by_task
 from symbiotic_titan.sequence.modality import IGNORE_INDEX
@@ -74,3 +75,42 @@ def test_a_term_registered_after_the_config_was_read_is_told():
 def test_weights_must_not_be_negative():
     with pytest.raises(ValueError, match="losses.flow: must be zero or positive, got -1"):
         Losses(flow=-1)
+
+
+@pytest.mark.parametrize(
+    "name", ["my z", "1z", "class", "total", "terms", "weight", "balance_scope"]
+)
+def test_a_name_that_cannot_be_a_key_is_refused(name):
+    with pytest.raises(
+        ValueError, match=f"losses: a term cannot have the name '{name}'; choose an"
+    ):
+        register_loss_term(name, weight=1.0)(squared_logits)
+    assert name not in LOSS_TERMS
+
+
+@pytest.mark.parametrize(("weight", "rule"), [(-1.0, "zero or positive"), ("1", "a number")])
+def test_a_default_weight_must_be_one(weight, rule):
+    with pytest.raises(ValueError, match=f"losses: the weight of a term must be {rule}, got"):
+        LossTerm(weight, "", squared_logits)
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "message"),
+    [
+        (
+            lambda i: i.logits.mean(),
+            label_counts,
+            r"value of the loss term 'odd': .*\(5,\), a sum for each task, got \(\)",
+        ),
+        (squared_logits, None, r"value of the loss term 'odd': .*\(\), one number, got \(5,\)"),
+        (lambda i: None, None, "value of the loss term 'odd': .* got NoneType"),
+        (squared_logits, lambda b: 2.0, "count of the loss term 'odd': .* got float"),
+    ],
+)
+def test_what_is_no_sum_is_told_with_the_terms_name(value, count, message):
+    batch = random_batch()
+    with LOSS_TERMS.temporarily(odd=LossTerm(1.0, "", value, count)):
+        loss = LossFunction(losses_class()())
+        with pytest.raises(ValueError, match=message):
+            loss.counts(batch)
+            loss.values(inputs_of(batch))

@@ -39,3 +39,11 @@ def test_a_registered_decay_is_taken():
         assert [factor(step) for step in range(4)] == [1.0, 1.0, 1.0, 0.25]
     with pytest.raises(ValueError, match="lr_scheduler.decay_type = 'square': nothing is"):
         schedule_factor(config, 4)
+
+
+@pytest.mark.parametrize("share", [-50.0, 10.0, float("nan"), None])
+def test_a_decay_outside_0_and_1_is_refused_before_training(share):
+    config = LRScheduler(warmup_steps=0, decay_ratio=0.5, decay_type="odd")
+    with LR_DECAYS.temporarily(odd=lambda progress: share):
+        with pytest.raises(ValueError, match=f"decay_type = 'odd': gave {share} at progress 0.001"):
+            schedule_factor(config, 4)

@@ -175,4 +175,4 @@ def test_without_matplotlib_the_command_that_installs_it_is_named(monkeypatch, c
     for name in [name for name in sys.modules if name.startswith(packages)]:
         monkeypatch.delitem(sys.modules, name)
     assert cli.main(["plot", "outputs/none"]) == 2
-    assert "plotting needs matplotlib: " in capsys.readouterr().err
+    assert "symbiotic plot needs matplotlib: " in capsys.readouterr().err

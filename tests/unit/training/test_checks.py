@@ -63,7 +63,7 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("--model.flavor huge", "model.flavor: unknown flavor 'huge'; choose from debug, mini"),
+        ("--model.flavor huge", "model.flavor: unknown flavor 'huge'; choose from 1B-A0.3B"),
         ("--model.name llama3", "model.name = 'llama3': this trainer trains 'symbiotic'"),
         ("--model.attention_backend flex", "'flex' needs a CUDA device"),
         (
