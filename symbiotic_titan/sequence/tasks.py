@@ -6,7 +6,7 @@ in the registry, so tasks are only ever appended.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from symbiotic_titan.registry import Registry
 
@@ -35,6 +35,9 @@ KNOWN_SCHEMAS = (
     *CONVERSATION_SCHEMAS,
 )
 
+# Target images of a sample: see ``Task``.
+TargetImageCount = Literal["none", "one", "any"]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -54,13 +57,13 @@ class Task:
                        schema's layout.
 
     Raises:
-        ValueError: a name that cannot be a config key, an unknown field, or a schema without a layout.
+        ValueError: a name that cannot be a config key, a value of the wrong form, an unknown field, or a schema without a layout.
     """
 
     name: str
     schemas: tuple[tuple[str, ...], ...]
     input_images: bool = False
-    target_images: Literal["none", "one", "any"] = "none"
+    target_images: TargetImageCount = "none"
     trained_fields: tuple[str, ...] = ()
     trained_roles: tuple[str, ...] = ("assistant",)
     drops_caption: bool = False
@@ -72,6 +75,7 @@ class Task:
         where = f"task {self.name!r}"
         if not self.name.isidentifier():
             raise ValueError(f"{where}: a name has only letters, digits and underscores; rename it")
+        self._check_forms(where)
         if not self.schemas or not all(self.schemas):
             raise ValueError(f"{where}: schemas is empty; name the fields that its samples have")
         for field in self.fields:
@@ -91,6 +95,20 @@ class Task:
                     f"{where}: no layout is known for samples of {' + '.join(schema)}; choose from {known}, or set layout to a "
                     "function that makes their documents"
                 )
+
+    def _check_forms(self, where: str) -> None:
+        if not isinstance(self.schemas, tuple) or not all(
+            isinstance(schema, tuple) and all(isinstance(field, str) for field in schema)
+            for schema in self.schemas
+        ):
+            raise ValueError(
+                f"{where}: schemas must be a tuple of tuples of texts, such as {(QUESTION_SCHEMA,)}, got {self.schemas!r}"
+            )
+        allowed = get_args(TargetImageCount)
+        if self.target_images not in allowed:
+            raise ValueError(
+                f"{where}: target_images must be one of {', '.join(allowed)}, got {self.target_images!r}"
+            )
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -46,6 +46,14 @@ def test_a_name_is_taken_once():
             {"schemas": (("question", "answer"),)},
             r"task 'mine': no layout is known for samples of question \+ answer; choose from text, .*, or set layout",
         ),
+        (
+            {"schemas": ("image", "caption")},
+            r"task 'mine': schemas must be a tuple of tuples of texts, such as .*, got \('image', 'caption'\)",
+        ),
+        (
+            {"schemas": (("text",),), "target_images": "many"},
+            "task 'mine': target_images must be one of none, one, any, got 'many'",
+        ),
         ({"schemas": ()}, "task 'mine': schemas is empty; name the fields"),
         ({"name": "my task", "schemas": (("text",),)}, "task 'my task': a name has only letters"),
     ],
