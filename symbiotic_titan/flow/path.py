@@ -41,7 +41,25 @@ def logit_normal(shape: tuple[int, ...], config: Flow, generator: torch.Generato
 def draw_timesteps(
     shape: tuple[int, ...], config: Flow, generator: torch.Generator
 ) -> torch.Tensor:
-    """``shape`` float32 timesteps in [0, 1], drawn from the configured distribution and shifted."""
+    """``shape`` float32 timesteps in [0, 1], drawn from the configured distribution and shifted.
+
+    Raises:
+        ValueError: a registered distribution returned something else.
+    """
+    timesteps = TIMESTEP_DISTRIBUTIONS[config.timesteps](shape, config, generator)
+    _check_timesteps(timesteps, shape, config.timesteps)
     # Shifted here, so that the shift applies to registered distributions too.
-    distribution = TIMESTEP_DISTRIBUTIONS[config.timesteps]
-    return shift_timesteps(distribution(shape, config, generator), config.shift)
+    return shift_timesteps(timesteps, config.shift)
+
+
+def _check_timesteps(timesteps: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
+    where = (
+        f"flow.timesteps = {name!r}: it must return float32 timesteps of shape {shape} in [0, 1]"
+    )
+    if not isinstance(timesteps, torch.Tensor):
+        raise ValueError(f"{where}, got {type(timesteps).__name__}")
+    if timesteps.shape != shape or timesteps.dtype != torch.float32:
+        raise ValueError(f"{where}, got {timesteps.dtype} of shape {tuple(timesteps.shape)}")
+    # Cheap, because timesteps are drawn on the CPU. NaN fails both comparisons.
+    if not ((timesteps >= 0) & (timesteps <= 1)).all():
+        raise ValueError(f"{where}, got values from {timesteps.min():g} to {timesteps.max():g}")

@@ -49,6 +49,24 @@ def test_a_distribution_of_your_own_is_chosen_by_name_and_shifted():
     assert torch.equal(t, torch.full((2, 3), 0.75))
 
 
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        ([0.5, 0.5], "list"),
+        (torch.zeros(3), r"torch.float32 of shape \(3,\)"),
+        (torch.zeros(2, dtype=torch.int64), r"torch.int64 of shape \(2,\)"),
+        (torch.tensor([-0.5, 2.0]), "values from -0.5 to 2"),
+        (torch.tensor([0.5, torch.nan]), "values from nan to nan"),
+    ],
+)
+def test_a_distribution_that_returns_no_timesteps_is_refused_by_name(returned, got):
+    with (
+        TIMESTEP_DISTRIBUTIONS.temporarily(mine=lambda shape, config, generator: returned),
+        pytest.raises(ValueError, match=rf"flow.timesteps = 'mine': .* shape \(2,\) .*, got {got}"),
+    ):
+        draw_timesteps((2,), Flow(timesteps="mine"), torch.Generator())
+
+
 def test_an_unknown_distribution_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="flow.timesteps = 'logitnormal'.*uniform, logit_normal"):
         draw_timesteps((1,), Flow(timesteps="logitnormal"), torch.Generator())
