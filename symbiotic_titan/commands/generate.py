@@ -119,7 +119,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         part.add_argument("--uncached", action="store_true", help="no key-value cache: slow")
     image.add_argument("--steps", type=int, default=50, help="of the sampler (default 50)")
     image.add_argument("--guidance", type=float, default=3.0, help="1: none (default 3)")
-    image.add_argument("--sampler", choices=sorted(SOLVERS), default="euler")
+    # No choices: the module that registers another sampler is imported later, with the config.
+    samplers = f"{', '.join(SOLVERS)}, or a registered one (default %(default)s)"
+    image.add_argument("--sampler", default="euler", help=samplers)
     image.add_argument("--shift", type=float, help="of the timesteps (default: [flow]'s)")
     size = image.add_mutually_exclusive_group()
     size.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of a bucket")

@@ -105,6 +105,10 @@ MISTAKES = [
     (["--size", "32", "30"], "size 32 x 30: no bucket"),
     (["--prompt", "a" * 400], "prompt #1: its 404 tokens"),
     (["--steps", "0"], "steps: must be at least 1, got 0"),
+    (
+        ["--sampler", "rk4"],
+        "sampler = 'rk4': nothing is registered under this name; choose from euler",
+    ),
     (["--prompts-file", "missing.txt"], "missing.txt"),
     (["--latents.codec", "flux"], "latents.path: codec 'flux' needs its weights"),
     (["--model.flavor", "huge"], "model.flavor: unknown flavor 'huge'"),
