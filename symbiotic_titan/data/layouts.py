@@ -1,4 +1,5 @@
-"""Where a sample's fields become token ids and labels: one layout per schema of fields.
+"""Where a sample's fields become token ids, trained or not: one layout per schema of fields. ``data.sequence_builder`` makes the tensor
+of labels from them.
 
     lm           <bos> TEXT <eos>
     mmu          <bos> <user> <vit_start> [vit] <vit_end> question <assistant> ANSWER <eos>

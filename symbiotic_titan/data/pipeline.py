@@ -12,9 +12,10 @@ from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latent_cache import cached_sources
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.loader import Gather, PackedLoader
-from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import SequenceSize
 from symbiotic_titan.data.readers import check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.data.streams import PipelineSpec
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry

@@ -25,8 +25,12 @@ from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.formats.shard import REASONS, BadSample, Sample, Shard
 from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.order import SourceOrder
-from symbiotic_titan.data.packing import Packing, SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import (
+    Packing,
+    SequenceSize,
+)
 from symbiotic_titan.data.readers import Reader
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.sequence.batch import PackedBatch
 
 

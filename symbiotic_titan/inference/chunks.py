@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from symbiotic_titan.data.documents import Document, VitSegment
-from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import SequenceSize
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 from symbiotic_titan.sequence.geometry import ImageGeometry, coords
 from symbiotic_titan.sequence.modality import (

@@ -58,10 +58,10 @@ from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.loader import PackedLoader, SerializedRow
 from symbiotic_titan.data.order import SourceOrder
-from symbiotic_titan.data.packing import SequenceBuilder
 from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.data.readers import Reader
 from symbiotic_titan.data.samples import DocumentMaker
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.data.streams import (
     OpenSource,
     PipelineSpec,

@@ -46,7 +46,11 @@ from symbiotic_titan.data.documents import (
     VaeSegment,
 )
 from symbiotic_titan.data.mixture import Mixture
-from symbiotic_titan.data.packing import Packing, SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import (
+    Packing,
+    SequenceSize,
+)
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.data.streams import (
     OpenSource,
     PipelineSpec,

@@ -19,7 +19,8 @@ from symbiotic_titan.data.documents import (
     VaeSegment,
 )
 from symbiotic_titan.data.images import vit_patches
-from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import SequenceSize
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.model.masks import build_dense_mask
 from symbiotic_titan.sequence.geometry import ImageGeometry, patchify

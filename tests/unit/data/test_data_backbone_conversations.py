@@ -24,8 +24,9 @@ from symbiotic_titan.data.formats.shard import (
     Sample,
 )
 from symbiotic_titan.data.latents import TargetImages
-from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import SequenceSize
 from symbiotic_titan.data.samples import DocumentMaker
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.data.tokenizer import open_tokenizer
 from symbiotic_titan.sequence.modality import VIT
 from tests.helpers.released_processors import (

@@ -11,11 +11,11 @@ from symbiotic_titan.data.documents import (
     VitSegment,
 )
 from symbiotic_titan.data.packing import (
-    SequenceBuilder,
     SequenceSize,
     fullest,
     longest_first,
 )
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK, PADDING, TEXT, VAE, VIT

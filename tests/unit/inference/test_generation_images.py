@@ -13,7 +13,8 @@ from symbiotic_titan.data.documents import (
     VaeSegment,
 )
 from symbiotic_titan.data.latents import to_pixels
-from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import SequenceSize
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.flow.noise import noise_of_image
 from symbiotic_titan.flow.path import interpolate, velocity_target
 from symbiotic_titan.flow.solver import time_grid

@@ -11,7 +11,8 @@ from symbiotic_titan.data.documents import (
     TextSegment,
     VaeSegment,
 )
-from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import SequenceSize
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.session import Session
 from symbiotic_titan.model.kv_cache import LayerCache

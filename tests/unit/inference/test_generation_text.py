@@ -7,7 +7,8 @@ from symbiotic_titan.data.documents import (
     Document,
     TextSegment,
 )
-from symbiotic_titan.data.packing import SequenceBuilder, SequenceSize
+from symbiotic_titan.data.packing import SequenceSize
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.inference.prompts import PromptMaker
 from symbiotic_titan.inference.session import Session
