@@ -1,4 +1,4 @@
-"""Tensors computed from other tensors while these are read, one mapping at a time: the model is never whole in memory."""
+"""Converts stored tensors as they are read, one mapping at a time, so that the model is never whole in memory."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +12,7 @@ from symbiotic_titan.weights.reader import TensorSpec
 
 @dataclass(frozen=True)
 class ConverterStep:
-    """``transform`` computes the tensors ``outputs`` from the tensors ``inputs``, both in the order of the names."""
+    """``transform`` computes the tensors ``outputs`` from the tensors ``inputs``, in the order of these names."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -22,8 +22,7 @@ class ConverterStep:
 class TensorConverter:
     """The outputs of ``steps``; ``read`` gives an input by its name.
 
-    specs  output name -> shape and dtype, the outputs of a step next to each other: asked for in this order, every input is read
-           once.
+    specs  output name -> shape and dtype, grouped by step: in this order every input is read only once.
 
     Raises:
         ValueError: inputs of shapes that a step cannot transform.
@@ -46,7 +45,7 @@ class TensorConverter:
             self._step_of |= dict.fromkeys(step.outputs, step)
 
     def __call__(self, name: str) -> Tensor:
-        """The output ``name``. The other outputs of its step are held until they are asked for, or until another step runs."""
+        """The output ``name``. The other outputs of its step are cached until they are read or another step runs."""
         if name not in self._computed:
             self._computed = {}  # freed before the next inputs are read
             step = self._step_of[name]
@@ -56,7 +55,7 @@ class TensorConverter:
 
 
 def _output_specs(step: ConverterStep, inputs: Mapping[str, TensorSpec]) -> list[TensorSpec]:
-    """Found by running the transform on the meta device, which computes shapes only."""
+    """Shapes and dtypes of the outputs, found by running the transform on the meta device, which computes no values."""
     try:
         outputs = step.transform([inputs[name].placeholder() for name in step.inputs])
     except (IndexError, RuntimeError):  # torch: too few dimensions, or sizes that do not match

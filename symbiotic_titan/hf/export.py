@@ -1,9 +1,9 @@
-"""Checkpoints as safetensors: what text and ViT tokens use as a regular model of its released architecture, or the whole model under
-our names.
+"""Exports checkpoints as safetensors: the part for text and ViT tokens as a regular model of its released architecture, or the whole
+model under our names.
 
-For the first, the experts of one group become all the experts of the released architecture: the same network with fewer of them. The
-architecture's weight mappings turn our tensors into its own, and unmapped tensors are written back as they came. Tensors are written
-as they are read; the folder appears once it is complete.
+In the former, the experts of one group become all experts of the released architecture: the same network with fewer experts. The
+architecture's weight mappings turn our tensors into the release's, and unmapped tensors are written back unchanged. Each tensor is
+written as soon as it is read; the folder appears once it is complete.
 """
 
 import json
@@ -66,7 +66,7 @@ from symbiotic_titan.weights.safetensors import (
 
 WHOLE_REMEDY = "--part whole writes any model, for our own loader"
 
-# Decoder layers after the last that this network runs, and the setting of config.json that counts them.
+# A decoder layer, and the setting of config.json that counts those which this network does not run, after the last that it does.
 _LAYER = re.compile(r".*\blanguage_model\.layers\.\d+\.")
 _NUM_FURTHER_LAYERS = "num_nextn_predict_layers"
 
@@ -76,9 +76,9 @@ class Export:
     """What was written.
 
     written   tensors by their names in the files.
-    left_out  those of our tensors that are not in the files.
-    missing   unmapped tensors of the release that are not in the files: they were not kept, or belong to a layer with another
-              number of experts.
+    left_out  our tensors that were not written.
+    missing   unmapped tensors of the release that were not written: the checkpoint lacks them, or their layer has another number
+              of experts.
     """
 
     written: Mapping[str, TensorSpec]
@@ -128,8 +128,8 @@ def export_understanding(
     overwrite: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> Export:
-    """Write what text and ViT tokens use of the model ``args`` as a model of its released architecture, with its release files. An
-    unpartitioned model is written as it came. ``dtype``: of all tensors (None: as stored).
+    """Write the part of the model ``args`` for text and ViT tokens as a model of its released architecture, with its release files.
+    An unpartitioned model is written unchanged. ``dtype``: of all tensors (None: as stored).
 
     Raises:
         ValueError: ``reader`` reads another model, the architecture has no such model, or ``out`` exists.
@@ -174,10 +174,10 @@ def _to_theirs(
     group: str,
     dtype: torch.dtype | None,
 ) -> tuple[TensorConverter, set[str]]:
-    """(a converter to the release's tensors with the experts of ``group``, the names of ours that it reads).
+    """(converter to the release's tensors with the experts of ``group``, names of our tensors that it reads).
 
     Raises:
-        ValueError: some of those are missing.
+        ValueError: ``reader`` lacks some of these tensors.
     """
     steps = [
         ConverterStep(tuple(_in_group(name, group) for name in m.ours), m.theirs, m.save)
@@ -201,7 +201,7 @@ def _other_expert_layers(
 
 
 def _set_everywhere(config: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``key`` in ``config`` and in its tables, wherever they have it."""
+    """Set ``key`` in ``config`` and its nested tables, in each that already has it."""
     for table in _tables(config):
         if key in table:
             table[key] = value
@@ -256,7 +256,7 @@ def _tensors(args: ModelArgs) -> dict[str, TensorSpec]:
 
 
 def _in_group(name: str, group: str) -> str:
-    """The name that a tensor of an unpartitioned model has where ``group`` is its pool of experts."""
+    """Rename a tensor of an unpartitioned model as if ``group`` were its pool of experts."""
     for part in (".moe.router.", ".moe.experts."):
         name = name.replace(f"{part}all.", f"{part}{group}.")
     return name

@@ -29,7 +29,7 @@ def import_model(
     overwrite: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> None:
-    """Write ``out``: the tensors in ``dtype`` (None: as they are), model.json, and the release files bit for bit. ``shape_only``:
+    """Write ``out``: the tensors in ``dtype`` (None: as stored), model.json, and the release files bit for bit. ``shape_only``:
     without the tensors, which other commands then read from the release.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Released models, read in place under our names, and ``open_model``, which opens a checkpoint in any of the formats we read."""
+"""Reads released models in place, under our names. ``open_model`` opens a checkpoint in any format that we read."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -98,7 +98,7 @@ class HuggingFaceModel:
 def unmapped_names(
     architecture: Architecture, args: ModelArgs, names: Collection[str]
 ) -> list[str]:
-    """Those of the released tensor ``names`` that have no counterpart in our network, as the architecture says."""
+    """The released tensor ``names`` without a counterpart in our network, by ``Architecture.unmapped``."""
     patterns = architecture.unmapped(args, names)
     return [name for name in names if any(re.match(p, name) for p in patterns)]
 
@@ -153,10 +153,10 @@ def open_model(folder: Path) -> CheckpointReader:
 
 
 def check_holds_tensors(folder: Path, option: str) -> None:
-    """Pass unless a folder contains a model config only, as ``from-hf --shape-only`` writes.
+    """Pass unless a folder has a model config and no tensors, as ``from-hf --shape-only`` writes.
 
     Raises:
-        ValueError: it does; ``option`` named it.
+        ValueError: it has no tensors; the message names ``option``, which gave the folder.
     """
     has_tensors = (folder / ".metadata").is_file() or has_weights(folder)
     if not has_tensors and (folder / model_config.FILE_NAME).is_file():

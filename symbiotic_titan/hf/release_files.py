@@ -31,7 +31,7 @@ LARGEST = 64 * 2**20
 
 
 def copy_release_files(reader: CheckpointReader, out: Path) -> None:
-    """Give the checkpoint in ``out`` the release files of the model that ``reader`` reads, if it is, or came from, a release."""
+    """Copy the release files of ``reader``'s model into the checkpoint ``out``, if the model is, or came from, a release."""
     if not isinstance(reader, HuggingFaceModel):
         if (reader.folder / RELEASE_FILES).is_dir():
             shutil.copytree(reader.folder / RELEASE_FILES, out / RELEASE_FILES)
@@ -54,8 +54,8 @@ def release_files_bytes(reader: CheckpointReader) -> int:
 
 
 def unmapped_tensors(reader: CheckpointReader, release_files: Path) -> SliceReader:
-    """The unmapped tensors of the released model that ``reader`` reads, or that ``release_files``, a checkpoint's folder
-    ``RELEASE_FILES``, keeps. None where an older version wrote that folder, without them."""
+    """The unmapped tensors of the release that ``reader`` reads, or else those kept in ``release_files``, a checkpoint's folder
+    ``RELEASE_FILES``. Older versions kept none there."""
     if isinstance(reader, HuggingFaceModel):
         return reader.unmapped
     kept = release_files / UNMAPPED

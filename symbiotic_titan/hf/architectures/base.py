@@ -41,15 +41,15 @@ class WeightMapping:
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that differs between one ``model_type`` and the next.
+    """Everything that is specific to one ``model_type``.
 
-    model_args  config.json -> ModelArgs with one pool of experts and the latent parts of a flavor. Raises ValueError that names a
-                setting which the network does not support.
+    model_args  config.json -> ModelArgs with one pool of experts and the latent parts of a flavor. Raises ValueError naming an
+                unsupported setting.
     weight_map  (args, shapes of the released tensors by name) -> one mapping for every tensor of the model except the latent
-                parts. The shapes tell file layouts apart that share their names.
+                parts. The shapes distinguish file layouts with the same names.
     config      (original config.json, args) -> config.json of the model that ``args`` describe, e.g. with fewer experts.
-    unmapped    (args, released tensor names) -> regular expressions that match the beginning of names which have no counterpart in
-                our network. They are kept in a file of their own.
+    unmapped    (args, released tensor names) -> regular expressions for the beginnings of names without a counterpart in our
+                network. These tensors are kept in a separate file.
     """
 
     model_args: Callable[[Config], ModelArgs]

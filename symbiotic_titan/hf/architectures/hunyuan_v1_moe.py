@@ -74,8 +74,8 @@ _SUPPORTED = {
     "group_limited_greedy": False,
     "quantization_config": {},
 }
-# The released file has settings of many other models, which nothing reads while those of ``_SUPPORTED`` and one that is not listed
-# here are off, e.g. ``kv_lora_rank`` without ``use_mla``. ``attention_dropout`` matters in training only, and this network has none.
+# The released file has settings of many other models. They have no effect while their switches, in ``_SUPPORTED`` or unlisted, are
+# off: ``kv_lora_rank`` needs ``use_mla``. ``attention_dropout`` matters in training only, and this network has none.
 _OTHERS: dict[str, Any] = {
     **ROTARY,
     "num_key_value_heads": int,

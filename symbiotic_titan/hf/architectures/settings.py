@@ -10,10 +10,10 @@ from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.hf.architectures.base import Config
 from symbiotic_titan.model.args import ModelArgs, one_pool
 
-# Latents of target images, which no release has: a 16-channel autoencoder of stride 8, as [latents] codec = "flux" sets them.
+# Latents of target images, as set by [latents] codec = "flux": a 16-channel autoencoder of stride 8. No release has them.
 LATENTS: dict[str, Any] = {"latent_channels": 16, "latent_stride": 8, "latent_patch": 2}
 
-# Fields of ModelArgs that a job's config decides, not a released model.
+# Fields of ModelArgs that come from a job's config, not from a released model.
 _OF_THE_JOB = {
     *("num_experts", "groups", "shield_modalities", "shield_mode", "attention_backend"),
     *("latent_channels", "latent_stride", "latent_patch", "timestep_width", "init_seed"),
@@ -36,7 +36,7 @@ _MAY_BE_ZERO = {
     "num_nextn_predict_layers",
 }
 
-# The types of the settings that ``rotary_settings`` reads; for ``others`` of the table that holds them.
+# Types of the settings that ``rotary_settings`` reads, to pass in ``others`` for the table that has them.
 ROTARY: dict[str, Any] = {"rope_theta": float, "rope_parameters": Any, "rope_scaling": Any}
 
 
@@ -155,7 +155,7 @@ def check_settings(values: Config, table: str, supported: Mapping[str, Any]) -> 
 
 @contextmanager
 def described_by(table: str) -> Iterator[None]:
-    """Build ModelArgs or VitArgs inside: their error then names the ``table`` of config.json that broke the rule."""
+    """Prefix a ValueError in the block, from building ModelArgs or VitArgs, with the ``table`` of config.json that caused it."""
     try:
         yield
     except ValueError as error:
@@ -184,11 +184,11 @@ def one_value(values: Config, key: str) -> Any:
 def with_experts(
     config: Config, expected: ModelArgs, args: ModelArgs, table: str, *names: str
 ) -> dict[str, Any]:
-    """``config`` with the number of experts of ``args``, under each of ``names`` that its ``table`` has (the first name if it has
-    none of them).
+    """``config`` with the number of experts of ``args``, stored under each of ``names`` that its ``table`` has (under the first if it
+    has none).
 
     Raises:
-        ValueError: ``args`` differ from ``expected``, what ``config`` describes, in more than experts and what a job decides.
+        ValueError: ``args`` differ from ``expected`` (what ``config`` describes) in more than experts and a job's settings.
     """
     same = replace(expected, groups=one_pool(args.num_experts), num_experts=args.num_experts)
     for field in fields(ModelArgs):

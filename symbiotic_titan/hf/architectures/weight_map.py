@@ -23,7 +23,7 @@ def unstack(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def split(dim: int, parts: int = 2) -> TensorTransform:
-    """``parts`` tensors from one that holds them, e.g. gate and up."""
+    """Split one tensor into ``parts`` of equal size, e.g. gate and up."""
     return lambda tensors: list(tensors[0].chunk(parts, dim))
 
 
@@ -48,7 +48,7 @@ def transpose(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def same(theirs: str, ours: str, *names: tuple[str, str]) -> list[WeightMapping]:
-    """Tensors that differ in name only; ``names``: (their name, our name), to be appended to the prefixes ``theirs`` and ``ours``."""
+    """Tensors that differ in name only; ``names``: (their name, our name), appended to the prefixes ``theirs`` and ``ours``."""
     return [WeightMapping((theirs + their,), (ours + our,)) for their, our in names]
 
 
@@ -70,8 +70,8 @@ def swiglu(theirs: str, ours: str) -> list[WeightMapping]:
 
 
 def attention(theirs: str, ours: str, args: ModelArgs) -> list[WeightMapping]:
-    """The four projections, with biases where ``args`` say so. Releases name the norms of queries and keys differently, so these are
-    left to each architecture."""
+    """The four projections, with biases where ``args`` say so. Each architecture maps the norms of queries and keys itself, as their
+    names differ between releases."""
     mappings = []
     for their, our in (("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv"), ("o_proj", "wo")):
         mappings += same(f"{theirs}.{their}", f"{ours}.{our}", (".weight", ".weight"))
@@ -124,8 +124,8 @@ def decoder(
     layer: Callable[[int, str, str], list[WeightMapping]],
     output: str = "lm_head.weight",
 ) -> list[WeightMapping]:
-    """All of a decoder. ``prefix``: of their names, except that of ``output``. ``layer(number, their prefix, our prefix)`` maps one
-    layer."""
+    """All mappings of a decoder. ``prefix``: of all released names but ``output``. ``layer(number, their prefix, our prefix)`` maps
+    one layer."""
     out = ends(f"{prefix}embed_tokens.weight", f"{prefix}norm.weight", output, args)
     for i in range(args.num_layers):
         out += layer(i, f"{prefix}layers.{i}.", f"layers.{i}.")
