@@ -54,7 +54,7 @@ def expert_slots(
     """(layer, group) -> original experts; empty for one pool.
 
     Raises:
-        ValueError: the plan is missing, has no effect, or is of other groups.
+        ValueError: the plan is missing, has no effect, or was made for other groups.
     """
     one_pool = [group.name for group in groups] == ["all"]
     if one_pool and plan is None:
@@ -133,7 +133,7 @@ def partition_checkpoint(
     With one pool of experts, it copies the model (without its shared expert, if ``args`` have none).
 
     Raises:
-        ValueError: ``source`` cannot become this model, the plan is of another one, or ``out`` exists.
+        ValueError: ``source`` cannot become this model, the plan belongs to another model, or ``out`` exists.
     """
     check_target(out, overwrite=overwrite)
     reader = open_model(source)
@@ -211,8 +211,8 @@ def _initial_values(
 
 
 class _Values:
-    """The values of each tensor of the new checkpoint. The old tensor read last is kept, because the next ones asked for are usually
-    slices of it too."""
+    """Values of the new checkpoint's tensors. The old tensor read last is cached, because the next new ones are usually slices of it
+    too."""
 
     def __init__(
         self, reader: CheckpointReader, conversion: Conversion, initial: Mapping[str, Tensor]

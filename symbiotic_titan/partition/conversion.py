@@ -45,7 +45,7 @@ class Origin:
         return "copied" if self.experts is None or self.joined else "sliced"
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what is taken from an old tensor of shape ``whole``."""
+        """Shape of the part taken from an old tensor of shape ``whole``."""
         if self.experts is None:
             return whole
         count = len(self.experts)
@@ -54,8 +54,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The origin of every tensor of the new checkpoint, ``after``, by name; ``dropped``: names of tensors of the old one, ``before``,
-    that are not used."""
+    """How the tensors ``after`` of the new checkpoint are made from the tensors ``before`` of the old one.
+
+    origins  name in ``after`` -> where that tensor comes from.
+    dropped  names in ``before`` that are not used.
+    """
 
     before: Mapping[str, TensorSpec]
     after: Mapping[str, TensorSpec]
@@ -63,7 +66,7 @@ class Conversion:
     dropped: tuple[str, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """What happened, with all layers in one row: kind, name with ``*`` for the layer, tensors, parameters."""
+        """Summary with all layers merged: kind, name with ``*`` for the layer number, number of tensors, number of parameters."""
         rows: dict[tuple[str, str], list[int]] = {}
         named = [(origin.kind, name, self.after[name]) for name, origin in self.origins.items()]
         named += [("dropped", name, self.before[name]) for name in self.dropped]
@@ -153,7 +156,7 @@ def _origin(
 def _in_reading_order(
     origins: dict[str, Origin], source: Mapping[str, TensorSpec]
 ) -> dict[str, Origin]:
-    """The same in the order of ``source``, so that all slices of a tensor are taken in a single read. New tensors come last."""
+    """``origins`` in the order of ``source``, so that one read of an old tensor serves all its slices. New tensors come last."""
     index: dict[str | None, int] = {name: i for i, name in enumerate(source)}
     return dict(sorted(origins.items(), key=lambda item: index.get(item[1].name, len(index))))
 

@@ -62,7 +62,7 @@ def lacks_encoder(reader: CheckpointReader) -> bool:
 
 
 def describe_data(config: JobConfig, data: Data, split: str, num_rows: int) -> dict[str, Any]:
-    """What was read, for readers of a report: the sources, and what turned them into tokens."""
+    """Describes the data in a report: the sources, and what turned them into tokens."""
     return {
         "split": split,
         "tokenizer": build_tokenizer(config).fingerprint,
@@ -241,7 +241,7 @@ class StepZeroReport:
 
     columns  model -> name -> loss or accuracy, for the models ``original`` (if given), ``partitioned``, and ``shared_only``, the
              partitioned model with its routed experts masked.
-    layers   names of the layers of the next two.
+    layers   names of the MoE layers, in the order of the shares below.
     inside   modality -> share by layer of the original's tokens whose top-k experts are all in the plan's group.
     equal    modality -> share by layer of tokens for which the partitioned layer, given the original's input, gives bitwise the
              original's output; first batch only.
@@ -292,7 +292,7 @@ def step_zero_report(
     split            None: validation where the config has validation sources, else train.
 
     Raises:
-        ValueError: a checkpoint is not of its config's model, or there is no understanding source.
+        ValueError: a checkpoint does not match its config, or there is no understanding source.
     """
     split = split or ("validation" if config.validation.sources else "train")
     data = understanding_data(config, split)

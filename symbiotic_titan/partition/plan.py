@@ -31,7 +31,7 @@ class Plan:
     """A partition of one model's experts.
 
     order (Y, E) int64   for each MoE layer, the original index of the expert in each slot, group after group.
-    shared (Y, N) int64  the S experts that each layer's new shared expert is made from, S = 0 for none. They keep their slots too.
+    shared (Y, N) int64  the N experts that each layer's new shared expert is made from, N = 0 for none. They keep their slots too.
     """
 
     model: ModelIdentity
@@ -111,7 +111,7 @@ def _group(name: str, row: Any) -> ExpertGroup:
 
 
 def _table(key: str, rows: Any) -> Tensor:
-    """(L, S or E) int64."""
+    """(Y, N or E) int64."""
     check_value(key, rows, list[list[int]])
     return torch.tensor(rows, dtype=torch.int64)
 
@@ -203,7 +203,7 @@ class RetainedRoutingMass:
     def values(self) -> dict[str, Any]:
         """JSON-able, with the keys of a plan file."""
         values = dict(vars(self))
-        by_lot = values.pop("random_baseline")  # plan files keep the name that they began with
+        by_lot = values.pop("random_baseline")  # the key in plan files since their first version
         return {**values, "by_lot": by_lot}
 
 

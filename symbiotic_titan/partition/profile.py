@@ -68,7 +68,7 @@ class Profile:
     layers (Y,)              names of the MoE layers, as in parameter names.
     counts (Y, M, E) int64   choices per layer, modality and expert; every token makes top_k.
     tokens                   modality -> number of tokens that were read.
-    data                     what was read, for readers of the file.
+    data                     description of the data, for readers of the file.
     """
 
     model: ModelIdentity
@@ -118,7 +118,7 @@ class Profile:
 
 
 def router_hash(reader: CheckpointReader) -> str:
-    """A hash of a model's router weights and selection biases, which tells models apart whose experts differ."""
+    """A hash of router weights and selection biases. It differs between models with different experts, and reads few bytes."""
     digest = sha256()
     for name in sorted(name for name in reader.tensors if ".moe.router." in name):
         digest.update(name.encode())
