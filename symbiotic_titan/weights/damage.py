@@ -36,7 +36,7 @@ def damage_of(folder: Path) -> str | None:
 
 
 def check_complete(folder: Path, key: str, remedy: str) -> None:
-    """Pass if the folder that the config names by ``key`` is a complete checkpoint.
+    """Pass if ``folder``, the value of the config's ``key``, is a complete checkpoint.
 
     Raises:
         ValueError: the folder does not exist, or is damaged.

@@ -123,7 +123,7 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """The disk's error that caused ``error``, if any: torch.save raises another one while it handles the first."""
+    """The OSError that caused ``error``, if any: torch.save raises another error while handling it."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
@@ -140,8 +140,8 @@ def write_model(
 ) -> None:
     """Write a checkpoint of ``tensors``; ``value(name)`` is called for each in order, just before it is written.
 
-    ``finish`` adds its own files to the folder, about ``finish_bytes``. The folder gets its name when all is written, so it never
-    looks complete before it is.
+    ``finish`` adds its own files to the folder, about ``finish_bytes``. The folder gets its name only after the last write, so an
+    interrupted one never looks complete.
 
     Raises:
         ValueError: ``folder`` exists, or the disk has no room for it.

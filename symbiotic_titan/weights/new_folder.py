@@ -10,7 +10,7 @@ from pathlib import Path
 
 from symbiotic_titan.config.files import read_json, write_json
 
-# In every folder that we write: the list of its files. A downloaded release lacks it, so --overwrite never deletes one, which may be
+# The list of files in every folder that we write. A downloaded release has no such list, so --overwrite never deletes it: it may be
 # the only copy.
 MANIFEST = ".symbiotic_titan"
 _KIND = "list of what was written"
@@ -94,7 +94,7 @@ def new_folder(folder: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Pat
         yield unfinished
         names = sorted(path.name for path in unfinished.iterdir())
         write_json(unfinished / MANIFEST, _KIND, {"names": names})
-        check_target(folder, overwrite=overwrite)  # another process may have written it meanwhile
+        check_target(folder, overwrite=overwrite)  # another process may have written it since
         if _has_tensors(final) and not _has_tensors(unfinished):
             raise ValueError(
                 f"{folder} holds tensors and is not replaced by a shape alone; choose another --out"
@@ -109,7 +109,7 @@ def new_folder(folder: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Pat
 
 
 def _sibling(final: Path, state: str) -> Path:
-    """A name that only this process uses."""
+    """A name that only this process uses, in the same folder: a rename is atomic only within one file system."""
     return final.with_name(f"{final.name}.{state}-{socket.gethostname()}-{os.getpid()}")
 
 

@@ -1,4 +1,4 @@
-"""Reading stored tensors one at a time: what every checkpoint format implements, and readers that wrap another."""
+"""Protocols for reading stored tensors one at a time, which every checkpoint format implements, and readers that wrap another."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Under our names and, for unmapped tensors, under a release's.
+# Our name, and the one of releases for unmapped layers.
 _SELECTION_BIAS = re.compile(r"\.moe\.router\.\w+\.bias$|\.e_score_correction_bias$")
 
 
@@ -73,7 +73,7 @@ def no_progress(done: int, total: int) -> None:
 def reporting_progress(
     value: Callable[[str], Tensor], specs: Mapping[str, TensorSpec], progress: ProgressCallback
 ) -> Callable[[str], Tensor]:
-    """``value``, which calls ``progress`` for every tensor of ``specs`` that it gives."""
+    """``value``, wrapped to call ``progress`` for every tensor of ``specs``."""
     done, total = 0, total_bytes(specs.values())
 
     def reported_value(name: str) -> Tensor:
@@ -87,7 +87,7 @@ def reporting_progress(
 
 class CastingReader:
     """The tensors of ``reader`` cast to ``dtype`` (None: as stored). Integers are not cast, nor are selection biases: experts are
-    selected by sums in float32, so rounding the bias could change which. Reading raises ValueError where a cast overflows."""
+    selected by sums in float32, so a rounded bias could select others. Reading raises ValueError where a cast overflows."""
 
     def __init__(self, reader: TensorReader, dtype: torch.dtype | None) -> None:
         self._reader = reader

@@ -168,6 +168,7 @@ def write_file(path: Path, specs: Mapping[str, TensorSpec], value: Callable[[str
             tensor = value(name)
             assert TensorSpec.of(tensor) == specs[name], name
             _write(file.write, tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        # On disk before the folder is renamed: otherwise a power cut could leave a complete-looking folder with empty files.
         os.fsync(file.fileno())
 
 
@@ -189,10 +190,10 @@ def has_weights(folder: Path) -> bool:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """A JSON file with a table at its top level.
+    """The object at the top level of a JSON file.
 
     Raises:
-        ValueError: the file is missing, is not JSON, or has no table there.
+        ValueError: the file is missing, is not JSON, or has no object there.
     """
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}")
