@@ -22,7 +22,7 @@ def check_resumable(
     """Pass if a checkpoint has the whole training state of this model. ``shapes``: of all parameters, by name.
 
     Raises:
-        ValueError: it has no training state, is of another model, or lacks the optimizer state of a trainable parameter.
+        ValueError: it has no training state, belongs to another model, or lacks the optimizer state of a trainable parameter.
     """
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     if "train_state.step" not in saved:
@@ -51,7 +51,7 @@ def check_start(
     """Pass if a new run can start from the distributed checkpoint ``start``. ``shapes``: of all parameters, by name.
 
     Raises:
-        ValueError: ``start`` is missing, damaged or of another model, or would not be read.
+        ValueError: ``start`` is missing or damaged, belongs to another model, or would be ignored because ``checkpoints`` exists.
     """
     check_complete(start, START, "train or convert that model first, or correct the path")
     saved = FileSystemReader(start).read_metadata().state_dict_metadata
@@ -71,7 +71,8 @@ def check_weights(
     """Pass if a new run, which saves into ``checkpoints``, can start from ``start``, which has tensors of the shapes ``held``.
 
     Raises:
-        ValueError: they are of another model, would not be read, or lack the training state that the config asks for.
+        ValueError: they belong to another model, would be ignored because ``checkpoints`` exists, or lack the training state that
+            the config asks for.
     """
     if checkpoints.is_dir():
         raise ValueError(
@@ -95,7 +96,7 @@ def _shapes_of(saved: Mapping[str, object]) -> dict[str, Shape]:
 
 
 def _mismatch(held: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> str | None:
-    """The first of ``shapes`` that ``held`` lacks or has otherwise, as text; None if there is none."""
+    """Describes the first of ``shapes`` that is missing from ``held`` or differs there; None if all match."""
     for name, shape in shapes.items():
         if held.get(name) != shape:
             found = f"has shape {held[name]}" if name in held else "is missing"

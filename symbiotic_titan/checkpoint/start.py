@@ -55,7 +55,7 @@ def choose_start(config: Checkpoint, folder: Path, model: nn.Module) -> Path | N
 
 
 def is_distributed(folder: Path) -> bool:
-    """Whether ``folder`` is to be read by torch.distributed.checkpoint, i.e. unless it has safetensors only."""
+    """Whether torch.distributed.checkpoint reads ``folder``: always, unless it has safetensors only."""
     return (folder / ".metadata").is_file() or not has_weights(folder)
 
 
@@ -77,8 +77,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _rename_all(damaged: dict[Path, str]) -> None:
-    """Rename damaged checkpoints on the first rank. The first barrier lets every rank choose its step from the old names, the
-    second keeps all from saving before the renaming is done."""
+    """Rename damaged checkpoints on the first rank. The first barrier waits until every rank has chosen its step from the old names;
+    the second keeps ranks from saving before the renaming is done."""
     dist.barrier()
     if is_first_process():
         for path, damage in damaged.items():
