@@ -137,6 +137,7 @@ def _swap_in(finished: Path, final: Path) -> Path | None:
     if not final.exists():
         finished.rename(final)
         return None
+    # A folder that has files cannot be renamed over, so the old one is renamed first, and back if the second rename fails.
     old = _sibling(final, "replaced")
     final.rename(old)
     try:
