@@ -1,7 +1,7 @@
-"""Sequences of one document each, chunk by chunk, as packed batches: prompts, the next token of each, an image after each.
+"""Packed batches for generation, one document per sequence, chunk by chunk: prompts, then the next token of each, or an image.
 
 sequence 0   a b c .  | x | y      three chunks of a text: prompts, then one token of every sequence at a time.
-sequence 1   a b c d  | x | .      Padding (.) stays in its column, also after a sequence that has ended.
+sequence 1   a b c d  | x | .      Padding (.) keeps its columns; ended sequences get more of it.
 sequence 0   a b c .  | g g g g    two chunks of an image: prompt, then all tokens of the image
 sequence 1   a b c d  | g g g g
 """
@@ -62,7 +62,7 @@ class ChunkMaker:
         self._device = device
 
     def prompts(self, documents: Sequence[Document]) -> Prompts:
-        """The first chunk. It is as wide as the longest prompt and has room for the most image tokens of any."""
+        """The first chunk, as wide as the longest prompt, with room for as many image tokens as any prompt has."""
         size = SequenceSize(
             max(document.num_tokens for document in documents),
             max(document.num_vit_tokens for document in documents),

@@ -82,11 +82,11 @@ def _no_progress(count: int) -> None:
 class Generator:
     """Images, texts and log-likelihoods of ``model``, whose config is ``config``. No gradients, and no global random state.
 
-    autocast: the precision that the model computes in. any_of: combines the processes' answers to "does any sequence go on?".
+    autocast: the precision that the model computes in. any_of: logical or over processes, of "is any sequence unfinished?".
     cached: use a key-value cache. checkpoint: origin of the weights, noted in pictures.
 
-    Several processes that share a model (FSDP, expert parallelism) must call the same methods with equally many prompts and the
-    same ``batch_size`` and sampler: then they do equally many forwards.
+    Processes that share a model (FSDP, expert parallelism) must call the same methods with the same number of prompts,
+    ``batch_size`` and sampler: forwards contain collectives, so all must run the same number of them.
     """
 
     def __init__(
@@ -119,10 +119,10 @@ class Generator:
         *,
         cached: bool = True,
     ) -> "Generator":
-        """The config's model with the weights of ``checkpoint``: its folder, or that of a run, whose newest complete one is taken.
-        None stands for the config's own run.
+        """The config's model with the weights of ``checkpoint``: a checkpoint's folder, or a run's, for its newest complete one.
+        None: the config's own run.
 
-        config: the folder of a run or of one of its checkpoints, which is then the checkpoint; or a TOML file; or a config.
+        config: a config; a TOML file; or the folder of a run or of one of its checkpoints, which then also gives the weights.
         ``overrides`` are as on the command line (``--section.key``, value, ...).
 
         Raises:
@@ -166,7 +166,7 @@ class Generator:
 
     @cached_property
     def buckets(self) -> list[Size]:
-        """Heights and widths in pixels that images may have: those of training."""
+        """(height, width) in pixels of the images that can be generated: the buckets of training."""
         data = self.config.data
         return aspect_buckets(data.vae_pixels, self.geometry.vae_token_pixels, data.max_aspect)
 
@@ -187,9 +187,9 @@ class Generator:
     ) -> list[Picture]:
         """A picture of each caption.
 
-        shift: None is [flow]'s. size: (height, width) of a bucket; aspect: "width:height", whose nearest bucket is taken; without
-        either it is a square. first_index: number of the first prompt, to generate some of many again. advance: called with the number
-        of images that are one step further.
+        shift: None is [flow]'s. size: (height, width) of a bucket; aspect: "width:height", for the nearest bucket; without either,
+        a square. first_index: number of the first prompt, to regenerate part of a longer list. advance: called after each step of
+        the solver with the number of images in it.
 
         Raises:
             ValueError: a number or a name out of range, a caption longer than a row, or a codec without its weights.
@@ -260,9 +260,8 @@ class Generator:
     ) -> list[Completion]:
         """The model's answer to each prompt, or with ``conversation = False`` its continuation of plain text.
 
-        images: those shown with each prompt, before its text. It ends where the model ends its turn, has written a string of
-        ``stop`` or ``max_tokens`` tokens, or where the row is full (training.seq_len). It never begins an image. A temperature of 0
-        is greedy.
+        images: those shown before each prompt's text. A text ends with the model's turn, at a string of ``stop``, after
+        ``max_tokens`` tokens, or at the end of the row (training.seq_len). It never begins an image. A temperature of 0 is greedy.
 
         Raises:
             ValueError: a number out of range, or a prompt longer than a row.
@@ -297,7 +296,7 @@ class Generator:
     ) -> list[LogLikelihood]:
         """Log-likelihood of the second text of each pair after the first: as plain text, or with ``conversation`` as an answer.
 
-        Plain text is encoded as a whole and cut where the first text's own ids end.
+        A plain pair is tokenised as one text, as in training, and split after as many ids as the first text has alone.
 
         Raises:
             ValueError: a pair is longer than a row.
@@ -315,7 +314,9 @@ class Generator:
         results = []
         for batch in _batches(len(pairs), batch_size):
             results += log_likelihoods_of(
-                self._session(cached=False),  # nothing is read twice
+                self._session(
+                    cached=False
+                ),  # a single forward each, so a cache would never be read
                 self._chunks,
                 [documents[i] for i in batch],
                 [continuations[i] for i in batch],
@@ -362,7 +363,7 @@ def _batches(count: int, batch_size: int) -> Iterator[range]:
 
 
 def _any_of(ranks: DataRanks) -> AnyOf:
-    """Whether any process says True; a collective where there are several."""
+    """Logical or over processes; a collective if there are several."""
     if ranks.dims is None:
         return bool
     return lambda value: bool(ranks.sum(torch.tensor(float(value), device=ranks.device)) > 0)

@@ -1,4 +1,4 @@
-"""Held-out data and the losses on it: the same rows, noise and timesteps at every measurement, on any number of ranks.
+"""Losses on held-out data: every evaluation uses the same rows, noise and timesteps, on any number of ranks.
 
 Shape letters: sequence/shapes.py.
 """
@@ -32,9 +32,9 @@ from symbiotic_titan.parallel.ranks import DataRanks
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.tasks import TASKS
 
-# Of the order of the held-out samples and of their noise, so that runs with other seeds compare too.
+# Seeds the order of held-out samples and their noise, so that runs with different seeds are comparable.
 SEED = 0
-# The step that noise is drawn for; training's first step is 1.
+# Step of the noise. Training counts from 1, so held-out noise never equals training's.
 NOISE_STEP = 0
 
 
@@ -48,12 +48,12 @@ def held_out_losses(
     autocast: contextlib.AbstractContextManager | None = None,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """Mean losses of ``model`` over all rows of ``batches``, and the share of labelled tokens that it gets right, by name.
+    """Mean losses of ``model`` over all rows of ``batches``, and the share of labelled tokens that it predicts, by name.
 
-    Names are the trainer's, ``text``, ``flow`` and ``by_task/*``, and ``accuracy/<task>``; what has no token is left out.
-    ``batches`` lie on the model's device. ``first_rows`` are the indices of their first rows among the held-out rows of all
-    ranks (None: they follow each other): a row's noise depends on its index alone. Under FSDP or expert parallelism every rank
-    must bring equally many batches. The model is put back into its mode.
+    Names are the trainer's, ``text``, ``flow`` and ``by_task/*``, and ``accuracy/<task>``; those without tokens are left out.
+    ``batches`` are on the model's device. ``first_rows`` are the indices of their first rows among the held-out rows of all
+    ranks (None: consecutive): a row's noise depends on its index alone. Under FSDP or expert parallelism every rank must pass
+    the same number of batches, as forwards contain collectives. Train or eval mode is restored.
     """
     loss_fn = loss_fn or LossFunction()
     was_training = model.training
@@ -117,6 +117,7 @@ def _sums_of_batch(
         cross_entropy=loss_fn.cross_entropy,
     )
     values, counts = loss_fn.values(inputs), loss_fn.counts(batch)
+    # Sums and counts, not means: only these add up over batches and ranks with different numbers of tokens.
     parts = [*(values[name] for name in counts), *counts.values()]
     return torch.stack([*parts, correct_tokens(output.logits, batch)]).double()
 
@@ -124,7 +125,7 @@ def _sums_of_batch(
 def held_out_data(config: JobConfig) -> Data:
     """[data] for the held-out sources: a fixed order, no caption dropped, and a stream for every row of a global batch.
 
-    What keeps training's batches mixed and what ends them is training's alone; a held-out source may still say ``at_end``.
+    Training's limits on the mixture and its end of data are reset; a held-out source may still set ``at_end``.
     """
     return replace(
         config.data,
@@ -137,13 +138,13 @@ def held_out_data(config: JobConfig) -> Data:
     )
 
 
-# Where a config says what each split reads.
+# The config's tables with the sources of each split.
 TABLES = {"train": "[[data.sources]]", "validation": "[[validation.sources]]"}
 
 
 def understanding_data(config: JobConfig, split: str) -> Data:
     """[data] with the sources of ``split`` (``train``: [[data.sources]], ``validation``: [[validation.sources]]) that are text or
-    questions about images; the others have no weight. Sequences have no room for target images.
+    questions about images; the others get weight 0. Sequences have no room for target images.
 
     Raises:
         ValueError: there is none.

@@ -1,5 +1,5 @@
-"""Images from captions: the caption is read once, then the image at every timestep of the solver; generated images as PNG files
-that say how they were made, and several as a grid with their captions.
+"""Images from captions: one prefill of the captions, then the solver's steps on the image tokens. Images are saved as PNG files with
+their settings, or shown as a grid with their captions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from symbiotic_titan.sequence.geometry import ImageGeometry, unpatchify
 
 @dataclass(frozen=True)
 class Picture:
-    """An RGB image and what it was made with: prompt, seed, index, sampler, steps, shift, guidance, checkpoint."""
+    """An RGB image and its settings: prompt, seed, index, sampler, steps, shift, guidance, checkpoint."""
 
     image: Image.Image
     settings: Mapping[str, object]
@@ -36,10 +36,10 @@ class Picture:
         self.image.save(path, "PNG", pnginfo=notes)
 
 
-# Pillow's own font: a letter is about this wide, a line this high.
+# Width of a letter and height of a line in Pillow's default font, in pixels, about.
 LETTER, LINE = 6, 13
 MOST_LINES = 6
-# Narrower pictures are enlarged, so that a caption has room below; wider ones reduced, for a log keeps every grid.
+# Widths in pixels. Narrower pictures are enlarged to make room for a caption, wider ones reduced because logs keep every grid.
 NARROWEST, WIDEST = 192, 512
 MARGIN = 8
 
@@ -53,9 +53,9 @@ def shown_size(width: int, height: int) -> tuple[int, int]:
 
 
 def picture_grid(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """All ``pictures``, which have one size, in about a square, each above its caption. Long captions are cut.
+    """A nearly square grid of ``pictures`` of one size, each above its caption. Long captions are cut.
 
-    Enlarged pictures are not smoothed, so that the model's own pixels are seen.
+    Enlarged pictures are not smoothed, to show the model's own pixels.
     """
     size = width, height = shown_size(*pictures[0].size)
     enlarged = width >= pictures[0].width
@@ -111,8 +111,8 @@ def generate_latents(
 ) -> torch.Tensor:
     """(B, L, Z) float32 latents of an image per caption.
 
-    Guidance reads the same images without a caption too, in sequences of their own within the same forward; a guidance of 1
-    needs none. That makes one forward for the prompts, then one or two per step, as the solver needs.
+    Classifier-free guidance adds the same images without a caption as further sequences of the same forward, unless it is 1.
+    There is one forward for the prompts, then one or two per step, depending on the solver.
     """
     documents = list(captions)
     if sampling.is_guided:
@@ -161,7 +161,7 @@ def choose_size(size: Size | None, aspect: str | None, buckets: list[Size]) -> S
 
 
 def _parts(aspect: str, buckets: list[Size]) -> Size:
-    """(height, width) that ``aspect`` names, which is no more extreme than the buckets."""
+    """(height, width) of ``aspect``; ValueError if it is malformed or more extreme than all buckets."""
     width, _, height = aspect.partition(":")
     widest = max(abs(log(h / w)) for h, w in buckets) + 1e-9
     if width.isdecimal() and height.isdecimal() and int(width) * int(height) > 0:

@@ -1,7 +1,7 @@
 """A trained model without a trainer: build it from a config, load a checkpoint's model part, run packed batches without gradients.
 
-In one process the model is whole. In several (torchrun) it is made parallel as the config says, by the trainer's own function, and
-each process reads rows of its own; sums are then reduced over them.
+A single process holds the whole model. Under torchrun the trainer's own function parallelises it as the config says; each process
+reads its own rows, and sums are reduced over processes.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class LoadedModel:
     ``training.mixed_precision_param`` as in training.
 
     Raises:
-        ValueError: the folder is no complete checkpoint, or not of this model.
+        ValueError: the folder is not a complete checkpoint of this model.
     """
 
     def __init__(self, config: JobConfig, folder: Path, ranks: DataRanks) -> None:
@@ -45,7 +45,7 @@ class LoadedModel:
             model = SymbioticModel(self.args)
         check_is_model(self.stored, tensors_of_model(model))
         if ranks.dims is not None:
-            # Nothing is kept for a backward: nothing is to be recomputed, and compiling would not pay.
+            # There is no backward, so activation checkpointing has no use, and compiling would not pay.
             config = copy.deepcopy(config)
             config.activation_checkpoint.mode = "none"
             config.compile.enable = False
@@ -60,13 +60,13 @@ class LoadedModel:
 
     @property
     def autocast(self) -> AbstractContextManager[None]:
-        """One process computes in another precision by autocast; on several FSDP casts."""
+        """Autocast for a single process; with several, FSDP casts instead."""
         if self._ranks.dims is not None or self._precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self._ranks.device.type, dtype=TORCH_DTYPE_MAP[self._precision])
 
     def __call__(self, batch: PackedBatch) -> ModelOutput:
-        """Predictions for a batch on the model's device. Target images, if any, are taken as they are, without noise."""
+        """Predictions for a batch on the model's device. Target images, if any, get no noise."""
         timesteps_BL = torch.zeros(batch.vae_image.shape, device=batch.tokens.device)
         no_shield = torch.ones((), device=batch.tokens.device)
         with torch.no_grad(), self.autocast:

@@ -1,4 +1,4 @@
-"""Prompts, laid out as training lays out documents that begin so (``data.samples``), and cut where the model goes on.
+"""Prompts, with the layout of training documents (``data.samples``) up to the token where the model continues.
 
 text          <bos> TEXT                                                         as the task lm
 conversation  <bos> <user> <vit_start> [vit] <vit_end> QUESTION <assistant>      as mmu; without images, as any conversation
@@ -31,7 +31,7 @@ Text = str | list[int]
 
 
 def ids_of(tokenizer: Tokenizer, text: Text) -> list[int]:
-    """Token ids; ids are taken as they are."""
+    """Token ids of ``text``; ids are returned unchanged."""
     return tokenizer.encode(text) if isinstance(text, str) else list(text)
 
 
@@ -50,10 +50,10 @@ class PromptMaker:
         return Document(NO_TASK, (TextSegment(ids),))
 
     def conversation(self, question: Text, images: Sequence[Image.Image] = ()) -> Document:
-        """A conversation up to the assistant's first word: the user shows ``images`` and asks.
+        """A conversation up to the assistant's first token; the user's message has ``images``, then ``question``.
 
         Raises:
-            ValueError: an image has a shape that the backbone does not take.
+            ValueError: an image has a size or an aspect ratio that the image encoder does not accept.
         """
         tokenizer, special = self.tokenizer, self.tokenizer.special
         opening = tokenizer.opening
@@ -75,7 +75,7 @@ class PromptMaker:
         return Document(NO_TASK, (*self.conversation(caption).segments, start))
 
     def check_room(self, documents: Sequence[Document], wanted: Sequence[int], what: str) -> None:
-        """Pass if each prompt fits a row, with ``wanted`` more tokens after it; ``what`` says which.
+        """Pass if each prompt fits in a row together with ``wanted`` more tokens, which messages call ``what``.
 
         Raises:
             ValueError: names the first prompt that is too long.

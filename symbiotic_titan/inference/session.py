@@ -20,10 +20,10 @@ Autocast = Callable[[], AbstractContextManager[None]]
 class Session:
     """The state of generation for the sequences of one batch: ``prefill`` with prompts, then ``decode`` tokens or ``denoise`` images.
 
-    Every call is one forward, whatever the sequences hold, so processes that share a model must make equally many calls.
+    Every call is one forward, with its collectives, so processes that share a model must make the same number of calls.
 
-    cached: keep keys and values of what was read. Without it every chunk is read together with all that came before, in one
-    forward over whole sequences as in training: slower, and the reference for the cache.
+    cached: keep a key-value cache. Without it every call is a forward over the whole sequences, as in training: slower, and the
+    reference for the cache.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Session:
     def prefill(
         self, chunk: PackedBatch, logit_index_BN: torch.Tensor | None = None
     ) -> ModelOutput:
-        """Append ``chunk`` and give (B, N, V) logits of the columns ``logit_index``, of none by default."""
+        """Append ``chunk`` and give the (B, N, V) logits of the columns ``logit_index_BN``, by default of none."""
         return self._forward(chunk, logit_index_BN, timestep=0.0, append=True)
 
     def decode(self, chunk: PackedBatch) -> ModelOutput:
@@ -50,7 +50,7 @@ class Session:
         return self._forward(chunk, first_B1, timestep=0.0, append=True)
 
     def denoise(self, chunk: PackedBatch, timestep: float) -> ModelOutput:
-        """(B, L, Z) velocities of images, whose noised latents ``chunk`` holds, at ``timestep``.
+        """(B, L, Z) velocities at ``timestep`` of the noised latents in ``chunk``.
 
         The chunk is not appended: in training, later tokens never attend to a noised image.
         """

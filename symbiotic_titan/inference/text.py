@@ -1,4 +1,4 @@
-"""Texts after prompts, generated one token of every sequence at a time, and log-likelihoods of given texts.
+"""Text generation after prompts, one token of every sequence per forward, and log-likelihoods of given texts.
 
 N here: tokens of a continuation.
 """
@@ -18,17 +18,17 @@ from symbiotic_titan.flow.noise import keyed_generator
 from symbiotic_titan.inference.chunks import ChunkMaker
 from symbiotic_titan.inference.session import Session
 
-# Why a text ended: the model ended its turn, a string of the caller's came, or no more tokens were allowed.
+# Why a text ended: end of turn, one of the caller's stop strings, or the token limit.
 Ending = Literal["end", "stop", "length"]
 
-# Whether any row of any process goes on, from whether any of this process does.
+# Logical or over processes: whether any process has an unfinished sequence, from whether this one has.
 AnyOf = Callable[[bool], bool]
 
 
 @dataclass(frozen=True)
 class TextSampling:
-    """How a token is sampled. A ``temperature`` of 0 takes the likeliest one. ``top_p``: nucleus sampling, from the smallest set of
-    tokens that have this probability together (arXiv 1904.09751, section 3.1).
+    """How a token is sampled. A ``temperature`` of 0 is greedy. ``top_p``: nucleus sampling, from the smallest set of tokens
+    with at least this total probability (arXiv 1904.09751, section 3.1).
 
     Raises:
         ValueError: a number out of range.
@@ -50,7 +50,7 @@ class TextSampling:
 
 
 class TokenSampler:
-    """Samples a token for every sequence, none of the ids ``banned``. Its random numbers depend on (seed, index of the prompt) alone,
+    """Samples a token for every sequence, except the ids ``banned``. Its random numbers depend on (seed, index of the prompt) alone,
     so a text is the same in any batch."""
 
     def __init__(
@@ -65,14 +65,17 @@ class TokenSampler:
         logits_BV = logits_BV.index_fill(-1, self._banned, float("-inf"))
         if self._sampling.temperature == 0:
             return logits_BV.argmax(-1)
+        # Inverse transform sampling in float64: a float32 cumulative sum over the vocabulary would lose unlikely tokens.
         probability_BV = (logits_BV.double() / self._sampling.temperature).softmax(-1)
         sorted_BV, token_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
         cumulative_BV = sorted_BV.cumsum(-1)
         in_nucleus_BV = cumulative_BV - sorted_BV < self._sampling.top_p
         mass_B1 = (sorted_BV * in_nucleus_BV).sum(-1, keepdim=True)
+        # One generator per sequence, on the CPU: the numbers depend neither on the batch nor on the device.
         uniform = [torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators]
         target_B1 = torch.stack(uniform).to(mass_B1.device) * mass_B1
         last_B1 = in_nucleus_BV.sum(-1, keepdim=True) - 1
+        # minimum: rounding may put the target past the nucleus.
         rank_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).minimum(last_B1)
         return token_BV.gather(-1, rank_B1).squeeze(-1)
 
@@ -82,14 +85,14 @@ class Endings:
     """What ends a text.
 
     sequences   token ids that end a turn.
-    is_stopped  whether token ids hold what the caller stops at.
+    is_stopped  whether token ids contain one of the caller's stop strings.
     """
 
     sequences: tuple[list[int], ...]
     is_stopped: Callable[[list[int]], bool]
 
     def length_before(self, ids: list[int]) -> int | None:
-        """How many ids stand before a sequence that ends ``ids``; None where none does."""
+        """Length of ``ids`` without the sequence that ends them; None if they do not end with any."""
         for sequence in self.sequences:
             if ids[-len(sequence) :] == sequence:
                 return len(ids) - len(sequence)
@@ -98,7 +101,7 @@ class Endings:
 
 @dataclass
 class Continuation:
-    """Token ids after a prompt while they are generated; once it has ended, without the sequence that ended it."""
+    """Token ids generated so far after a prompt; once finished, without the sequence that ended them."""
 
     ids: list[int]
     max_tokens: int
@@ -118,7 +121,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Completion:
-    """The text after a prompt: ``ids`` without what ended them, ``text`` up to a string of ``stop``."""
+    """The text after a prompt: ``ids`` without the sequence that ended them, ``text`` up to the first stop string."""
 
     text: str
     ids: list[int]
@@ -126,7 +129,7 @@ class Completion:
 
 
 def endings_of(tokenizer: Tokenizer, stop: Sequence[str]) -> Endings:
-    """The ends of a turn and of a text, and the strings of ``stop``."""
+    """End of the assistant's turn, end of text, and the stop strings ``stop``."""
 
     def is_stopped(ids: list[int]) -> bool:
         if not stop:
@@ -153,10 +156,10 @@ def continue_prompts(
     endings: Endings,
     any_of: AnyOf = bool,
 ) -> list[Continuation]:
-    """The text after each prompt, at most ``max_tokens`` tokens of it.
+    """Generate at most ``max_tokens`` tokens after each prompt.
 
-    ``sample``: (B, V) logits -> (B,) tokens. ``any_of``: with several processes, whether any of them says True; each does as many
-    forwards as the one that writes the most.
+    ``sample``: (B, V) logits -> (B,) tokens. ``any_of``: logical or over processes. All of them run as many forwards as the longest
+    text of any needs, because forwards contain collectives.
     """
     rows = [Continuation([], limit) for limit in max_tokens]
     prompts = chunks.prompts(documents)
@@ -177,7 +180,7 @@ def continue_prompts(
 
 
 class LogLikelihood(NamedTuple):
-    """Sum of the log-probabilities of a continuation's tokens, and whether each of them is the likeliest one."""
+    """Sum of the log-probabilities of a continuation's tokens, and whether greedy decoding would give all of them."""
 
     sum: float
     is_greedy: bool
