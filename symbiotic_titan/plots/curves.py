@@ -26,8 +26,8 @@ PALE = 0.3  # opacity of single steps beside their running mean
 
 
 def draw_curve(panel: Axes, run: Run, tag: str, *, smooth: bool = False) -> bool:
-    """Draw the run's values of ``tag``. With ``smooth``, if they are many: their running mean over a tenth of the points, and
-    the values themselves pale. Returns whether that was done.
+    """Draw the run's values of ``tag``. With ``smooth`` and enough points, their running mean over a tenth of the points stands
+    out and the values are pale. Returns whether they were smoothed.
     """
     steps, values = run.curve(tag)
     style = line_style(run.index)
@@ -104,7 +104,7 @@ def flow_loss(runs: Sequence[Run]) -> Drawing:
 
 
 def understanding(runs: Sequence[Run], task: str, title: str) -> Drawing:
-    """Held-out text loss of ``task``; the training loss of all runs where one has no other, for the two do not compare."""
+    """Held-out text loss of ``task``. If a run lacks it, the training loss of all runs, as the two are not comparable."""
     held_out, training = f"validation/by_task/{task}_text", f"loss/by_task/{task}_text"
     with_task = [run for run in runs if held_out in run.scalars or training in run.scalars]
     if not with_task:

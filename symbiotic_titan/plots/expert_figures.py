@@ -51,13 +51,13 @@ def layer_imbalance(uses: Sequence[ExpertUse]) -> Drawing:
         "standard deviation (selections)" if uses[0].is_profile else "standard deviation / mean"
     )
     axes[1, 0].yaxis.set_major_formatter(large_numbers())
-    axes[1, 0].set_ylim(bottom=0)  # only now: it ends the automatic choice of the upper limit
+    axes[1, 0].set_ylim(bottom=0)  # last, because it turns off autoscaling of the upper limit
     legend_below(figure, [legend_line(use.index, f"{use.label} ({use.period})") for use in uses])
     return Drawing(title, figure, notes)
 
 
 def with_both(uses: Sequence[ExpertUse]) -> tuple[list[ExpertUse], list[str]]:
-    """(those that have text and ViT tokens, a line for each of the others).
+    """(the uses with both text and ViT tokens, a note for each of the others).
 
     Raises:
         MissingData: none has.

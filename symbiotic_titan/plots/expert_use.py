@@ -30,7 +30,7 @@ class ExpertUse:
     """counts_YME int64; reachable_ME bool; layers: number of each layer; period: where the counts come from.
 
     index: that of the run, which decides the colour.
-    is_profile: one fixed pass over data, so that raw counts mean something by themselves.
+    is_profile: counts of one fixed pass over data, which are comparable without normalisation.
     """
 
     index: int
@@ -46,7 +46,7 @@ class ExpertUse:
         return self.counts_YME[:, modality][:, self.reachable_ME[modality]]
 
     def imbalance(self, modality: int) -> np.ndarray:
-        """(Y,) fullest expert / mean expert; NaN without assignments."""
+        """(Y,) count of the busiest expert / mean count; NaN without assignments."""
         return imbalance_ratio(torch.from_numpy(self.reachable(modality))).numpy()
 
     def deviation(self, modality: int) -> np.ndarray:
@@ -149,7 +149,7 @@ def _groups_in_use(counts_YME: np.ndarray, sizes: list[int]) -> np.ndarray:
 
 
 def _layer_numbers(names: list[Any], num_layers: int) -> tuple[int, ...]:
-    """The number in each name (``layers.7`` -> 7); places in the table where names have none."""
+    """The number in each name (``layers.7`` -> 7); indices in the table where names have none."""
     numbers = [int(found[-1]) for name in names if (found := re.findall(r"\d+", str(name)))]
     return tuple(numbers if len(numbers) == num_layers else range(num_layers))
 

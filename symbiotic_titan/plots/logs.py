@@ -1,4 +1,4 @@
-"""Dump folder of a run -> what its TensorBoard logs hold, as plain numbers."""
+"""Reads the TensorBoard logs in a run's dump folder as plain numbers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ ROUTING_TAGS = (COUNTS_TAG, REACHABLE_TAG, LAYERS_TAG)
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """index: place among the runs, which decides its colour.   scalars, tensors: tag -> step -> value, steps in order."""
+    """index: position among the runs, which decides its colour.   scalars, tensors: tag -> step -> value, steps in order."""
 
     index: int
     label: str
@@ -39,9 +39,9 @@ class Run:
 
 
 def succeed(earlier: dict[int, T], later: dict[int, T]) -> dict[int, T]:
-    """Step -> value of two writers of one run, steps in order.
+    """Merge step -> value of two writers of one run, steps in order.
 
-    The later one resumed from a checkpoint: what the earlier one wrote from there on is no part of the run's history.
+    The later one resumed from a checkpoint, so the earlier one's values from that step on are dropped.
     """
     start = min(later)
     kept = {step: value for step, value in earlier.items() if step < start}
@@ -49,7 +49,7 @@ def succeed(earlier: dict[int, T], later: dict[int, T]) -> dict[int, T]:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """Event files of the dump folder ``folder``; of ranks that log each for itself, rank 0's."""
+    """Event files of the dump folder ``folder``; rank 0's if every rank logs."""
     logs = folder / "tb"
     return sorted([*logs.glob("*/events.out.*"), *logs.glob("*/rank_0/events.out.*")])
 
@@ -83,7 +83,7 @@ def read_run(folder: Path, label: str, index: int = 0) -> Run:
 
 
 def _in_order_of_writing(files: list[Path]) -> list[EventAccumulator]:
-    """Event files with something in them; each opens with the time it was made."""
+    """The event files that have scalars, sorted by the creation time in their first entry."""
     everything = {"scalars": 0, "tensors": 0, "images": 1}  # 0: all of them
     logs = [EventAccumulator(str(file), size_guidance=everything).Reload() for file in files]
     filled = [log for log in logs if log.Tags()["scalars"]]
@@ -91,7 +91,7 @@ def _in_order_of_writing(files: list[Path]) -> list[EventAccumulator]:
 
 
 def default_labels(folders: list[Path]) -> list[str]:
-    """The folders' names, or their paths where two have one name.
+    """The folders' names, or their paths where two share a name.
 
     Raises:
         ValueError: a folder is given twice.

@@ -1,4 +1,4 @@
-"""Figures and final values of several runs as one HTML page that needs nothing else."""
+"""Figures and final values of several runs as one self-contained HTML page."""
 
 import base64
 import html
@@ -37,7 +37,7 @@ def table_tags(runs: Sequence[Run]) -> list[str]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Two columns per run: last value, and mean of the last tenth (of counters, which only grow, none)."""
+    """Two columns per run: last value, and mean of the last tenth (not for counters, which only grow)."""
     heads = "".join(f'<th colspan="2">{html.escape(run.label)}</th>' for run in runs)
     steps = "".join(f"<th>step {run.last_step}</th><th>last tenth</th>" for run in runs)
     rows = [f"<tr><th></th>{heads}</tr>", f"<tr><th></th>{steps}</tr>"]

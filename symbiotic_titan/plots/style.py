@@ -57,7 +57,7 @@ def label_steps(panel: Axes) -> None:
 
 
 def legend_line(index: int, label: str) -> Line2D:
-    """Entry of the run at ``index``."""
+    """Legend entry of the run at ``index``."""
     return Line2D([], [], label=label, linewidth=1.8, **line_style(index))
 
 
