@@ -2,7 +2,7 @@
 
 none            the model as it is.
 shared_only     no routed expert contributes: what the shared expert alone carries (arXiv 2604.07753).
-without:GROUP   those of one group do not; tokens of its modalities get the shared expert alone.
+without:GROUP   one group's experts do not contribute; tokens of its modalities get the shared expert alone.
 """
 
 from collections.abc import Iterator

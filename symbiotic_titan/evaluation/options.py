@@ -46,14 +46,14 @@ def split_sections(sections: Sequence[str], suites: Sequence[str]) -> tuple[list
 
 
 class _Mistake(Exception):
-    """A user's mistake. It is no ValueError, which tyro would catch and print as a box of several lines."""
+    """A user's mistake. Not a ValueError, because tyro would catch it and print a box of several lines."""
 
 
 def read_options(suites: Sequence[Suite[Any]], arguments: Sequence[str]) -> dict[str, Any]:
     """{suite: its options} from ``arguments``, which hold nothing else.
 
     Raises:
-        ValueError: an unknown option, none or a wrong value; the option is named as on the command line.
+        ValueError: an unknown option, or a missing or wrong value; the option is named as on the command line.
     """
     parsers = [
         (suite.name, parser := _parser_of(suite), field(default_factory=parser)) for suite in suites

@@ -13,8 +13,8 @@ _MISSING = "-"
 def comparison_table(columns: Mapping[str, Scores]) -> str:
     """A row per score, a column per label of ``columns``, then chance, upper bound and number.
 
-    The last three are those of the first column that has the score. A row is marked with * where another column's differ from
-    them by more than 1 %, as those of a Fréchet distance or of other settings do.
+    The last three come from the first column that has the score. A row gets a * if they differ by more than 1 % in another
+    column, as with a Fréchet distance or other settings.
     """
     names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
     header = ["", *columns, "chance", "upper bound", "number"]
@@ -52,7 +52,7 @@ def _cell(value: float | None) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Names on the left, numbers on the right."""
+    """Names are aligned left, numbers right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

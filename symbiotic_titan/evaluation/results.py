@@ -61,7 +61,7 @@ def evaluate(
     """Scores of each suite. The model is loaded only if one has not been finished with these settings.
 
     Raises:
-        ValueError: a user's mistake; results finished before it stay.
+        ValueError: a user's mistake; suites that finished before it keep their results.
     """
     folder = out / target.folder_name
     results = [_finished(item, folder) for item in chosen]

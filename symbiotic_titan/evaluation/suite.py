@@ -47,14 +47,14 @@ Options = TypeVar("Options")
 
 # Called with how many more items are done.
 Advance = Callable[[int], None]
-# (what is counted, how many there will be) -> the callback that counts them.
+# (what is counted, how many there will be) -> the ``Advance`` that counts them.
 Progress = Callable[[str, int], Advance]
 
 # (generator, options, folder, progress) -> scores by name, such as "answers/all". The generator is an ``inference.Generator``.
 #
 # folder: exists and belongs to this suite with this checkpoint, config and ablation. Files of an interrupted run are still there,
-# and a suite may continue from them (``suites.drawing`` does for images). With several processes only the first may write.
-# Raises ValueError where the user has to change something.
+# and a suite may continue from them (``suites.generation`` does for images). With several processes only the first may write.
+# Raises ValueError for a user's mistake.
 Run = Callable[[Any, Options, Path, Progress], Scores]
 
 
@@ -63,8 +63,8 @@ class Suite(Generic[Options]):
     """One way of scoring.
 
     options     a frozen dataclass of bool, int, float, str, X | None and tuples of them, all with defaults, each with a sentence
-                below it. Its ``__post_init__`` raises ValueError for mistakes that need no model to be seen: a number out of
-                range, a missing file. Where an option names a file or folder, its content counts as a setting too.
+                below it. Its ``__post_init__`` raises ValueError for mistakes that can be found without a model: a number out
+                of range, a missing file. Where an option names a file or folder, its content counts as a setting too.
     modules     what ``run`` imports besides the project's own dependencies.
     install     the command that installs them.
     """

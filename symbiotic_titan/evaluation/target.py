@@ -1,4 +1,4 @@
-"""An evaluation target: a checkpoint with its config and an ablation, and how two of them are told apart."""
+"""An evaluation target: a checkpoint with its config and an ablation, and the fingerprint and labels that identify it."""
 
 import json
 from collections.abc import Sequence

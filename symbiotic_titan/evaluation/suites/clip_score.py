@@ -71,7 +71,7 @@ class _Clip:
         return self._clip.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
 
 
-# A CLIP, and what prepares texts and images for it.
+# (CLIP model, its processor of texts and images)
 Clip = tuple[_Clip, Callable[..., Any]]
 
 
@@ -88,7 +88,7 @@ def load_clip(folder: str) -> Clip:
         processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: holds no CLIP model that can be read ({error})") from error
-    # A caption that is too long keeps its end token, from which CLIP takes its features.
+    # Truncation keeps the end token, from which CLIP takes a text's features.
     return _Clip(model), partial(processor, truncation=True)
 
 
@@ -101,7 +101,7 @@ def clip_score(
     device: torch.device,
     advance: Advance,
 ) -> float:
-    """Mean over the images, each with the caption at its place."""
+    """Mean over the images, each with the caption at the same index."""
     from torchmetrics.multimodal.clip_score import CLIPScore
 
     metric = CLIPScore(model_name_or_path=lambda: clip).to(device)

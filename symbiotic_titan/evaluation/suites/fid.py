@@ -1,6 +1,6 @@
 """The suite ``fid``: torchmetrics' Fréchet distance, in the features of a network from a local file.
 
-    fid/distance   of the pictures of given captions to real images (arXiv 1706.08500); less is better
+    fid/distance   of the pictures of given captions to real images (arXiv 1706.08500); lower is better
 
 In its folder: images/*.png, one for each caption.
 """
@@ -74,14 +74,14 @@ class FeatureNetwork(torch.nn.Module):
     """The network of a TorchScript file.
 
     Raises:
-        ValueError: it is no such file, or does not give a row of features for an image.
+        ValueError: it is not a TorchScript file, or does not give one feature vector per image.
     """
 
     def __init__(self, path: Path, side: int) -> None:
         super().__init__()
         try:
             with warnings.catch_warnings():
-                # Deprecated by torch, but the format in which the Inception of FID is handed on.
+                # TorchScript is deprecated, but the Inception network of FID is distributed in it.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self.network = torch.jit.load(path, map_location="cpu").eval()
             features = self(torch.zeros(2, 3, side, side, dtype=torch.uint8))
@@ -101,8 +101,8 @@ class FeatureNetwork(torch.nn.Module):
 def _batches(
     images: Iterator[Image.Image], options: FidOptions, device: torch.device, advance: Advance
 ) -> Iterator[torch.Tensor]:
-    """uint8 (N, 3, side, side): the middle square of each image. Pillow's filter averages over all pixels that become one, without
-    which distances differ (arXiv 2104.11222)."""
+    """uint8 (N, 3, side, side): the centre square of each image. Pillow's resizing is antialiased; without that, distances differ
+    (arXiv 2104.11222)."""
     size = (options.side, options.side)
     while batch := list(islice(images, options.batch_size)):
         squares = [ImageOps.fit(image, size, Image.Resampling.BICUBIC) for image in batch]
@@ -116,7 +116,7 @@ def frechet_distance(
     real: Iterable[torch.Tensor],
     generated: Iterable[torch.Tensor],
 ) -> float:
-    """Distance between batches of images; each side needs two images."""
+    """Distance between two sets of images, given in batches; each needs at least two images."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=network).to(device)

@@ -1,5 +1,5 @@
-"""Images that suites generate into files, each where its scorer looks for it, and none of them twice; those of the captions in a
-file, which fid and clip_score score.
+"""Generates the images of suites into the files where their scorers look for them, and reuses existing ones. fid and clip_score score
+the images of the captions in a file.
 """
 
 import json
@@ -114,7 +114,7 @@ class _NumberedRequest:
 
     def note(self, settings: ImageSettings) -> str:
         how = settings.of_images()
-        del how["batch_size"]  # changes nothing but rounding
+        del how["batch_size"]  # changes only rounding
         prompt, size = self.request.prompt, self.request.size
         return json.dumps({"prompt": prompt, "size": size, "index": self.index, **how})
 
@@ -127,7 +127,7 @@ def _numbered(requests: Sequence[ImageRequest]) -> Iterator[_NumberedRequest]:
 
 
 def _batches(items: list[_NumberedRequest], batch_size: int) -> Iterator[list[_NumberedRequest]]:
-    """Items whose indices follow each other, at most ``batch_size`` together."""
+    """Batches of at most ``batch_size`` items with consecutive indices."""
     batch: list[_NumberedRequest] = []
     for item in items:
         if batch and (len(batch) >= batch_size or item.index != batch[-1].index + 1):

@@ -16,7 +16,7 @@ from symbiotic_titan.evaluation.suite import Progress, Scores, Suite, measure
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.process import is_first_process
 
-# Of what lm-eval returns: all that is short.
+# The keys of lm-eval's results that are kept: those with short values.
 REPORTED = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "n-samples")
 
 
@@ -51,7 +51,7 @@ class LmEvalOptions:
 def run_lm_eval(
     generator: Generator, options: LmEvalOptions, folder: Path, progress: Progress
 ) -> Scores:
-    """Raises ValueError where there is no such task."""
+    """Raises ValueError for an unknown task."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 

@@ -1,9 +1,9 @@
-"""A model of lm-eval (the extra ``lm-eval``): its requests, answered by a Generator.
+"""lm-eval's interface of a model, implemented by a Generator. Needs the extra ``lm-eval``.
 
     results = lm_eval.simple_evaluate(GeneratorLM(generator), tasks=["mmlu"])
 
-Texts are plain text after the tokenizer's opening, as the task lm trains them. The prompt of a task with images is a question in
-a conversation. As in lm-eval's own models, a context that is too long loses its beginning.
+Texts are plain text after the tokenizer's opening, as in the training task lm; prompts with images are questions in a conversation.
+As in lm-eval's own models, a context that is too long is truncated at its beginning.
 """
 
 import logging
@@ -31,7 +31,7 @@ def _no_progress(what: str, total: int) -> Advance:
 
 
 class GeneratorLM(TemplateLM):
-    """Several processes that share a model all do every request, and come to the same results."""
+    """Processes that share a model all run every request and get the same results."""
 
     MULTIMODAL = True
 
@@ -47,12 +47,12 @@ class GeneratorLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What lm-eval puts before a text without a context: the opening, or where a tokenizer has none the end of another text."""
+        """The token before a text without a context: the opening's last, or end of text if the tokenizer has no opening."""
         return [self.eot_token_id, *self.generator.tokenizer.opening][-1]
 
     @property
     def max_length(self) -> int:
-        """Tokens that a text may have: those of a row, less the opening."""
+        """Maximum tokens of a text: those of a row, less the opening."""
         return self.generator.config.training.seq_len - len(self.generator.tokenizer.opening)
 
     def tok_encode(
@@ -67,7 +67,7 @@ class GeneratorLM(TemplateLM):
         pairs = [(self._without_prefix(context), ids) for _, context, ids in requests]
         self._warn_of_cuts(sum(len(c) + len(ids) > self.max_length for c, ids in pairs))
         pairs = [(_last(context, self.max_length - len(ids)), ids) for context, ids in pairs]
-        # Texts of like length are read together: rows are padded to the longest.
+        # Batch texts of similar length, because rows are padded to the longest.
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         found = self.generator.log_likelihoods(
             [pairs[i] for i in order],
@@ -78,7 +78,7 @@ class GeneratorLM(TemplateLM):
         return [results[i] for i in range(len(pairs))]
 
     def _without_prefix(self, context: list[int]) -> list[int]:
-        """``context`` without an opening, which the generator begins every text with."""
+        """``context`` without an opening, as the generator adds one to every text."""
         is_opened = self.generator.tokenizer.opening and context[:1] == [self.prefix_token_id]
         return context[1:] if is_opened else context
 
@@ -92,7 +92,7 @@ class GeneratorLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihoods of whole texts; those longer than a sequence are split into windows, each after one token of the last."""
+        """Log-likelihoods of whole texts; those longer than a sequence are split into windows with one token of context each."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -110,9 +110,9 @@ class GeneratorLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes, up to a string of ``until``. Requests with equal settings go together.
+        """Generated text up to a string of ``until``. Requests with equal settings are batched.
 
-        At most half a row is kept for it: a task that does not say how much it wants gets 256 tokens from lm-eval.
+        It takes at most half a row; if a task sets no limit, lm-eval asks for 256 tokens.
         """
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):

@@ -1,9 +1,9 @@
 """The suite ``ocrbench``: questions about images from a TSV file in the format of OCRBench (arXiv 2305.07895), with its rule.
 
-    ocrbench/all       share of questions that are right; of the full 1000 questions, a thousandth of the published score
-    ocrbench/CATEGORY  the same by what is asked for
+    ocrbench/all       share of right answers; for the full 1000 questions, the published score divided by 1000
+    ocrbench/CATEGORY  the same by category
 
-An answer is right where it holds one of the true ones, whatever the case; formulas are compared with case and without spaces.
+An answer is right if it contains one of the true ones, ignoring case; formulas are compared with case and without spaces.
 In its folder: answers.jsonl.
 """
 
@@ -36,7 +36,7 @@ TEXT_RECOGNITION = (
     "Digit String Recognition",
     "Non-Semantic Text Recognition",
 )
-# An image that is no longer than this is the index of the row whose image it is.
+# An image field of at most this many characters is the index of the row that has the image.
 MAX_REFERENCE = 64
 
 
@@ -80,7 +80,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[OcrQuestion]:
     """Questions of a TSV file.
 
     Raises:
-        ValueError: it lacks one of COLUMNS, or has no rows; or an image is that of a row that does not exist.
+        ValueError: it lacks one of COLUMNS, or has no rows; or an image refers to a row that does not exist.
     """
     csv.field_size_limit(sys.maxsize)  # images are longer than the limit of the whole process
     with path.open(newline="", encoding="utf-8") as file:
@@ -121,7 +121,7 @@ def _answers(text: str) -> tuple[str, ...]:
 
 
 def is_right(prediction: str, question: OcrQuestion) -> bool:
-    """Whether ``prediction`` holds an answer, by the rule of OCRBench."""
+    """Whether ``prediction`` contains an answer, by the rule of OCRBench."""
     normalised = _formula if question.category == FORMULA else _words
     return any(normalised(a) in normalised(prediction) for a in question.answers)
 

@@ -24,7 +24,7 @@ from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.process import is_first_process
 
 GENEVAL_COLUMNS = ("tag", "prompt", "include")
-# What separates prompt and number in a file name, and what no file name can have.
+# Not allowed in prompts: _ separates prompt and number in a file name, and / cannot be in one.
 FORBIDDEN = ("_", "/")
 
 
@@ -81,7 +81,7 @@ def _check_counts(samples: int, limit: int | None) -> None:
 
 
 def read_geneval(path: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """What each line of evaluation_metadata.jsonl says.
+    """The objects in evaluation_metadata.jsonl, one per line.
 
     Raises:
         ValueError: a line is no JSON object, or lacks one of GENEVAL_COLUMNS; or there are no lines.
@@ -137,7 +137,7 @@ def run_geneval(
 def run_compbench(
     generator: Generator, options: CompBenchOptions, folder: Path, progress: Progress
 ) -> Scores:
-    """Images of a file are numbered in one row, which is how its scorers name their results."""
+    """The images of a prompt file are numbered consecutively, as its scorers identify results by that number."""
     requests = []
     for path in options.prompts:
         place = folder / Path(path).stem / "samples"

@@ -1,4 +1,4 @@
-"""A model of VLMEvalKit: its messages, answered by a Generator.
+"""VLMEvalKit's interface of a model, implemented by a Generator.
 
 VLMEvalKit is installed from its repository. Importing it turns off the verification of TLS certificates for the whole process, so
 nothing else imports this module; docs/evaluation.md has a script that runs the kit with it.
@@ -23,7 +23,7 @@ class Item(TypedDict):
 
 
 class SymbioticVLM(BaseModel):
-    """Shows the images of a message first, then says its texts, a line each; answers greedily."""
+    """Puts the images of a message first, then its texts, one per line; decodes greedily."""
 
     INTERLEAVE = False
     allowed_types = ["text", "image"]
