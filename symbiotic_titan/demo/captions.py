@@ -21,7 +21,7 @@ def _one_of(words: Iterable[str]) -> str:
 
 
 DIGIT = re.compile(rf"(?:the|.*handwritten (?:odd|even)) digit {_one_of(DIGIT_WORDS)}\b.*")
-# The format is not scored: who samples the picture chooses it.
+# The format is not scored: the caller chooses a picture's size.
 FORMAT = re.compile(rf"a (?:square|tall|wide) picture with a {_one_of(BACKGROUNDS)} background: ")
 THING = re.compile(
     rf"{_one_of(AMOUNTS)} {_one_of(COLOURS)} {_one_of(SHAPES)}(?:e?s)?"

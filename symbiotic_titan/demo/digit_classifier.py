@@ -1,6 +1,6 @@
 """Which handwritten digit a picture shows: a support vector classifier that has seen the training digits only.
 
-scikit-learn, and scipy which it brings: the extra ``demo``, needed where something is scored and not before.
+Scoring needs the extra ``demo``: scikit-learn, and scipy, on which it depends.
 """
 
 from importlib import import_module
@@ -65,6 +65,6 @@ def _cells(image: Image.Image) -> np.ndarray | None:
 
 
 def _moved(cells: np.ndarray, down: int, right: int) -> np.ndarray:
-    """``cells`` moved by at most one; what comes in is dark."""
+    """``cells`` shifted by at most one; new ones are dark."""
     padded = np.pad(cells, 1)
     return padded[1 - down : 1 - down + SIDE, 1 - right : 1 - right + SIDE]

@@ -11,7 +11,7 @@ from symbiotic_titan.data.order import hash_fraction
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDES = (48, 64)
-# Share of the handwritten images that only held-out files show.
+# Share of the handwritten images that are in held-out files only.
 HELDOUT_SHARE = 0.15
 # Grey levels of the set run from 0 to 16.
 MAX_LEVEL = 16.0

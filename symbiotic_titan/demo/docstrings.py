@@ -10,7 +10,7 @@ from pathlib import Path
 
 from symbiotic_titan.data.order import hash_fraction, hash_key, permutation
 
-# Share of the modules whose text only held-out files hold.
+# Share of the top-level packages whose text is in held-out files only.
 HELDOUT_SHARE = 0.1
 # Shorter docstrings are mostly headings and signatures.
 MIN_CHARACTERS = 80

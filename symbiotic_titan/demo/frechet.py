@@ -1,7 +1,7 @@
-"""Fréchet distance (arXiv 1706.08500, eq. 6) on a feature map that is written down here instead of learned.
+"""Fréchet distance (arXiv 1706.08500, eq. 6) in hand-written instead of learned features.
 
-Nothing has to be loaded, and every feature says what it means. The distances of this map compare models of the demo world with
-each other; they are not the FID of papers.
+No weights are needed, and every feature has a meaning. The distances compare models of the demo world with each other; they are not
+comparable to published FIDs.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-# Every image is brought to this size, of whatever shape it is: 32 pixels show the edges of the smallest shapes.
+# Every image is resized to a square of this side, whatever its shape: 32 pixels show the edges of the smallest shapes.
 SIDE = 32
 # Cells per side in which mean colours and edges are taken: a cell is a place of the demo world.
 CELLS = 2
 DIRECTIONS = 4
-# Edges fill little of a picture; with this weight they vary as much over training pictures as colours do.
+# Edges cover little of a picture; with this weight they vary as much over training pictures as colours do.
 EDGE_WEIGHT = 4.0
-# Corners of the colour cube, between which a pixel is shared out.
+# Corners of the colour cube; every pixel is split among them with trilinear weights.
 LEVELS = (0.0, 1.0)
 
 
@@ -38,7 +38,7 @@ def _cell_means(values_HWC: np.ndarray) -> np.ndarray:
 
 
 def _corner_shares(values_HWC: np.ndarray) -> np.ndarray:
-    """How much of the image each corner of the colour cube has, a pixel being shared out between all eight."""
+    """Share of the image at each corner of the colour cube; every pixel is split among all eight."""
     red, green, blue = np.moveaxis(values_HWC, -1, 0)
     return np.array(
         [
@@ -57,7 +57,7 @@ def _chroma(values_HWC: np.ndarray) -> np.ndarray:
 
 
 def _edges(values_HWC: np.ndarray) -> np.ndarray:
-    """(H, W, DIRECTIONS): strength of the edge at each pixel, shared out between directions by squared cosines."""
+    """(H, W, DIRECTIONS): strength of the edge at each pixel, split among directions by squared cosines."""
     grey_HW = values_HWC.mean(-1)
     down_HW, right_HW = np.gradient(grey_HW)
     angles = np.arange(DIRECTIONS) * np.pi / DIRECTIONS

@@ -1,4 +1,4 @@
-"""Held-out samples as scorers take them, read from the same files and by the same code as training data."""
+"""Held-out samples in the form that scorers take, read by the code that reads training data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.readers import Reader, index_source
 
 Split = Literal["train", "heldout"]
-# The tasks that the demo world has data for, which are the names of its folders too.
+# Tasks of the demo world, which are also the names of its folders.
 TEXTS = "lm"
 QUESTIONS = "mmu"
 SHORT_CAPTIONS = "t2i"

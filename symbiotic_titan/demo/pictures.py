@@ -10,7 +10,7 @@ Picture = Image.Image | torch.Tensor
 
 
 def to_image(picture: Picture) -> Image.Image:
-    """RGB image of a Pillow image, or of a (3, H, W) tensor in [-1, 1]; what lies outside is clipped.
+    """RGB image of a Pillow image, or of a (3, H, W) tensor in [-1, 1]; values outside are clipped.
 
     Raises:
         ValueError: the tensor has another shape, or holds numbers that are not finite.

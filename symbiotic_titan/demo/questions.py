@@ -1,4 +1,4 @@
-"""Accuracy of answers to questions about images: exact match of what is left after differences that mean nothing."""
+"""Accuracy of answers to questions about images: exact match after normalisation."""
 
 import re
 from collections import Counter, defaultdict
@@ -11,7 +11,7 @@ from symbiotic_titan.evaluation.suite import (
     Scores,
 )
 
-# How the demo world's questions begin, and what they ask for; anything else is a question of some other kind.
+# Beginning of a question of the demo world -> what it asks for; other questions are of the kind "other".
 KINDS = {
     "which digit": "digit",
     "is this digit": "parity",
@@ -24,7 +24,7 @@ KINDS = {
 
 
 def normalised(answer: str) -> str:
-    """``answer`` in small letters, numerals as words, without articles, punctuation and needless space."""
+    """``answer`` in lower case, numerals as words, without articles, punctuation and extra space."""
     words = re.findall(r"\w+", answer.casefold())
     spelled = [DIGIT_WORDS[int(w)] if re.fullmatch("[0-9]", w) else w for w in words]
     return " ".join(word for word in spelled if word not in ("a", "an", "the"))
@@ -39,7 +39,7 @@ def kind_of(question: str) -> str:
 def answer_score(answers: Sequence[str], samples: Sequence[QuestionSample]) -> Scores:
     """Share of right answers, of all questions (``answers/all``) and by what they ask for.
 
-    Chance is the best that can be had without seeing any image: for each kind of question always its most frequent answer.
+    Chance is the best score without images: the most frequent answer to each kind of question.
 
     Raises:
         ValueError: there are no samples, or not as many answers.

@@ -1,8 +1,8 @@
 """Multiple choice on facts of the training text: which of four endings does a sentence that was trained on have?
 
 An item is the beginning of a training text, its true ending, and three endings of other training texts. All four follow the
-same word and are of about the same length, so that grammar and length alone say little. Items of held-out texts, made by the same
-function, show how much is left of that.
+same word and have about the same length, so that grammar and length reveal little. Items of held-out texts, made by the same
+function, measure how much they still reveal.
 
 Items are lines of JSON with the columns of MMLU: {"question": "...", "choices": ["...", ...], "answer": 2}.
 """
@@ -76,7 +76,7 @@ def knowledge_items(texts: Sequence[str], number: int, seed: int = 0) -> list[Ch
     """``number`` items about different sentences of ``texts``; the same ones for the same arguments.
 
     Raises:
-        ValueError: the texts do not give as many.
+        ValueError: the texts give fewer.
     """
     cuts = [cut for text in dict.fromkeys(texts) if (cut := _cut(text, seed))]
     by_word: dict[str, list[_Cut]] = defaultdict(list)
@@ -85,7 +85,7 @@ def knowledge_items(texts: Sequence[str], number: int, seed: int = 0) -> list[Ch
     together = "\n\n".join(texts)
     items: list[ChoiceItem] = []
     for cut in sorted(cuts, key=lambda c: hash_key("item", seed, c.question)):
-        # A question that has more than one true ending is none.
+        # Skip a question that occurs with more than one ending.
         if len(items) < number and together.count(cut.question) == 1:
             wrong = _wrong_endings(cut, by_word[cut.last_word], seed)
             items += [_item(cut, wrong, seed)] if len(wrong) == NUM_CHOICES - 1 else []
@@ -145,7 +145,7 @@ def write_items(path: Path, items: Sequence[ChoiceItem]) -> None:
 
 
 def read_items(path: Path) -> list[ChoiceItem]:
-    """Items of a JSONL file; columns besides COLUMNS are passed over.
+    """Items of a JSONL file; columns other than COLUMNS are ignored.
 
     Raises:
         ValueError: a line is no JSON object, lacks a column, or has one of the wrong kind; or there are no lines.

@@ -31,7 +31,7 @@ PLACES = {
 }
 SIZES = ((64, 64), (48, 80), (80, 48), (56, 72), (72, 56))
 NUMBER_WORDS = ("no", "one", "two", "three", "four")
-# Share of the scenes, by content, that only held-out files show.
+# Share of the scenes, by content, that are in held-out files only.
 HELDOUT_SHARE = 0.15
 # Scenes are painted this many times larger and reduced, for smooth edges.
 OVERSAMPLING = 3
@@ -74,7 +74,7 @@ class Scene:
         }
 
     def is_heldout(self) -> bool:
-        """Decided by which colours and shapes stand where alone: training shows no picture of the same content."""
+        """Depends only on the colours, shapes and places of things, so that no training picture has the same content."""
         content = sorted((t.colour, t.shape, t.place) for t in self.things)
         return hash_fraction("scene", content) < HELDOUT_SHARE
 

@@ -4,9 +4,9 @@
    facts are compared.
 2. The pictures as a whole are compared with the real ones by a Fréchet distance (``frechet``).
 
-Every score comes with two of the world's own, at the resolution of the model's pictures: the real pictures of the same captions
-are the upper bound, and new pictures that ignore the captions are chance. Less is better for the Fréchet distance: there the new
-pictures are the bound and blank ones are chance.
+Every score comes with two references at the resolution of the model's pictures: the real pictures of the same captions are the
+upper bound, and new pictures that ignore the captions are chance. Lower is better for the Fréchet distance: there the new pictures
+are the bound and blank ones are chance.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def demo_world_score(
 ) -> Scores:
     """Scores of ``images``, each made from the caption of the sample at its position; those of PICTURE_SCORES that apply.
 
-    ``reader`` saves training one for every call. ``number`` counts the captions with a fact of the kind, or for the Fréchet
+    Passing a ``reader`` saves training one per call. ``number`` counts the captions with a fact of the kind, or for the Fréchet
     distance the images; it needs two.
 
     Raises:
@@ -119,7 +119,7 @@ def _mean_facts(
 
 
 def _new_pictures(captions: list[ParsedCaption]) -> list[Image.Image]:
-    """For each caption a held-out digit or a newly drawn held-out scene, of its kind but of none of its facts."""
+    """For each caption a random held-out digit or new held-out scene: the same kind of picture, made without the caption's facts."""
     random = Random(0)
     pool = digits.handwritten_digits(heldout=True)
     return [

@@ -1,10 +1,10 @@
 """The suite ``demo_world``: what a model draws, answers, knows and predicts of the demo world's held-out files.
 
-    pictures/*            do they show what their captions say: see ``evaluation.demo_world``
-    answers/*             are answers to questions about images right: see ``evaluation.answers``
-    knowledge/*           multiple choice on facts of the training text: see ``evaluation.knowledge``
+    pictures/*            do pictures show what their captions say: see ``demo.scores``
+    answers/*             are answers to questions about images right: see ``demo.questions``
+    knowledge/*           multiple choice on facts of the training text: see ``demo.references``
     knowledge_heldout/*   the same on texts that were not trained on: how much of it is language, not knowledge
-    heldout/*             losses and shares of right tokens, by task: see ``validation``
+    heldout/*             losses and token accuracies by task: see ``inference.held_out``
 
 In its folder: pictures/*.png; pictures.png, some of them beside the real ones; answers.jsonl.
 """
@@ -65,7 +65,7 @@ T = TypeVar("T")
 TASKS = (TEXTS, QUESTIONS, SHORT_CAPTIONS, LONG_CAPTIONS)
 # Pairs of pictures in the overview.
 NUM_SHOWN = 20
-# More than any answer of the demo world has bytes.
+# No answer of the demo world has as many bytes.
 MAX_ANSWER_TOKENS = 24
 
 
@@ -151,7 +151,7 @@ def score_pictures(
 
 
 def _strata(samples: list[PictureSample]) -> list[list[PictureSample]]:
-    """Digits and scenes, each with its values, or numbers of things, by turns."""
+    """[digits, scenes]: digits interleaved by value, scenes by number of things, so that any prefix is balanced."""
     digits: dict[int, list[PictureSample]] = defaultdict(list)
     scenes: dict[int, list[PictureSample]] = defaultdict(list)
     for sample in samples:
@@ -164,7 +164,7 @@ def _strata(samples: list[PictureSample]) -> list[list[PictureSample]]:
 
 
 def by_turns(lists: Iterable[Iterable[T]]) -> Iterator[T]:
-    """The first of each, the second of each, and so on; those that have ended are passed over."""
+    """Interleave: the first of each, the second of each, and so on; exhausted ones are skipped."""
     ended = object()
     turns = chain.from_iterable(zip_longest(*lists, fillvalue=ended))
     return (item for item in turns if item is not ended)  # type: ignore[misc]
@@ -238,7 +238,7 @@ def _items(options: DemoWorldOptions, split: Split) -> list[ChoiceItem]:
 def held_out(
     generator: Generator, options: DemoWorldOptions, folder: Path, progress: Progress
 ) -> Scores:
-    """Every process reads the same rows, and every model of this tokenizer and seq_len. ``number`` counts rows."""
+    """The rows are the same for all processes, and for all models with this tokenizer and seq_len. ``number`` counts rows."""
     config = copy.deepcopy(generator.config)
     config.latents.cache = ""
     config.validation.sources = [demo_source(Path(options.data), "heldout", t) for t in TASKS]

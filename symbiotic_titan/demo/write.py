@@ -69,7 +69,7 @@ WORLD_SIZES = {
 def write_world(out: Path, seed: int, size: WorldSize, advance: Advance = lambda n: None) -> None:
     """Write everything below ``out``; the bytes depend on ``seed``, ``size`` and the versions of Python and Pillow.
 
-    ``advance`` is told how many samples were written since it was last called.
+    ``advance`` is called with the number of samples written since its last call.
     """
     counts: dict[str, dict[str, int]] = {}
     for split in SPLITS:
