@@ -350,7 +350,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_processes(function: Any) -> None:
-    """Pass unless several processes run a command other than check, the only one that divides its work."""
+    """Pass unless several processes run a command other than check, the only one that is distributed."""
     if function is not check and (size := os.environ.get("WORLD_SIZE", "1")) != "1":
         name = function.__name__.replace("_", "-")
         raise ValueError(

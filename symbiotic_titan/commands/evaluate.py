@@ -75,7 +75,7 @@ def read_configs(
     """A config per checkpoint: those ``given``, or what their runs kept.
 
     Raises:
-        ValueError: there are neither none nor one nor one for each, a run kept none, or one is wrong.
+        ValueError: the number ``given`` is not 0, 1 or that of the checkpoints; a run kept no config; or a config is invalid.
     """
     if not checkpoints:
         raise ValueError("no checkpoint; name its folder, or that of a run")
@@ -130,7 +130,7 @@ def report(label: str, results: Sequence[Result]) -> Scores:
 
 
 def run(options: argparse.Namespace, sections: list[str]) -> None:
-    """Raises ValueError for a user's mistake: all that can be seen beforehand, before the first suite runs."""
+    """Raises ValueError for a user's mistake, if possible before the first suite runs."""
     of_suites, overrides = split_sections(sections, options.suite)
     configs = read_configs(options.config, overrides, options.checkpoints)
     suites = find_suites(options.suite)

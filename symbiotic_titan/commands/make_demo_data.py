@@ -54,7 +54,7 @@ def _check_out(out: Path, force: bool) -> None:
 
 
 def _write(out: Path, seed: int, size: str) -> None:
-    """Write beside ``out`` and move it there when complete, so that an interrupted run leaves nothing half done."""
+    """Write beside ``out`` and move it there when complete, so that an interrupted run leaves no partial data there."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         world = Path(scratch) / "world"

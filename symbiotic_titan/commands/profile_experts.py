@@ -60,7 +60,7 @@ def tokenizer_file(checkpoint: Path) -> Path | None:
 
 
 def warnings_for(config: JobConfig, reader: CheckpointReader, data: Data) -> list[str]:
-    """Known reasons, before tokens are read, for which the profile will be of little use."""
+    """Reasons, known before any token is read, why the profile will be of little use."""
     warnings = []
     file = tokenizer_file(reader.folder)
     if config.tokenizer.kind == "bytes" and file is not None:
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
     config = load_job_config(["--job.config_file", options.config, *overrides])
     reader = open_model(options.checkpoint)
     if router_groups(reader.tensors) == {"all"}:
-        config = unpartitioned(config)  # --config may be that of the future, partitioned model
+        config = unpartitioned(config)  # --config may already describe the partitioned model
     check_job(config)
     ranks = join_ranks(config)
     data = understanding_data(config, options.split)

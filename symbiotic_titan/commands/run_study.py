@@ -39,7 +39,7 @@ class StudyRun:
 
 
 def read_runs() -> dict[str, StudyRun]:
-    """All configs of the study that say where a run writes; the others are parts."""
+    """All configs of the study that set job.dump_folder; the others are only extended by these."""
     runs = {}
     for config in sorted(FOLDER.glob("*.toml")):
         layers = read_layers(str(config))
@@ -112,7 +112,7 @@ class Check:
         return Path("outputs/mini/check") / f"{name}.json"
 
     def __call__(self, name: str, config: Path, checkpoint: Path, *overrides: str) -> Path:
-        """The report, made unless it is there."""
+        """The report, made unless it exists."""
         out = self.out(name)
         out.parent.mkdir(parents=True, exist_ok=True)
         if not out.is_file():

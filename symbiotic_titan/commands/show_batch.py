@@ -49,7 +49,7 @@ from symbiotic_titan.sequence.modality import (
 )
 from symbiotic_titan.sequence.tasks import task_names
 
-# Of text, vit, vae and padding: in bars, as edges of the mask and where the mask is open.
+# Colours of text, vit, vae and padding: in bars, beside the mask and where the mask is open.
 COLOURS = ("#4c78a8", "#54a24b", "#e45756", "#cccccc")
 MAX_MASK_PIXELS = 640  # longer rows: every k-th token
 EDGE = 8  # pixels of the coloured strips beside the mask
@@ -202,7 +202,7 @@ def to_picture(values_CHW: torch.Tensor) -> Image.Image:
 
 
 def mask_picture(row: PackedBatch) -> Image.Image:
-    """Query rows, key columns: the key's colour where it is seen, white elsewhere; the strips show the tokens' modality."""
+    """Query rows, key columns: the key's colour where the query attends to it, white elsewhere; the strips show the tokens' modality."""
     step = -(-row.tokens.shape[1] // MAX_MASK_PIXELS)
     sees_TT = build_dense_mask(row)[0, 0, ::step, ::step]
     palette = torch.tensor([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in COLOURS])
@@ -311,7 +311,7 @@ def page(
 
 
 def summary_of(batches: list[PackedBatch]) -> list[str]:
-    """What all of ``batches`` hold, in lines of text."""
+    """Summary of all ``batches`` in lines of text."""
     rows = [row for batch in batches for row in rows_of(batch)]
     positions = sum(row.tokens.shape[1] for row in rows)
     by_modality = torch.stack([row.num_tokens() for row in rows]).sum(0).tolist()
@@ -352,7 +352,7 @@ def rows_to_show(batches: list[PackedBatch], number: int | None) -> list[tuple[i
 
 
 def open_data(config: JobConfig) -> tuple[PackedLoader, Tokenizer, ImageGeometry]:
-    """The loader of a training with a single process and no workers, and what its rows are made with."""
+    """(the loader of single-process training without workers, the tokenizer and the image geometry of its rows)."""
     workers = config.training.dataloader
     workers.num_workers, workers.pin_memory = 0, False
     tokenizer = build_tokenizer(config)

@@ -31,7 +31,7 @@ MISSING = object()
 
 
 def changed_from(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The keys of ``table`` whose value in ``other`` is another, or that it has not. Arrays count as one value."""
+    """The keys of ``table`` that ``other`` lacks or sets differently. Arrays count as one value."""
     changed = {}
     for key, value in table.items():
         old = other.get(key)
@@ -74,7 +74,7 @@ def by_name(rows: Any) -> dict[str, Any] | None:
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, value in ``old``, value in ``new``) wherever they are not the same; MISSING where a side has none."""
+    """(key, value in ``old``, value in ``new``) wherever the two differ; MISSING where a side has none."""
     old_rows, new_rows = by_name(old), by_name(new)
     if old_rows is not None and new_rows is not None:
         common = [name for name in old_rows if name in new_rows]

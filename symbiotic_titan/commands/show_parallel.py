@@ -38,7 +38,7 @@ GIB = 2**30
 
 @contextlib.contextmanager
 def fake_rank(rank: int, num_ranks: int) -> Iterator[None]:
-    """This process as ``rank`` of a world whose collectives do nothing."""
+    """Make this process ``rank`` of a process group whose collectives do nothing."""
     dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=num_ranks)
     try:
         yield
@@ -49,7 +49,7 @@ def fake_rank(rank: int, num_ranks: int) -> Iterator[None]:
 def parameters_of_rank(
     config: JobConfig, args: ModelArgs, rank: int, num_ranks: int
 ) -> tuple[list[dry_run.ShardedParameter], dict[str, int]]:
-    """(parameters as they lie on ``rank``, degree of every mesh axis)."""
+    """(parameters as ``rank`` holds them, degree of every mesh axis)."""
     with fake_rank(rank, num_ranks):
         dims = parallel_dims_of(config, num_ranks)
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
