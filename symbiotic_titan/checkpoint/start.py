@@ -1,4 +1,4 @@
-"""Where a run starts: its own newest complete checkpoint, the one that the config names, the weights of another, or nothing."""
+"""Where a run starts: its own newest complete checkpoint or the step that the config names, another run's weights, or from scratch."""
 
 from pathlib import Path
 from typing import cast

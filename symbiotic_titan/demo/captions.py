@@ -40,7 +40,7 @@ class ParsedThing:
 
 @dataclass(frozen=True)
 class ParsedCaption:
-    """A digit, or things before a background; None is what the caption does not say."""
+    """A digit, or things on a background; None for what the caption does not say."""
 
     digit: int | None = None
     background: str | None = None

@@ -201,7 +201,7 @@ def choice_score(items: Sequence[ChoiceItem], loglikelihood: LogLikelihood) -> S
     """Share of items whose true choice is the most likely one: by its log-likelihood (``knowledge/accuracy``) and by that per
     character (``knowledge/accuracy_per_character``), which are lm-eval's acc and acc_norm.
 
-    All pairs go through ``loglikelihood`` in one call; of equally likely choices the first counts.
+    All pairs go through ``loglikelihood`` in one call; ties go to the first choice.
 
     Raises:
         ValueError: there are no items.

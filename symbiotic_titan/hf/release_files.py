@@ -1,6 +1,6 @@
 """What a released model has besides the tensors that we map: tokenizer, processor, licence, unmapped tensors.
 
-A checkpoint made from a release keeps them in a folder of its own, so that an export can write them back.
+A checkpoint made from a release keeps them in a subfolder, so that an export can write them back.
 """
 
 import shutil

@@ -84,9 +84,7 @@ def new_folder(folder: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Pat
         OSError: writing failed.
     """
     check_target(folder, overwrite=overwrite, num_bytes=num_bytes)
-    final = (
-        folder.resolve()
-    )  # where it is a symbolic link, the link stays and its target is replaced
+    final = folder.resolve()  # of a symbolic link the target is replaced, and the link stays
     _remove_abandoned(final)
     unfinished = _sibling(final, "incomplete")
     try:

@@ -2,7 +2,7 @@
 
     lm_eval/TASK/METRIC   as lm-eval reports it, of tasks and of groups that say how to put their tasks together
 
-In its folder: results.json, what lm-eval reports besides: versions and settings of the tasks.
+In its folder: results.json, the rest of lm-eval's report: versions and settings of the tasks.
 """
 
 import contextlib
