@@ -50,12 +50,17 @@ class DocumentMaker:
         """Documents of ``sample``, which is number ``index`` of its source's endless sequence.
 
         Raises:
-            BadSample: an image is damaged, a field is missing or of the wrong type, or the document is too long.
+            BadSample: an image is damaged, a field is missing or of the wrong type, or the document is too long or empty.
         """
         number = self._numbers[source.task]
         try:
             laid_out = lay_out(self._task_sample(source, sample, index))
             documents = [Document(number, tuple(segments)) for segments in laid_out]
+            # A stream reads until enough documents wait: without this refusal it would read such samples forever.
+            if not documents or not all(document.num_tokens for document in documents):
+                raise BadSample(
+                    "empty", f"task {source.task!r} makes no document of it, or one without tokens"
+                )
             truncates = source.too_long_of(self._config) == "truncate"
             return [self._fitted(document, truncates) for document in documents]
         except BadSample as error:

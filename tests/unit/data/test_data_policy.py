@@ -5,7 +5,9 @@ import json
 import pytest
 
 from symbiotic_titan.config.data import Data
+from symbiotic_titan.data.documents import TextSegment
 from symbiotic_titan.data.formats.shard import REASONS
+from symbiotic_titan.sequence.tasks import TASKS, Task
 
 
 def write(folder, name, values):
@@ -82,6 +84,20 @@ def test_a_row_of_bad_samples_stops_the_run_before_the_total_does(make_loader, t
         read(make_loader(data | {"max_bad_samples": 10**6}, seq_len=64), 20)
     assert "source 'broken': skipped 6 samples in a row" in str(error.value)
     assert "more than data.max_bad_in_a_row = 5; the last one is " in str(error.value)
+
+
+@pytest.mark.parametrize("laid_out", [[], [[]], [[TextSegment([])]]])
+def test_a_layout_that_makes_nothing_of_any_sample_stops_the_run(make_loader, tmp_path, laid_out):
+    task = Task("nothing", (("text",),), layout=lambda sample: laid_out)
+    data = {"sources": [write(tmp_path, "texts", GOOD) | {"task": "nothing"}]}
+    with TASKS.temporarily(nothing=task):
+        with pytest.raises(
+            ValueError, match=r"task 'nothing' makes no document of it, .* \(source"
+        ):
+            read(make_loader(data, seq_len=64), 1)
+        with pytest.raises(ValueError, match="skipped 6 samples in a row"):
+            limits = {"bad_samples": "skip", "max_bad_in_a_row": 5}
+            read(make_loader(data | limits, seq_len=64), 1)
 
 
 LONG = [*map(chat, "abcdefgh"), chat("x" * 100), chat("y" * 100)]
