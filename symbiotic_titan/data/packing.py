@@ -55,6 +55,28 @@ class SequenceSize:
 Packing = Callable[[list[Document], SequenceSize], list[int]]
 
 
+def check_choice(name: str, chosen: object, waiting: list[Document], size: SequenceSize) -> None:
+    """Raise ValueError unless ``chosen``, returned by the packing ``name``, is as ``Packing`` demands."""
+    where = f"data.packing = {name!r} returned {chosen!r}"
+    if (
+        not isinstance(chosen, list)
+        or not all(isinstance(i, int) and 0 <= i < len(waiting) for i in chosen)
+        or len(set(chosen)) < len(chosen)
+        or 0 not in chosen
+    ):
+        raise ValueError(
+            f"{where}; it must be a list of different integers from 0 to {len(waiting) - 1} (the waiting documents), 0 among them"
+        )
+    left = size
+    for i in chosen:
+        if not left.fits(waiting[i]):
+            raise ValueError(
+                f"{where}; together they must fit into {size}, but from number {i} on they do not: test each with "
+                "size.fits and take it off with size.minus"
+            )
+        left = left.minus(waiting[i])
+
+
 def longest_first(waiting: list[Document], size: SequenceSize) -> list[int]:
     """The oldest document, then repeatedly the longest that still fits (ties to the oldest).
 

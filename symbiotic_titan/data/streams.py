@@ -25,10 +25,7 @@ from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.formats.shard import REASONS, BadSample, Sample, Shard
 from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.order import SourceOrder
-from symbiotic_titan.data.packing import (
-    Packing,
-    SequenceSize,
-)
+from symbiotic_titan.data.packing import Packing, SequenceSize, check_choice
 from symbiotic_titan.data.readers import Reader
 from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.sequence.batch import PackedBatch
@@ -137,11 +134,13 @@ class Stream:
         self._waiting = _read_again(sources, state["waiting"])
 
     def next_row(self) -> PackedBatch:
-        """The next packed sequence; raises ValueError for a bad sample that ``data.bad_samples`` does not skip."""
+        """The next packed sequence; raises ValueError for a bad sample that ``data.bad_samples`` does not skip, or a wrong packing."""
         # Refilled before every choice, so that a resumed stream chooses from the same documents.
         self._read_ahead(self._spec.config.lookahead)
         documents = [waiting.document for waiting in self._waiting]
         chosen = self._choose(documents, self._spec.size) if documents else []
+        if documents:
+            check_choice(self._spec.config.packing, chosen, documents, self._spec.size)
         taken = set(chosen)
         self._waiting = [w for i, w in enumerate(self._waiting) if i not in taken]
         self._num_rows += 1

@@ -4,6 +4,7 @@ from random import Random
 import pytest
 import torch
 
+from symbiotic_titan.config.data import PACKINGS
 from symbiotic_titan.data.documents import (
     Document,
     TextSegment,
@@ -12,6 +13,7 @@ from symbiotic_titan.data.documents import (
 )
 from symbiotic_titan.data.packing import (
     SequenceSize,
+    check_choice,
     fullest,
     longest_first,
 )
@@ -70,6 +72,30 @@ def test_chosen_documents_fit_and_the_oldest_always_goes(packing):
         assert sum(d.num_tokens for d in documents) <= size.num_tokens
         assert sum(d.num_vit_tokens for d in documents) <= size.num_vit_tokens
         assert sum(d.num_vae_tokens for d in documents) <= size.num_vae_tokens
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rule"),
+    [
+        ((0, 1), "must be a list of different integers from 0 to 2"),
+        ([1], "0 among them"),
+        ([0, 0], "different integers"),
+        ([0, 3], "from 0 to 2"),
+        ([0, -1], "from 0 to 2"),
+        ([0, 1.0], "integers"),
+        ([0, 1, 2], "must fit into .*num_tokens=10,.* from number 2 on they do not"),
+    ],
+)
+def test_a_choice_that_cannot_be_packed_is_refused_by_name(make_loader, chosen, rule):
+    waiting = [Document(0, (text(4),)) for _ in range(3)]
+    check_choice("mine", [0, 2], waiting, SequenceSize(10, 0, 0))
+    with pytest.raises(ValueError, match=f"data.packing = 'mine' returned .*; .*{rule}"):
+        check_choice("mine", chosen, waiting, SequenceSize(10, 0, 0))
+    with (
+        PACKINGS.temporarily(mine=lambda waiting, size: [1]),
+        pytest.raises(ValueError, match=r"data.packing = 'mine' returned \[1\]"),
+    ):
+        next(iter(make_loader({"packing": "mine"})))
 
 
 def test_longest_first_leaves_nothing_that_still_fits():
