@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -70,3 +71,10 @@ def exit_status(
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def raised_by_us(error: ValueError) -> bool:
+    """Whether ``error`` was raised in this package: then its message is meant for the user, who needs no traceback."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    return raised_in == "symbiotic_titan" or raised_in.startswith("symbiotic_titan.")

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import sys
-import traceback
 from typing import NoReturn
 
 import torch
@@ -16,6 +15,7 @@ from torchtitan.tools.logging import init_logger, logger
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.process import raised_by_us
 from symbiotic_titan.training.checks import check_job
 from symbiotic_titan.training.train_spec import register
 from symbiotic_titan.training.trainer import SymbioticTrainer
@@ -58,13 +58,6 @@ def run(args: list[str]) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         gc.collect()  # frees the trainer's reference cycles, and with them the loader's worker processes
-
-
-def raised_by_us(error: ValueError) -> bool:
-    """Whether ``error`` was raised in this package: then its message is meant for the user, who needs no traceback."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    raised_in = str(frames[-1].f_globals.get("__name__")) if frames else ""
-    return raised_in == "symbiotic_titan" or raised_in.startswith("symbiotic_titan.")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,6 +34,7 @@ from symbiotic_titan.data.streams import (
     open_mixture,
     resumed,
 )
+from symbiotic_titan.process import raised_by_us
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 
 
@@ -220,6 +221,8 @@ class StreamDataset(IterableDataset):
             for n in _round_robin({n: self._states[n]["rows"] for n in numbers}):
                 yield n, streams[n].next_row(), streams[n].state()
         except ValueError as error:
+            if not raised_by_us(error):
+                raise  # by a user's layout or packing, whose author needs the traceback
             yield WorkerError(str(error))
 
 

@@ -1,8 +1,11 @@
 """One of several processes writes, progress is shown on a terminal only, and a user's mistake is one line."""
 
+import types
+
 import pytest
 
-from symbiotic_titan.process import Counter, exit_status, is_first_process
+from symbiotic_titan.process import Counter, exit_status, is_first_process, raised_by_us
+from symbiotic_titan.registry import Registry
 
 
 @pytest.mark.parametrize(("rank", "is_first"), [(None, True), ("0", True), ("3", False)])
@@ -46,3 +49,23 @@ def test_a_command_ends_with_one_line_and_a_status(capsys, error, status, line):
 def test_an_error_of_ours_keeps_its_traceback():
     with pytest.raises(TypeError):
         exit_status(lambda: len(3))
+
+
+def raised_in(module):
+    """A ValueError that a function of ``module`` raises."""
+    namespace = types.ModuleType(module).__dict__
+    exec("def part():\n    raise ValueError('boom')", namespace)
+    with pytest.raises(ValueError) as caught:
+        namespace["part"]()
+    return caught.value
+
+
+def test_an_error_of_this_package_is_ours():
+    with pytest.raises(ValueError) as caught:
+        Registry("section.key")["absent"]
+    assert raised_by_us(caught.value)
+
+
+@pytest.mark.parametrize("module", ["my_parts", "symbiotic_titan_extras", "torch.utils"])
+def test_an_error_of_a_foreign_module_keeps_its_traceback(module):
+    assert not raised_by_us(raised_in(module))
