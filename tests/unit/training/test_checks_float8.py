@@ -165,8 +165,10 @@ def test_converters_and_their_sections_must_fit(overrides, message):
 
 
 def test_a_converter_that_the_user_registered_is_known(monkeypatch):
-    registry = float8.upstream._registry_model_converter_cls
-    monkeypatch.setitem(registry, "mine", object)
     config = JobConfig()
     config.model.converters = ["mine"]
+    with pytest.raises(ValueError, match="model.converters: unknown converter 'mine'"):
+        check_converters(config)
+    registry = float8.upstream._registry_model_converter_cls
+    monkeypatch.setitem(registry, "mine", object)
     check_converters(config)
