@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import Any
 
-from symbiotic_titan.data.streams import PipelineSpec
+from symbiotic_titan.data.stream_state import PipelineSpec
 
 # Settings of [data] that affect the documents made of a sample.
 DOCUMENT_KEYS = (

@@ -21,19 +21,17 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.components.dataloader import BaseDataLoader
 
 from symbiotic_titan.data.fingerprint import check_fingerprint, fingerprint_of
-from symbiotic_titan.data.streams import (
-    OpenSource,
+from symbiotic_titan.data.stream_state import (
     PipelineSpec,
-    Stream,
     StreamState,
     check_skipped,
     count_reasons,
     ended_sources,
     new_state,
     num_skipped,
-    open_mixture,
     resumed,
 )
+from symbiotic_titan.data.streams import OpenSource, Stream, open_mixture
 from symbiotic_titan.process import raised_by_us
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 

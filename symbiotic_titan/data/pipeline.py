@@ -16,7 +16,7 @@ from symbiotic_titan.data.packing import SequenceSize
 from symbiotic_titan.data.readers import check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
 from symbiotic_titan.data.sequence_builder import SequenceBuilder
-from symbiotic_titan.data.streams import PipelineSpec
+from symbiotic_titan.data.stream_state import PipelineSpec
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.positions import RotaryLayout

@@ -18,63 +18,16 @@ holds no tokens or pixels, whatever the look-ahead.
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
 
-from symbiotic_titan.config.data import PACKINGS, Data, DataSource
+from symbiotic_titan.config.data import PACKINGS
 from symbiotic_titan.data.documents import Document
-from symbiotic_titan.data.formats.shard import REASONS, BadSample, Sample, Shard
+from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.order import SourceOrder
-from symbiotic_titan.data.packing import Packing, SequenceSize, check_choice
+from symbiotic_titan.data.packing import Packing, check_choice
 from symbiotic_titan.data.readers import Reader
-from symbiotic_titan.data.sequence_builder import SequenceBuilder
+from symbiotic_titan.data.stream_state import PipelineSpec, StreamState, check_skipped
 from symbiotic_titan.sequence.batch import PackedBatch
-
-
-class MakesDocuments(Protocol):
-    """What a stream needs of ``samples.DocumentMaker``."""
-
-    def make(self, source: DataSource, sample: Sample, index: int) -> list[Document]:
-        """The documents of the sample at ``index`` in the source's endless sequence; raises BadSample."""
-
-
-@dataclass(frozen=True)
-class PipelineSpec:
-    """Everything, except its number, that determines a stream's sequences. Plain data: worker processes get a copy."""
-
-    config: Data
-    sources: list[DataSource]
-    shards: list[list[Shard]]
-    num_streams: int
-    tokenizer: str
-    size: SequenceSize
-    maker: MakesDocuments
-    builder: SequenceBuilder
-
-
-class StreamState(TypedDict):
-    """A stream's state between two sequences, JSON-able. Checkpoints contain its keys. Lists have one entry per source.
-
-    rows:      sequences made so far.
-    scheduled: good samples so far, which the mixture counts.
-    read:      samples read so far, skipped ones included.
-    skipped:   samples skipped so far, by reason. (States of older versions lack this and the next four.)
-    in_a_row:  samples skipped since the last good one.
-    truncated: samples cut to fit.
-    tokens:    tokens of the good samples.
-    ended:     the source whose end the stream has reached, else -1. Once no document waits, all further sequences are empty.
-    waiting:   (source, index in its endless sequence, part) of each waiting document.
-    """
-
-    rows: int
-    scheduled: list[int]
-    read: list[int]
-    skipped: list[dict[str, int]]
-    in_a_row: list[int]
-    truncated: list[int]
-    tokens: list[int]
-    ended: int
-    waiting: list[tuple[int, int, int]]
 
 
 class OpenSource:
@@ -239,79 +192,7 @@ def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -
     return [Waiting(s, i, part, samples[s, i][part]) for s, i, part in places]
 
 
-def new_state(spec: PipelineSpec) -> StreamState:
-    """State of a stream before its first sequence."""
-    zeros = [0] * len(spec.sources)
-    return {
-        "rows": 0,
-        "scheduled": zeros,
-        "read": zeros,
-        "skipped": [{} for _ in zeros],
-        "in_a_row": zeros,
-        "truncated": zeros,
-        "tokens": zeros,
-        "ended": -1,
-        "waiting": [],
-    }
-
-
-def resumed(spec: PipelineSpec, saved: dict[str, Any]) -> StreamState:
-    """``saved``, with zeros for keys that older versions lacked. A stream that ended goes on if its source now repeats."""
-    state: StreamState = new_state(spec) | saved  # type: ignore[assignment, operator]
-    if state["ended"] >= 0 and spec.sources[state["ended"]].at_end_of(spec.config) == "repeat":
-        state["ended"] = -1
-    return state
-
-
-def ended_sources(spec: PipelineSpec, states: list[StreamState]) -> list[str]:
-    """Names of the sources whose end the streams have reached; empty while any stream has a document left."""
-    if any(state["ended"] < 0 or state["waiting"] for state in states):
-        return []
-    return [spec.sources[number].name for number in sorted({s["ended"] for s in states})]
-
-
 def open_mixture(spec: PipelineSpec) -> Mixture:
     """The mixture of all streams. It is stateless, so sharing it does not couple them."""
     weights = [source.weight for source in spec.sources]
     return Mixture(weights, spec.num_streams, spec.config.mixture_by)
-
-
-def num_skipped(spec: PipelineSpec, states: list[StreamState]) -> list[int]:
-    """Bad samples skipped so far, per source: read - scheduled, without samples that ``too_long = "skip"`` passes over."""
-    return [
-        sum(
-            state["read"][number]
-            - state["scheduled"][number]
-            - (state["skipped"][number].get("too_long", 0) if passes_over else 0)
-            for state in states
-        )
-        for number, passes_over in enumerate(
-            source.too_long_of(spec.config) == "skip" for source in spec.sources
-        )
-    ]
-
-
-def count_reasons(states: list[StreamState]) -> dict[str, int]:
-    """Skipped samples by reason, and ``truncated`` samples, over all sources; 0 for a reason that did not occur."""
-    counts = dict.fromkeys((*REASONS, "truncated"), 0)
-    for state in states:
-        for reasons in state["skipped"]:
-            for reason, count in reasons.items():
-                counts[reason] += count
-        counts["truncated"] += sum(state["truncated"])
-    return counts
-
-
-def check_skipped(spec: PipelineSpec, states: list[StreamState], last: str = "") -> None:
-    """Raise ValueError if the streams of ``states`` have together skipped more than data.max_bad_samples."""
-    counts, limit = num_skipped(spec, states), spec.config.max_bad_samples
-    if sum(counts) > limit:
-        named = ", ".join(
-            f"{source.name}: {count}"
-            for source, count in zip(spec.sources, counts, strict=True)
-            if count
-        )
-        raise ValueError(
-            f"skipped {sum(counts)} bad samples ({named}), more than data.max_bad_samples = {limit}"
-            f"{last}; repair the shards or raise the limit"
-        )

@@ -62,13 +62,8 @@ from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.data.readers import Reader
 from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.sequence_builder import SequenceBuilder
-from symbiotic_titan.data.streams import (
-    OpenSource,
-    PipelineSpec,
-    Stream,
-    new_state,
-    open_mixture,
-)
+from symbiotic_titan.data.stream_state import PipelineSpec, new_state
+from symbiotic_titan.data.streams import OpenSource, Stream, open_mixture
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.tasks import IMAGE_EXTENSIONS

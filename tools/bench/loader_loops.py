@@ -14,7 +14,7 @@ import numpy as np
 from packing import mixed_indices
 from PIL import Image
 
-from symbiotic_titan.data.streams import PipelineSpec
+from symbiotic_titan.data.stream_state import PipelineSpec
 from symbiotic_titan.sequence.tasks import IMAGE_EXTENSIONS
 
 Sample = dict[str, Any]

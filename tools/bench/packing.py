@@ -51,11 +51,8 @@ from symbiotic_titan.data.packing import (
     SequenceSize,
 )
 from symbiotic_titan.data.sequence_builder import SequenceBuilder
-from symbiotic_titan.data.streams import (
-    OpenSource,
-    PipelineSpec,
-    open_mixture,
-)
+from symbiotic_titan.data.stream_state import PipelineSpec
+from symbiotic_titan.data.streams import OpenSource, open_mixture
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.tasks import task_number

@@ -18,11 +18,8 @@ from symbiotic_titan.data.statistics import (
     tables_of,
     token_table,
 )
-from symbiotic_titan.data.streams import (
-    OpenSource,
-    Stream,
-    new_state,
-)
+from symbiotic_titan.data.stream_state import new_state
+from symbiotic_titan.data.streams import OpenSource, Stream
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, PADDING
 
 
