@@ -64,14 +64,6 @@ CASES = {
         {0: captioned("red", "a red square"), 1: captioned("blue", "a blue square")},
         num_rows=data.ROWS - 1,
     ),
-    "Infinity-Instruct": Case(
-        pairs.infinity_instruct,
-        'task = "lm"\nformat = "parquet"\npath = "FOLDER/7M/*.parquet"',
-        {
-            0: "<user>What is 0?<assistant>[It is red.<eos>]",
-            1: "<user>What is 1?<assistant>[It is green.<eos>]",
-        },
-    ),
     "Tulu": Case(
         pairs.tulu,
         'task = "lm"\nformat = "parquet"\npath = "FOLDER/data/*.parquet"',
