@@ -10,6 +10,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -59,6 +60,7 @@ def index_source(
     # The shards are sorted below, so the order affects nothing else.
     order = random.Random().sample(paths, len(paths)) if cache_folder else paths
     found: dict[str, list[Shard]] = {}
+    warnings: dict[str, str] = {}
     for path in _logged(order, where):
         file, indexed = _index_file(source, path, cache_folder, where)
         if indexed.damage and not tolerant:
@@ -69,7 +71,17 @@ def index_source(
         if not shards:
             raise ValueError(f"{where}: {path} is empty; remove the file, or write samples into it")
         found[path] = shards
+        if indexed.warning:
+            warnings[path] = indexed.warning
+    _warn([f"{path} {warnings[path]}" for path in paths if path in warnings], where)
     return [shard for path in paths for shard in found[path]]
+
+
+def _warn(warnings: list[str], where: str) -> None:
+    """One line for the source, which may have thousands of files."""
+    if warnings:
+        others = f"; so it is with {len(warnings) - 1} more files" if len(warnings) > 1 else ""
+        logging.getLogger(__name__).warning(f"{where}: {warnings[0]}{others}")
 
 
 def _logged(paths: list[str], where: str) -> Iterator[str]:
@@ -94,7 +106,7 @@ def _index_file(
         indexed = cached_index(index, file, source.format, file_format.cached_shard, cache_folder)
     else:
         indexed = index()
-    return file, Indexed(indexed.shards, damage or indexed.damage)
+    return file, replace(indexed, damage=damage or indexed.damage)
 
 
 def check_names(source: DataSource, shards: list[Shard], where: str) -> None:

@@ -21,7 +21,7 @@ from symbiotic_titan.config.files import replacing
 from symbiotic_titan.data.formats.shard import File, FilePart, Indexed
 
 # Part of the file names: increment it with every change to the contents.
-VERSION = 1
+VERSION = 2
 DIGEST_BYTES = 32
 
 
@@ -76,7 +76,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _packed(indexed: Indexed) -> bytes:
     assert len(indexed.shards) <= 1
-    values: dict[str, Any] = {"damage": indexed.damage, "class": ""}
+    values: dict[str, Any] = {"damage": indexed.damage, "warning": indexed.warning, "class": ""}
     for shard in indexed.shards:
         values["class"] = type(shard).__name__
         values |= {f.name: getattr(shard, f.name) for f in _fields_of(type(shard))}
@@ -85,14 +85,15 @@ def _packed(indexed: Indexed) -> bytes:
 
 def _unpacked(content: bytes, file: File, shard: type[FilePart]) -> Indexed:
     arrays = load(content)
+    rest = _from_json(arrays["damage"]), _from_json(arrays["warning"])
     if not _from_json(arrays["class"]):
-        return Indexed([], _from_json(arrays["damage"]))
+        return Indexed([], *rest)
     types = get_type_hints(shard)
     values = {
         f.name: arrays[f.name] if types[f.name] is np.ndarray else _from_json(arrays[f.name])
         for f in _fields_of(shard)
     }
-    return Indexed([shard(file, **values)], _from_json(arrays["damage"]))  # type: ignore[list-item]
+    return Indexed([shard(file, **values)], *rest)  # type: ignore[list-item]
 
 
 def _fields_of(shard: type) -> list[Field]:

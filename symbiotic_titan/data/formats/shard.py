@@ -85,10 +85,16 @@ class FilePart:
 
 @dataclass(frozen=True)
 class Indexed:
-    """The shards of a file, and what is wrong with the rest of it ("" if nothing)."""
+    """What was found in a file.
+
+    shards:  its samples.
+    damage:  what is wrong with the rest of it; "" if nothing.
+    warning: what a user should know about the samples; "" if nothing. "FILE" and a space come before it in the log.
+    """
 
     shards: list[Shard]
     damage: str = ""
+    warning: str = ""
 
 
 class FileFormat:

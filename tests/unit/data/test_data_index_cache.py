@@ -60,9 +60,7 @@ def test_a_kept_index_gives_the_same_samples_and_is_not_made_again(files, monkey
         index_source(row, WHERE)
 
 
-def test_members_given_twice_and_blank_lines_keep_their_meaning(files):
-    tar = content(index_source(source(files / "0.tar"), WHERE))
-    assert tar[0][1:] == ("a/0", {"txt": b"again", "json": b"{}"})
+def test_blank_lines_keep_their_meaning(files):
     lines = content(index_source(source(files / "l.jsonl", "jsonl"), WHERE))
     assert [(key, json.loads(m["json"])["text"]) for _, key, m in lines] == [
         ("line 1", "a"), ("line 4", "b"), ("line 5", "c"),
@@ -160,7 +158,8 @@ def test_a_long_index_reports_its_progress(files, monkeypatch, caplog):
     monkeypatch.setattr(readers, "LOG_SECONDS", -1)
     with caplog.at_level("INFO", logger=readers.__name__):
         index_source(source(files / "*.tar"), WHERE)
-    assert [r.message for r in caplog.records][-1] == f"{WHERE}: indexed 4 of 5 files"
+    reports = [r.message for r in caplog.records if r.levelname == "INFO"]
+    assert reports[-1] == f"{WHERE}: indexed 4 of 5 files"
 
 
 def test_an_index_is_arrays_of_a_few_bytes_per_sample(tmp_path):
