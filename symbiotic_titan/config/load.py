@@ -10,19 +10,16 @@ from typing import Any, get_type_hints
 from torchtitan.config import ConfigManager
 
 from symbiotic_titan.config import extends
+from symbiotic_titan.config.command_line import (
+    check_options,
+    last_of_each,
+    option_of,
+    told_in_one_line,
+)
 from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig, job_config_class
-from symbiotic_titan.config.rows import check_value, unknown_key_message
+from symbiotic_titan.config.rows import CONFIG_FILE, check_value, unknown_key_message
 from symbiotic_titan.registry import offer_choices, registry_of
-
-
-def option_of(args: list[str], name: str) -> str | None:
-    """Value of the option ``--<name>`` (``section.key``) among ``args``, spelt with underscores or hyphens."""
-    for i, arg in enumerate(args):
-        key, _, value = arg.partition("=")
-        if key.replace("-", "_") == f"__{name}":
-            return value or (args[i + 1] if i + 1 < len(args) else None)
-    return None
 
 
 def check_table(cls: type, table: Any, where: str = "") -> None:
@@ -41,7 +38,7 @@ def check_table(cls: type, table: Any, where: str = "") -> None:
                 f"{where}.{key}: a whole file extends others, not a section; put it above the first [section]"
             )
         if key not in known:
-            raise ValueError(unknown_key_message(where or "config file", key, list(known)))
+            raise ValueError(unknown_key_message(where or CONFIG_FILE, key, list(known)))
         name = f"{where}.{key}" if where else key
         registry = registry_of(known[key])
         if is_dataclass(hints[key]):
@@ -67,20 +64,6 @@ def check_layers(layers: list[extends.Layer], cls: type[JobConfig], *, only_ours
             raise ValueError(f"{layer.path}: {error}" if len(layers) > 1 else str(error)) from None
 
 
-def check_choices(args: list[str], cls: type[JobConfig]) -> None:
-    """Refuse unregistered names on the command line with the same message as in files, which says more than the parser's.
-
-    Raises:
-        ValueError: names the key, the value and the choices.
-    """
-    for section, section_class in get_type_hints(cls).items():
-        for f in fields(section_class) if is_dataclass(section_class) else ():
-            registry, key = registry_of(f), f"{section}.{f.name}"
-            value = option_of(args, key)
-            if registry is not None and value is not None and (value, f.default) != ("None", None):
-                registry.check(key, value)
-
-
 class MergedConfigManager(ConfigManager):
     """torchtitan's manager over a table that has been merged already: upstream does not know ``extends``."""
 
@@ -90,6 +73,12 @@ class MergedConfigManager(ConfigManager):
 
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any]:
         return self._table
+
+    def _maybe_add_custom_config(self, args: list[str], toml_values: dict[str, Any] | None) -> type:
+        cls = super()._maybe_add_custom_config(args, toml_values)
+        if not {"-h", "--help"} & set(args):
+            check_options(args, cls)
+        return cls
 
 
 def load_job_config(args: list[str]) -> JobConfig:
@@ -101,6 +90,7 @@ def load_job_config(args: list[str]) -> JobConfig:
     Raises:
         ValueError: a bad file, key, type or value; the message names it.
     """
+    args = last_of_each(args)
     path = option_of(args, "job.config_file")
     layers = extends.read_layers(path) if path is not None else []
     table = extends.merged_table(layers)
@@ -109,9 +99,10 @@ def load_job_config(args: list[str]) -> JobConfig:
         import_extension(extension)  # first: the config may choose what it registers
     cls = job_config_class()
     offer_choices(cls)
-    check_choices(args, cls)
     check_layers(layers, cls, only_ours=bool(_chosen(args, table, "job.custom_config_module")))
-    return MergedConfigManager(cls, table).parse_args(args)  # type: ignore[return-value]
+    manager = MergedConfigManager(cls, table)
+    with told_in_one_line():
+        return manager.parse_args(args)  # type: ignore[return-value]
 
 
 def _chosen(args: list[str], table: dict[str, Any], name: str) -> str | None:

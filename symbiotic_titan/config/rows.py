@@ -11,11 +11,21 @@ from symbiotic_titan.registry import registry_of
 T = TypeVar("T")
 
 
+CONFIG_FILE, COMMAND_LINE = "config file", "command line"
+_OWN_SECTION = "; a section of your own comes from the module in job.custom_config_module"
+# Where a module of the user's may add keys, and which option names it.
+_FROM_OUTSIDE = {
+    "losses": "; a term of your own is known once experimental.custom_import names the module that registers it",
+    CONFIG_FILE: _OWN_SECTION,
+    COMMAND_LINE: _OWN_SECTION,
+}
+
+
 def unknown_key_message(where: str, key: str, known: list[str]) -> str:
     """Message for a key that the config class lacks, with the nearest one that it has."""
     near = get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"{where}: unknown key {key!r}; {hint}"
+    return f"{where}: unknown key {key!r}; {hint}{'' if near else _FROM_OUTSIDE.get(where, '')}"
 
 
 def _describe(annotation: Any) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.config.load import load_job_config, option_of
+from symbiotic_titan.config.load import load_job_config
 
 SOURCE = '[[data.sources]]\nname = "a"\ntask = "lm"\nformat = "jsonl"\npath = "x"\n'
 
@@ -38,12 +38,6 @@ def test_partition_and_groups_survive_the_command_line_parser(tmp_path):
     assert config.optimizer.param_groups[0].lr == 0.1
 
 
-def test_config_file_is_found_in_both_spellings():
-    assert option_of(["--x", "1", "--job.config_file", "a.toml"], "job.config_file") == "a.toml"
-    assert option_of(["--job.config-file=b.toml"], "job.config_file") == "b.toml"
-    assert option_of(["--x"], "job.config_file") is None
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -68,6 +62,15 @@ def test_config_file_is_found_in_both_spellings():
         (
             '[experts.partition.a]\nmodalities = "text"\nnum_experts = 1',
             "experts.partition.a.modalities: must be a list, each item a string, got 'text'",
+        ),
+        (
+            "[losses]\nz = 1.0",
+            "losses: unknown key 'z'; known keys: balance, balance_scope, flow, text; a term of your own is known once "
+            "experimental.custom_import names the module that registers it",
+        ),
+        (
+            "[mine]\nx = 1",
+            "; a section of your own comes from the module in job.custom_config_module",
         ),
         ("x = = 1", "is not valid TOML"),
         ("job = 5", "job: must be a table [job], got 5"),

@@ -83,7 +83,7 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
         ("--training.local_batch_size 0", "training.local_batch_size: must be at least 1, got 0"),
         ("--training.steps 0", "training.steps: must be at least 1, got 0"),
         ("--training.dataset c4", "training.dataset = 'c4' is not supported"),
-        ("--training.max_norm nan", "training.max_norm: must be positive, got nan"),
+        ("--training.max_norm nan", "training.max_norm: must be a finite number, got nan"),
         ("--flow.mean inf", "flow.mean: must be a finite number, got inf"),
         ("--metrics.log_freq 0", "metrics.log_freq: must be at least 1, got 0"),
         ("--lr_scheduler.warmup_steps -3", "lr_scheduler.warmup_steps: must be zero or positive"),
