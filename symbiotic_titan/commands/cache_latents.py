@@ -74,12 +74,13 @@ def run(config: JobConfig, out: Path, rank: int, num_ranks: int, where: torch.de
     codec = build_codec(latents, where)
     for table, number, source in sources_of(config):
         folder = folder_of(out, table, source)
-        shards = indexed(config.data, source, f"{table} #{number} ({source.name})")
+        shards, listed = indexed(config.data, source, f"{table} #{number} ({source.name})")
         own = [shard.num_samples for shard in shards[rank::num_ranks]]
         counter = SampleCounter(source.name, sum(own))
         writer = CacheWriter(
             config=config.data,
             source=source,
+            listed=listed,
             targets=TargetImages(config.data, latents, geometry, [source]),
             codec=codec,
             dtype=getattr(torch, latents.dtype),

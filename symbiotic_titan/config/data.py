@@ -69,6 +69,10 @@ class DataSource:
     too_long: TooLong | None = None
     """Like ``data.too_long``, which holds where this is not given."""
 
+    skip_list: str = ""
+    """Samples to pass over: the file ``bad_samples.jsonl`` that ``symbiotic check-data`` writes. They do not count as bad, also with
+    ``bad_samples = "raise"``; the order of the others stays the same. May change on a resumed run."""
+
     def at_end_of(self, data: "Data") -> str:
         return self.at_end or data.at_end
 

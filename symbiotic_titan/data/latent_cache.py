@@ -63,6 +63,10 @@ class CachedShard:
     num_bytes: int
     num_samples: int
 
+    @property
+    def path(self) -> str:
+        return self.source
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -139,6 +143,14 @@ def cached_sources(
             source = replace(source, format="webdataset", path=path, keys={})
         as_read.append((number, source))
     return as_read
+
+
+def encoded_shards(latents: Latents, table: str, source: DataSource) -> tuple[CachedShard, ...]:
+    """What the shards in the cache were made of, in their order, where ``source``, a row of ``table``, is read from it; else none."""
+    if not latents.cache or not TASKS[source.task].is_cacheable:
+        return ()
+    manifest = read_manifest(folder_of(latents.cache, table, source))
+    return manifest.shards if manifest else ()
 
 
 def _check(folder: Path, encoding: Encoding, source: DataSource, where: str) -> None:

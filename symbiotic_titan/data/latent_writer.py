@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from symbiotic_titan.codecs.codec import Codec
@@ -27,6 +28,7 @@ from symbiotic_titan.data.latent_cache import MANIFEST, Encoding, Manifest, read
 from symbiotic_titan.data.latents import TargetImages, cached_bytes, to_pixels
 from symbiotic_titan.data.readers import Reader
 from symbiotic_titan.data.samples import image_of
+from symbiotic_titan.data.skip_list import first_numbers, is_listed
 from symbiotic_titan.sequence.tasks import TASKS
 
 # Samples whose images are in memory together; those of one size are encoded together.
@@ -37,11 +39,13 @@ SAMPLES_AT_ONCE = 64
 class CacheWriter:
     """Encodes samples of a source, whose bad ones are treated as ``config`` says.
 
+    listed: samples that the source's ``skip_list`` names: they get no latents.
     dtype: what latents are stored in.   advance: called with the number of samples done and the number of bad ones among them.
     """
 
     config: Data
     source: DataSource
+    listed: np.ndarray
     targets: TargetImages
     codec: Codec
     dtype: torch.dtype
@@ -58,17 +62,23 @@ class CacheWriter:
         manifest = Manifest.of(encoding, shards)
         _put_manifest(folder, manifest, rank)
         missing = set(manifest.missing(folder))
-        reader = Reader(shards)
+        reader, first = Reader(shards), first_numbers(shards)
         for number in range(rank, len(shards), num_ranks):
             cached = manifest.shards[number]
             if cached.file in missing:
-                samples = self._samples(reader, number, cached.num_samples)
+                samples = self._samples(reader, number, cached.num_samples, int(first[number]))
                 _write_tar(folder / cached.file, self._members(samples))
             else:
                 self.advance(cached.num_samples, 0)
 
-    def _samples(self, reader: Reader, shard: int, count: int) -> Iterator[Sample | BadSample]:
+    def _samples(
+        self, reader: Reader, shard: int, count: int, first: int
+    ) -> Iterator[Sample | BadSample]:
+        """first: number of the shard's first sample among those of all shards."""
         for number in range(count):
+            if is_listed(self.listed, first + number):
+                yield BadSample("listed", f"it is in {self.source.skip_list}")
+                continue
             try:
                 yield reader.read(shard, number)
             except BadSample as error:

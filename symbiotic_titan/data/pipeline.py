@@ -1,21 +1,24 @@
 """From config to loader: index the shards, compute the sizes, reject what cannot work. Runs once per process, before training."""
 
 import logging
+from collections.abc import Sequence
 from math import ceil
 
+import numpy as np
 import torch
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.data.images import aspect_buckets
-from symbiotic_titan.data.latent_cache import cached_sources
+from symbiotic_titan.data.latent_cache import cached_sources, encoded_shards
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.loader import Gather, PackedLoader
 from symbiotic_titan.data.packing import SequenceSize
 from symbiotic_titan.data.readers import check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
 from symbiotic_titan.data.sequence_builder import SequenceBuilder
+from symbiotic_titan.data.skip_list import Stored, check_damage, read_skip_list
 from symbiotic_titan.data.stream_state import PipelineSpec
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
@@ -142,10 +145,15 @@ def build_spec(
             )
     images = TargetImages(config, latents, geometry, sources)
     rows = cached_sources(rows, config, latents, geometry, table)
+    found = [
+        indexed(config, s, f"{table} #{i} ({s.name})", encoded_shards(latents, table, s))
+        for i, s in rows
+    ]
     return PipelineSpec(
         config=config,
         sources=[source for _, source in rows],
-        shards=[indexed(config, s, f"{table} #{i} ({s.name})") for i, s in rows],
+        shards=[shards for shards, _ in found],
+        listed=[listed for _, listed in found],
         # One stream per row of the global batch: each batch then takes one row of every stream on any number of ranks.
         num_streams=config.num_lanes or global_batch_size,
         tokenizer=tokenizer.fingerprint,
@@ -155,13 +163,22 @@ def build_spec(
     )
 
 
-def indexed(config: Data, source: DataSource, where: str) -> list[Shard]:
-    """The shards of ``source``, checked for the fields that its task needs."""
+def indexed(
+    config: Data, source: DataSource, where: str, encoded: Sequence[Stored] = ()
+) -> tuple[list[Shard], np.ndarray]:
+    """The shards of ``source``, checked for the fields that its task needs, and the samples that its ``skip_list`` names.
+
+    encoded: where ``source`` is a cache of latents, the shards that it was made of, which the list names.
+    """
+    skips = source.bad_samples_of(config) == "skip"
     # A damaged end of a file is then one more bad sample, instead of an error before training.
-    tolerant = source.bad_samples_of(config) == "skip"
+    tolerant = skips or bool(source.skip_list)
     shards = index_source(source, where, cache_folder=config.cache_folder, tolerant=tolerant)
     check_names(source, shards, where)
-    return shards
+    listed = read_skip_list(source, encoded or shards, where)
+    if source.skip_list and not skips:
+        check_damage(shards, listed, where)
+    return shards, listed
 
 
 def sequence_size(config: Data, seq_len: int, geometry: ImageGeometry) -> SequenceSize:

@@ -18,8 +18,7 @@ from symbiotic_titan.data.fields import Fields, schema_of
 from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.loader import PackedLoader
-from symbiotic_titan.data.order import SourceOrder
-from symbiotic_titan.data.readers import Reader
+from symbiotic_titan.data.streams import OpenSource
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, MODALITY_NAMES, PADDING
@@ -125,14 +124,14 @@ def image_uses(loader: PackedLoader, geometry: ImageGeometry) -> Iterator[ImageU
     spec = loader.spec
     streams = json.loads(loader.state_dict()["state"])["lanes"]
     for number, source in enumerate(spec.sources):
-        reader = Reader(spec.shards[number])
-        sizes = [shard.num_samples for shard in spec.shards[number]]
-        order = SourceOrder(spec.config.seed, source.name, sizes)
+        opened = OpenSource(spec, number)
         for stream, state in streams.items():
             for count in range(state["read"][number]):
                 index = count * spec.num_streams + int(stream)
+                if opened.is_listed(index):
+                    continue
                 try:
-                    sample = reader.read(*order.locate(index))
+                    sample = opened.sample(index)
                     documents = spec.maker.make(source, sample, index)
                 except BadSample:
                     continue

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
+import numpy as np
+
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.formats.shard import REASONS, Sample, Shard
@@ -19,11 +21,15 @@ class MakesDocuments(Protocol):
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """Everything, except its number, that determines a stream's sequences. Plain data: worker processes get a copy."""
+    """Everything, except its number, that determines a stream's sequences. Plain data: worker processes get a copy.
+
+    listed: of each source, the samples that its ``skip_list`` names: see ``skip_list.read_skip_list``.
+    """
 
     config: Data
     sources: list[DataSource]
     shards: list[list[Shard]]
+    listed: list[np.ndarray]
     num_streams: int
     tokenizer: str
     size: SequenceSize
@@ -88,11 +94,12 @@ def ended_sources(spec: PipelineSpec, states: list[StreamState]) -> list[str]:
 
 
 def num_skipped(spec: PipelineSpec, states: list[StreamState]) -> list[int]:
-    """Bad samples skipped so far, per source: read - scheduled, without samples that ``too_long = "skip"`` passes over."""
+    """Bad samples skipped so far, per source: read - scheduled, without those that ``skip_list`` or ``too_long = "skip"`` passes over."""
     return [
         sum(
             state["read"][number]
             - state["scheduled"][number]
+            - state["skipped"][number].get("listed", 0)
             - (state["skipped"][number].get("too_long", 0) if passes_over else 0)
             for state in states
         )

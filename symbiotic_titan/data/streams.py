@@ -21,11 +21,12 @@ from dataclasses import dataclass
 
 from symbiotic_titan.config.data import PACKINGS
 from symbiotic_titan.data.documents import Document
-from symbiotic_titan.data.formats.shard import BadSample
+from symbiotic_titan.data.formats.shard import BadSample, Sample
 from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.packing import Packing, check_choice
 from symbiotic_titan.data.readers import Reader
+from symbiotic_titan.data.skip_list import first_numbers, is_listed
 from symbiotic_titan.data.stream_state import PipelineSpec, StreamState, check_skipped
 from symbiotic_titan.sequence.batch import PackedBatch
 
@@ -39,15 +40,28 @@ class OpenSource:
         sizes = [shard.num_samples for shard in spec.shards[number]]
         self._order = SourceOrder(spec.config.seed, self.config.name, sizes)
         self._reader = Reader(spec.shards[number])
+        self._listed = spec.listed[number]
+        self._first_numbers = first_numbers(spec.shards[number])
         self._stops = self.config.at_end_of(spec.config) == "stop"
 
     def has(self, index: int) -> bool:
         """False if ``index`` is past the end of a source that stops the run."""
         return not self._stops or index < self._order.num_samples
 
+    def is_listed(self, index: int) -> bool:
+        """Whether the source's ``skip_list`` names the sample at ``index`` in the endless sequence."""
+        if not len(self._listed):
+            return False
+        shard, sample = self._order.locate(index)
+        return is_listed(self._listed, int(self._first_numbers[shard]) + sample)
+
     def documents(self, index: int) -> list[Document]:
         """The documents of the sample at ``index`` in the endless sequence; raises BadSample."""
-        return self._maker.make(self.config, self._reader.read(*self._order.locate(index)), index)
+        return self._maker.make(self.config, self.sample(index), index)
+
+    def sample(self, index: int) -> Sample:
+        """Raises BadSample."""
+        return self._reader.read(*self._order.locate(index))
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,9 @@ class Stream:
             self._ended = source
             return
         self._read[source] += 1  # also for a bad sample: a resume must not read it again
+        if self._sources[source].is_listed(index):
+            self._skipped[source]["listed"] = self._skipped[source].get("listed", 0) + 1
+            return
         try:
             documents = self._sources[source].documents(index)
         except BadSample as error:

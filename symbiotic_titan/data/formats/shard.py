@@ -151,6 +151,7 @@ REASONS = (
     "image_size",
     "conversation",
     "too_long",
+    "listed",  # in the source's skip_list
 )
 
 

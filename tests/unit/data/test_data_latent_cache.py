@@ -58,10 +58,11 @@ def write(out, config, latents, geometry, *, rank=0, num_ranks=1, kill_after=Non
     for source in config.sources:
         if source.task not in ("t2i", "t2i_long"):
             continue
-        shards = indexed(config, source, TABLE)
+        shards, listed = indexed(config, source, TABLE)
         writer = CacheWriter(
             config=config,
             source=source,
+            listed=listed,
             targets=TargetImages(config, latents, geometry, [source]),
             codec=build_codec(latents),
             dtype=getattr(torch, latents.dtype),
