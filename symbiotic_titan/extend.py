@@ -7,6 +7,8 @@ A module of yours registers them when it is imported, and ``experimental.custom_
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import getattr_static
 from typing import Any, TypeVar
 
 from symbiotic_titan.codecs.codec import Codec
@@ -42,16 +44,64 @@ from symbiotic_titan.sequence.tasks import Task as Task
 from symbiotic_titan.sequence.tasks import register_task as register_task
 
 T = TypeVar("T")
+
+
+def is_function(part: object) -> bool:
+    """Whether ``part`` can be called, and is no class."""
+    return callable(part) and not isinstance(part, type)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a registered part must be: in words, and whether it is."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+FUNCTION = Rule("a function", is_function)
+CALLABLE = Rule("a function or a class", callable)
+
+
+def subclass_of(base: type, *methods: str) -> Rule:
+    """A class below ``base`` that defines all ``methods``."""
+
+    def holds(part: Any) -> bool:
+        if not isinstance(part, type) or not issubclass(part, base):
+            return False
+        return all(getattr_static(part, n) is not getattr_static(base, n) for n in methods)
+
+    text = f"a subclass of {base.__module__}.{base.__name__}"
+    return Rule(f"{text} with {', '.join(methods)}" if methods else text, holds)
+
+
+def instance_of(kind: type) -> Rule:
+    """An object of the class ``kind``."""
+    return Rule(f"a {kind.__module__}.{kind.__name__}", lambda part: isinstance(part, kind))
+
+
 Format = TypeVar("Format", bound=type[FileFormat])
 
 
-def _into(registry: Registry[T], name: str) -> Callable[[T], T]:
-    return lambda part: registry.register(name, part)
+def _into(registry: Registry[T], name: str, rule: Rule = FUNCTION) -> Callable[[T], T]:
+    """Registers under ``name`` what follows ``rule``.
+
+    Raises:
+        ValueError: the name is none, which is the case for a decorator without parentheses; or the part breaks the rule.
+    """
+    registry.check_name(name)
+
+    def register(part: T) -> T:
+        if not rule.holds(part):
+            raise ValueError(f"{registry.key} = {name!r}: must be {rule.text}, got {part!r}")
+        return registry.register(name, part)
+
+    return register
 
 
 def register_architecture(model_type: str, architecture: Architecture) -> Architecture:
     """Releases whose config.json has this ``model_type`` are read and written by ``architecture``."""
-    return ARCHITECTURES.register(model_type, architecture)
+    return _into(ARCHITECTURES, model_type, instance_of(Architecture))(architecture)
 
 
 def register_partition_rule(name: str) -> Callable[[PartitionRule], PartitionRule]:
@@ -71,7 +121,7 @@ def register_router_score(name: str) -> Callable[[RouterScore], RouterScore]:
 
 def register_format(name: str) -> Callable[[Format], Format]:
     """Decorator: ``data.sources.format = name`` chooses this class to index files and to read samples from them."""
-    return _into(FORMATS, name)
+    return _into(FORMATS, name, subclass_of(FileFormat, "index"))
 
 
 def register_packing(name: str) -> Callable[[Packing], Packing]:
@@ -105,8 +155,13 @@ def register_loss_term(
     weight: the default. help: the sentence in --help. The function and ``count``: see ``config.losses.LossTerm``.
     """
 
+    check_term_name(name)
+
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        LOSS_TERMS.register(check_term_name(name), LossTerm(weight, help, function, count))
+        for part in (function, count):
+            if part is not None and not callable(part):
+                raise ValueError(f"losses.{name}: must be a function, got {part!r}")
+        LOSS_TERMS.register(name, LossTerm(weight, help, function, count))
         return function
 
     return register
@@ -114,7 +169,7 @@ def register_loss_term(
 
 def register_codec(name: str) -> Callable[[type[Codec]], type[Codec]]:
     """Decorator: ``latents.codec = name`` chooses this subclass of ``codecs.codec.Codec``."""
-    return _into(CODECS, name)
+    return _into(CODECS, name, subclass_of(Codec, "describe", "load"))
 
 
 def register_resize_rule(name: str) -> Callable[[ResizeRule], ResizeRule]:
@@ -124,14 +179,14 @@ def register_resize_rule(name: str) -> Callable[[ResizeRule], ResizeRule]:
 
 def register_tokenizer_kind(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: ``tokenizer.kind = name`` chooses this function, which gets [tokenizer] and returns a ``data.tokenizer.Tokenizer``."""
-    return _into(TOKENIZER_KINDS, name)
+    return _into(TOKENIZER_KINDS, name, CALLABLE)
 
 
 def register_token_family(name: str, family: TokenFamily) -> TokenFamily:
     """``tokenizer.family = name`` chooses these special tokens and turns, and so does ``auto`` where a file has all of their signs."""
-    return TOKEN_FAMILIES.register(name, family)
+    return _into(TOKEN_FAMILIES, name, instance_of(TokenFamily))(family)
 
 
 def register_optimizer_builder(name: str) -> Callable[[OptimizerBuilder], OptimizerBuilder]:
     """Decorator: ``optimizer.builder = name`` chooses this function to make the optimizer."""
-    return _into(OPTIMIZER_BUILDERS, name)
+    return _into(OPTIMIZER_BUILDERS, name, CALLABLE)

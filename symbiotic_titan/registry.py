@@ -45,10 +45,7 @@ class Registry(Generic[T]):
         Raises:
             ValueError: the name is empty, or another part has it.
         """
-        if not isinstance(name, str) or not name or name.split() != [name]:
-            raise ValueError(
-                f"{self.key}: the name of a part must be a text without spaces, got {name!r}"
-            )
+        self.check_name(name)
         if name not in self._parts:
             self._parts[name] = part
         elif self[name] is not part:
@@ -56,6 +53,19 @@ class Registry(Generic[T]):
                 f"{self.key}: {name!r} is already registered by {_origin(self[name])}; choose another name"
             )
         return part
+
+    def check_name(self, name: object) -> None:
+        """Pass if a part can have this name.
+
+        Raises:
+            ValueError: it is no text without spaces. A part in its place was meant to be decorated.
+        """
+        if isinstance(name, str) and name and name.split() == [name]:
+            return
+        hint = "; a decorator needs it in parentheses, as in @register_...('mine')"
+        raise ValueError(
+            f"{self.key}: the name of a part must be a text without spaces, got {name!r}{hint if callable(name) else ''}"
+        )
 
     def check(self, where: str, name: object) -> None:
         """Pass if ``name`` is registered; ``where`` is the key as the user wrote it.

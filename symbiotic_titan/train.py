@@ -15,6 +15,7 @@ from torchtitan.tools.logging import init_logger, logger
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.saved import check_extension
 from symbiotic_titan.process import raised_by_us
 from symbiotic_titan.training.checks import check_job
 from symbiotic_titan.training.train_spec import register
@@ -52,6 +53,7 @@ def run(args: list[str]) -> None:
     config = load_job_config(args)
     register()
     check_job(config)
+    check_extension(config)
     try:
         train(config)
     finally:

@@ -8,7 +8,7 @@ Examples:
 
 A checkpoint is its folder, .../step-N, or that of a run, whose newest complete one is taken. Its config is the one that the run kept;
 --config names another, once for all checkpoints or once for each. Options of a suite follow as --suite_name.option value, those of the
-config as --section.key value.
+config as --section.key value. A module in --experimental.custom_import is imported besides the run's own.
 
 The table is printed, and everything is written below --out, a folder per checkpoint: <suite>.json, and <suite>/ with images and
 answers. A suite that was finished with the same settings is not run again, and existing images are reused. With --compare one table
@@ -24,9 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from symbiotic_titan.config.command_line import option_of
+from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.files import write_json
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.load import import_parts_of, load_job_config
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.evaluation.ablation import NONE
@@ -69,6 +71,21 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_intermixed_args(others), sections
 
 
+def config_paths(given: Sequence[str], checkpoints: Sequence[Path]) -> Sequence[str]:
+    """The config files ``given``, or else those that the runs kept."""
+    return given or [str(saved_config(path)) for path in checkpoints]
+
+
+def import_parts(paths: Sequence[str], overrides: list[str]) -> None:
+    """Import the modules that the config files name, and the one of the command line besides: a run's own parts are still needed where
+    that brings a suite."""
+    for path in paths:
+        import_parts_of(path)
+    extension = option_of(overrides, "experimental.custom_import")
+    if extension:
+        import_extension(extension)
+
+
 def read_configs(
     given: Sequence[str], overrides: list[str], checkpoints: Sequence[Path]
 ) -> list[JobConfig]:
@@ -79,12 +96,13 @@ def read_configs(
     """
     if not checkpoints:
         raise ValueError("no checkpoint; name its folder, or that of a run")
-    paths = given or [str(saved_config(path)) for path in checkpoints]
+    paths = config_paths(given, checkpoints)
     count = len(checkpoints)
     if len(paths) not in (1, count):
         raise ValueError(
             f"--config: must be given once, or once for each of the {count} checkpoints, got {len(paths)}"
         )
+    import_parts(paths, overrides)
     configs = [load_job_config(["--job.config_file", path, *overrides]) for path in paths]
     return configs if len(configs) == count else [copy.deepcopy(configs[0]) for _ in range(count)]
 
@@ -103,7 +121,9 @@ def find_suites(names: Sequence[str]) -> list[Suite[Any]]:
     return suites
 
 
-def print_suites() -> None:
+def print_suites(options: argparse.Namespace, overrides: list[str]) -> None:
+    """All suites and their options, those of the modules that are named among them."""
+    import_parts(config_paths(options.config, options.checkpoints), overrides)
     for name in SUITES:
         suite = SUITES[name]
         try:
@@ -155,7 +175,7 @@ def run(options: argparse.Namespace, sections: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options, sections = parse(arguments)
     return exit_status(
-        print_suites if options.suites else lambda: run(options, sections),
+        lambda: print_suites(options, sections) if options.suites else run(options, sections),
         (OSError, ValueError, BadSample),
         "stopped; the same command goes on from here",
     )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -39,9 +40,9 @@ class Known:
 
 def split_options(args: Sequence[str]) -> list[Given]:
     """The options of a command line in their order, each with the words up to the next."""
-    starts = [i for i, word in enumerate(args) if word.startswith("--")]
-    given = [Given("", (), tuple(args[: starts[0] if starts else len(args)]))]
-    for start, end in zip(starts, [*starts[1:], len(args)], strict=True):
+    bounds = [*(i for i, word in enumerate(args) if word.startswith("--")), len(args)]
+    given = [Given("", (), tuple(args[: bounds[0]]))]
+    for start, end in pairwise(bounds):
         name, has_value, value = args[start].removeprefix("--").partition("=")
         values = (*((value,) if has_value else ()), *args[start + 1 : end])
         given.append(Given(name.replace("-", "_"), values, tuple(args[start:end])))

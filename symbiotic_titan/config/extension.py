@@ -7,6 +7,7 @@ custom_import = "docs.examples.cosine_shield"
 import importlib
 import os
 import sys
+from pathlib import PurePath
 
 
 def import_extension(name: str) -> None:
@@ -16,9 +17,15 @@ def import_extension(name: str) -> None:
     Any other error of the module's own code keeps its traceback, for the module's author.
 
     Raises:
-        ValueError: the name is not that of a module, there is no such module, it cannot be parsed, or an import of its fails.
+        ValueError: the name is not that of a module, there is no such module, it cannot be parsed, ends the program, or an import
+            of its fails.
     """
     where = f"experimental.custom_import = {name!r}"
+    if name.endswith(".py"):
+        module = ".".join(PurePath(name).with_suffix("").parts)
+        raise ValueError(
+            f"{where}: must be the name of a module, not of its file; write {module!r}"
+        )
     if not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(
             f"{where}: must be the name of a module, with dots as in 'docs.examples.cosine_shield'"
@@ -27,6 +34,11 @@ def import_extension(name: str) -> None:
         sys.path.insert(0, os.getcwd())  # a script's path begins with the script's own folder
     try:
         importlib.import_module(name)
+    except SystemExit as end:
+        raise ValueError(
+            f"{where}: importing it ends the program, with status {end.code!r}; put what is not to run on import below "
+            'if __name__ == "__main__"'
+        ) from None
     except SyntaxError as error:
         raise ValueError(f"{where}: {error}") from error
     except ImportError as error:

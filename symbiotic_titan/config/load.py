@@ -105,6 +105,17 @@ def load_job_config(args: list[str]) -> JobConfig:
         return manager.parse_args(args)  # type: ignore[return-value]
 
 
+def import_parts_of(path: str) -> None:
+    """Import the module that the config file ``path`` names, for a command that may be given another one besides.
+
+    Raises:
+        ValueError: the file is missing or no TOML, or the module cannot be imported.
+    """
+    own = _chosen([], extends.merged_table(extends.read_layers(path)), "experimental.custom_import")
+    if own:
+        import_extension(own)
+
+
 def _chosen(args: list[str], table: dict[str, Any], name: str) -> str | None:
     """The value of ``section.key`` on the command line, or else in the files, if it is a string."""
     section, _, key = name.partition(".")

@@ -5,13 +5,17 @@ The standard library reads TOML but does not write it; the writer here knows the
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torchtitan.tools.logging import logger
+
 from symbiotic_titan.config.files import replacing
 from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.load import check_table
 
 COMMENT_COLUMN = 44
 
@@ -116,4 +120,34 @@ def saved_config(path: Path) -> Path:
             return folder / NAME
     raise ValueError(
         f"--config: {path} is not in the folder of a run that kept its {NAME}; name the TOML file of its config"
+    )
+
+
+def check_extension(config: JobConfig) -> None:
+    """Pass if a run that is resumed still knows the parts from outside that its checkpoints were trained with. A loss term that is not
+    registered would be left out without a word, and a router's score or an optimizer be the built-in one.
+
+    Raises:
+        ValueError: the config that the run kept has a key or a name that only its extension registers.
+    """
+    kept = Path(config.job.dump_folder) / NAME
+    checkpoints = Path(config.job.dump_folder) / config.checkpoint.folder
+    if not config.checkpoint.enable or not kept.is_file() or not any(checkpoints.glob("step-*")):
+        return
+    table = tomllib.loads(kept.read_text(encoding="utf-8"))
+    before, now = (
+        table.get("experimental", {}).get("custom_import"),
+        config.experimental.custom_import,
+    )
+    if not before or before == now:
+        return
+    try:
+        check_table(type(config), table)
+    except ValueError as error:
+        raise ValueError(
+            f"experimental.custom_import: the checkpoints in {checkpoints} were trained with {before!r}, this run has "
+            f"{now or 'none'!r} ({error}); name that module again, or take what is not to go on out of {kept}"
+        ) from None
+    logger.warning(
+        f"experimental.custom_import: the checkpoints in {checkpoints} were trained with {before!r}, this run has {now or 'none'!r}"
     )

@@ -85,8 +85,18 @@ class Suite(Generic[Options]):
             )
 
 
+class SuiteRegistry(Registry[Suite[Any]]):
+    """Suites under their own names, by which their options and their files are named."""
+
+    def register(self, name: str, part: Suite[Any]) -> Suite[Any]:
+        if not isinstance(part, Suite) or part.name != name:
+            got = f"a suite named {part.name!r}" if isinstance(part, Suite) else repr(part)
+            raise ValueError(f"{self.key} {name}: must be a Suite of that name, got {got}")
+        return super().register(name, part)
+
+
 _OURS = "symbiotic_titan.evaluation.suites"
-SUITES: Registry[Suite[Any]] = Registry(
+SUITES = SuiteRegistry(
     "--suite",
     {
         "clip_score": f"{_OURS}.clip_score:CLIP_SCORE",

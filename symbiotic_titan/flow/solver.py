@@ -4,6 +4,7 @@ A velocity model is any function of (state, timestep). With N steps the error fa
 evaluates the velocity twice per step.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,27 @@ def heun_step(velocity: VelocityModel, x_t: torch.Tensor, t: float, t_next: floa
     return x_t + (t_next - t) * (start + end) / 2
 
 
+@functools.cache
+def check_solver(name: str) -> None:
+    """Try a step of the solver ``name`` on a velocity model that is known, before an image is generated with it.
+
+    Raises:
+        ValueError: it is not registered, or does not return the next state.
+    """
+    state = torch.linspace(-1, 1, 24).view(2, 3, 4)
+    result = SOLVERS[name](lambda x_t, t: x_t, state, 1.0, 0.5)
+    if isinstance(result, torch.Tensor) and result.shape == state.shape:
+        if result.dtype == state.dtype and bool(result.isfinite().all()):
+            return
+        got = f"{result.dtype}, {int((~result.isfinite()).sum())} of {result.numel()} values not finite"
+    else:
+        got = f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else repr(result)
+    raise ValueError(
+        f"{SOLVERS.key} = {name!r}: a step must return the next state, finite and of the state's shape and dtype (here "
+        f"{tuple(state.shape)}, {state.dtype}), got {got}"
+    )
+
+
 @dataclass(frozen=True)
 class SolverOptions:
     """How an image is generated.
@@ -49,7 +71,7 @@ class SolverOptions:
     guidance: float
 
     def __post_init__(self) -> None:
-        _ = SOLVERS[self.sampler]  # raises if the name is not registered
+        check_solver(self.sampler)
         rules = (
             ("steps", self.steps >= 1, "at least 1"),
             ("shift", 0 < self.shift < math.inf, "positive"),

@@ -20,6 +20,50 @@ group. Padding is allowed every expert; its scores are unused but must be finite
 """
 
 
+def check_score(name: str) -> None:
+    """Try the score function ``name`` on a few tokens, before a model is built with it.
+
+    Raises:
+        ValueError: it breaks the contract of ``RouterScore``; names the function and the rule.
+    """
+    logits_TE = torch.linspace(-8, 8, 12, requires_grad=True).view(3, 4).float()
+    allowed_TE = torch.tensor([[True, True, False, False], [False, False, True, True], [True] * 4])
+    result = ROUTER_SCORES[name](logits_TE, allowed_TE)
+    problem = _broken_rule(result, logits_TE, allowed_TE)
+    if problem is not None:
+        raise ValueError(
+            f"experts.score_function = {name!r}: {problem}; see RouterScore in symbiotic_titan/moe/router.py"
+        )
+
+
+def _broken_rule(result: object, logits_TE: Tensor, allowed_TE: Tensor) -> str | None:
+    """What is wrong with what a score function returned, or None."""
+    if not isinstance(result, tuple) or [type(part) for part in result] != [Tensor, Tensor]:
+        return f"must return two tensors, scores and probabilities, got {type(result).__name__}"
+    scores_TE, probabilities_TE = result
+    for what, value in (("scores", scores_TE), ("probabilities", probabilities_TE)):
+        if value.shape != logits_TE.shape or value.dtype != torch.float32:
+            return (
+                f"{what} must be float32 of the logits' shape, got {value.dtype} of shape {tuple(value.shape)} for "
+                f"{tuple(logits_TE.shape)}"
+            )
+        if not bool(value.isfinite().all()):
+            return f"{what} must be finite, also those of experts outside the token's group"
+    rules = (
+        ("scores must be positive inside the token's group", scores_TE[allowed_TE] > 0),
+        ("scores must be 0 outside the token's group", scores_TE[~allowed_TE] == 0),
+        ("probabilities must lie in [0, 1]", (probabilities_TE >= 0) & (probabilities_TE <= 1)),
+        (
+            "probabilities must sum to 1 over the token's group",
+            (probabilities_TE.sum(-1) - 1).abs() < 1e-4,
+        ),
+    )
+    broken = [rule for rule, holds in rules if not bool(holds.all())]
+    if not broken and not scores_TE.requires_grad:
+        broken = ["scores must be differentiable by the logits, or the router never learns"]
+    return broken[0] if broken else None
+
+
 @dataclass(frozen=True)
 class Routing:
     """The router's choice for every token.

@@ -139,7 +139,9 @@ TASKS: Registry[Task] = Registry("data.sources.task")
 
 
 def register_task(task: Task) -> Task:
-    """Append ``task`` to the table; raises ValueError if its name is taken."""
+    """Append ``task`` to the table; raises ValueError if it is no ``Task`` or its name is taken."""
+    if not isinstance(task, Task):
+        raise ValueError(f"{TASKS.key}: register_task takes a Task, got {task!r}")
     return TASKS.register(task.name, task)
 
 

@@ -19,6 +19,7 @@ from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
+from symbiotic_titan.moe.router import check_score
 from symbiotic_titan.optim.shield_schedule import check_schedule
 from symbiotic_titan.parallel.float8 import check_converters, check_float8
 from symbiotic_titan.sequence.geometry import ImageGeometry
@@ -307,6 +308,7 @@ def check_job(config: JobConfig) -> None:
     check_converters(config)
     args = FLAVORS[config.model.flavor]
     args.update_from_config(config)
+    check_score(args.moe_args.score_function)
     check_shielding(config, args)
     if config.sampling.enable:
         check_sampling(config, args.geometry)

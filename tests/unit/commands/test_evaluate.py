@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from symbiotic_titan.commands import evaluate
+from symbiotic_titan.config.experts import ROUTER_SCORES
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import SavedConfig
 from symbiotic_titan.demo import scores as demo_world
@@ -302,6 +304,28 @@ def test_a_suite_of_the_users_own_module_is_run(
     [result] = tmp_path.glob("*/lengths.json")
     score = json.loads(result.read_text())["scores"]["lengths/characters"]
     assert score["number"] == 3 and score["score"] >= 0
+
+
+def test_the_runs_own_module_and_that_of_the_command_line_both_hold(
+    run_folder, tmp_path, suites_as_before, monkeypatch, capsys
+):
+    monkeypatch.chdir(Path(CONFIG).parents[1])
+    for name in ("softplus_score", "lengths_suite"):
+        monkeypatch.delitem(sys.modules, f"docs.examples.{name}", raising=False)
+    shutil.copytree(run_folder, tmp_path / "run")
+    own = ["--experimental.custom_import", "docs.examples.softplus_score"]
+    settings = ["--job.dump_folder", str(tmp_path / "run"), "--experts.score_function", "softplus"]
+    with ROUTER_SCORES.temporarily():
+        SavedConfig(load_job_config(["--job.config_file", CONFIG, *own, *settings])).write()
+    monkeypatch.delitem(sys.modules, "docs.examples.softplus_score")
+    brought = ["--experimental.custom_import", "docs.examples.lengths_suite"]
+    with ROUTER_SCORES.temporarily():
+        assert evaluate.main(["--suites", *brought]) == 0
+        assert "--lengths.answers 4" in capsys.readouterr().out
+        options = ["--suite", "lengths", "--lengths.answers", "1", "--out", str(tmp_path / "out")]
+        assert evaluate.main([str(tmp_path / "run"), *options, *brought]) == 0
+        assert "softplus" in ROUTER_SCORES
+    assert list(tmp_path.glob("out/*/lengths.json"))
 
 
 def test_a_run_that_is_stopped_says_that_it_can_go_on(run_folder, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ def test_an_option_is_found_in_every_spelling_and_the_last_one_holds():
     assert option_of(twice, "job.config_file") == "b.toml"
     assert last_of_each(twice) == twice[1:]
     assert option_of(["--x"], "job.config_file") is None
+    assert option_of([], "job.config_file") is None
 
 
 def test_of_an_option_given_twice_the_last_holds_for_every_reader(tmp_path, monkeypatch):

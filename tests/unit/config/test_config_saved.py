@@ -1,12 +1,15 @@
 """What a run keeps of its config is the config, wherever it came from."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from symbiotic_titan.config.experts import ROUTER_SCORES
 from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.config.saved import SavedConfig, saved_config
+from symbiotic_titan.config.losses import LOSS_TERMS
+from symbiotic_titan.config.saved import SavedConfig, check_extension, saved_config
 
 CONFIGS = Path(__file__).parents[3] / "train_configs"
 
@@ -52,3 +55,48 @@ def test_it_is_found_from_the_run_and_from_its_checkpoints(tmp_path):
     SavedConfig(config_of("debug.toml", tmp_path / "run")).write()
     for path in (checkpoint, checkpoint.parent, tmp_path / "run"):
         assert saved_config(path) == tmp_path / "run" / "config.toml"
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        ("z_loss", ["--losses.z", "0.001"], "losses: unknown key 'z'"),
+        (
+            "softplus_score",
+            ["--experts.score_function=softplus"],
+            "score_function = 'softplus': nothing",
+        ),
+    ],
+)
+def test_a_run_is_not_resumed_without_the_parts_of_its_extension(
+    tmp_path, monkeypatch, module, options, message
+):
+    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.delitem(sys.modules, f"docs.examples.{module}", raising=False)
+    own = ["--experimental.custom_import", f"docs.examples.{module}"]
+    with LOSS_TERMS.temporarily(), ROUTER_SCORES.temporarily():
+        SavedConfig(config_of("debug.toml", tmp_path, *own, *options)).write()
+    without = config_of("debug.toml", tmp_path)
+    check_extension(without)  # there is no checkpoint to go on from
+    (tmp_path / "checkpoint" / "step-5").mkdir(parents=True)
+    with pytest.raises(ValueError, match="were trained with 'docs.examples") as error:
+        check_extension(without)
+    assert message in str(error.value) and "this run has 'none'" in str(error.value)
+    assert f"take what is not to go on out of {tmp_path / 'config.toml'}" in str(error.value)
+    other = ["--experimental.custom_import", "docs.examples.cosine_shield"]
+    with pytest.raises(ValueError, match="this run has 'docs.examples.cosine_shield'"):
+        check_extension(config_of("debug.toml", tmp_path, *other))
+    monkeypatch.delitem(sys.modules, f"docs.examples.{module}")
+    with LOSS_TERMS.temporarily(), ROUTER_SCORES.temporarily():
+        check_extension(config_of("debug.toml", tmp_path, *own, *options))
+
+
+def test_a_resumed_run_that_needs_nothing_of_its_extension_is_told_what_changed(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(CONFIGS.parent)
+    SavedConfig(config_of("debug.toml", tmp_path, "--experimental.custom_import=json")).write()
+    (tmp_path / "checkpoint" / "step-5").mkdir(parents=True)
+    with caplog.at_level("WARNING"):
+        check_extension(config_of("debug.toml", tmp_path))
+    assert "were trained with 'json', this run has 'none'" in caplog.text
