@@ -201,7 +201,12 @@ class Data:
     was found in tar and JSONL files, which makes the next start fast. Processes and runs may share it. Nothing is removed from it."""
 
     max_bad_samples: int = 100
-    """With ``skip``: how many bad samples the run tolerates, over all ranks, before it stops."""
+    """With ``skip``: how many bad samples the run tolerates, over all ranks, before it saves a checkpoint and stops."""
+
+    max_bad_share: float = 0.0
+    """With ``skip``: share of the samples read so far, over all ranks, that may be bad. The run stops once the bad samples are more than
+    this share and more than ``max_bad_samples``, so that an early few do not end it: 0.1 suits downloaded image lists of which some
+    5 % are missing. 0 leaves ``max_bad_samples`` alone as the limit. May change on a resumed run."""
 
     max_bad_in_a_row: int = 100
     """With ``skip``: how many consecutive samples of one source a stream skips before the run stops; those that ``too_long`` skips
@@ -239,6 +244,10 @@ class Data:
         if not 0.0 <= self.condition_dropout <= 1.0:
             raise ValueError(
                 f"data.condition_dropout: must lie in [0, 1], got {self.condition_dropout}"
+            )
+        if not 0.0 <= self.max_bad_share < 1.0:
+            raise ValueError(
+                f"data.max_bad_share: must be at least 0 and less than 1, got {self.max_bad_share}"
             )
         if self.max_aspect < 1.0:
             raise ValueError(f"data.max_aspect: must be at least 1, got {self.max_aspect}")

@@ -24,12 +24,14 @@ from symbiotic_titan.data.fingerprint import check_fingerprint, fingerprint_of
 from symbiotic_titan.data.stream_state import (
     PipelineSpec,
     StreamState,
+    check_skip_counts,
     check_skipped,
     count_reasons,
     ended_sources,
     new_state,
     num_skipped,
     resumed,
+    skip_counts,
 )
 from symbiotic_titan.data.streams import OpenSource, Stream, open_mixture
 from symbiotic_titan.process import raised_by_us
@@ -118,6 +120,28 @@ class PackedLoader(BaseDataLoader):
     def skip_reasons(self) -> dict[str, int]:
         """Samples that this rank's streams have skipped, by reason, and ``truncated``; always with all keys."""
         return count_reasons(list(self._states.values()))
+
+    @property
+    def skip_counts(self) -> list[int]:
+        """Samples that this rank's streams have read, and bad ones that they skipped of each source. To be summed over ranks."""
+        return skip_counts(self._spec, list(self._states.values()))
+
+    def check_skip_counts(self, counts: list[int]) -> None:
+        """Raise ValueError if ``counts``, the sum of ``skip_counts`` over all ranks, are more than the run tolerates."""
+        check_skip_counts(self._spec, counts)
+
+    def check_skipped(self) -> None:
+        """Raise ValueError if all ranks together skipped more bad samples than is tolerated. A collective if there are several ranks."""
+        check_skipped(self._spec, [s for part in self._gather(self._states) for s in part.values()])
+
+    @property
+    def position(self) -> States:
+        """Where this rank's streams are, after the last batch that was yielded. Set, it is where the next iterator continues."""
+        return dict(self._states)
+
+    @position.setter
+    def position(self, states: States) -> None:
+        self._states = dict(states)
 
     @property
     def can_end(self) -> bool:

@@ -121,15 +121,35 @@ def count_reasons(states: list[StreamState]) -> dict[str, int]:
 
 
 def check_skipped(spec: PipelineSpec, states: list[StreamState], last: str = "") -> None:
-    """Raise ValueError if the streams of ``states`` have together skipped more than data.max_bad_samples."""
-    counts, limit = num_skipped(spec, states), spec.config.max_bad_samples
-    if sum(counts) > limit:
-        named = ", ".join(
-            f"{source.name}: {count}"
-            for source, count in zip(spec.sources, counts, strict=True)
-            if count
-        )
-        raise ValueError(
-            f"skipped {sum(counts)} bad samples ({named}), more than data.max_bad_samples = {limit}"
-            f"{last}; repair the shards or raise the limit"
-        )
+    """Raise ValueError if the streams of ``states``, all of the run or some, show that the run has skipped too many bad samples.
+
+    Some streams alone cannot exceed a share, whatever they skipped: the others may have read good samples.
+    """
+    if len(states) == spec.num_streams or not spec.config.max_bad_share:
+        check_skip_counts(spec, skip_counts(spec, states), last)
+
+
+def skip_counts(spec: PipelineSpec, states: list[StreamState]) -> list[int]:
+    """Samples read so far, then ``num_skipped``; sums over ranks are the counts of the run."""
+    return [sum(sum(state["read"]) for state in states), *num_skipped(spec, states)]
+
+
+def check_skip_counts(spec: PipelineSpec, counts: list[int], last: str = "") -> None:
+    """Raise ValueError if ``skip_counts`` exceed both data.max_bad_samples and data.max_bad_share."""
+    config, (num_read, *skipped) = spec.config, counts
+    if sum(skipped) <= max(config.max_bad_samples, config.max_bad_share * num_read):
+        return
+    named = ", ".join(
+        f"{source.name}: {count}"
+        for source, count in zip(spec.sources, skipped, strict=True)
+        if count
+    )
+    limits, remedy = f"data.max_bad_samples = {config.max_bad_samples}", "raise the limit"
+    if config.max_bad_share:
+        limits += f" and than data.max_bad_share = {config.max_bad_share:g}"
+    else:
+        remedy += " or allow a share with data.max_bad_share"
+    raise ValueError(
+        f"skipped {sum(skipped)} bad samples ({named}) of {num_read} read, {sum(skipped) / num_read:.2%}, more than {limits}{last}; "
+        f"list them with symbiotic check-data and repair the shards, or {remedy}"
+    )

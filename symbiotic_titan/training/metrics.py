@@ -32,7 +32,7 @@ class StepReport:
     update_ratios  L2 norm of each group's last update over that of its weights.
     assignments  (layers, modalities, E) routed assignments of the step; None without MoE layers.
     fill         share of positions that are not padding.
-    skipped      samples since the start of the run: ``skipped``, ``skipped/<reason>``, ``truncated``.
+    skipped      samples since the start of the run: ``skipped``, ``skipped/<reason>``, ``truncated``; the share ``bad_share``.
     tokens_seen  (modalities,) tokens since the start of training.
     """
 
@@ -44,7 +44,7 @@ class StepReport:
     assignments: torch.Tensor | None
     shield_scale: float
     fill: float
-    skipped: dict[str, int]
+    skipped: dict[str, float]
     tokens_seen: torch.Tensor
 
 

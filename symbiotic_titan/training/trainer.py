@@ -3,14 +3,13 @@
 torchtitan's Trainer with its own ``train_step``, because every loss term has its own normaliser and the model also returns routing
 records. Differences from upstream's step: targets are counted over the whole step and each term is divided once; noise is drawn per
 row; the balancing loss may need the expert counts of the whole step; losses and gradient norm are checked before the weights change;
-a stop signal ends the run after the current step, with a checkpoint.
+a stop signal, and an error in the data of the next step, end the run after the current step, with a checkpoint.
 """
 
 import concurrent.futures
 import contextlib
 import functools
 import operator
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
@@ -49,6 +47,7 @@ from symbiotic_titan.training.metrics import (
     StepReport,
     SymbioticMetrics,
 )
+from symbiotic_titan.training.step_data import StepData
 from symbiotic_titan.training.stop import StopRequest
 
 if TYPE_CHECKING:  # loaded by the runs that use them
@@ -65,6 +64,7 @@ class SymbioticTrainer(Trainer):
 
     def __init__(self, job_config: JobConfig) -> None:
         self.stop, self.saved_config = StopRequest(), SavedConfig(job_config)
+        self.first_step = 0  # the step that this process continued from
         self.tokens_seen = torch.zeros(len(MODALITY_NAMES), dtype=torch.int64)
         with warnings.catch_warnings():
             # In float32 on one process upstream creates an autocast that torch disables with a warning.
@@ -94,17 +94,11 @@ class SymbioticTrainer(Trainer):
 
     # ---- data ---------------------------------------------------------------------------------------------------------
 
-    def batch_generator(self, data_iterable: Iterable[PackedBatch]) -> Iterator[PackedBatch]:  # type: ignore[override]
-        """Batches from the loader, with the time that waiting for them took."""
-        iterator = iter(data_iterable)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration as end:
-                raise DataloaderExhaustedError from end
-            self.metrics_processor.data_loading_times.append(time.perf_counter() - start)
-            yield batch
+    def batch_generator(self, data_iterable: Iterable[PackedBatch]) -> StepData:  # type: ignore[override]
+        """The micro-batches of one step after another; upstream's loop hands it to ``train_step``."""
+        loader, times = cast(PackedLoader, data_iterable), self.metrics_processor.data_loading_times
+        self.step_data = StepData(loader, self.gradient_accumulation_steps, self.ranks, times)
+        return self.step_data
 
     def to_device(self, batch: PackedBatch) -> PackedBatch:
         """``batch`` on the training device, target images encoded as latents."""
@@ -177,7 +171,7 @@ class SymbioticTrainer(Trainer):
         self.loss_fn.loss(values, totals).backward()
         return MicroBatchResult({name: v.detach() for name, v in values.items()}, routing)
 
-    def train_step(self, data_iterator: Iterator[PackedBatch]) -> None:  # type: ignore[override]
+    def train_step(self, data_iterator: Iterator[list[PackedBatch]]) -> None:  # type: ignore[override]
         """One optimizer step over ``gradient_accumulation_steps`` micro-batches."""
         if self.step == 1:  # of a new run, or from initial weights
             if self.job_config.validation.enable:
@@ -186,9 +180,7 @@ class SymbioticTrainer(Trainer):
                 hook(0)
         self.optimizers.zero_grad()
         self.shield_scale.fill_(shield_scale(self.job_config.shielding, self.step))
-        batches = [
-            self.to_device(next(data_iterator)) for _ in range(self.gradient_accumulation_steps)
-        ]
+        batches = [self.to_device(batch) for batch in next(data_iterator)]
         # Counted before the first backward: every micro-batch can then divide by the step's totals, and gradients need no rescaling.
         totals = self.loss_fn.totals(self.sum_over_ranks(self.loss_fn.count_step(batches)))
         # The first backward already needs the routing of the last micro-batch, hence the extra forward.
@@ -235,27 +227,19 @@ class SymbioticTrainer(Trainer):
         for hook in self.step_hooks:
             hook(self.step)
 
-    def count_skipped(self) -> dict[str, int]:
-        """Bad samples that all ranks have skipped since the run began: ``skipped``, and the number for each reason that occurred.
-
-        Raises:
-            ValueError: more than data.max_bad_samples. (A rank that exceeds the limit alone stops in its loader.)
-        """
+    def count_skipped(self) -> dict[str, float]:
+        """Samples that all ranks have skipped since the run began: ``skipped``, the number for each reason that occurred, and
+        ``bad_share``, the share of ``skipped`` in the samples read."""
         loader = cast(PackedLoader, self.dataloader)
-        own = {"skipped": loader.num_skipped} | {
+        own = {"skipped": loader.num_skipped, "bad_share": loader.skip_counts[0]} | {
             name if name == "truncated" else f"skipped/{name}": count
             for name, count in loader.skip_reasons.items()
         }
         totals = self.sum_over_ranks(torch.tensor(list(own.values()), device=self.device))
-        counts = dict(zip(own, totals.tolist(), strict=True))
-        skipped = counts["skipped"]
-        limit = self.job_config.data.max_bad_samples
-        if skipped > limit:
-            raise ValueError(
-                f"skipped {skipped} bad samples over all ranks, more than data.max_bad_samples = {limit}; "
-                "repair the shards or raise the limit"
-            )
-        return {name: count for name, count in counts.items() if count or name == "skipped"}
+        counts: dict[str, float] = dict(zip(own, totals.tolist(), strict=True))
+        counts["bad_share"] = counts["skipped"] / max(counts["bad_share"], 1)
+        always = ("skipped", "bad_share")
+        return {name: count for name, count in counts.items() if count or name in always}
 
     def count_tokens(self, totals: StepTotals) -> None:
         """Add the step's tokens to the running totals."""
@@ -312,31 +296,39 @@ class SymbioticTrainer(Trainer):
             self.checkpointer.exclude_from_loading = [*excluded, "param_groups"]
 
     def should_continue_training(self) -> bool:
-        """Whether to take another step. On a stop signal on any rank, or at the end of the data, all ranks save and stop."""
+        """Whether to take another step, whose data are read first.
+
+        On a stop signal on any rank, at the end of the data, and on an error in them, all ranks save the last step and stop.
+
+        Raises:
+            ValueError: an error in the data of any rank; on all ranks, after saving.
+        """
         if not super().should_continue_training():
             return False
-        reason = self.reason_to_stop() if self.step else None
-        if reason is None:
+        self.step_data.read()
+        # The first step is taken even so: there is nothing to save before it.
+        stop = self.step_data.reason_to_stop(self.stop.signal_name)
+        if stop is None or (self.step == 0 and stop.error is None):
             return True
-        config = self.job_config.checkpoint
-        if config.enable and not config.load_only:
-            logger.info(f"{reason}: saving a checkpoint at step {self.step} and stopping")
-            self.save_this_step()
-        else:
-            logger.warning(f"{reason}: stopping at step {self.step} without a checkpoint")
+        self.step_data.put_back()
+        outcome = self.save_before_stop(stop.reason)
+        if stop.error is not None:
+            raise ValueError(f"step {self.step + 1}: {stop.error}. {outcome}")
         return False
 
-    def reason_to_stop(self) -> str | None:
-        """Why the run ends before its last step, or None; all ranks agree."""
-        if self.stop_requested():
-            return self.stop.signal_name or "a stop signal on another rank"
-        loader = cast(PackedLoader, self.dataloader)
-        if not loader.can_end:
-            return None
-        ended = loader.ended_sources
-        # Ranks reach the end at different steps; all go on, some with padding, until none has a row left.
-        rows_left = self.sum_over_ranks(torch.tensor(float(not ended), device=self.device))
-        return None if rows_left > 0 else f"data ended, all samples of {', '.join(ended)} were read"
+    def save_before_stop(self, reason: str) -> str:
+        """Save the last step, unless it is saved. Returns what became of the work, as a sentence."""
+        config = self.job_config.checkpoint
+        if self.step == self.first_step:
+            logger.info(f"{reason}: stopping at step {self.step}, before any step was taken")
+            return "No step was taken since the start, so there was nothing to save"
+        if not config.enable or config.load_only:
+            logger.warning(f"{reason}: stopping at step {self.step} without a checkpoint")
+            setting = "load_only = true" if config.enable else "enable = false"
+            return f"With checkpoint.{setting} nothing was saved: the {self.step - self.first_step} steps of this start are lost"
+        logger.info(f"{reason}: saving a checkpoint at step {self.step} and stopping")
+        self.save_this_step()
+        return f"The checkpoint of step {self.step} is saved: started again, the run goes on from there"
 
     def stop_requested(self) -> bool:
         """Whether any rank received a stop signal."""
@@ -345,7 +337,7 @@ class SymbioticTrainer(Trainer):
 
     def save_this_step(self) -> None:
         """Save a full checkpoint of this step; if the step was just saved, wait for that save to finish."""
-        if self.step % self.job_config.checkpoint.interval == 0:
+        if self.checkpointer._should_save(self.step):
             self.checkpointer._async_wait()
             return
         self.checkpointer.last_save_model_only = False
@@ -368,6 +360,6 @@ class SymbioticTrainer(Trainer):
         return {"step": self.step, "tokens_seen": self.tokens_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step = state_dict["step"]
+        self.step = self.first_step = state_dict["step"]
         self.tokens_seen = state_dict["tokens_seen"]
         self.ntokens_seen = int(self.tokens_seen.sum())

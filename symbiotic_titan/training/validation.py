@@ -28,6 +28,7 @@ from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.inference.held_out import held_out_data, held_out_losses
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.training.step_data import error_of_ranks
 from symbiotic_titan.training.stop import (
     Interrupted,
     paused_training,
@@ -61,6 +62,23 @@ def read_held_out(
         for i in range(per_step)
     ]
     return HeldOutRows(list(itertools.islice(loader, len(first_rows))), first_rows)
+
+
+def read_held_out_together(
+    loader: PackedLoader, steps: int, local_batch_size: int, dp_rank: int, dp_world_size: int
+) -> HeldOutRows:
+    """``read_held_out`` on all ranks. If one cannot read its rows, all raise the same ValueError, which names it."""
+    rows, error = None, None
+    try:
+        rows = read_held_out(loader, steps, local_batch_size, dp_rank, dp_world_size)
+    except Exception as failure:  # noqa: BLE001
+        error = failure
+    message = error_of_ranks(error)
+    if message is not None:
+        raise ValueError(f"[[validation.sources]]: {message}")
+    loader.check_skipped()
+    assert rows is not None
+    return rows
 
 
 class SymbioticValidator(BaseValidator):
@@ -155,7 +173,7 @@ def build_validator(
         **loader_options(job_config, tokenizer, dp_rank, dp_world_size),
         table="[[validation.sources]]",
     )
-    rows = read_held_out(
+    rows = read_held_out_together(
         loader,
         job_config.validation.steps,
         job_config.training.local_batch_size,

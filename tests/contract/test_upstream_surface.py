@@ -49,6 +49,7 @@ SIGNATURES = {
     "components.checkpoint.CheckpointManager._find_load_step": ("self", "folder"),
     "components.checkpoint.CheckpointManager.maybe_wait_for_staging": ("self",),
     "components.checkpoint.CheckpointManager._async_wait": ("self",),
+    "components.checkpoint.CheckpointManager._should_save": ("self", "curr_step", "last_step"),
     "components.checkpoint.CheckpointManager.close": ("self",),
     # metrics
     "components.metrics.MetricsProcessor.__init__": ("self", "job_config", "parallel_dims", "tag"),
@@ -176,7 +177,6 @@ SIGNATURES = {
 # Names that are imported as types, values or exceptions: they only have to exist.
 NAMES = {
     "components.dataloader.BaseDataLoader",
-    "components.dataloader.DataloaderExhaustedError",
     "components.tokenizer.BaseTokenizer",
     "config.TORCH_DTYPE_MAP",
     "protocols.model_converter._registry_model_converter_cls",

@@ -147,9 +147,11 @@ def test_too_many_bad_samples_stop_the_run_with_their_numbers(make_loader, tmp_p
     with pytest.raises(ValueError) as error:
         next(iter(loader))
     assert str(error.value).startswith(
-        "skipped 10 bad samples (texts: 10), more than data.max_bad_samples = 9; the last one is "
+        "skipped 10 bad samples (texts: 10) of 10 read, 100.00%, more than data.max_bad_samples = 9; the last one is "
     )
-    assert str(error.value).endswith("repair the shards or raise the limit")
+    assert str(error.value).endswith(
+        "; list them with symbiotic check-data and repair the shards, or raise the limit or allow a share with data.max_bad_share"
+    )
 
 
 def test_sample_that_went_bad_since_the_checkpoint_is_named(make_loader, tmp_path):
@@ -181,7 +183,9 @@ def test_bad_samples_of_all_streams_of_a_rank_are_added_up(make_loader, tmp_path
     row = {"name": "texts", **add_bad(tmp_path, 20, {"3", "4", "11"})}
     data = {"sources": [row], "bad_samples": "skip", "max_bad_samples": 3}
     loader = make_loader(data, seq_len=64)
-    with pytest.raises(ValueError, match="skipped 4 bad samples .texts: 4., more than"):
+    with pytest.raises(
+        ValueError, match=r"skipped 4 bad samples \(texts: 4\) of \d+ read, .*%, more than"
+    ):
         read_samples(loader, 100)
 
 
