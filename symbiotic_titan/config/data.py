@@ -205,8 +205,8 @@ class Data:
 
     max_bad_share: float = 0.0
     """With ``skip``: share of the samples read so far, over all ranks, that may be bad. The run stops once the bad samples are more than
-    this share and more than ``max_bad_samples``, so that an early few do not end it: 0.1 suits downloaded image lists of which some
-    5 % are missing. 0 leaves ``max_bad_samples`` alone as the limit. May change on a resumed run."""
+    this share and more than ``max_bad_samples``. For images from the web, where some 5 % are missing, 0.1 is a useful value. 0 makes
+    ``max_bad_samples`` the only limit. May change on a resumed run."""
 
     max_bad_in_a_row: int = 100
     """With ``skip``: how many consecutive samples of one source a stream skips before the run stops; those that ``too_long`` skips
