@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
@@ -13,12 +12,7 @@ from symbiotic_titan.data.tokenizer import ByteTokenizer, FileTokenizer, open_to
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.losses.terms import text_errors
 from symbiotic_titan.model.flavors import FLAVORS
-
-
-def _gather_over_ranks(part: dict[int, Any]) -> list[dict[int, Any]]:
-    parts: list[dict[int, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, part)
-    return parts
+from symbiotic_titan.parallel.ranks import gather_over_ranks
 
 
 def build_dataloader(
@@ -60,7 +54,7 @@ def loader_options(
         "global_batch_size": global_batch_size(job_config, dp_world_size),
         "dp_rank": dp_rank,
         "dp_world_size": dp_world_size,
-        "gather": _gather_over_ranks if dp_world_size > 1 else None,
+        "gather": gather_over_ranks if dp_world_size > 1 else None,
     }
 
 

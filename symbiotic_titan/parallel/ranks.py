@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torchtitan.distributed import utils as dist_utils
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.device import device_type
+
+T = TypeVar("T")
 
 
 def parallel_dims_of(config: JobConfig, world_size: int) -> ParallelDims:
@@ -68,3 +71,12 @@ def join_ranks(config: JobConfig) -> DataRanks:
     if not dist.is_initialized():  # the trainer or a test may have joined already
         dist_utils.init_distributed(config.comm, base_folder=config.job.dump_folder)
     return data_ranks(device, parallel_dims_of(config, size))
+
+
+def gather_over_ranks(value: T) -> list[T]:
+    """The ``value`` of every process, by rank; that of this one where no process group exists. Pickled: not for every step."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.data.loader import PackedLoader
-from symbiotic_titan.parallel.ranks import DataRanks
+from symbiotic_titan.parallel.ranks import DataRanks, gather_over_ranks
 from symbiotic_titan.process import raised_by_us
 from symbiotic_titan.sequence.batch import PackedBatch
 
@@ -117,10 +116,7 @@ def error_of_ranks(error: Exception | None) -> str | None:
             logger.error("".join(traceback.format_exception(error)))
             # The error itself is the last line also where a worker process has sent its traceback as the message.
             own = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
-    lines: list[str | None] = [own]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        lines = [None] * dist.get_world_size()
-        dist.all_gather_object(lines, own)
+    lines = gather_over_ranks(own)
     failed = {rank: line for rank, line in enumerate(lines) if line is not None}
     if not failed:
         return None

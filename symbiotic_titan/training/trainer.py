@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
@@ -39,7 +38,7 @@ from symbiotic_titan.moe.record import RoutingTotals, routing_totals
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.optim.shield_schedule import shield_scale
-from symbiotic_titan.parallel.ranks import data_ranks
+from symbiotic_titan.parallel.ranks import data_ranks, gather_over_ranks
 from symbiotic_titan.process import is_first_process
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
@@ -256,8 +255,7 @@ class SymbioticTrainer(Trainer):
         if not bad:
             return
         # Losses and norm are global, so all ranks get here together and the collective cannot hang.
-        flags: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(flags, all(bool(result.is_finite) for result in results))
+        flags = gather_over_ranks(all(bool(result.is_finite) for result in results))
         ranks = [rank for rank, finite in enumerate(flags) if not finite]
         where = f"on ranks {ranks}" if ranks else "in the backward pass"
         raise FloatingPointError(
