@@ -17,6 +17,7 @@ FORMATS: Registry[Any] = Registry(
     {
         "webdataset": f"{_FORMATS}.webdataset:WebDataset",
         "jsonl": f"{_FORMATS}.jsonl:JsonLines",
+        "json": f"{_FORMATS}.jsonl:Json",
         "parquet": f"{_FORMATS}.parquet:Parquet",
     },
 )
@@ -45,11 +46,14 @@ class DataSource:
     captions; ``interleaved``: text among input and target images; or a task that ``experimental.custom_import`` registers."""
 
     format: str = choice(FORMATS)
-    """``webdataset``: tar shards; ``jsonl``: one JSON object a line; ``parquet``: tables. The first two may be compressed
-    (``.gz``, ``.bz2``, ``.xz``, ``.zst``), see ``data.cache_folder``."""
+    """``webdataset``: tar shards; ``jsonl``: one JSON object a line; ``json``: files that are one array of objects; ``parquet``:
+    tables. All but the last may be compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``), see ``data.cache_folder``."""
 
     path: str  # type: ignore[misc]  # mypy takes what ``choice`` returns for a default
-    """Path or fsspec URL of the files; ``*`` matches several."""
+    """Path or fsspec URL (``s3://``, ``hf://datasets/NAME/...``) of the files: one of them; a pattern, where ``*`` matches any
+    characters, and braces as in ``shards/{0000..0099}.tar`` or ``{a,b}/*.tar`` name files that must all exist; or a folder, whose
+    files of this format are taken, also those further down. Hidden files and those that Spark adds (``_SUCCESS``) are no data, and
+    valid files without samples are left out."""
 
     keys: dict[str, str] = field(default_factory=dict)
     """Which of the samples' own names stands for ``text``, ``image``, ``caption``, ``question``, ``answer``, ``messages``,

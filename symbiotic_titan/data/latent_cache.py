@@ -21,7 +21,7 @@ from symbiotic_titan.codecs.codec import fingerprint
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.formats.shard import Shard
-from symbiotic_titan.data.readers import expand
+from symbiotic_titan.data.paths import source_files
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.tasks import TASKS
 
@@ -179,7 +179,7 @@ def _check(folder: Path, encoding: Encoding, source: DataSource, where: str) -> 
 def _source_files(source: DataSource, where: str) -> list[tuple[str, int]]:
     """(name, length) of the source's own files; none where they are gone."""
     try:
-        paths = expand(source.path, where)
+        paths = source_files(source, where)
     except ValueError:
         return []
     files = [url_to_fs(path) for path in paths]

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import fsspec
-from fsspec.core import url_to_fs
 
 from symbiotic_titan.config.data import FORMATS, DataSource
 from symbiotic_titan.data.fields import (
@@ -34,6 +33,7 @@ from symbiotic_titan.data.formats.shard import (
     Shard,
 )
 from symbiotic_titan.data.formats.unpack import compression_of, unpacked
+from symbiotic_titan.data.paths import source_files
 from symbiotic_titan.sequence.tasks import TASKS
 
 # Samples of a source that are read to find out which fields they have.
@@ -53,14 +53,14 @@ def index_source(
     tolerant:     count the unreadable part of a file as one bad sample after the others, instead of raising.
 
     Raises:
-        ValueError: no file matches, or a file is empty, damaged or not of its format.
+        ValueError: no file matches, none has samples, or one is damaged or not of its format.
     """
-    paths = expand(source.path, where)
+    paths = source_files(source, where)
     # Each process indexes in its own random order, so that processes that start together share the work through the cache.
     # The shards are sorted below, so the order affects nothing else.
     order = random.Random().sample(paths, len(paths)) if cache_folder else paths
     found: dict[str, list[Shard]] = {}
-    warnings: dict[str, str] = {}
+    remarks: dict[str, Indexed] = {}
     for path in _logged(order, where):
         file, indexed = _index_file(source, path, cache_folder, where)
         if indexed.damage and not tolerant:
@@ -68,20 +68,34 @@ def index_source(
         shards = list(indexed.shards)
         if indexed.damage:
             shards.append(DamagedRest(path, file.num_bytes, f"the file {indexed.damage}"))
-        if not shards:
-            raise ValueError(f"{where}: {path} is empty; remove the file, or write samples into it")
         found[path] = shards
-        if indexed.warning:
-            warnings[path] = indexed.warning
-    _warn([f"{path} {warnings[path]}" for path in paths if path in warnings], where)
+        if indexed.warning or indexed.note:
+            remarks[path] = replace(indexed, shards=[])
+    _check_empty([path for path in paths if not found[path]], paths, where)
+    for level, name in ((logging.WARNING, "warning"), (logging.INFO, "note")):
+        texts = [(path, getattr(remarks[path], name)) for path in paths if path in remarks]
+        _log_first(level, [f"{path} {text}" for path, text in texts if text], where)
     return [shard for path in paths for shard in found[path]]
 
 
-def _warn(warnings: list[str], where: str) -> None:
+def _check_empty(empty: list[str], paths: list[str], where: str) -> None:
+    """Refuse a source without samples; say which of its files have none, in one line."""
+    if len(empty) == len(paths):
+        others = f", nor do {len(empty) - 1} more files" if len(empty) > 1 else ""
+        raise ValueError(
+            f"{where}: {empty[0]} holds no samples{others}; write samples into it, or correct path"
+        )
+    if empty:
+        logging.getLogger(__name__).info(
+            f"{where}: {len(empty)} of {len(paths)} files hold no samples, the first is {empty[0]}"
+        )
+
+
+def _log_first(level: int, lines: list[str], where: str) -> None:
     """One line for the source, which may have thousands of files."""
-    if warnings:
-        others = f"; so it is with {len(warnings) - 1} more files" if len(warnings) > 1 else ""
-        logging.getLogger(__name__).warning(f"{where}: {warnings[0]}{others}")
+    if lines:
+        others = f"; so it is with {len(lines) - 1} more files" if len(lines) > 1 else ""
+        logging.getLogger(__name__).log(level, f"{where}: {lines[0]}{others}")
 
 
 def _logged(paths: list[str], where: str) -> Iterator[str]:
@@ -100,8 +114,8 @@ def _index_file(
     file, damage = _plain(path, cache_folder, where)
     file_format: FileFormat = FORMATS[source.format]()
     index = functools.partial(file_format.index, file, functools.partial(_columns, source))
-    if not file.num_bytes:
-        indexed = Indexed([])
+    if not file.num_bytes and not file_format.may_be_empty:
+        indexed = Indexed([], "has 0 bytes; copy or write it again")
     elif cache_folder and file_format.cached_shard:
         indexed = cached_index(index, file, source.format, file_format.cached_shard, cache_folder)
     else:
@@ -148,22 +162,6 @@ def _names_seen(shards: list[Shard]) -> set[str]:
             except BadSample:
                 continue
     return names
-
-
-def expand(path: str, where: str) -> list[str]:
-    """Files that match ``path``, sorted, because the order of samples depends on it. An existing path with a ``*`` is no pattern."""
-    try:
-        filesystem, pattern = url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"{where}: path {path!r} cannot be opened ({error})") from error
-    found = [pattern] if filesystem.exists(pattern) else filesystem.glob(pattern)
-    files = sorted(name for name in found if filesystem.isfile(name))
-    if not files:
-        remedy = "check path; a * in it matches several files"
-        if path.startswith("demo_data"):
-            remedy = "make the demo data with: symbiotic make-demo-data --out demo_data"
-        raise ValueError(f"{where}: no file matches path {path!r}; {remedy}")
-    return [filesystem.unstrip_protocol(name) for name in files] if "://" in path else files
 
 
 class Reader:

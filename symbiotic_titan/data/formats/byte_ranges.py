@@ -4,8 +4,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import fsspec
+import numpy as np
 
 from symbiotic_titan.data.formats.shard import BadSample, FilePart
+
+
+def compact(numbers: np.ndarray) -> np.ndarray:
+    """Numbers of at least 0 as uint32 where they fit, else as int64."""
+    fit = numbers.max(initial=0) < 2**32
+    return numbers.astype(np.uint32 if fit else np.int64)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from symbiotic_titan.data.formats.shard import File, FilePart, Indexed
 # Part of the file names: increment it with every change to the contents.
 VERSION = 2
 DIGEST_BYTES = 32
+# Fields of ``Indexed`` besides the shards.
+TEXTS = ("damage", "warning", "note")
 
 
 def version_of(path: str) -> str:
@@ -76,7 +78,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _packed(indexed: Indexed) -> bytes:
     assert len(indexed.shards) <= 1
-    values: dict[str, Any] = {"damage": indexed.damage, "warning": indexed.warning, "class": ""}
+    values: dict[str, Any] = {name: getattr(indexed, name) for name in TEXTS} | {"class": ""}
     for shard in indexed.shards:
         values["class"] = type(shard).__name__
         values |= {f.name: getattr(shard, f.name) for f in _fields_of(type(shard))}
@@ -85,7 +87,7 @@ def _packed(indexed: Indexed) -> bytes:
 
 def _unpacked(content: bytes, file: File, shard: type[FilePart]) -> Indexed:
     arrays = load(content)
-    rest = _from_json(arrays["damage"]), _from_json(arrays["warning"])
+    rest = [_from_json(arrays[name]) for name in TEXTS]
     if not _from_json(arrays["class"]):
         return Indexed([], *rest)
     types = get_type_hints(shard)

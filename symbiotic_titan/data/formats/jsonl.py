@@ -1,55 +1,158 @@
-"""JSON Lines: one JSON object per line. A sample is a non-blank line, parsed when it is read."""
+"""JSON: one object per line, or one array of objects. A sample is a line or an element, parsed when it is read.
 
-from array import array
+Both formats look at the beginning of the file, since files of either kind are named ``.json`` on the hubs.
+"""
+
+import json
+import re
 from dataclasses import dataclass
+from typing import IO
 
 import fsspec
 import numpy as np
 
-from symbiotic_titan.data.formats.byte_ranges import ByteRangeShard
+from symbiotic_titan.data.formats.byte_ranges import ByteRangeShard, compact
+from symbiotic_titan.data.formats.json_array import BLOCK, BOM, SPACES, elements
 from symbiotic_titan.data.formats.shard import ChooseColumns, File, FileFormat, Indexed
+
+# Bytes at the beginning of a file that show what it holds.
+HEAD = 2**16
+OBJECT = (
+    "holds one JSON object, not rows; write the array that is in it to a file of its own, e.g. with: "
+    'jq -c ".KEY[]" FILE > rows.jsonl, and set format = "jsonl"'
+)
 
 
 @dataclass(frozen=True)
-class Lines(ByteRangeShard):
-    """The lines of a file with N samples: 16 bytes per sample.
+class TextRows(ByteRangeShard):
+    """The N samples of a file: 8 bytes per sample, 16 where the file has 4 GiB or more.
 
-    lines:  (N, 2) int64: offset and length of each non-blank line.
-    blanks: (blank lines,) int64: number of samples before each blank line.
+    unit:    ``line`` or ``row``.
+    offsets: (N,) uint32 or int64.
+    lengths: (N,) uint32 or int64.
+    blanks:  (blank lines,) uint32 or int64: number of samples before each blank line.
     """
 
-    lines: np.ndarray
+    unit: str
+    offsets: np.ndarray
+    lengths: np.ndarray
     blanks: np.ndarray
 
     @property
     def num_samples(self) -> int:
-        return len(self.lines)
+        return len(self.offsets)
 
     def key(self, sample: int) -> str:
-        """The line's number in the file, from 1, as editors count."""
+        """A line's number in the file, from 1, as editors count; an element's number from 0, as that of a Parquet row."""
+        if self.unit == "row":
+            return f"row {sample}"
         blanks_before = int(np.searchsorted(self.blanks, sample, side="right"))
         return f"line {sample + 1 + blanks_before}"
 
     def byte_ranges(self, sample: int) -> dict[str, tuple[int, int]]:
-        offset, length = self.lines[sample].tolist()
-        return {"json": (offset, length)}
+        return {"json": (int(self.offsets[sample]), int(self.lengths[sample]))}
 
 
 class JsonLines(FileFormat):
     """One shard per file."""
 
-    cached_shard = Lines
+    cached_shard = TextRows
+    suffixes = (".jsonl", ".ndjson")
+    may_be_empty = True
 
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
-        lines, blanks, offset = array("q"), array("q"), 0
         with fsspec.open(file.data, "rb") as opened:
-            for line in opened:
-                if line.strip():
-                    lines.extend((offset, len(line)))
-                else:
-                    blanks.append(len(lines) // 2)
-                offset += len(line)
-        if not lines:
-            return Indexed([])
-        ranges = np.frombuffer(lines, dtype=np.int64).reshape(-1, 2)
-        return Indexed([Lines(file, ranges, np.frombuffer(blanks, dtype=np.int64))])
+            text, begin = _head(opened)
+            if re.match(rb"\[\s*\{", text):
+                note = 'is read as one JSON array, as with format = "json"'
+                return _rows(file, opened, begin + 1, note)
+            if re.match(rb"\{\s*\n", text):
+                return Indexed([], OBJECT)
+            return _lines(file, opened)
+
+
+class Json(FileFormat):
+    """One shard per file, of the elements of its array."""
+
+    cached_shard = TextRows
+    suffixes = (".json",)
+
+    def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
+        with fsspec.open(file.data, "rb") as opened:
+            text, begin = _head(opened)
+            if text.startswith(b"["):
+                return _rows(file, opened, begin + 1)
+            if _is_lines(opened):
+                return _lines(file, opened, 'is read as JSON lines, as with format = "jsonl"')
+            if text.startswith(b"{"):
+                return Indexed([], OBJECT)
+            found = f"begins with {text[:20]!r}" if text else "is blank"
+            return Indexed([], f"{found}, not with a JSON array; write it again, or correct format")
+
+
+def _head(opened: IO[bytes]) -> tuple[bytes, int]:
+    """The beginning of the text, and the byte at which it begins."""
+    head = opened.read(HEAD)
+    text = head.removeprefix(BOM).lstrip()
+    return text, len(head) - len(text)
+
+
+def _is_lines(opened: IO[bytes]) -> bool:
+    """Whether the first line is an object and the next one begins another."""
+    opened.seek(0)
+    first = opened.readline()
+    following = opened.read(HEAD).lstrip()
+    try:
+        return following.startswith(b"{") and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _rows(file: File, opened: IO[bytes], begin: int, note: str = "") -> Indexed:
+    ranges, damage = elements(opened, begin)
+    return _indexed(file, "row", ranges, np.empty(0, dtype=np.int64), damage, note)
+
+
+def _lines(file: File, opened: IO[bytes], note: str = "") -> Indexed:
+    opened.seek(0)
+    ranges, blanks = lines(opened)
+    return _indexed(file, "line", ranges, blanks, "", note)
+
+
+def _indexed(
+    file: File, unit: str, ranges: np.ndarray, blanks: np.ndarray, damage: str, note: str
+) -> Indexed:
+    offsets, lengths = ranges.T
+    rows = TextRows(file, unit, compact(offsets), compact(lengths), compact(blanks))
+    return Indexed([rows] if len(ranges) else [], damage, note=note)
+
+
+def lines(opened: IO[bytes], block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 2) int64: offset and length of each line that is not blank; and the number of such lines before each blank one."""
+    found, blanks, count = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.int64)], 0
+    start, place, has_text = 0, 0, False  # of the line that the last block began
+    while content := opened.read(block):
+        data = np.frombuffer(content, dtype=np.uint8)
+        ends = np.flatnonzero(data == 10) + 1
+        if len(ends):
+            full = _have_text(data, ends)
+            full[0] |= has_text
+            offsets = np.concatenate([[start], place + ends[:-1]])
+            found.append(np.stack([offsets, place + ends - offsets], axis=1)[full])
+            blanks.append((count + np.cumsum(full))[~full])
+            count += int(full.sum())
+            start, has_text = place + int(ends[-1]), False
+        has_text |= bool(content[ends[-1] if len(ends) else 0 :].strip())
+        place += len(content)
+    if has_text:
+        found.append(np.array([[start, place - start]]))
+    return np.concatenate(found), np.concatenate(blanks)
+
+
+def _have_text(data: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Whether each of the lines that end there has a byte that is no white space."""
+    starts = np.concatenate([[0], ends[:-1]])
+    full = ~SPACES[data[starts]]
+    if not full.all():
+        full = np.logical_or.reduceat(~SPACES[data[: ends[-1]]], starts)
+    return full

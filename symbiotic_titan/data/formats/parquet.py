@@ -80,6 +80,8 @@ class OpenRowGroup:
 class Parquet(FileFormat):
     """One shard per row group. The footer of a Parquet file is an index already, so none is cached."""
 
+    suffixes = (".parquet",)
+
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
         try:
             with fsspec.open(file.data, "rb") as opened:

@@ -89,12 +89,14 @@ class Indexed:
 
     shards:  its samples.
     damage:  what is wrong with the rest of it; "" if nothing.
-    warning: what a user should know about the samples; "" if nothing. "FILE" and a space come before it in the log.
+    warning: what may be wrong with the samples; "" if nothing. In the log the path and a space come before it.
+    note:    what was recognised in the file; likewise.
     """
 
     shards: list[Shard]
     damage: str = ""
     warning: str = ""
+    note: str = ""
 
 
 class FileFormat:
@@ -103,12 +105,17 @@ class FileFormat:
     cached_shard: a dataclass with the field ``file`` and others that are NumPy arrays or JSON values. ``index`` then returns at most
                   one shard, of this class, and the index is cached in ``data.cache_folder``. None: not cached, because indexing
                   costs no more than reading a cached index.
+    suffixes:     ends of the names of its files in a folder, e.g. ``(".csv",)``; those of compressed files follow. (): a source's
+                  ``path`` cannot be a folder.
+    may_be_empty: a file of 0 bytes is valid and has no samples; else it is damaged, and ``index`` does not see it.
     """
 
     cached_shard: ClassVar[type[FilePart] | None] = None
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    may_be_empty: ClassVar[bool] = False
 
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
-        """The shards of ``file``, which is not empty. The same file must give the same shards in every process.
+        """The shards of ``file``. The same file must give the same shards in every process.
 
         A damaged file gives the shards before the damage instead of an error.
         """

@@ -64,6 +64,7 @@ class WebDataset(FileFormat):
     """One shard per file, of the samples whose members are all complete."""
 
     cached_shard = TarSamples
+    suffixes = (".tar",)
 
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
         keys: dict[str, int] = {}

@@ -86,18 +86,6 @@ def test_missing_demo_shards_are_answered_with_the_command_that_makes_them(tmp_p
     assert "make the demo data with: symbiotic make-demo-data --out demo_data" in message
 
 
-@pytest.mark.parametrize("content", [b"", tar_bytes([])])
-def test_empty_tar_is_refused(tmp_path, content):
-    (tmp_path / "e.tar").write_bytes(content)
-    assert "e.tar is empty; remove the file" in message_of(tmp_path / "e.tar", "webdataset")
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_empty_jsonl_is_refused(tmp_path, content):
-    (tmp_path / "e.jsonl").write_bytes(content)
-    assert "e.jsonl is empty; remove the file" in message_of(tmp_path / "e.jsonl", "jsonl")
-
-
 def test_file_that_is_no_tar_is_refused(tmp_path):
     (tmp_path / "n.tar").write_bytes(b"no tar" * 500)
     assert "n.tar cannot be read as a tar file" in message_of(tmp_path / "n.tar", "webdataset")

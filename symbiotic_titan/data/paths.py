@@ -1,0 +1,169 @@
+"""Which files ``path`` of a source names: a file, a pattern of ``*`` or braces, or a folder; local or at an fsspec URL."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.registry import known_implementations
+
+from symbiotic_titan.config.data import FORMATS, DataSource
+from symbiotic_titan.data.formats.unpack import COMPRESSIONS
+
+# Files that Spark and Hugging Face write beside the data.
+SIDE_FILES = re.compile(r"_SUCCESS|_metadata|_common_metadata|(_committed_|_started_).*")
+RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
+MAGIC = re.compile(r"[*?[]")
+MAX_NAMES = 1_000_000
+# Questions that a remote file system is asked at a time.
+REQUESTS = 32
+# Protocols whose package an extra of ours installs.
+EXTRAS = {"hf": "'symbiotic_titan[hub]'"}
+
+
+def source_files(source: DataSource, where: str) -> list[str]:
+    """Paths of the source's files, sorted, because the order of samples depends on it.
+
+    where: the config row, for messages.
+
+    Raises:
+        ValueError: there is none, braces name some that do not exist, or the protocol is unknown or its package is missing.
+    """
+    filesystem, path = _file_system(source.path, where)
+    suffixes = _suffixes(FORMATS[source.format].suffixes)
+    found = _match(filesystem, path, suffixes)
+    # A name that holds braces, and exists, is itself.
+    names = [path] if found or "{" not in path else _names(path, where)
+    if names != [path]:
+        with ThreadPoolExecutor(REQUESTS if "://" in source.path else 1) as pool:
+            matches = list(pool.map(lambda name: _match(filesystem, name, suffixes), names))
+        missing = [name for name, files in zip(names, matches, strict=True) if not files]
+        if missing:
+            raise ValueError(
+                f"{where}: {len(missing)} of the {len(names)} files of path {source.path!r} are missing, the first is "
+                f"{missing[0]}; complete them, or correct the braces"
+            )
+        found = [file for files in matches for file in files]
+    if not found:
+        raise ValueError(f"{where}: {_nothing(source, filesystem.isdir(path), suffixes)}")
+    files = sorted(set(found))
+    if "://" in source.path:
+        return [filesystem.unstrip_protocol(name) for name in files]
+    return files
+
+
+def _file_system(path: str, where: str) -> tuple[Any, str]:
+    """The file system of ``path``, and the path within it."""
+    try:
+        return url_to_fs(path)
+    except ImportError as error:
+        protocol = path.partition("://")[0]
+        address = known_implementations.get(protocol, {"class": protocol})["class"]
+        package = EXTRAS.get(protocol, address.partition(".")[0])
+        raise ValueError(
+            f"{where}: path {path!r} needs a package that is not installed ({error}); install it with: pip install {package}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{where}: path {path!r} cannot be opened ({error})") from error
+
+
+def _suffixes(plain: tuple[str, ...]) -> tuple[str, ...]:
+    """Ends of the names of a format's files, packed ones included."""
+    packed = [end + packing for end in plain for packing in COMPRESSIONS if packing != ".tgz"]
+    return (*plain, *packed, *((".tgz",) if ".tar" in plain else ()))
+
+
+def _match(filesystem: Any, path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Files that ``path`` names, if its braces are characters like others."""
+    if filesystem.isfile(path):
+        return [path]
+    if filesystem.isdir(path):
+        depth = len(path.rstrip("/").split("/"))
+        files = filesystem.find(path) if suffixes else []
+        return [f for f in files if f.lower().endswith(suffixes) and not _is_hidden(f, depth)]
+    magic = MAGIC.search(path)
+    if magic is None:
+        return []
+    depth = path.count("/", 0, magic.start())
+    parts = path.split("/")
+    # As in a shell: who writes the dot, or the whole name, means such a file.
+    named = any(part.startswith(".") for part in parts[depth:]) or not MAGIC.search(parts[-1])
+    files = [name for name in filesystem.glob(path) if filesystem.isfile(name)]
+    return [name for name in files if named or not _is_hidden(name, depth)]
+
+
+def _is_hidden(name: str, depth: int) -> bool:
+    """Whether a part of the path after ``depth`` folders is hidden, or the file is one that lies beside data."""
+    parts = name.split("/")[depth:]
+    return any(part.startswith(".") for part in parts) or bool(SIDE_FILES.fullmatch(parts[-1]))
+
+
+def _nothing(source: DataSource, is_folder: bool, suffixes: tuple[str, ...]) -> str:
+    if is_folder and not suffixes:
+        return (
+            f"path {source.path!r} is a folder, and the format {source.format!r} does not say how its files end; "
+            f'write path = "{source.path.rstrip("/")}/*.ENDING"'
+        )
+    remedy = "check path; a * in it matches several files"
+    if is_folder:
+        remedy = f"the folder holds no file that ends in {suffixes[0]}, packed or not"
+    if source.path.startswith("demo_data"):
+        remedy = "make the demo data with: symbiotic make-demo-data --out demo_data"
+    return f"no file matches path {source.path!r}; {remedy}"
+
+
+def _names(path: str, where: str) -> list[str]:
+    try:
+        return list(braces(path))
+    except ValueError as error:
+        raise ValueError(f"{where}: path {path!r} {error}") from error
+
+
+def braces(text: str) -> Iterator[str]:
+    """What ``text`` stands for, as in bash: ``{a,b}``, ``{08..11}``, ``{3..1}``, ``{0..9..3}``, one inside another.
+
+    Raises:
+        ValueError: more than MAX_NAMES.
+    """
+    head, opening, rest = text.partition("{")
+    if not opening:
+        yield text
+        return
+    choices, rest = _choices(rest)
+    tails = list(braces(rest))
+    if len(choices) * len(tails) > MAX_NAMES:
+        raise ValueError(f"stands for more than {MAX_NAMES:,} files; correct its braces")
+    for choice in choices:
+        for tail in tails:
+            yield head + choice + tail
+
+
+def _choices(text: str) -> tuple[list[str], str]:
+    """What the braces stand for that were opened before ``text``, and the rest after them. Those that choose nothing stay."""
+    parts, depth, start = [], 0, 0
+    for i, sign in enumerate(text):
+        if sign == "," and not depth:
+            parts.append(text[start:i])
+            start = i + 1
+        elif sign == "}" and not depth:
+            parts.append(text[start:i])
+            if len(parts) > 1:
+                return [name for part in parts for name in braces(part)], text[i + 1 :]
+            numbers = RANGE.fullmatch(parts[0])
+            if numbers:
+                return _range(*numbers.groups()), text[i + 1 :]
+            return ["{" + name + "}" for name in braces(parts[0])], text[i + 1 :]
+        depth += (sign == "{") - (sign == "}")
+    return ["{"], text  # they are not closed
+
+
+def _range(first: str, last: str, step: str | None) -> list[str]:
+    padded = any(text.lstrip("-").startswith("0") and len(text) > 1 for text in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    start, end = int(first), int(last)
+    by = int(step or 1) or 1
+    if abs(end - start) // by >= MAX_NAMES:
+        raise ValueError(f"stands for more than {MAX_NAMES:,} files; correct its braces")
+    numbers = range(start, end + 1, by) if start <= end else range(start, end - 1, -by)
+    return [f"{number:0{width}d}" for number in numbers]
