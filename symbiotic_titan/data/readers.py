@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 
-import fsspec
 
 from symbiotic_titan.config.data import FORMATS, DataSource
 from symbiotic_titan.data.fields import (
@@ -21,6 +20,7 @@ from symbiotic_titan.data.fields import (
     dotted,
     names_of,
 )
+from symbiotic_titan.data.files import open_file, source_files
 from symbiotic_titan.data.formats.index_cache import cached_index
 from symbiotic_titan.data.formats.shard import (
     BadSample,
@@ -32,8 +32,6 @@ from symbiotic_titan.data.formats.shard import (
     Sample,
     Shard,
 )
-from symbiotic_titan.data.formats.unpack import compression_of, unpacked
-from symbiotic_titan.data.paths import source_files
 from symbiotic_titan.sequence.tasks import TASKS
 
 # Samples of a source that are read to find out which fields they have.
@@ -111,7 +109,7 @@ def _index_file(
     source: DataSource, path: str, cache_folder: str, where: str
 ) -> tuple[File, Indexed]:
     """The file ``path`` and its shards."""
-    file, damage = _plain(path, cache_folder, where)
+    file, damage = open_file(path, cache_folder, where)
     file_format: FileFormat = FORMATS[source.format]()
     index = functools.partial(file_format.index, file, functools.partial(_columns, source))
     if not file.num_bytes and not file_format.may_be_empty:
@@ -128,15 +126,6 @@ def check_names(source: DataSource, shards: list[Shard], where: str) -> None:
     names = _names_seen(shards)
     if names:
         check_fields(TASKS[source.task], source.keys, names, where)
-
-
-def _plain(path: str, cache_folder: str, where: str) -> tuple[File, str]:
-    """The file ``path``, unpacked if it is compressed, and why unpacking stopped early ("" if it did not)."""
-    data, damage = path, ""
-    if compression_of(path):
-        data, damage = unpacked(path, cache_folder, where)
-    with fsspec.open(path, "rb") as opened:
-        return File(path, data, opened.seek(0, 2)), damage
 
 
 def _columns(source: DataSource, names: list[str]) -> list[str]:

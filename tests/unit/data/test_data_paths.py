@@ -7,9 +7,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from symbiotic_titan.config.data import FORMATS, DataSource
-from symbiotic_titan.data import paths, readers
+from symbiotic_titan.data import files, readers
 from symbiotic_titan.data.formats.shard import FileFormat
-from symbiotic_titan.data.paths import braces, source_files
+from symbiotic_titan.data.files import braces, source_files
 from symbiotic_titan.data.readers import index_source
 from tests.helpers.tar_files import tar_bytes
 
@@ -177,7 +177,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     def missing(path):
         raise ImportError("Install huggingface_hub to access HfFileSystem")
 
-    monkeypatch.setattr(paths, "url_to_fs", missing)
+    monkeypatch.setattr(files, "url_to_fs", missing)
     with pytest.raises(ValueError, match=r"pip install 'symbiotic_titan\[hub\]'$"):
         source_files(source("hf://datasets/a/b/*.tar"), WHERE)
 
