@@ -20,8 +20,8 @@ from fsspec.core import url_to_fs
 from symbiotic_titan.codecs.codec import fingerprint
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
-from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.data.files import source_files
+from symbiotic_titan.data.formats.shard import Shard
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.tasks import TASKS
 

@@ -1,17 +1,15 @@
-"""Sources on disk or at an fsspec URL: their shards, indexed once, and a reader that fetches samples by index.
+"""Sources on disk or at an fsspec URL: their shards, indexed once.
 
-Shards are plain data and are sent to worker processes; a reader owns open files and is made in the process that reads.
-Each format indexes and reads its files in ``formats``.
+Shards are plain data and are sent to worker processes, where a ``Reader`` fetches samples from them. Each format indexes and reads
+its files in ``formats``.
 """
 
 import functools
 import logging
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
-
 
 from symbiotic_titan.config.data import FORMATS, DataSource
 from symbiotic_titan.data.fields import (
@@ -28,8 +26,7 @@ from symbiotic_titan.data.formats.shard import (
     File,
     FileFormat,
     Indexed,
-    OpenShard,
-    Sample,
+    Reader,
     Shard,
 )
 from symbiotic_titan.sequence.tasks import TASKS
@@ -151,34 +148,3 @@ def _names_seen(shards: list[Shard]) -> set[str]:
             except BadSample:
                 continue
     return names
-
-
-class Reader:
-    """Fetches samples of one source by shard and index. Do not share it between processes: they would share file positions."""
-
-    def __init__(self, shards: list[Shard]) -> None:
-        self._shards = shards
-        self._files: OrderedDict[int, OpenShard] = OrderedDict()
-
-    def read(self, shard: int, sample: int) -> Sample:
-        """Raises BadSample if it cannot be read."""
-        at = self._shards[shard]
-        key = at.key(sample)
-        try:
-            return Sample(at.path, key, self._open(shard).read(sample))
-        except BadSample as error:
-            raise error.at(at.path, key) from error.__cause__
-        except (OSError, ValueError) as error:
-            raise BadSample("unreadable", f"it cannot be read ({error})").at(
-                at.path, key
-            ) from error
-
-    def _open(self, shard: int) -> OpenShard:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        # LRU eviction: the streams of a process read near each other, so a few open shards serve them all.
-        if len(self._files) >= self._shards[shard].max_open:
-            self._files.popitem(last=False)[1].close()
-        self._files[shard] = self._shards[shard].open()
-        return self._files[shard]

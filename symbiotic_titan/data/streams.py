@@ -21,11 +21,10 @@ from dataclasses import dataclass
 
 from symbiotic_titan.config.data import PACKINGS
 from symbiotic_titan.data.documents import Document
-from symbiotic_titan.data.formats.shard import BadSample, Sample
+from symbiotic_titan.data.formats.shard import BadSample, Reader, Sample
 from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.packing import Packing, check_choice
-from symbiotic_titan.data.readers import Reader
 from symbiotic_titan.data.skip_list import first_numbers, is_listed
 from symbiotic_titan.data.stream_state import PipelineSpec, StreamState, check_skipped
 from symbiotic_titan.sequence.batch import PackedBatch

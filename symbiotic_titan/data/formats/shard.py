@@ -1,10 +1,11 @@
-"""Interface of the formats: shards, which know their number of samples, and open shards, which read them.
+"""Interface of the formats: shards, which know their number of samples, and open shards, which read them; a reader of many shards.
 
 FileFormat.index(file)  ->  Indexed: shards          once in every process; plain data, sent to worker processes
 Shard.open()            ->  OpenShard                in the process that reads
 OpenShard.read(sample)  ->  the values of a sample
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -190,3 +191,34 @@ class Sample:
     shard: str
     key: str
     members: dict[str, Any]
+
+
+class Reader:
+    """Fetches samples of one source by shard and index. Do not share it between processes: they would share file positions."""
+
+    def __init__(self, shards: list[Shard]) -> None:
+        self._shards = shards
+        self._files: OrderedDict[int, OpenShard] = OrderedDict()
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """Raises BadSample if it cannot be read."""
+        at, key = self._shards[shard], f"number {sample}"
+        try:
+            key = at.key(sample)
+            return Sample(at.path, key, self._open(shard).read(sample))
+        except BadSample as error:
+            raise error.at(at.path, key) from error.__cause__
+        except (OSError, ValueError) as error:
+            raise BadSample("unreadable", f"it cannot be read ({error})").at(
+                at.path, key
+            ) from error
+
+    def _open(self, shard: int) -> OpenShard:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        # LRU eviction: the streams of a process read near each other, so a few open shards serve them all.
+        if len(self._files) >= self._shards[shard].max_open:
+            self._files.popitem(last=False)[1].close()
+        self._files[shard] = self._shards[shard].open()
+        return self._files[shard]

@@ -8,8 +8,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from symbiotic_titan.config.data import FORMATS, DataSource
 from symbiotic_titan.data import files, readers
-from symbiotic_titan.data.formats.shard import FileFormat
 from symbiotic_titan.data.files import braces, source_files
+from symbiotic_titan.data.formats.shard import FileFormat
 from symbiotic_titan.data.readers import index_source
 from tests.helpers.tar_files import tar_bytes
 
@@ -187,8 +187,8 @@ def test_valid_files_without_samples_are_left_out_with_one_line(tmp_path, caplog
         "webdataset": (tar_bytes([("0.txt", b"a")]), tar_bytes([]), tar_bytes([(".x", b"")])),
         "jsonl": (b'{"text": "a"}\n', b"", b"\n \n"),
     }
-    for form, files in contents.items():
-        for i, content in enumerate(files):
+    for form, kinds in contents.items():
+        for i, content in enumerate(kinds):
             (tmp_path / f"{i}.{form}").write_bytes(content)
         caplog.clear()
         with caplog.at_level("INFO", logger=readers.__name__):

@@ -12,8 +12,8 @@ from symbiotic_titan.data.documents import (
     VaeSegment,
     VitSegment,
 )
+from symbiotic_titan.data.formats.shard import Sample
 from symbiotic_titan.data.latents import TargetImages
-from symbiotic_titan.data.readers import Sample
 from symbiotic_titan.data.samples import (
     BadSample,
     DocumentMaker,
