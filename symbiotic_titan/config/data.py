@@ -55,10 +55,19 @@ class DataSource:
     files of this format are taken, also those further down. Hidden files and those that Spark adds (``_SUCCESS``) are no data, and
     valid files without samples are left out."""
 
-    keys: dict[str, str] = field(default_factory=dict)
-    """Which of the samples' own names stands for ``text``, ``image``, ``caption``, ``question``, ``answer``, ``messages``,
-    ``conversations`` or ``segments``: a tar member by its extension, a JSON key, a Parquet column; dots lead into tables. E.g.
-    ``{image = "jpg", caption = "json.prompt"}``."""
+    keys: dict[str, str | list[str]] = field(default_factory=dict)
+    """Which of the samples' own names stands for a field such as ``text``, ``image``, ``caption``, ``question``, ``answer``,
+    ``messages``, ``conversations`` or ``segments``: a tar member by its extension, a JSON key, a Parquet column; dots lead into
+    tables. E.g. ``{image = "jpg", caption = "json.prompt"}``. Where ``caption`` has several names, as in
+    ``{caption = ["short", "long"]}``, one of a sample's captions is chosen at random in each epoch."""
+
+    image_folder: str = ""
+    """Folder or fsspec URL in which relative paths of images are looked up; empty: the folder of the file that names them."""
+
+    truncated_images: Literal["bad", "decode"] = "bad"
+    """What becomes of an image file that breaks off: the sample is ``bad``; or ``decode`` keeps what there is, and the missing part
+    is grey or black. Decoders cannot tell how much of a JPEG is missing: its last two bytes or its lower half. A resumed run
+    may change from ``bad`` to ``decode``."""
 
     weight: float = 1.0
     """Share of the samples, or with ``data.mixture_by = "tokens"`` of the tokens, that come from this source, relative to the other
@@ -96,10 +105,17 @@ def _check_keys(source: DataSource, where: str) -> None:
             raise ValueError(
                 f"{where}.keys: samples of the task {source.task} have no {name!r}; choose from {', '.join(known)}"
             )
-        if not key:
+        names = key if isinstance(key, list) else [key]
+        if not names or not all(names):
             raise ValueError(
                 f"{where}.keys.{name}: must not be empty; name what the samples have, or remove it"
             )
+        if isinstance(key, list) and name != "caption":
+            raise ValueError(
+                f"{where}.keys.{name}: only a caption may have several names, got {key}; keep one of them"
+            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"{where}.keys.{name}: has a name twice, got {key}; keep one of them")
     named = [schema for schema in task.schemas if (set(schema) - {"image"}) & source.keys.keys()]
     if len(named) > 1:
         both = " and ".join(schema[-1] for schema in named)

@@ -6,26 +6,51 @@ the member ``meta.json``, ``image.bytes`` a field of a column.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import fsspec
-
-from symbiotic_titan.data.formats.shard import BadSample, Sample
-from symbiotic_titan.sequence.tasks import FIELDS, Task
+from symbiotic_titan.data.formats.shard import BadSample, Sample, brief
+from symbiotic_titan.data.image_files import ImageFiles
+from symbiotic_titan.sequence.tasks import DRAWN_FIELDS, FIELDS, Task
 
 # Extension of the member with the latents of an image, in shards of a latent cache.
 CACHED_EXTENSION = "safetensors"
 
+# Names of what a sample may have and no task reads, so that to leave it out would train something else than the sample.
+MEDIA = ("video", "videos", "audio", "audios")
+PREFERENCE_PAIR = ("chosen", "rejected")
+
+Keys = Mapping[str, str | list[str]]
+
+# What is chosen, e.g. "caption" -> a number in [0, 1) for it.
+Draw = Callable[[str], float]
+
+
+def first_of_all(what: str) -> float:
+    """A ``Draw`` that always chooses the first."""
+    return 0.0
+
 
 class Fields:
-    """The values of ``sample`` by field."""
+    """The values of ``sample`` by field.
 
-    def __init__(self, sample: Sample, keys: dict[str, str]) -> None:
+    files: reads images that the sample names; by default, relative to the folder of its shard.
+    draw:  chooses among several captions of the sample.
+    """
+
+    def __init__(
+        self,
+        sample: Sample,
+        keys: Keys,
+        *,
+        files: ImageFiles | None = None,
+        draw: Draw = first_of_all,
+    ) -> None:
         """Raises BadSample: the JSON object cannot be read."""
         self.sample = sample
-        self._folder = sample.shard.rpartition("/")[0]
         self.keys = keys
+        self.draw = draw
+        self._files = files or ImageFiles(sample.shard.rpartition("/")[0])
         self._values = sample.members
         if isinstance(sample.members.get("json"), bytes):
             self._values = parse_json(sample.members["json"]) | sample.members
@@ -35,13 +60,17 @@ class Fields:
         """The sample's own names."""
         return set(self._values)
 
+    def named(self, name: str) -> Any:
+        """The value of the sample's own ``name``, or None."""
+        return _look_up(self._values, name)
+
     def get(self, field: str) -> Any:
-        """The value of ``field``, or None."""
-        for name in names_of(field, self.keys):
-            value = _look_up(self._values, name)
-            if value is not None:
-                return value
-        return None
+        """The value of ``field``, or None. Where ``keys`` give it several names: the values of all that the sample has, in a list."""
+        values = (self.named(name) for name in names_of(field, self.keys))
+        if isinstance(self.keys.get(field), list):
+            found = [text for value in values if value is not None for text in alternatives(value)]
+            return found or None
+        return next((value for value in values if value is not None), None)
 
     def need(self, field: str) -> Any:
         """Raises BadSample: there is none."""
@@ -51,51 +80,175 @@ class Fields:
         return value
 
     def text(self, field: str) -> str:
-        """Raises BadSample: there is none, or it is no text."""
-        return as_text(self.need(field), repr(self.keys.get(field, field)))
+        """The text of ``field``, or one of several texts that it holds.
+
+        Raises:
+            BadSample: there is none, or it is no text.
+        """
+        value, name = self.several(field), " or ".join(map(repr, self._shown(field)))
+        if field in DRAWN_FIELDS and isinstance(value, list):
+            return self.one_of(value, name, field)
+        return as_text(value, name)
+
+    def several(self, field: str) -> Any:
+        """The value of ``field``; a list where it may be chosen from. Raises BadSample: there is none."""
+        value = self.need(field)
+        if field != "caption":
+            return value
+        texts = alternatives(value)
+        return texts if isinstance(texts, list) and texts != [value] else value
+
+    def one_of(self, texts: list[Any], name: str, what: str) -> str:
+        """One of ``texts``, as ``draw`` chooses for ``what``; None and empty ones are left out. Raises BadSample: there is no text."""
+        there = [text for text in texts if text not in (None, "", b"")]
+        good = [text for text in there if not isinstance(text, str) or text.strip()]
+        if not good:
+            raise BadSample("empty", f"{name} is empty")
+        chosen = [as_text(text, f"each text of {name}") for text in good]
+        return chosen[int(self.draw(what) * len(chosen))]
+
+    def _shown(self, field: str) -> list[str]:
+        named = self.keys.get(field, field)
+        return named if isinstance(named, list) else [named]
+
+    def image_values(self, field: str = "image") -> list[Any]:
+        """What the sample has for each of its images; none where it has no image.
+
+        Raises:
+            BadSample: some of them are null.
+        """
+        values = rows_of(self.get(field))
+        if isinstance(values, str) and values.lstrip().startswith("["):
+            values = _from_json(values)
+        values = values if isinstance(values, list) else [values]
+        there = [value for value in values if value is not None]
+        if there and len(there) < len(values):
+            raise BadSample(
+                "missing", f"{len(values) - len(there)} of its {len(values)} images are null"
+            )
+        return there
 
     def images(self) -> list[bytes]:
         """Encoded images of the field ``image``, in order; raises BadSample where one cannot be read."""
-        value = self.get("image")
-        values = value if isinstance(value, list) else [value]
-        return [self.image_bytes(v) for v in values if v is not None]
+        return [self.image_bytes(value) for value in self.image_values()]
+
+    def some_image_values(self) -> list[Any]:
+        """As ``image_values``; raises BadSample where there is none."""
+        values = self.image_values()
+        if not values:
+            raise self._missing("image")
+        return values
 
     def some_images(self) -> list[bytes]:
-        """Raises BadSample: there is none."""
-        images = self.images()
-        if not images:
-            raise self._missing("image")
-        return images
+        """As ``images``; raises BadSample where there is none."""
+        return [self.image_bytes(value) for value in self.some_image_values()]
 
     def image(self) -> bytes:
         """Raises BadSample: there is none, or more than one."""
-        images = self.some_images()
-        if len(images) > 1:
-            raise BadSample("wrong_type", f"it has {len(images)} images, one is expected")
-        return images[0]
+        values = self.some_image_values()
+        if len(values) > 1:
+            raise BadSample("wrong_type", f"it has {len(values)} images, one is expected")
+        return self.image_bytes(values[0])
+
+    def image_bytes(self, value: Any) -> bytes:
+        """Encoded image that ``value`` holds or names, see ``ImageFiles.read``; a string may also name a member of the sample."""
+        return self._files.read(value, self._values)
 
     def _missing(self, field: str) -> BadSample:
         names = " or ".join(repr(name) for name in names_of(field, self.keys))
         found = ", ".join(sorted(self.names)) or "nothing"
         return BadSample("missing", f"its {field} is missing: there is no {names} but {found}")
 
-    def image_bytes(self, value: Any) -> bytes:
-        """Encoded image that ``value`` holds or names: bytes, a member of the sample, a path relative to the shard's folder, or a
-        table with ``bytes`` or ``path``, as Hugging Face datasets have it."""
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, str) and isinstance(self._values.get(value), bytes):
-            value = self._values[value]
-        if isinstance(value, bytes):
-            return value
-        if not isinstance(value, str) or not value:
-            raise BadSample("wrong_type", f"an image must be bytes or a path, got {value!r:.80}")
-        return _read_file(value, self._folder)
 
-
-def names_of(field: str, keys: dict[str, str]) -> tuple[str, ...]:
+def names_of(field: str, keys: Keys) -> tuple[str, ...]:
     """The names under which a source may hold ``field``."""
-    return (keys[field],) if field in keys else FIELDS[field]
+    if field not in keys:
+        return FIELDS[field]
+    named = keys[field]
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def names_wanted(task: Task, keys: Keys) -> list[str]:
+    """All names that samples of ``task`` are read by, dots included."""
+    fields = {"image", *task.fields}
+    return [
+        *(name for field in fields for name in names_of(field, keys)),
+        *(MEDIA if task.has_images else ()),
+        *PREFERENCE_PAIR,
+    ]
+
+
+def refuse_unread(task: Task, fields: Fields) -> None:
+    """Refuse a sample that has more than ``task`` can train.
+
+    Raises:
+        BadSample: it has a video or sound, or is a pair of a preferred and a rejected conversation.
+    """
+    named = {name for field in fields.keys for name in names_of(field, fields.keys)}
+    for name in MEDIA if task.has_images else ():
+        if name not in named and not is_empty(fields.named(name)):
+            kind = name.removesuffix("s")
+            raise BadSample("wrong_type", f"{kind} is not supported, and it has {name!r}")
+    pair = [name for name in PREFERENCE_PAIR if not is_empty(fields.named(name))]
+    if pair == list(PREFERENCE_PAIR) and not named & set(pair) and "messages" in task.fields:
+        raise BadSample(
+            "conversation",
+            'it is a pair of answers, chosen and rejected; name what is trained: keys = {messages = "chosen"}',
+        )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether ``value`` holds nothing: null, an empty text, list or table, or a list of nulls. JSON text of these as well."""
+    if isinstance(value, str) and value.strip() in ("[]", "{}", "null", ""):
+        return True
+    if isinstance(value, dict):
+        return all(is_empty(inner) for inner in value.values())
+    return not value or (isinstance(value, list) and all(inner is None for inner in value))
+
+
+def alternatives(value: Any) -> list[Any]:
+    """The texts of a caption field: the only one, or those of a list or table, which may be JSON text."""
+    if isinstance(value, bytes) and value.lstrip()[:1] in (b"[", b"{"):
+        value = as_text(value, "its caption")
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        value = _from_json(value)
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else [value]
+
+
+def _from_json(text: str) -> Any:
+    """What ``text`` is JSON of; ``text`` itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def rows_of(value: Any) -> Any:
+    """``value``; a table of lists of one length, as ``datasets`` makes of a list of tables, becomes that list again."""
+    if not isinstance(value, dict):
+        return value
+    columns = {name: column for name, column in value.items() if column is not None}
+    lists = [column for column in columns.values() if isinstance(column, list)]
+    if not lists or len(lists) < len(columns) or len({len(column) for column in lists}) > 1:
+        return value
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def items_of(value: Any, name: str) -> list[Any]:
+    """A list, a table of lists, or JSON text of one of these, that is not empty; raises BadSample."""
+    if isinstance(value, (str, bytes)):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadSample("json", f"its {name} cannot be parsed ({error})") from error
+    value = rows_of(value)
+    if not isinstance(value, list):
+        raise BadSample("wrong_type", f"its {name} must be a list, got {brief(value)}")
+    if not value:
+        raise BadSample("empty", f"its {name} are empty")
+    return value
 
 
 def parse_json(data: bytes | str) -> dict[str, Any]:
@@ -120,7 +273,7 @@ def as_text(value: Any, name: str) -> str:
         except UnicodeDecodeError as error:
             raise BadSample("encoding", f"{name} is not UTF-8 ({error})") from error
     if not isinstance(value, str):
-        raise BadSample("wrong_type", f"{name} must be a string, got {value!r:.80}")
+        raise BadSample("wrong_type", f"{name} must be a string, got {brief(value)}")
     if not value.strip():
         raise BadSample("empty", f"{name} is empty")
     return value.encode("utf-8", errors="replace").decode("utf-8")
@@ -146,18 +299,7 @@ def dotted(name: str) -> Iterator[tuple[str, str]]:
         yield ".".join(parts[:i]), ".".join(parts[i:])
 
 
-def _read_file(path: str, folder: str) -> bytes:
-    """Bytes of ``path``, which is relative to ``folder`` unless it starts at a root or is a URL."""
-    if folder and not path.startswith("/") and "://" not in path:
-        path = f"{folder}/{path}"
-    try:
-        with fsspec.open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:
-        raise BadSample("unreadable", f"image {path} cannot be read ({error})") from error
-
-
-def schemas_of(task: Task, keys: dict[str, str]) -> tuple[tuple[str, ...], ...]:
+def schemas_of(task: Task, keys: Keys) -> tuple[tuple[str, ...], ...]:
     """The schemas that samples of ``task`` may have; where a source's ``keys`` name a field, those with such a field."""
     named = tuple(s for s in task.schemas if any(f in keys for f in s if f != "image"))
     return named or task.schemas
@@ -169,7 +311,7 @@ def schema_of(task: Task, fields: Fields) -> tuple[str, ...]:
     return next((s for s in schemas if fields.get(s[-1]) is not None), schemas[0])
 
 
-def check_fields(task: Task, keys: dict[str, str], names: Iterable[str], where: str) -> None:
+def check_fields(task: Task, keys: Keys, names: Iterable[str], where: str) -> None:
     """Refuse a source without the fields that ``task`` needs. ``names``: all names that its samples have.
 
     Raises:
@@ -180,11 +322,14 @@ def check_fields(task: Task, keys: dict[str, str], names: Iterable[str], where: 
     possible = [schema for schema in schemas if _may_be_in(names_of(schema[-1], keys), found)]
     for field in (*(possible or schemas)[0], *keys):
         wanted = names_of(field, keys)
-        if _may_be_in(wanted, found) or (field == "image" and CACHED_EXTENSION in found):
+        # Several names in ``keys`` must all be there, and one of those that a field has by itself.
+        choices = [(name,) for name in wanted] if field in keys else [wanted]
+        missing = next((names for names in choices if not _may_be_in(names, found)), None)
+        if missing is None or (field == "image" and CACHED_EXTENSION in found):
             continue
         key = f"keys.{field}" if field in keys else f"its {field}"
         raise ValueError(
-            f"{where}: {key} is looked for as {' or '.join(map(repr, wanted))}, which no sample has; there are: "
+            f"{where}: {key} is looked for as {' or '.join(map(repr, missing))}, which no sample has; there are: "
             f'{", ".join(sorted(found))}. Name the right one: keys = {{{field} = "..."}}'
         )
 

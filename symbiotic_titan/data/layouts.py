@@ -17,13 +17,12 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data.conversations import (
     ImagePart,
     Message,
     Part,
-    interleaved_parts,
-    messages_of,
+    refuse_placeholders,
 )
 from symbiotic_titan.data.documents import Segment, TextSegment, VaeSegment, drop_overlap
 from symbiotic_titan.data.fields import CACHED_EXTENSION, Fields, schema_of
@@ -35,6 +34,7 @@ from symbiotic_titan.data.images import (
     vit_patches,
 )
 from symbiotic_titan.data.latents import TargetImages
+from symbiotic_titan.data.schemas import content_of
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.tasks import TASKS, Task
@@ -44,11 +44,13 @@ from symbiotic_titan.sequence.tasks import TASKS, Task
 class TaskSample:
     """A sample of ``task``, and what its layout makes segments with.
 
+    source:         the row of the config that it comes from.
     max_tokens:     positions that a document of the task may take.
     drops_caption:  this sample is trained without its caption.
     """
 
     task: Task
+    source: DataSource
     fields: Fields
     max_tokens: int
     drops_caption: bool
@@ -64,10 +66,12 @@ class TaskSample:
         """One special token; ``role`` is a field of SpecialTokens."""
         return TextSegment([getattr(self.tokenizer.special, role)], trained)
 
+    def decoded(self, data: bytes) -> Image.Image:
+        return decoded(data, self.config.max_image_pixels, self.source.truncated_images)
+
     def input_image(self, data: bytes) -> list[Segment]:
         """An encoded image between its special tokens; raises BadSample."""
-        config = self.config
-        image = decoded(data, config.max_image_pixels)
+        config, image = self.config, self.decoded(data)
         try:
             segment = vit_patches(image, config.vit_pixels, self.geometry, config.vit_min_pixels)
         except ImageSizeError as error:
@@ -81,7 +85,7 @@ class TaskSample:
             segment = self._cached_latents()
         else:
             data = self.fields.image() if data is None else data
-            segment = self.targets.from_image(decoded(data, self.config.max_image_pixels))
+            segment = self.targets.from_image(self.decoded(data))
         return [self.special("vae_start", trained=trained), segment, self.special("vae_end")]
 
     def parts(self, content: list[Part], *, trained: bool) -> Iterator[Segment]:
@@ -108,17 +112,24 @@ class TaskSample:
 
 def lay_out(sample: TaskSample) -> list[list[Segment]]:
     """The segments of each document of ``sample``; raises BadSample."""
-    if sample.task.layout is not None:
-        return sample.task.layout(sample)
-    schema = schema_of(sample.task, sample.fields)[-1]
-    return LAYOUTS[schema](sample)
+    task, fields = sample.task, sample.fields
+    if task.layout is not None:
+        return task.layout(sample)
+    content = content_of(task, fields)
+    if content is None:
+        return PLAIN_LAYOUTS[schema_of(task, fields)[-1]](sample)
+    if content.messages is not None:
+        return [_conversation(sample, content.messages)]
+    return [_segments(sample, content.parts or [])]
 
 
 def _text(sample: TaskSample) -> list[list[Segment]]:
     """A text; one that is longer than ``max_tokens`` goes on in further documents, which begin with <bos> too."""
     tokenizer = sample.tokenizer
     opening = tokenizer.opening
-    ids = [*tokenizer.encode(sample.fields.text("text")), tokenizer.special.eos]
+    text = sample.fields.text("text")
+    refuse_placeholders(text, sample.fields, "its text")
+    ids = [*tokenizer.encode(text), tokenizer.special.eos]
     size = sample.max_tokens - len(opening) if sample.task.splits_text else len(ids)
     trained = "text" in sample.task.trained_fields
     return [
@@ -132,9 +143,9 @@ def _caption(sample: TaskSample) -> list[list[Segment]]:
     tokenizer, task = sample.tokenizer, sample.task
     user, assistant = tokenizer.turn("user"), tokenizer.turn("assistant")
     before = [*tokenizer.separator, *assistant.prefix]
-    caption = tokenizer.encode(sample.fields.text("caption"))
-    if sample.drops_caption:
-        caption = []
+    text = sample.fields.text("caption")
+    refuse_placeholders(text, sample.fields, "its caption", has_target=task.has_targets)
+    caption = [] if sample.drops_caption else tokenizer.encode(text)
     document: list[Segment] = [
         TextSegment([*tokenizer.opening, *drop_overlap(tokenizer.opening, user.prefix)]),
         TextSegment(caption, "caption" in task.trained_fields, shrinks=task.shortens_caption),
@@ -145,42 +156,14 @@ def _caption(sample: TaskSample) -> list[list[Segment]]:
     return [document]
 
 
-def _segments(sample: TaskSample) -> list[list[Segment]]:
+def _segments(sample: TaskSample, parts: list[Part]) -> list[Segment]:
     """Text among images, without turns."""
     trained = "segments" in sample.task.trained_fields
     return [
-        [
-            TextSegment(sample.tokenizer.opening),
-            *sample.parts(interleaved_parts(sample.fields), trained=trained),
-            sample.special("eos", trained=trained),
-        ]
+        TextSegment(sample.tokenizer.opening),
+        *sample.parts(parts, trained=trained),
+        sample.special("eos", trained=trained),
     ]
-
-
-def _question(sample: TaskSample) -> list[list[Segment]]:
-    """A conversation of two turns: the images and the question, then the answer."""
-    fields, trained = sample.fields, sample.task.trained_fields
-    question, answer = fields.text("question"), fields.text("answer")
-    images = [ImagePart(data, is_target=False) for data in fields.some_images()]
-    messages = [
-        Message("user", [*images, question], trained="question" in trained),
-        Message("assistant", [answer], trained="answer" in trained),
-    ]
-    return [_conversation(sample, messages)]
-
-
-def _turns(schema: str) -> Callable[[TaskSample], list[list[Segment]]]:
-    def layout(sample: TaskSample) -> list[list[Segment]]:
-        task = sample.task
-        messages = messages_of(
-            sample.fields,
-            schema,
-            has_images=task.has_images,
-            trained_roles=task.trained_roles,
-        )
-        return [_conversation(sample, messages)]
-
-    return layout
 
 
 def _conversation(sample: TaskSample, messages: list[Message]) -> list[Segment]:
@@ -207,21 +190,23 @@ def _conversation(sample: TaskSample, messages: list[Message]) -> list[Segment]:
     return segments
 
 
-# Last field of a schema -> its layout.
-LAYOUTS: dict[str, Callable[[TaskSample], list[list[Segment]]]] = {
+# Last field of a schema that ``schemas`` does not read -> its layout.
+PLAIN_LAYOUTS: dict[str, Callable[[TaskSample], list[list[Segment]]]] = {
     "text": _text,
-    "answer": _question,
     "caption": _caption,
-    "segments": _segments,
-    **{schema: _turns(schema) for schema in ("messages", "conversations")},
 }
 
 
-def decoded(data: bytes, max_pixels: int) -> Image.Image:
-    """Upright RGB image of encoded ``data``; raises BadSample."""
+def decoded(data: bytes, max_pixels: int, truncated: str = "bad") -> Image.Image:
+    """Upright RGB image of encoded ``data``. ``truncated``: the source's ``truncated_images``. Raises BadSample."""
     try:
-        return decode_image(data, max_pixels)
+        return decode_image(data, max_pixels, keep_truncated=truncated == "decode")
     except ImageSizeError as error:
         raise BadSample("image_size", f"its image has the wrong size ({error})") from error
     except DECODE_ERRORS as error:
-        raise BadSample("image", f"its image cannot be decoded ({error})") from error
+        remedy = (
+            '; where that may be, set truncated_images = "decode" for this source'
+            if "truncated" in str(error)
+            else ""
+        )
+        raise BadSample("image", f"its image cannot be decoded ({error}){remedy}") from error

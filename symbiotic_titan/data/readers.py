@@ -16,7 +16,7 @@ from symbiotic_titan.data.fields import (
     Fields,
     check_fields,
     dotted,
-    names_of,
+    names_wanted,
 )
 from symbiotic_titan.data.files import open_file, source_files
 from symbiotic_titan.data.formats.index_cache import cached_index
@@ -126,9 +126,8 @@ def check_names(source: DataSource, shards: list[Shard], where: str) -> None:
 
 
 def _columns(source: DataSource, names: list[str]) -> list[str]:
-    """The ``names`` that may hold fields of the source's task; other columns are not decoded."""
-    fields = {"image", *TASKS[source.task].fields}
-    wanted = [name for field in fields for name in names_of(field, source.keys)]
+    """The ``names`` that samples of the source's task are read by; other columns are not decoded."""
+    wanted = names_wanted(TASKS[source.task], source.keys)
     heads = {name for path in wanted for name in (path, *(head for head, _ in dotted(path)))}
     return [name for name in names if name in heads]
 

@@ -1,13 +1,15 @@
 """A sample -> documents that fit into a packed sequence. What a document of each task looks like: see ``layouts``."""
 
 from dataclasses import replace
+from functools import partial
 
 from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data.documents import Document, Segment, TextSegment, VaeSegment
-from symbiotic_titan.data.fields import Fields
+from symbiotic_titan.data.fields import Draw, Fields, first_of_all, refuse_unread
 from symbiotic_titan.data.formats.shard import BadSample, Sample
+from symbiotic_titan.data.image_files import ImageFiles
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.layouts import TaskSample, decoded, lay_out
 from symbiotic_titan.data.order import hash_fraction
@@ -71,7 +73,8 @@ class DocumentMaker:
         task = self._tasks[number]
         return TaskSample(
             task=task,
-            fields=Fields(sample, source.keys),
+            source=source,
+            fields=fields_of(source, sample, partial(self._draw, source, index)),
             max_tokens=self._max_tokens[number],
             drops_caption=task.drops_caption and self._drops_condition(source, index),
             config=self._config,
@@ -82,8 +85,10 @@ class DocumentMaker:
 
     def _drops_condition(self, source: DataSource, index: int) -> bool:
         """Another decision in every epoch, and the same one whenever this sample is read again, e.g. by a resumed run."""
-        fraction = hash_fraction(self._config.seed, source.name, "condition", index)
-        return fraction < self._config.condition_dropout
+        return self._draw(source, index, "condition") < self._config.condition_dropout
+
+    def _draw(self, source: DataSource, index: int, what: str) -> float:
+        return hash_fraction(self._config.seed, source.name, what, index)
 
     def _fitted(self, document: Document, truncates: bool) -> Document:
         """``document``, or with ``truncates`` as much of it as fits; raises BadSample when nothing to train is left."""
@@ -151,9 +156,18 @@ def _has_target(document: Document) -> bool:
     )
 
 
+def fields_of(source: DataSource, sample: Sample, draw: Draw = first_of_all) -> Fields:
+    """The fields of ``sample``; raises BadSample where it has more than its task can train."""
+    files = ImageFiles(source.image_folder or sample.shard.rpartition("/")[0])
+    fields = Fields(sample, source.keys, files=files, draw=draw)
+    refuse_unread(TASKS[source.task], fields)
+    return fields
+
+
 def image_of(source: DataSource, sample: Sample, max_pixels: int) -> Image.Image:
     """The one image of ``sample``, upright and RGB; raises BadSample."""
     try:
-        return decoded(Fields(sample, source.keys).image(), max_pixels)
+        data = fields_of(source, sample).image()
+        return decoded(data, max_pixels, source.truncated_images)
     except BadSample as error:
         raise error.at(sample.shard, sample.key) from error.__cause__

@@ -12,17 +12,19 @@ from statistics import mean, median
 import torch
 
 from symbiotic_titan.config.data import DataSource
-from symbiotic_titan.data.conversations import ImagePart, interleaved_parts, messages_of
+from symbiotic_titan.data.conversations import ImagePart
 from symbiotic_titan.data.documents import Document, TextSegment, VaeSegment, VitSegment
-from symbiotic_titan.data.fields import Fields, schema_of
+from symbiotic_titan.data.fields import Fields
 from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.loader import PackedLoader
+from symbiotic_titan.data.samples import fields_of
+from symbiotic_titan.data.schemas import content_of
 from symbiotic_titan.data.streams import OpenSource
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, MODALITY_NAMES, PADDING
-from symbiotic_titan.sequence.tasks import SEGMENTS_SCHEMA, TASKS
+from symbiotic_titan.sequence.tasks import TASKS
 
 MAX_SIZES = 20  # lines of a table of sizes; the rest is one more
 
@@ -104,19 +106,12 @@ def token_table(rows: list[PackedBatch]) -> Table:
 def images_of(source: DataSource, fields: Fields) -> list[ImagePart]:
     """Encoded images of a sample, in the order in which its documents hold them."""
     task = TASKS[source.task]
-    schema = schema_of(task, fields)
     if not task.has_images:
         return []
-    if "image" in schema:
-        return [ImagePart(data, not task.input_images) for data in fields.images()]
-    if schema == SEGMENTS_SCHEMA:
-        parts = interleaved_parts(fields)
-    else:
-        messages = messages_of(
-            fields, schema[-1], has_images=True, trained_roles=task.trained_roles
-        )
-        parts = [part for message in messages for part in message.content]
-    return [part for part in parts if isinstance(part, ImagePart)]
+    content = None if task.layout is not None else content_of(task, fields)
+    if content is not None:
+        return content.images
+    return [ImagePart(data, not task.input_images) for data in fields.images()]
 
 
 def image_uses(loader: PackedLoader, geometry: ImageGeometry) -> Iterator[ImageUse]:
@@ -135,7 +130,7 @@ def image_uses(loader: PackedLoader, geometry: ImageGeometry) -> Iterator[ImageU
                     documents = spec.maker.make(source, sample, index)
                 except BadSample:
                     continue
-                images = images_of(source, Fields(sample, source.keys))
+                images = images_of(source, fields_of(source, sample))
                 yield from _uses_of(documents, images, geometry)
 
 
@@ -148,7 +143,7 @@ def _uses_of(
         fitted = _pixels_of(segment, geometry)
         original = None
         if image is not None:
-            width, height = decode_image(image.data).size
+            width, height = decode_image(image.data, keep_truncated=True).size
             original = (height, width)
         yield ImageUse(isinstance(segment, VaeSegment), original, fitted)
 

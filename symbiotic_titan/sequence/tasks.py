@@ -10,18 +10,32 @@ from typing import Any, Literal, get_args
 
 from symbiotic_titan.registry import Registry
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+_COMMON_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+_OTHER_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "jfif", "jp2", "ppm", "pgm", "tga")
+IMAGE_EXTENSIONS = (*_COMMON_EXTENSIONS, *_OTHER_EXTENSIONS)
 
-# Field of a sample -> names to look it up by, unless the source's ``keys`` name it.
+# Field of a sample -> names to look it up by, unless the source's ``keys`` name it. The first name that the sample has counts.
 FIELDS = {
     "text": ("text", "txt"),
-    "image": (*IMAGE_EXTENSIONS, "image", "images"),
-    "caption": ("caption", "txt"),
+    "image": (*_COMMON_EXTENSIONS, "image", "images", *_OTHER_EXTENSIONS),
+    "caption": ("caption", "txt", "captions"),
     "question": ("question",),
-    "answer": ("answer",),
+    "answer": ("answer", "answers"),
     "messages": ("messages",),
     "conversations": ("conversations",),
     "segments": ("segments",),
+    "system": ("system", "system_prompt"),
+    "texts": ("texts",),
+    "image_info": ("image_info",),
+    "text_list": ("text_list",),
+    "instruction": ("instruction", "edit_prompt", "edited_prompt_list", "edit"),
+    "input": ("input",),
+    "output": ("output",),
+    "history": ("history",),
+    "input_image": ("input_image", "source_image", "source_img", "original_image", "src_img"),
+    "output_image": ("output_image", "target_image", "target_img", "edited_image", "edited_img"),
+    "image_list": ("image_list",),
+    "instruction_list": ("instruction_list",),
 }
 
 # Schemas with a document layout in ``data.layouts``. The last field of a schema distinguishes it from the others.
@@ -30,10 +44,27 @@ QUESTION_SCHEMA = ("image", "question", "answer")
 CAPTION_SCHEMA = ("image", "caption")
 SEGMENTS_SCHEMA = ("segments",)
 CONVERSATION_SCHEMAS = (("messages",), ("conversations",))
+# Lists of questions with their answers (Cauldron, FineVision), or texts among ``images`` (OBELICS, MINT-1T).
+TEXTS_SCHEMA = ("texts",)
+ALPACA_SCHEMA = ("instruction", "output")
+MMC4_SCHEMA = ("image_info", "text_list")
+EDIT_SCHEMA = ("input_image", "instruction", "output_image")
+EDIT_CHAIN_SCHEMA = ("image_list", "instruction_list")
 KNOWN_SCHEMAS = (
     *(TEXT_SCHEMA, QUESTION_SCHEMA, CAPTION_SCHEMA, SEGMENTS_SCHEMA),
     *CONVERSATION_SCHEMAS,
+    *(TEXTS_SCHEMA, ALPACA_SCHEMA, MMC4_SCHEMA, EDIT_SCHEMA, EDIT_CHAIN_SCHEMA),
 )
+
+# Last field of a schema -> fields that its samples may have besides.
+OPTIONAL_FIELDS = {
+    "messages": ("system",),
+    "conversations": ("system",),
+    "output": ("input", "history", "system"),
+}
+
+# Fields that may hold several texts, so that one is chosen at random each time the sample is read.
+DRAWN_FIELDS = ("caption", "answer", "instruction")
 
 # Target images of a sample: see ``Task``.
 TargetImageCount = Literal["none", "one", "any"]
@@ -112,8 +143,12 @@ class Task:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """All fields of the schemas, without repetition."""
-        return tuple(dict.fromkeys(field for schema in self.schemas for field in schema))
+        """All fields of the schemas, the optional ones after them, without repetition."""
+        needed = [field for schema in self.schemas for field in schema]
+        optional = [
+            field for schema in self.schemas for field in OPTIONAL_FIELDS.get(schema[-1], ())
+        ]
+        return tuple(dict.fromkeys((*needed, *optional)))
 
     @property
     def has_images(self) -> bool:
@@ -158,13 +193,13 @@ def task_number(name: str) -> int:
 for _task in (
     Task(
         "lm",
-        (TEXT_SCHEMA, *CONVERSATION_SCHEMAS),
+        (TEXT_SCHEMA, *CONVERSATION_SCHEMAS, ALPACA_SCHEMA),
         trained_fields=("text",),
         splits_text=True,
     ),
     Task(
         "mmu",
-        (QUESTION_SCHEMA, *CONVERSATION_SCHEMAS),
+        (QUESTION_SCHEMA, *CONVERSATION_SCHEMAS, TEXTS_SCHEMA, ALPACA_SCHEMA),
         input_images=True,
         trained_fields=("answer",),
     ),
@@ -181,7 +216,10 @@ for _task in (
     ),
     Task(
         "interleaved",
-        (SEGMENTS_SCHEMA, *CONVERSATION_SCHEMAS),
+        (
+            *(SEGMENTS_SCHEMA, *CONVERSATION_SCHEMAS, TEXTS_SCHEMA),
+            *(MMC4_SCHEMA, EDIT_SCHEMA, EDIT_CHAIN_SCHEMA),
+        ),
         input_images=True,
         target_images="any",
         trained_fields=("segments",),

@@ -147,6 +147,9 @@ class DamagedRest:
         pass
 
 
+# Characters of a message about a bad sample, and of a value in it: every rank may log one for every sample.
+LONGEST_PLACE, LONGEST_MESSAGE, LONGEST_VALUE = 110, 190, 80
+
 # Why a sample is bad; skipped samples are counted by these names.
 REASONS = (
     "unreadable",
@@ -163,12 +166,28 @@ REASONS = (
 )
 
 
+def brief(value: Any) -> str:
+    """``value`` in a message: at most LONGEST_VALUE characters."""
+    if isinstance(value, (str, bytes)):  # a repr of all of a long one would be made first
+        value = value[: LONGEST_VALUE + 1]
+    return one_line(repr(value), LONGEST_VALUE)
+
+
+def one_line(text: str, longest: int) -> str:
+    """``text`` without line breaks, and without its end where it has more characters than ``longest``."""
+    text = " ".join(text[: 4 * longest].split())
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 class BadSample(Exception):
-    """A sample that cannot be used; ``reason`` is one of REASONS. The caller decides whether to skip it or to stop."""
+    """A sample that cannot be used; ``reason`` is one of REASONS. The caller decides whether to skip it or to stop.
+
+    Its text is one line of at most 300 characters, whatever ``message`` quotes.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         assert reason in REASONS
-        super().__init__(message)
+        super().__init__(one_line(message, LONGEST_MESSAGE))
         self.reason = reason
         self.place = ""
 
@@ -177,7 +196,11 @@ class BadSample(Exception):
 
     def at(self, shard: str, key: str) -> "BadSample":
         """This error, with the sample's shard and key added to its text."""
-        self.place = f"{shard}: sample {key!r}: "
+        sample = f": sample {one_line(repr(key), LONGEST_PLACE // 2)}: "
+        room = LONGEST_PLACE - len(sample)
+        # The end of a long path tells more than its start.
+        path = shard if len(shard) <= room else f"...{shard[3 - room :]}"
+        self.place = path + sample
         return self
 
 

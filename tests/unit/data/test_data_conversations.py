@@ -173,7 +173,7 @@ BAD = [
         "conversation",
         "its messages have places for 1 images too few",
     ),
-    ({"messages": said({"type": "video"})}, "conversation", "is neither text nor image"),
+    ({"messages": said({"type": "video"})}, "conversation", "turn 1 of its messages: video is not"),
     ({"messages": said(text("q"), role="tool")}, "conversation", "role 'tool' has no turn"),
     (
         {"messages": said({"type": "image", "image": "no.png"})},

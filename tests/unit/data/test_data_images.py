@@ -36,10 +36,10 @@ def test_every_colour_mode_becomes_rgb(mode):
     assert (image.mode, image.size) == ("RGB", (7, 5))
 
 
-def test_only_the_named_formats_are_decoded():
+def test_formats_that_start_programs_are_not_decoded():
     buffer = io.BytesIO()
-    noise_image(5, 7).save(buffer, "TIFF")
-    with pytest.raises(DECODE_ERRORS):
+    noise_image(5, 7).save(buffer, "EPS")
+    with pytest.raises(DECODE_ERRORS, match="it is PostScript; convert it to PNG or JPEG"):
         decode_image(buffer.getvalue())
 
 

@@ -162,12 +162,16 @@ BAD = [
     (
         "mmu",
         {"png": png(), "json": {"question": "q"}},
-        "its answer is missing: there is no 'answer' but",
+        "its answer is missing: there is no 'answer' or 'answers' but",
     ),
     ("mmu", {"png": png(), "json": {"question": "q", "answer": ""}}, "'answer' is empty"),
     ("mmu", {"png": png(), "json": {"question": None, "answer": "a"}}, "its question is missing"),
     ("mmu", {"png": png(), "json": {"question": [], "answer": "a"}}, "a string, got []"),
-    ("t2i", {"png": png()}, "its caption is missing: there is no 'caption' or 'txt' but png"),
+    (
+        "t2i",
+        {"png": png()},
+        "caption is missing: there is no 'caption' or 'txt' or 'captions' but png",
+    ),
     ("t2i", {"png": png(), "txt": b"\xff"}, "'caption' is not UTF-8"),
     ("t2i", {"png": png(), "json": {"caption": 7}}, "'caption' must be a string, got 7"),
     ("t2i", {"png": b"", "json": {"caption": "c"}}, "its image cannot be decoded"),
