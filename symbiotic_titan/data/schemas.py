@@ -24,8 +24,10 @@ from symbiotic_titan.sequence.tasks import (
     CONVERSATION_SCHEMAS,
     DRAWN_FIELDS,
     EDIT_CHAIN_SCHEMA,
+    EDIT_NUMBERS,
     EDIT_SCHEMA,
     MMC4_SCHEMA,
+    NUMBERED_EDITS_SCHEMA,
     QUESTION_SCHEMA,
     SEGMENTS_SCHEMA,
     TEXTS_SCHEMA,
@@ -257,6 +259,20 @@ def _edit_chain(task: Task, fields: Fields) -> Content:
     return _edits(task, fields, images[:1], images[1:], said)
 
 
+def _numbered_edits(task: Task, fields: Fields) -> Content:
+    """An image, and for each edit its instruction and the image that it gives (SEED-Data-Edit, part 3)."""
+    first, said, after = fields.image_values("input_image"), [], []
+    for number in EDIT_NUMBERS:
+        found = fields.image_values(f"edit_image_{number}")
+        if not found and is_empty(fields.get(f"instruction_{number}")):
+            break
+        if len(first) != 1 or len(found) != 1:
+            raise BadSample("missing", f"an image of its edit {number} is missing")
+        said.append(fields.text(f"instruction_{number}"))
+        after += found
+    return _edits(task, fields, first, after, said)
+
+
 def _edits(
     task: Task, fields: Fields, before: list[Any], after: list[Any], instructions: list[str]
 ) -> Content:
@@ -285,6 +301,7 @@ SHAPES: dict[tuple[str, ...], Shape] = {
         Shape("Alpaca (instruction, input, output)", ALPACA_SCHEMA, _alpaca),
         Shape("editing pair (image, instruction, image)", EDIT_SCHEMA, _edit),
         Shape("chain of edits (image_list, instruction_list)", EDIT_CHAIN_SCHEMA, _edit_chain),
+        Shape("chain of edits (instruction_1, ...)", NUMBERED_EDITS_SCHEMA, _numbered_edits),
     )
 }
 

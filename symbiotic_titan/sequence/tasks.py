@@ -14,13 +14,16 @@ _COMMON_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _OTHER_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "jfif", "jp2", "ppm", "pgm", "tga")
 IMAGE_EXTENSIONS = (*_COMMON_EXTENSIONS, *_OTHER_EXTENSIONS)
 
+# Numbers of the edits of one sample, in columns of their own: ``instruction_1``, ``edit_image_1`` and so on.
+EDIT_NUMBERS = range(1, 10)
+
 # Field of a sample -> names to look it up by, unless the source's ``keys`` name it. The first name that the sample has counts.
 FIELDS = {
     "text": ("text", "txt"),
     "image": (*_COMMON_EXTENSIONS, "image", "images", *_OTHER_EXTENSIONS),
     "caption": ("caption", "txt", "captions"),
     "question": ("question",),
-    "answer": ("answer", "answers"),
+    "answer": ("answer",),
     "messages": ("messages",),
     "conversations": ("conversations",),
     "segments": ("segments",),
@@ -36,6 +39,11 @@ FIELDS = {
     "output_image": ("output_image", "target_image", "target_img", "edited_image", "edited_img"),
     "image_list": ("image_list",),
     "instruction_list": ("instruction_list",),
+    **{
+        f"{name}_{n}": (f"{name}_{n}",)
+        for name in ("instruction", "edit_image")
+        for n in EDIT_NUMBERS
+    },
 }
 
 # Schemas with a document layout in ``data.layouts``. The last field of a schema distinguishes it from the others.
@@ -50,10 +58,12 @@ ALPACA_SCHEMA = ("instruction", "output")
 MMC4_SCHEMA = ("image_info", "text_list")
 EDIT_SCHEMA = ("input_image", "instruction", "output_image")
 EDIT_CHAIN_SCHEMA = ("image_list", "instruction_list")
+NUMBERED_EDITS_SCHEMA = ("input_image", "instruction_1", "edit_image_1")
 KNOWN_SCHEMAS = (
     *(TEXT_SCHEMA, QUESTION_SCHEMA, CAPTION_SCHEMA, SEGMENTS_SCHEMA),
     *CONVERSATION_SCHEMAS,
-    *(TEXTS_SCHEMA, ALPACA_SCHEMA, MMC4_SCHEMA, EDIT_SCHEMA, EDIT_CHAIN_SCHEMA),
+    *(TEXTS_SCHEMA, ALPACA_SCHEMA, MMC4_SCHEMA),
+    *(EDIT_SCHEMA, EDIT_CHAIN_SCHEMA, NUMBERED_EDITS_SCHEMA),
 )
 
 # Last field of a schema -> fields that its samples may have besides.
@@ -61,6 +71,9 @@ OPTIONAL_FIELDS = {
     "messages": ("system",),
     "conversations": ("system",),
     "output": ("input", "history", "system"),
+    "edit_image_1": tuple(
+        f"{name}_{n}" for n in EDIT_NUMBERS[1:] for name in ("instruction", "edit_image")
+    ),
 }
 
 # Fields that may hold several texts, so that one is chosen at random each time the sample is read.
@@ -218,7 +231,7 @@ for _task in (
         "interleaved",
         (
             *(SEGMENTS_SCHEMA, *CONVERSATION_SCHEMAS, TEXTS_SCHEMA),
-            *(MMC4_SCHEMA, EDIT_SCHEMA, EDIT_CHAIN_SCHEMA),
+            *(MMC4_SCHEMA, EDIT_SCHEMA, EDIT_CHAIN_SCHEMA, NUMBERED_EDITS_SCHEMA),
         ),
         input_images=True,
         target_images="any",

@@ -176,7 +176,11 @@ def test_compressed_shards_without_a_cache_folder_or_a_library_are_refused(tmp_p
         ),
         ("webdataset", {"caption": "a.b"}, "keys.caption is looked for as 'a.b', which no sample "),
         ("webdataset", {"caption": "a.b"}, "there are: json, png, words. Name the right one: keys"),
-        ("webdataset", {}, "its caption is looked for as 'caption' or 'txt' or 'captions', which no"),
+        (
+            "webdataset",
+            {},
+            "its caption is looked for as 'caption' or 'txt' or 'captions', which no",
+        ),
         (
             "jsonl",
             {},
@@ -184,7 +188,11 @@ def test_compressed_shards_without_a_cache_folder_or_a_library_are_refused(tmp_p
         ),
         ("parquet", {"caption": "word"}, "keys.caption is looked for as 'word', which no sample"),
         ("parquet", {"caption": "words.a"}, "keys.caption is looked for as 'words.a', which no "),
-        ("parquet", {"image": "png"}, "its caption is looked for as 'caption' or 'txt' or 'captions', which no"),
+        (
+            "parquet",
+            {"image": "png"},
+            "its caption is looked for as 'caption' or 'txt' or 'captions', which no",
+        ),
         ("parquet", {"image": "png"}, "there are: png, words, words.b. Name the right one"),
     ],
 )

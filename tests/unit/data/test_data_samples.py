@@ -162,7 +162,7 @@ BAD = [
     (
         "mmu",
         {"png": png(), "json": {"question": "q"}},
-        "its answer is missing: there is no 'answer' or 'answers' but",
+        "its answer is missing: there is no 'answer' but",
     ),
     ("mmu", {"png": png(), "json": {"question": "q", "answer": ""}}, "'answer' is empty"),
     ("mmu", {"png": png(), "json": {"question": None, "answer": "a"}}, "its question is missing"),
