@@ -19,9 +19,11 @@ import argparse
 import json
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from symbiotic_titan.config.saved import saved_config
+from symbiotic_titan.data.decoding import DECODE_ERRORS, decode_image
+from symbiotic_titan.data.images import ImageSizeError
 from symbiotic_titan.flow.solver import SOLVERS
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.process import Counter, exit_status, is_first_process
@@ -43,10 +45,15 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
 
 
 def open_image(path: Path) -> Image.Image:
+    """The image of the file ``path``, as training sees it.
+
+    Raises:
+        ValueError: it cannot be read, or is no image.
+    """
     try:
-        return Image.open(path).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"--image {path}: is no image") from error
+        return decode_image(path.read_bytes())
+    except (*DECODE_ERRORS, ImageSizeError) as error:
+        raise ValueError(f"--image {path}: cannot be read as an image ({error})") from error
 
 
 def generate_images(generator: Generator, prompts: list[str], options: argparse.Namespace) -> None:

@@ -7,10 +7,9 @@ the member ``meta.json``, ``image.bytes`` a field of a column.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from symbiotic_titan.data.formats.shard import BadSample, Sample, brief
-from symbiotic_titan.data.image_files import ImageFiles
 from symbiotic_titan.sequence.tasks import DRAWN_FIELDS, FIELDS, Task
 
 # Extension of the member with the latents of an image, in shards of a latent cache.
@@ -19,6 +18,13 @@ CACHED_EXTENSION = "safetensors"
 # Names of what a sample may have and no task reads, so that to leave it out would train something else than the sample.
 MEDIA = ("video", "videos", "audio", "audios")
 PREFERENCE_PAIR = ("chosen", "rejected")
+
+# Keys of a table that hold or name its image; the first that is there and not empty counts. ``datasets`` has bytes and path, OpenAI
+# image_url and url, Anthropic source and data, mmc4 image_base64, image_name and raw_url.
+IMAGE_KEYS = (
+    *("bytes", "image", "image_url", "source", "base64", "image_base64", "data"),
+    *("path", "image_path", "image_name", "file_name", "url", "raw_url"),
+)
 
 Keys = Mapping[str, str | list[str]]
 
@@ -31,10 +37,16 @@ def first_of_all(what: str) -> float:
     return 0.0
 
 
+class ReadsImages(Protocol):
+    """What fields need of ``image_files.ImageFiles``."""
+
+    def read(self, value: Any, members: Mapping[str, Any]) -> bytes: ...
+
+
 class Fields:
     """The values of ``sample`` by field.
 
-    files: reads images that the sample names; by default, relative to the folder of its shard.
+    files: reads its images; None where only other fields are asked for.
     draw:  chooses among several captions of the sample.
     """
 
@@ -43,14 +55,14 @@ class Fields:
         sample: Sample,
         keys: Keys,
         *,
-        files: ImageFiles | None = None,
+        files: ReadsImages | None = None,
         draw: Draw = first_of_all,
     ) -> None:
         """Raises BadSample: the JSON object cannot be read."""
         self.sample = sample
         self.keys = keys
         self.draw = draw
-        self._files = files or ImageFiles(sample.shard.rpartition("/")[0])
+        self._files = files
         self._values = sample.members
         if isinstance(sample.members.get("json"), bytes):
             self._values = parse_json(sample.members["json"]) | sample.members
@@ -152,12 +164,18 @@ class Fields:
 
     def image_bytes(self, value: Any) -> bytes:
         """Encoded image that ``value`` holds or names, see ``ImageFiles.read``; a string may also name a member of the sample."""
+        assert self._files is not None, "fields made without files read no images"
         return self._files.read(value, self._values)
 
     def _missing(self, field: str) -> BadSample:
         names = " or ".join(repr(name) for name in names_of(field, self.keys))
         found = ", ".join(sorted(self.names)) or "nothing"
         return BadSample("missing", f"its {field} is missing: there is no {names} but {found}")
+
+
+def own_image(item: Mapping[str, Any]) -> Any:
+    """What ``item`` holds or names as its image, or None."""
+    return next((item[key] for key in IMAGE_KEYS if item.get(key)), None)
 
 
 def names_of(field: str, keys: Keys) -> tuple[str, ...]:

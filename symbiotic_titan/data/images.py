@@ -1,4 +1,4 @@
-"""Where images are decoded, and input images resized and cut into the patches of the ViT. Target images: see ``latents``.
+"""The sizes of images, and how an input image is cut into the patches of the ViT. Target images: see ``latents``.
 
 An input image gets its size by a rule (``ImageGeometry.vit_resize``). ``fit`` is ours. The others give the sizes that a released
 family was trained with, as the image processors of transformers do:
@@ -9,165 +9,22 @@ family was trained with, as the image processors of transformers do:
                gets the first, whatever it was, and the shorter one at least the second; black pixels complete the last patches.
 """
 
-import io
-import struct
-import warnings
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import ceil, floor, isqrt, log, sqrt
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import Image
 
 from symbiotic_titan.data.documents import VitSegment
-from symbiotic_titan.data.image_formats import COMMON_FORMATS, formats_to_try, what_it_is
 from symbiotic_titan.sequence.geometry import RESIZE_RULES, ImageGeometry
-
-# What Pillow's decoders raise on damaged files.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    IndexError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
-
-# Where Pillow itself refuses, to be safe from decompression bombs.
-MAX_PIXELS = 178_956_970
 
 # Longest over shortest side of an image that ``qwen`` and ``glm`` take.
 MAX_ASPECT = 200
 
-# Pillow's limit for a compressed text or colour profile of a PNG is 1 MB, and released data have longer ones.
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26
-
-# Tags of a TIFF.
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
-
-# EXIF orientation -> the transposition that turns the image upright; an upright image has 1.
-ORIENTATION = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 class ImageSizeError(Exception):
     """An image has no pixels, more than may be decoded, or a shape that the backbone does not take."""
-
-
-def decode_image(
-    data: bytes, max_pixels: int = MAX_PIXELS, *, keep_truncated: bool = False
-) -> Image.Image:
-    """Upright RGB image of encoded ``data``, on white where it is transparent; of several frames or pages, the first.
-
-    keep_truncated: decode what there is of a file that breaks off; the rest is grey or black.
-
-    Raises:
-        ImageSizeError: too many pixels; read from the header, before anything is decoded.
-        one of DECODE_ERRORS: the data are damaged, or no image that is decoded; the text says what they are.
-    """
-    with warnings.catch_warnings(), _truncation(keep_truncated):
-        # Pillow warns of damage that it can repair, and raises where it cannot.
-        warnings.simplefilter("ignore")
-        try:
-            image = _opened(data)
-        except Image.DecompressionBombError as error:
-            raise ImageSizeError(str(error)) from error
-        with image:
-            if not 0 < image.width * image.height <= max_pixels:
-                raise ImageSizeError(
-                    f"{image.width} x {image.height} pixels, data.max_image_pixels = {max_pixels}"
-                )
-            return upright_rgb(image)
-
-
-def _opened(data: bytes) -> Image.Image:
-    for choose in (lambda _: COMMON_FORMATS, formats_to_try):
-        try:
-            return Image.open(io.BytesIO(data), formats=choose(data))
-        except UnidentifiedImageError:
-            continue
-    raise ValueError(what_it_is(data))
-
-
-@contextmanager
-def _truncation(keep: bool) -> Iterator[None]:
-    """Pillow's switch is one for the whole process."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = before or keep
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def num_frames(data: bytes) -> int:
-    """Frames or pages of encoded ``data``; raises one of DECODE_ERRORS."""
-    with _opened(data) as image:
-        return getattr(image, "n_frames", 1)
-
-
-def one_frame(data: bytes, number: int) -> bytes:
-    """Frame ``number`` of encoded ``data`` as a file of its own; raises one of DECODE_ERRORS."""
-    buffer = io.BytesIO()
-    with _opened(data) as image:
-        image.seek(number)
-        upright_rgb(image).save(buffer, "PPM")
-    return buffer.getvalue()
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """An opened ``image`` as ``decode_image`` gives it; raises one of DECODE_ERRORS."""
-    rgb = _to_rgb(image)
-    turn = UPRIGHT.get(_orientation(image))
-    return rgb if turn is None else rgb.transpose(turn)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()  # ``convert`` would copy it, a fifth of the time of a JPEG
-        return image
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        kind = "32 bit numbers" if image.mode == "I" else "floating-point numbers"
-        raise ValueError(
-            f"its pixels are {kind} without a range; convert it to 8 or 16 bits a channel"
-        )
-    if image.mode.startswith("I"):
-        image = _eight_bits(image)
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, which Pillow would clip instead of scale."""
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
-    grey = np.asarray(image).astype(np.int64).clip(0, 2**bits - 1) >> bits - 8
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        grey = 255 - grey
-    return Image.fromarray(grey.astype(np.uint8))
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except DECODE_ERRORS:  # the image itself is whole
-        return 1
 
 
 def fit_size(

@@ -24,15 +24,11 @@ from symbiotic_titan.data.conversations import (
     Part,
     refuse_placeholders,
 )
+from symbiotic_titan.data.decoding import DECODE_ERRORS, decode_image
 from symbiotic_titan.data.documents import Segment, TextSegment, VaeSegment, drop_overlap
 from symbiotic_titan.data.fields import CACHED_EXTENSION, Fields, schema_of
 from symbiotic_titan.data.formats.shard import BadSample
-from symbiotic_titan.data.images import (
-    DECODE_ERRORS,
-    ImageSizeError,
-    decode_image,
-    vit_patches,
-)
+from symbiotic_titan.data.images import ImageSizeError, vit_patches
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.schemas import content_of
 from symbiotic_titan.data.tokenizer import Tokenizer

@@ -16,9 +16,9 @@ from symbiotic_titan.data.conversations import (
     messages_from,
     parts_from,
 )
+from symbiotic_titan.data.decoding import DECODE_ERRORS, num_frames, one_frame
 from symbiotic_titan.data.fields import Fields, as_text, is_empty, items_of, schema_of
 from symbiotic_titan.data.formats.shard import BadSample, brief
-from symbiotic_titan.data.images import DECODE_ERRORS, num_frames, one_frame
 from symbiotic_titan.sequence.tasks import (
     ALPACA_SCHEMA,
     CONVERSATION_SCHEMAS,

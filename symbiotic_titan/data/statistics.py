@@ -13,10 +13,10 @@ import torch
 
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.conversations import ImagePart
+from symbiotic_titan.data.decoding import decode_image
 from symbiotic_titan.data.documents import Document, TextSegment, VaeSegment, VitSegment
 from symbiotic_titan.data.fields import Fields
 from symbiotic_titan.data.formats.shard import BadSample
-from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.samples import fields_of
 from symbiotic_titan.data.schemas import content_of

@@ -8,9 +8,10 @@ from typing import Literal
 from PIL import Image
 
 from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.data.decoding import decode_image
 from symbiotic_titan.data.fields import Fields
-from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.readers import Reader, index_source
+from symbiotic_titan.data.samples import fields_of
 
 Split = Literal["train", "heldout"]
 # Tasks of the demo world, which are also the names of its folders.
@@ -76,4 +77,4 @@ def _samples(source: DataSource, limit: int | None) -> Iterator[Fields]:
     reader = Reader(shards)
     places = [(i, k) for i, shard in enumerate(shards) for k in range(shard.num_samples)]
     for shard, sample in places[:limit]:
-        yield Fields(reader.read(shard, sample), source.keys)
+        yield fields_of(source, reader.read(shard, sample))

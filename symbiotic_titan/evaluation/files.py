@@ -4,7 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from symbiotic_titan.data.images import DECODE_ERRORS, ImageSizeError, decode_image
+from symbiotic_titan.data.decoding import DECODE_ERRORS, decode_image
+from symbiotic_titan.data.images import ImageSizeError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from symbiotic_titan.config.data import Data
+from symbiotic_titan.data.decoding import upright_rgb
 from symbiotic_titan.data.documents import (
     Document,
     Segment,
@@ -90,8 +91,7 @@ class PromptMaker:
 
     def _seen(self, image: Image.Image) -> VitSegment:
         try:
-            return vit_patches(
-                image.convert("RGB"), self.data.vit_pixels, self.geometry, self.data.vit_min_pixels
-            )
+            rgb = upright_rgb(image)
+            return vit_patches(rgb, self.data.vit_pixels, self.geometry, self.data.vit_min_pixels)
         except ImageSizeError as error:
             raise ValueError(f"an image of a prompt has the wrong size ({error})") from error

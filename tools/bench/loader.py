@@ -53,8 +53,8 @@ from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.data import layouts
+from symbiotic_titan.data.decoding import decode_image
 from symbiotic_titan.data.documents import Document
-from symbiotic_titan.data.images import decode_image
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.loader import PackedLoader, SerializedRow
 from symbiotic_titan.data.order import SourceOrder

@@ -138,7 +138,7 @@ def test_a_missing_checkpoint_and_a_missing_prompt_are_named(run_folder, tmp_pat
     (tmp_path / "no.png").write_text("no picture")
     options = ["--prompt", "x", "--image", tmp_path / "no.png", "--out", tmp_path]
     assert run("text", "--run", run_folder, *options) == 2
-    assert "no.png: is no image" in capsys.readouterr().err
+    assert "no.png: cannot be read as an image" in capsys.readouterr().err
 
 
 def test_guidance_that_was_not_trained_for_is_warned_of(run_folder, tmp_path, caplog):

@@ -18,6 +18,7 @@ from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.fields import Fields
 from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.data.readers import Reader, check_names, index_source
+from symbiotic_titan.data.samples import fields_of
 from tests.helpers.tar_files import tar_bytes
 
 WHERE = "[[data.sources]] #1 (s)"
@@ -40,7 +41,7 @@ def read_fields(row, **settings):
     shards = pickle.loads(pickle.dumps(shards))  # as for a worker process
     reader = Reader(shards)
     return [
-        Fields(reader.read(number, sample), row.keys)
+        fields_of(row, reader.read(number, sample))
         for number, shard in enumerate(shards)
         for sample in range(shard.num_samples)
     ]
@@ -151,7 +152,9 @@ def test_compressed_shards_are_unpacked_once_into_the_cache(tmp_path, ending):
         copy.chmod(0o444)
     assert fields.sample.shard == row.path
     (tmp_path / f"s.tar{ending}").write_bytes(PACK[ending](tar_bytes([("1.png", b"other")])))
-    [fields] = [Fields(Reader(index_source(row, WHERE, cache_folder=str(cache))).read(0, 0), {})]
+    [fields] = [
+        fields_of(row, Reader(index_source(row, WHERE, cache_folder=str(cache))).read(0, 0))
+    ]
     assert fields.image() == b"other"
 
 

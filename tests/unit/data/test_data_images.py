@@ -6,10 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from symbiotic_titan.data.decoding import DECODE_ERRORS, decode_image
 from symbiotic_titan.data.images import (
-    DECODE_ERRORS,
     aspect_buckets,
-    decode_image,
     fit_size,
     nearest_bucket,
     resize_and_crop,

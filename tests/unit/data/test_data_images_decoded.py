@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from symbiotic_titan.data.images import ORIENTATION, UPRIGHT, ImageSizeError, decode_image
+from symbiotic_titan.data.decoding import ORIENTATION, UPRIGHT, decode_image
+from symbiotic_titan.data.images import ImageSizeError
 
 
 def encoded(image, form="PNG", **options):

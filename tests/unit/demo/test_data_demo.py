@@ -9,7 +9,7 @@ import pytest
 
 from symbiotic_titan.commands import make_demo_data
 from symbiotic_titan.config.data import DataSource
-from symbiotic_titan.data.images import decode_image
+from symbiotic_titan.data.decoding import decode_image
 from symbiotic_titan.data.readers import Reader, index_source
 from symbiotic_titan.demo import (
     digits,

@@ -1,0 +1,247 @@
+"""Where images are decoded. What a file is, is told by its content; extensions do not count.
+
+Everything that Pillow reads is decoded, except formats that it hands to another program (EPS, WMF), those without pixels of their own
+(BUFR, GRIB, HDF5, MPEG), and those without a signature, which would make a picture of any damaged file.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+
+from symbiotic_titan.data.images import ImageSizeError
+
+# What Pillow's decoders raise on damaged files.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+# Where Pillow itself refuses, to be safe from decompression bombs.
+MAX_PIXELS = 178_956_970
+
+# Pillow's limit for a compressed text or colour profile of a PNG is 1 MB, and released data have longer ones.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26
+
+# Tags of a TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+
+# EXIF orientation -> the transposition that turns the image upright; an upright image has 1.
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Tried first, without loading Pillow's other decoders.
+COMMON_FORMATS = ("PNG", "JPEG", "WEBP")
+NEVER_DECODED = {
+    *("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"),
+    *("IM", "IMT", "IPTC", "PCD", "SPIDER", "TGA"),
+}
+
+# First bytes of common images. Base64 text is recognised by them.
+SIGNATURES = (
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+)
+
+# First bytes -> what a file is instead of an image that can be decoded, and what to do.
+_CONVERT = "convert it to PNG or JPEG"
+OTHER_FILES = (
+    (b"%PDF", "a PDF", "render its pages as PNG"),
+    (b"%!PS", "PostScript", _CONVERT),
+    (b"\xc5\xd0\xd3\xc6", "PostScript (EPS)", _CONVERT),
+    (b"\xd7\xcd\xc6\x9a", "a Windows metafile (WMF)", _CONVERT),
+    (b"\xff\x0a", "JPEG XL", _CONVERT),
+    (b"\x00\x00\x00\x0cJXL ", "JPEG XL", _CONVERT),
+    (b"\x1a\x45\xdf\xa3", "a Matroska or WebM video", "video is not supported"),
+    (b"\x00\x00\x01\xba", "an MPEG video", "video is not supported"),
+    (b"<svg", "an SVG drawing", "render it as PNG"),
+    (b"<!doctype html", "an HTML page", "its download failed; load it again"),
+    (b"<html", "an HTML page", "its download failed; load it again"),
+    (b"<?xml", "an XML file", "its download failed, or it is an SVG; load it again, or render it as PNG"),
+    (b"version https://git-lfs", "a Git LFS pointer", "get the files with git lfs pull"),
+    (b"{", "JSON text", "its download failed; load it again"),
+    (b"\x1f\x8b", "gzip", "unpack it"),
+    (b"PK\x03\x04", "a zip archive", "unpack it"),
+    (b"\x89HDF", "HDF5", _CONVERT),
+    (b"GRIB", "GRIB", _CONVERT),
+)  # fmt: skip
+
+# Brands of ISO media files ("ftyp").
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
+
+
+def format_of(start: bytes) -> str:
+    """The format of an image that begins with ``start``, at least 12 bytes; "" where it is none of the common ones."""
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "WEBP"
+    if start[:2] == b"BM" and start[6:10] == bytes(4):
+        return "BMP"
+    if start[4:8] == b"ftyp" and start[8:12] in (*HEIF_BRANDS, *AVIF_BRANDS):
+        return "AVIF" if start[8:12] in AVIF_BRANDS else "HEIF"
+    return next((name for signature, name in SIGNATURES if start.startswith(signature)), "")
+
+
+@cache
+def other_formats() -> tuple[str, ...]:
+    """What is decoded besides COMMON_FORMATS."""
+    Image.init()
+    return tuple(sorted(Image.OPEN.keys() - NEVER_DECODED - set(COMMON_FORMATS)))
+
+
+def formats_to_try(data: bytes) -> tuple[str, ...]:
+    """Pillow's names of the formats that ``data``, which are none of COMMON_FORMATS, may have."""
+    if data[-18:-2] == b"TRUEVISION-XFILE":  # only the second version of TGA signs its files
+        return ("TGA",)
+    return ("IM",) if data.startswith(b"Image type: ") else other_formats()
+
+
+def what_it_is(data: bytes) -> str:
+    """What ``data`` that cannot be decoded are, and what to do."""
+    if not data:
+        return "it is empty; load it again"
+    start = data[:64].lstrip().lower()
+    for signature, name, remedy in OTHER_FILES:
+        if data.startswith(signature) or start.startswith(signature):
+            return f"it is {name}; {remedy}"
+    if data[4:8] == b"ftyp":
+        return _iso_media(data[8:12])
+    if data[:4] == b"RIFF" and data[8:11] == b"AVI":
+        return "it is an AVI video; video is not supported"
+    return f"its format is not known, it begins with {data[:8]!r}"
+
+
+def _iso_media(brand: bytes) -> str:
+    if brand in HEIF_BRANDS:
+        return f"it is HEIC; {_CONVERT}"
+    if brand in AVIF_BRANDS:
+        return f"it is AVIF, which this Pillow cannot read; install a newer one, or {_CONVERT}"
+    return f"it is a video (MP4, brand {brand.decode('latin-1')!r}); video is not supported"
+
+
+def decode_image(
+    data: bytes, max_pixels: int = MAX_PIXELS, *, keep_truncated: bool = False
+) -> Image.Image:
+    """Upright RGB image of encoded ``data``, on white where it is transparent; of several frames or pages, the first.
+
+    keep_truncated: decode what there is of a file that breaks off; the rest is grey or black.
+
+    Raises:
+        ImageSizeError: too many pixels; read from the header, before anything is decoded.
+        one of DECODE_ERRORS: the data are damaged, or no image that is decoded; the text says what they are.
+    """
+    with warnings.catch_warnings(), _truncation(keep_truncated):
+        # Pillow warns of damage that it can repair, and raises where it cannot.
+        warnings.simplefilter("ignore")
+        try:
+            image = _opened(data)
+        except Image.DecompressionBombError as error:
+            raise ImageSizeError(str(error)) from error
+        with image:
+            if not 0 < image.width * image.height <= max_pixels:
+                raise ImageSizeError(
+                    f"{image.width} x {image.height} pixels, data.max_image_pixels = {max_pixels}"
+                )
+            return upright_rgb(image)
+
+
+def _opened(data: bytes) -> Image.Image:
+    for choose in (lambda _: COMMON_FORMATS, formats_to_try):
+        try:
+            return Image.open(io.BytesIO(data), formats=choose(data))
+        except UnidentifiedImageError:
+            continue
+    raise ValueError(what_it_is(data))
+
+
+@contextmanager
+def _truncation(keep: bool) -> Iterator[None]:
+    """Pillow's switch is one for the whole process."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = before or keep
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def num_frames(data: bytes) -> int:
+    """Frames or pages of encoded ``data``; raises one of DECODE_ERRORS."""
+    with _opened(data) as image:
+        return getattr(image, "n_frames", 1)
+
+
+def one_frame(data: bytes, number: int) -> bytes:
+    """Frame ``number`` of encoded ``data`` as a file of its own; raises one of DECODE_ERRORS."""
+    buffer = io.BytesIO()
+    with _opened(data) as image:
+        image.seek(number)
+        upright_rgb(image).save(buffer, "PPM")
+    return buffer.getvalue()
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened ``image`` as ``decode_image`` gives it; raises one of DECODE_ERRORS."""
+    rgb = _to_rgb(image)
+    turn = UPRIGHT.get(_orientation(image))
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()  # ``convert`` would copy it, a fifth of the time of a JPEG
+        return image
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "32 bit numbers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(
+            f"its pixels are {kind} without a range; convert it to 8 or 16 bits a channel"
+        )
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, which Pillow would clip instead of scale."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    grey = np.asarray(image).astype(np.int64).clip(0, 2**bits - 1) >> bits - 8
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        grey = 255 - grey
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except DECODE_ERRORS:  # the image itself is whole
+        return 1
