@@ -4,6 +4,8 @@ It covers the order of the samples and the documents they become. It leaves out 
 ``at_end``, and the treatment of bad samples: a run that one of these stopped must be able to resume with a new setting.
 """
 
+import logging
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import Any
@@ -22,13 +24,16 @@ DOCUMENT_KEYS = (
 
 
 def fingerprint_of(spec: PipelineSpec) -> dict[str, Any]:
-    """The fingerprint, JSON-able. A file is identified by name, size and number of samples, so data may move to another folder."""
-    files = {
-        source.name: _hash_files(
-            [(PurePosixPath(s.path).name, s.num_bytes, s.num_samples) for s in shards]
-        )
-        for source, shards in zip(spec.sources, spec.shards, strict=True)
-    }
+    """The fingerprint, JSON-able. A file is identified by name, size and number of samples, so data may move to another folder.
+
+    ``places`` leaves the sizes out: it stays the same where samples were repaired and kept their places.
+    """
+    files: dict[str, str] = {}
+    places: dict[str, str] = {}
+    for source, shards in zip(spec.sources, spec.shards, strict=True):
+        found = [(PurePosixPath(s.path).name, s.num_bytes, s.num_samples) for s in shards]
+        files[source.name] = _hash_files(found)
+        places[source.name] = _hash_files([(name, samples) for name, _, samples in found])
     config = spec.config
     return {
         "data.seed": config.seed,
@@ -39,6 +44,7 @@ def fingerprint_of(spec: PipelineSpec) -> dict[str, Any]:
         "sources": [source.name for source in spec.sources],
         "weights": [float(source.weight) for source in spec.sources],
         "files": files,
+        "places": places,
         "tasks": {source.name: source.task for source in spec.sources},
         "keys": {source.name: dict(source.keys) for source in spec.sources},
         "too_long": {source.name: source.too_long_of(config) for source in spec.sources},
@@ -46,7 +52,7 @@ def fingerprint_of(spec: PipelineSpec) -> dict[str, Any]:
     }
 
 
-def _hash_files(files: list[tuple[str, int, int]]) -> str:
+def _hash_files(files: Sequence[tuple[str | int, ...]]) -> str:
     return sha256(repr(files).encode()).hexdigest()[:16]
 
 
@@ -78,13 +84,25 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
                 f"the {key} of [[data.sources]] were {saved[key]}, now they are {current[key]}",
                 "set them back",
             )
-    for name, files in saved["files"].items():
-        if files != current["files"][name]:
-            _refuse(
-                f"source {name!r} has other shards than when the checkpoint was saved (names, sizes or numbers of samples)",
-                "put the same shards back",
-            )
+    _check_files(saved, current)
     _check_sources(saved, current)
+
+
+def _check_files(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """The files of the sources. With other sizes only, samples were repaired, as the error that stopped the run advises."""
+    for name, files in saved["files"].items():
+        if files == current["files"][name]:
+            continue
+        if saved.get("places", {}).get(name) == current["places"][name]:
+            logging.getLogger(__name__).warning(
+                f"source {name!r}: files have other sizes than when the checkpoint was saved, but the same names and numbers of "
+                "samples; the run goes on after the samples that it has read, as if some had been repaired in place"
+            )
+            continue
+        _refuse(
+            f"source {name!r} has other shards than when the checkpoint was saved (names or numbers of samples, or sizes)",
+            "put the same shards back (a sample may be repaired, not removed)",
+        )
 
 
 def _check_sources(saved: dict[str, Any], current: dict[str, Any]) -> None:

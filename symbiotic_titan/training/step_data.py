@@ -95,7 +95,7 @@ class StepData(Iterator[list[PackedBatch]]):
 
     def __next__(self) -> list[PackedBatch]:
         """The batches that were read, or where none were, those of the next step."""
-        if self._step is None:
+        if self._step is None and self.error is None:
             self.read()
         if self._step is None:
             assert self.error is not None
