@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train the model of a config in one process; run_train.sh starts several",
     "show-config": "the merged config, or what differs between two",
     "show-batch": "packed sequences as text and images, in one HTML page",
+    "check-data": "read every sample as training would, and list the bad ones",
     "show-parallel": "dry run: shapes, memory and traffic per rank",
     "cache-latents": "encode the target images once, as shards",
     "profile-experts": "how often text and ViT tokens choose each expert",

@@ -121,6 +121,41 @@ def build_spec(
     Raises:
         ValueError: no source, shards that are missing, empty or unreadable, or images that cannot fit a packed sequence.
     """
+    rows = checked_rows(config, latents, geometry, tokenizer, seq_len, table)
+    size = sequence_size(config, seq_len, geometry)
+    images = TargetImages(config, latents, geometry, [source for _, source in rows])
+    rows = cached_sources(rows, config, latents, geometry, table)
+    found = [
+        indexed(config, s, f"{table} #{i} ({s.name})", encoded_shards(latents, table, s))
+        for i, s in rows
+    ]
+    return PipelineSpec(
+        config=config,
+        sources=[source for _, source in rows],
+        shards=[shards for shards, _ in found],
+        listed=[listed for _, listed in found],
+        # One stream per row of the global batch: each batch then takes one row of every stream on any number of ranks.
+        num_streams=config.num_lanes or global_batch_size,
+        tokenizer=tokenizer.fingerprint,
+        size=size,
+        maker=DocumentMaker(config, geometry, images, tokenizer, seq_len),
+        builder=SequenceBuilder(size, geometry, rotary_layout, tokenizer.special, images.form),
+    )
+
+
+def checked_rows(
+    config: Data,
+    latents: Latents,
+    geometry: ImageGeometry,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    table: str,
+) -> list[tuple[int, DataSource]]:
+    """Sources of a positive weight, numbered as in ``table``, from 1. No file is opened.
+
+    Raises:
+        ValueError: there is none, or the settings leave no room for their samples.
+    """
     # Each source keeps its number in the config, for messages: leaving out those of weight zero would shift it.
     rows = [(i, s) for i, s in enumerate(config.sources, start=1) if s.weight > 0]
     if not rows:
@@ -143,24 +178,7 @@ def build_spec(
                 f"latents.cache: holds one image of a sample, and samples of the task {task.name} may have several; encode while "
                 "training, or remove these sources"
             )
-    images = TargetImages(config, latents, geometry, sources)
-    rows = cached_sources(rows, config, latents, geometry, table)
-    found = [
-        indexed(config, s, f"{table} #{i} ({s.name})", encoded_shards(latents, table, s))
-        for i, s in rows
-    ]
-    return PipelineSpec(
-        config=config,
-        sources=[source for _, source in rows],
-        shards=[shards for shards, _ in found],
-        listed=[listed for _, listed in found],
-        # One stream per row of the global batch: each batch then takes one row of every stream on any number of ranks.
-        num_streams=config.num_lanes or global_batch_size,
-        tokenizer=tokenizer.fingerprint,
-        size=size,
-        maker=DocumentMaker(config, geometry, images, tokenizer, seq_len),
-        builder=SequenceBuilder(size, geometry, rotary_layout, tokenizer.special, images.form),
-    )
+    return rows
 
 
 def indexed(
