@@ -6,10 +6,17 @@ its files in ``formats``.
 
 import functools
 import logging
+import os
+import pickle
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+
+import numpy as np
 
 from symbiotic_titan.config.data import FORMATS, DataSource
 from symbiotic_titan.data.fields import (
@@ -37,6 +44,13 @@ NUM_INSPECTED = 16
 # Seconds between two log lines about indexing.
 LOG_SECONDS = 15
 
+# Seconds of indexing after which helper processes are started: they take some to start themselves.
+HELP_SECONDS = 5
+MAX_HELPERS = 16
+HELPER = "symbiotic_titan.data.index_helper"
+# Bytes of indexes in memory from which on a cache folder is advised.
+ADVISED_BYTES = 64 * 2**20
+
 
 def index_source(
     source: DataSource, where: str, *, cache_folder: str = "", tolerant: bool = False
@@ -56,8 +70,8 @@ def index_source(
     order = random.Random().sample(paths, len(paths)) if cache_folder else paths
     found: dict[str, list[Shard]] = {}
     remarks: dict[str, Indexed] = {}
-    for path in _logged(order, where):
-        file, indexed = _index_file(source, path, cache_folder, where)
+    for path in _watched(order, source, cache_folder, where):
+        file, indexed = index_file(source, path, cache_folder, where)
         if indexed.damage and not tolerant:
             raise ValueError(f"{where}: {path} {indexed.damage}")
         shards = list(indexed.shards)
@@ -66,6 +80,8 @@ def index_source(
         found[path] = shards
         if indexed.warning or indexed.note:
             remarks[path] = replace(indexed, shards=[])
+    if not cache_folder:
+        _advise([shard for shards in found.values() for shard in shards], where)
     _check_empty([path for path in paths if not found[path]], paths, where)
     for level, name in ((logging.WARNING, "warning"), (logging.INFO, "note")):
         texts = [(path, getattr(remarks[path], name)) for path in paths if path in remarks]
@@ -93,16 +109,67 @@ def _log_first(level: int, lines: list[str], where: str) -> None:
         logging.getLogger(__name__).log(level, f"{where}: {lines[0]}{others}")
 
 
-def _logged(paths: list[str], where: str) -> Iterator[str]:
-    last = time.monotonic()
-    for number, path in enumerate(paths):
-        if time.monotonic() - last > LOG_SECONDS:
-            last = time.monotonic()
-            logging.getLogger(__name__).info(f"{where}: indexed {number} of {len(paths)} files")
-        yield path
+def _advise(shards: list[Shard], where: str) -> None:
+    """Say so where the indexes take much memory, in every process."""
+    arrays = [v for s in shards for v in getattr(s, "__dict__", {}).values()]
+    num_bytes = sum(value.nbytes for value in arrays if isinstance(value, np.ndarray))
+    if num_bytes > ADVISED_BYTES:
+        logging.getLogger(__name__).info(
+            f"{where}: the index takes {num_bytes / 2**20:.0f} MiB in every process; with data.cache_folder they share one"
+        )
 
 
-def _index_file(
+def _watched(paths: list[str], source: DataSource, cache_folder: str, where: str) -> Iterator[str]:
+    """``paths``. Reports how far the caller is, and gets it help if it takes long."""
+    start = last = time.monotonic()
+    helpers: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, path in enumerate(paths):
+            now = time.monotonic()
+            if now - last > LOG_SECONDS:
+                last = now
+                logging.getLogger(__name__).info(f"{where}: indexed {number} of {len(paths)} files")
+            if now - start > HELP_SECONDS and cache_folder and not helpers:
+                helpers = start_helpers(source, paths[number:], cache_folder, where)
+                start = float("inf")
+            yield path
+    finally:
+        for helper in helpers:
+            helper.terminate()
+        for helper in helpers:
+            helper.wait()
+
+
+def start_helpers(
+    source: DataSource, paths: list[str], cache_folder: str, where: str
+) -> list["subprocess.Popen[bytes]"]:
+    """Processes that index ``paths`` into the cache folder; the ranks of a machine share its cores."""
+    if not FORMATS[source.format].cached_shard:
+        return []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    count = min(cores // ranks - 1, len(paths) // 2, MAX_HELPERS)
+    work = pickle.dumps((source, FORMATS[source.format], paths, cache_folder, where))
+    places = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+    helpers = []
+    for _ in range(count):
+        helper = subprocess.Popen(
+            [sys.executable, "-m", HELPER],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        helpers.append(helper)
+        with suppress(OSError):  # it has ended already; then it is no help
+            assert helper.stdin is not None
+            with helper.stdin as opened:
+                opened.write(work)
+    return helpers
+
+
+def index_file(
     source: DataSource, path: str, cache_folder: str, where: str
 ) -> tuple[File, Indexed]:
     """The file ``path`` and its shards."""
@@ -112,7 +179,7 @@ def _index_file(
     if not file.num_bytes and not file_format.may_be_empty:
         indexed = Indexed([], "has 0 bytes; copy or write it again")
     elif cache_folder and file_format.cached_shard:
-        indexed = cached_index(index, file, source.format, file_format.cached_shard, cache_folder)
+        indexed = cached_index(index, file, source.format, file_format, cache_folder)
     else:
         indexed = index()
     return file, replace(indexed, damage=damage or indexed.damage)

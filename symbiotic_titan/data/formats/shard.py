@@ -34,7 +34,8 @@ class Shard(Protocol):
     The sample order of a run follows from ``num_samples`` of all shards, so indexing must be deterministic.
     """
 
-    max_open: ClassVar[int]
+    @property
+    def max_open(self) -> int: ...
 
     @property
     def names(self) -> tuple[str, ...]: ...

@@ -7,6 +7,7 @@ left out.
 
 from array import array
 from dataclasses import dataclass
+from itertools import chain
 
 import fsspec
 import numpy as np
@@ -72,30 +73,44 @@ class WebDataset(FileFormat):
     suffixes = (".tar",)
 
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
-        keys: dict[str, int] = {}
-        kinds: dict[str, int] = {}
-        rows = array("q")  # (key, kind, offset, length) of each member, flattened
         with fsspec.open(file.data, "rb") as opened:
             num_bytes = opened.seek(0, 2)
             walk = TarWalk(opened)
-            for name, offset, length in walk:
-                if is_data(name):
-                    key, extension = split_name(name)
-                    kind = kinds.setdefault(extension, len(kinds))
-                    rows.extend((keys.setdefault(key, len(keys)), kind, offset, length))
-        members = np.frombuffer(rows, dtype=np.int64).reshape(-1, 4)
+            keys, kinds, members = _numbered(walk)
         samples, again = group(members[:, 0], members[:, 1])
         warning = ""
         if walk.goes_on:
             warning = "goes on after the end of its archive, as tar files do that were joined with cat; the rest is not read"
         if again is not None:
-            name = f"{list(keys)[members[again, 0]]}.{list(kinds)[members[again, 1]]}"
+            name = f"{keys[members[again, 0]]}.{kinds[members[again, 1]]}"
             warning = f"holds {name!r} twice, as appended shards do; only consecutive members of one key are taken as a sample"
         whole = np.ones(samples.max(initial=-1) + 1, dtype=bool)
         if walk.damage:
             whole[samples[members[:, 2] + members[:, 3] > num_bytes]] = False
-        shards = _by_sample(file, list(keys), list(kinds), members, samples, whole)
+        shards = _by_sample(file, keys, kinds, members, samples, whole)
         return Indexed(shards, walk.damage, warning)
+
+
+def _numbered(walk: TarWalk) -> tuple[list[str], list[str], np.ndarray]:
+    """The keys; the extensions; and (M, 4) int64: key, extension, offset and length of each member that is data."""
+    keys: dict[str, int] = {}
+    kinds: dict[str, int] = {}
+    rows = array("q")
+    number, start = 0, "/."  # the key of the last member, and how the names of its sample begin
+    for name, offset, length in chain.from_iterable(walk):
+        extension = name[len(start) :]
+        # Mostly a member of the same sample: no need to look at its key.
+        if not name.startswith(start) or "/" in extension:
+            if not is_data(name):
+                continue
+            key, extension = split_name(name)
+            number = keys.setdefault(key, len(keys))
+            start = f"{key}." if key[:1] not in "._" else "/."
+        kind = kinds.get(extension)
+        if kind is None:
+            kind = kinds.setdefault(extension.lower(), len(kinds))
+        rows.extend((number, kind, offset, length))
+    return list(keys), list(kinds), np.frombuffer(rows, dtype=np.int64).reshape(-1, 4)
 
 
 def is_data(path: str) -> bool:

@@ -12,8 +12,9 @@ import pytest
 
 from symbiotic_titan.config.data import FORMATS, DataSource
 from symbiotic_titan.data import readers
+from symbiotic_titan.data.formats import index_cache
 from symbiotic_titan.data.formats.jsonl import TextRows
-from symbiotic_titan.data.formats.shard import DamagedRest
+from symbiotic_titan.data.formats.shard import BadSample, DamagedRest
 from symbiotic_titan.data.formats.webdataset import TarSamples
 from symbiotic_titan.data.readers import Reader, index_source
 from tests.helpers.tar_files import tar_bytes
@@ -170,3 +171,93 @@ def test_an_index_is_arrays_of_a_few_bytes_per_sample(tmp_path):
     for shard, kind, limit in ((lines, TextRows, 8), (tar, TarSamples, 9 + 6)):
         arrays = [value for value in vars(shard).values() if isinstance(value, np.ndarray)]
         assert isinstance(shard, kind) and sum(a.nbytes for a in arrays) // 1000 == limit
+
+
+def test_a_shard_of_a_kept_index_is_a_few_bytes_whatever_its_samples(files):
+    (files / "big.jsonl").write_bytes(b'{"text": "a"}\n' * 100_000)
+    row = source(files / "big.jsonl", "jsonl")
+    [shard] = index_source(row, WHERE, cache_folder=str(files / "cache"))
+    assert shard.num_samples == 100_000 and len(pickle.dumps(shard)) < 1000
+    assert Reader([shard]).read(0, 99_999).key == "line 100000"
+
+
+@pytest.mark.parametrize("damage", ["flip", "gone", "cut"])
+def test_an_index_that_is_damaged_after_the_start_is_made_again(files, caplog, damage):
+    row, cache = source(files / "*.tar"), files / "cache"
+    plain = content(index_source(row, WHERE))
+    shards = index_source(row, WHERE, cache_folder=str(cache))
+    whole = {path: path.read_bytes() for path in cache.iterdir()}
+    for path, data in whole.items():
+        flipped = data[:-1] + bytes([data[-1] ^ 1])
+        path.write_bytes({"flip": flipped, "gone": b"", "cut": data[:-9]}[damage])
+        if damage == "gone":
+            path.unlink()
+    assert content(shards) == plain
+    assert {path: path.read_bytes() for path in cache.iterdir()} == whole
+    assert sum("is indexed again" in r.message for r in caplog.records) == 5
+
+
+def test_samples_of_a_file_that_changed_are_bad_where_its_index_is_gone(files):
+    row, cache = source(files / "0.tar"), files / "cache"
+    shards = index_source(row, WHERE, cache_folder=str(cache))
+    (files / "0.tar").write_bytes(tar_bytes([("x.txt", b"one")]))
+    next(cache.iterdir()).unlink()
+    with pytest.raises(BadSample, match="sample 'number 0': .* changed after it was indexed"):
+        Reader(shards).read(0, 0)
+
+
+def test_a_large_index_is_given_back_to_the_system_and_read_again(files, monkeypatch):
+    monkeypatch.setattr(index_cache, "MAX_RESIDENT", 0)
+    monkeypatch.setattr(index_cache, "SAMPLES_RESIDENT", 2)
+    row = source(files / "*.tar")
+    kept = index_source(row, WHERE, cache_folder=str(files / "cache"))
+    assert content(kept) == content(index_source(row, WHERE))
+
+
+def test_helper_processes_fill_the_cache_and_change_nothing(files, monkeypatch):
+    row, cache = source(files / "*.tar"), str(files / "cache")
+    plain = content(index_source(row, WHERE))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5})
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    (files / "5.tar").write_bytes(b"no tar" * 500)
+    paths = sorted(str(path) for path in files.glob("*.tar"))
+    [helper] = readers.start_helpers(row, [*paths, "gone"], cache, WHERE)
+    assert helper.wait(60) == 0
+    monkeypatch.setattr(FORMATS["webdataset"], "index", refuse)
+    (files / "5.tar").unlink()
+    assert content(index_source(row, WHERE, cache_folder=cache)) == plain
+
+
+def test_a_long_index_gets_help_that_ends_with_it(files, monkeypatch):
+    started = []
+
+    class Helper:
+        def __init__(self, command, **_):
+            self.calls, self.stdin = [], open(os.devnull, "wb")
+            started.append(self)
+
+        def terminate(self):
+            self.calls.append("terminate")
+
+        def wait(self):
+            self.calls.append("wait")
+
+    monkeypatch.setattr(readers, "HELP_SECONDS", -1)
+    monkeypatch.setattr(readers.subprocess, "Popen", Helper)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    index_source(source(files / "*.tar"), WHERE)
+    assert not started  # without a cache folder there is nothing to share
+    index_source(source(files / "*.tar"), WHERE, cache_folder=str(files / "cache"))
+    assert [helper.calls for helper in started] == [["terminate", "wait"]] * 2
+
+
+def test_an_index_that_takes_much_memory_advises_a_cache_folder(files, monkeypatch, caplog):
+    monkeypatch.setattr(readers, "ADVISED_BYTES", 10)
+    row = source(files / "l.jsonl", "jsonl")
+    with caplog.at_level("INFO", logger=readers.__name__):
+        index_source(row, WHERE, cache_folder=str(files / "cache"))
+        assert not caplog.records
+        index_source(row, WHERE)
+    assert [r.message for r in caplog.records] == [
+        f"{WHERE}: the index takes 0 MiB in every process; with data.cache_folder they share one"
+    ]
