@@ -78,7 +78,7 @@ fi
 # The launcher answers a signal by ending the processes within 30 s and failing. Sent to the processes themselves, it lets
 # them finish the step, save and end well. In a process group of its own the launcher sees no Ctrl-C.
 set -m
-"$python" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d \
+"$python" -P tools/launch.py --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d \
     --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv_id "${RDZV_ID:-symbiotic_titan}" \
     --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
     -m symbiotic_titan.train --job.config_file "$config" "$@" &

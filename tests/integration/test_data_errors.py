@@ -1,9 +1,12 @@
 """An error in the data costs no work: all ranks save the last step, and the run goes on as if nothing had happened."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
-from tests.helpers.launch import arguments_of, read_scalars
+from tests.helpers.launch import ROOT, arguments_of, read_scalars
 from tests.helpers.runs_in_turn import run_in_turn
 
 STEPS = 6
@@ -123,3 +126,22 @@ def test_too_many_bad_samples_cost_no_step_once_a_share_is_allowed(tmp_path, dem
     assert_same_curves(folder, reference)
     assert read_scalars(folder, "data/skipped")[STEPS] > 4
     assert 0.1 < read_scalars(folder, "data/bad_share")[STEPS] < 0.3
+
+
+def test_run_train_with_two_processes_ends_with_status_2_and_one_line(tmp_path, demo):
+    data = write(tmp_path / "broken", range(60))
+    _, config, *rest = arguments(tmp_path / "run", demo, data, "job", {})
+    environment = os.environ | {"NGPU": "2", "CONFIG_FILE": config, "OMP_NUM_THREADS": "1"}
+    environment |= {"SYMBIOTIC_PYTHON": sys.executable, "LOG_RANK": "1"}
+    done = subprocess.run(
+        ["./run_train.sh", *rest],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in text, text[-3000:]
+    assert len([line for line in text.splitlines() if " - ERROR - " in line]) == 1
+    assert re.search(r"ERROR - step 1: rank 0: .* \(ranks 0, 1 failed\)\. No step was taken", text)
