@@ -10,7 +10,11 @@ from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import Any
 
+from symbiotic_titan.data.order import LARGEST_SORTED
 from symbiotic_titan.data.stream_state import PipelineSpec
+
+# Key of the order of shards too large to be sorted.
+LARGE_SHARDS = "order_of_large_shards"
 
 # Settings of [data] that affect the documents made of a sample.
 DOCUMENT_KEYS = (
@@ -35,7 +39,10 @@ def fingerprint_of(spec: PipelineSpec) -> dict[str, Any]:
         files[source.name] = _hash_files(found)
         places[source.name] = _hash_files([(name, samples) for name, _, samples in found])
     config = spec.config
+    is_large = any(s.num_samples > LARGEST_SORTED for shards in spec.shards for s in shards)
+    order = {LARGE_SHARDS: "feistel"} if is_large and not spec.sorts_all_shards else {}
     return {
+        **order,
         "data.seed": config.seed,
         "data.num_lanes": spec.num_streams,
         "data.mixture_by": config.mixture_by,
@@ -50,6 +57,12 @@ def fingerprint_of(spec: PipelineSpec) -> dict[str, Any]:
         "too_long": {source.name: source.too_long_of(config) for source in spec.sources},
         **{f"data.{key}": getattr(config, key) for key in DOCUMENT_KEYS},
     }
+
+
+def sorts_all_shards(saved: dict[str, Any]) -> bool:
+    """Whether the run of the saved fingerprint has shards of more than ``LARGEST_SORTED`` samples in the order that older versions
+    gave them, by sorting; it goes on with that. Where there are no such shards, there is no difference."""
+    return LARGE_SHARDS not in saved
 
 
 def _hash_files(files: Sequence[tuple[str | int, ...]]) -> str:

@@ -13,14 +13,14 @@ import json
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.components.dataloader import BaseDataLoader
 
-from symbiotic_titan.data.fingerprint import check_fingerprint, fingerprint_of
+from symbiotic_titan.data.fingerprint import check_fingerprint, fingerprint_of, sorts_all_shards
 from symbiotic_titan.data.stream_state import (
     PipelineSpec,
     StreamState,
@@ -181,6 +181,7 @@ class PackedLoader(BaseDataLoader):
         """
         saved = json.loads(state_dict["state"])
         check_fingerprint(saved["identity"], fingerprint_of(self._spec))
+        self._spec = replace(self._spec, sorts_all_shards=sorts_all_shards(saved["identity"]))
         self._states = {n: resumed(self._spec, saved["lanes"][str(n)]) for n in self._states}
 
     def _rows(self) -> Iterator[StreamRow]:

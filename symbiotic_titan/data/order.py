@@ -9,6 +9,12 @@ from hashlib import blake2b
 
 import numpy as np
 
+# Samples of the largest shard whose order is found by sorting; that of a larger one is arithmetic, so it costs no time and no memory.
+LARGEST_SORTED = 2**20
+# Even, so that both halves of a number have their size again.
+ROUNDS = 4
+BITS_64 = 2**64 - 1
+
 # Permutations cached per source. A few suffice: all streams are in the same shard at about the same time.
 CACHED_PERMUTATIONS = 8
 
@@ -41,14 +47,56 @@ def permutation(length: int, key: int) -> np.ndarray:
     return np.argsort(mixed, kind="stable")
 
 
-class SourceOrder:
-    """Order of one source's samples; a pure function of seed, source name and shard sizes."""
+def mix(number: int) -> int:
+    """splitmix64 of one number, as in ``permutation``: 64 bits."""
+    number = (number + 0x9E3779B97F4A7C15) & BITS_64
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & BITS_64
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & BITS_64
+    return number ^ (number >> 31)
 
-    def __init__(self, seed: int, name: str, shard_sizes: list[int]) -> None:
+
+class Bijection:
+    """0 .. length-1 in an order given by ``key``, like ``permutation``, in constant memory: one number at a time.
+
+    A Feistel network permutes the numbers of the fewest bits that hold ``length`` (Luby and Rackoff, SIAM J. Comput. 1988), and is
+    applied again to a result that is too large (cycle walking; Black and Rogaway, CT-RSA 2002): less than twice on average.
+    """
+
+    def __init__(self, length: int, key: int) -> None:
+        assert length > 0
+        self._length = length
+        bits = max(2, (length - 1).bit_length())
+        self._low_bits = bits // 2
+        self._masks = [2 ** (bits - bits // 2) - 1, 2 ** (bits // 2) - 1]
+        self._keys = [mix(key ^ mix(i)) for i in range(ROUNDS)]
+
+    def __getitem__(self, number: int) -> int:
+        while (number := self._permuted(number)) >= self._length:
+            pass
+        return number
+
+    def _permuted(self, number: int) -> int:
+        # The halves change places at every round, and with them their sizes.
+        high, low = number >> self._low_bits, number & self._masks[1]
+        for i, key in enumerate(self._keys):
+            high, low = low, high ^ (mix(key ^ low) & self._masks[i % 2])
+        return high << self._low_bits | low
+
+
+class SourceOrder:
+    """Order of one source's samples; a pure function of seed, source name and shard sizes.
+
+    sorts_all: large shards are sorted too, as before version 2 of the order: see ``fingerprint``.
+    """
+
+    def __init__(
+        self, seed: int, name: str, shard_sizes: list[int], *, sorts_all: bool = False
+    ) -> None:
         self.num_samples = sum(shard_sizes)
         assert self.num_samples > 0, "a source without samples is refused when it is indexed"
         self._shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._names = (seed, name)
+        self._sorts_all = sorts_all
         self._shards = lru_cache(CACHED_PERMUTATIONS)(self._shards_of_epoch)
         self._samples = lru_cache(CACHED_PERMUTATIONS)(self._samples_of_shard)
 
@@ -65,6 +113,11 @@ class SourceOrder:
         order = permutation(len(self._shard_sizes), hash_key(*self._names, "shards", epoch))
         return order, np.cumsum(self._shard_sizes[order])
 
-    def _samples_of_shard(self, epoch: int, shard: int) -> np.ndarray:
-        key = hash_key(*self._names, "samples", epoch, shard)
-        return permutation(int(self._shard_sizes[shard]), key)
+    def _samples_of_shard(self, epoch: int, shard: int) -> np.ndarray | Bijection:
+        key, length = self._key(epoch, shard), int(self._shard_sizes[shard])
+        if length > LARGEST_SORTED and not self._sorts_all:
+            return Bijection(length, key)
+        return permutation(length, key).astype(np.uint32 if length < 2**32 else np.int64)
+
+    def _key(self, epoch: int, shard: int) -> int:
+        return hash_key(*self._names, "samples", epoch, shard)

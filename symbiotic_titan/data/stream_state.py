@@ -24,6 +24,7 @@ class PipelineSpec:
     """Everything, except its number, that determines a stream's sequences. Plain data: worker processes get a copy.
 
     listed: of each source, the samples that its ``skip_list`` names: see ``skip_list.read_skip_list``.
+    sorts_all_shards: for a run that an older version began: see ``fingerprint.sorts_all_shards``.
     """
 
     config: Data
@@ -35,6 +36,7 @@ class PipelineSpec:
     size: SequenceSize
     maker: MakesDocuments
     builder: SequenceBuilder
+    sorts_all_shards: bool = False
 
 
 class StreamState(TypedDict):

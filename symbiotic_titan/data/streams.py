@@ -37,7 +37,9 @@ class OpenSource:
         self.config = spec.sources[number]
         self._maker = spec.maker
         sizes = [shard.num_samples for shard in spec.shards[number]]
-        self._order = SourceOrder(spec.config.seed, self.config.name, sizes)
+        self._order = SourceOrder(
+            spec.config.seed, self.config.name, sizes, sorts_all=spec.sorts_all_shards
+        )
         self._reader = Reader(spec.shards[number])
         self._listed = spec.listed[number]
         self._first_numbers = first_numbers(spec.shards[number])
