@@ -196,3 +196,29 @@ def test_settings_of_a_source_are_checked(settings, message):
 def test_limits_must_be_positive(key):
     with pytest.raises(ValueError, match=f"data.{key}: must be at least 1, got 0"):
         Data(**{key: 0})
+
+
+def test_a_share_is_judged_over_all_streams_of_the_run_and_a_number_by_any(make_loader, tmp_path):
+    row = write(tmp_path, "mixed", [*GOOD, {"text": 7}, {"text": 8}])
+    data = {"sources": [row], "bad_samples": "skip", "max_bad_samples": 1, "num_lanes": 4}
+    first_of_two = {"dp_rank": 0, "dp_world_size": 2, "gather": lambda part: [part], "seq_len": 64}
+    with pytest.raises(
+        ValueError, match=r"skipped 2 .* more than data.max_bad_samples = 1; .*list"
+    ):
+        read(make_loader(data, **first_of_two), 60)
+    # A seventh of the samples is bad; a tenth is exceeded by the whole run, which one of its ranks cannot know.
+    tenth = data | {"max_bad_share": 0.1}
+    part = make_loader(tenth, **first_of_two)
+    read(part, 60)
+    assert part.num_skipped > 1
+    doubled = [2 * count for count in part.skip_counts]
+    message = (
+        f"skipped {doubled[1]} bad samples \\(mixed: {doubled[1]}\\) of {doubled[0]} read, 1.*%, more than "
+        "data.max_bad_samples = 1 and than data.max_bad_share = 0.1; list them with symbiotic check-data"
+    )
+    with pytest.raises(ValueError, match=message):
+        part.check_skip_counts(doubled)
+    with pytest.raises(ValueError, match="and than data.max_bad_share = 0.1"):
+        read(make_loader(tenth, seq_len=64), 100)
+    half = make_loader(data | {"max_bad_share": 0.5}, seq_len=64)
+    assert read(half, 100)["wrong_type"] > 1
