@@ -124,6 +124,20 @@ def _check_keys(source: DataSource, where: str) -> None:
         )
 
 
+def _check_image_options(source: DataSource, where: str) -> None:
+    """Refuse what concerns images where samples have none."""
+    if TASKS[source.task].has_images:
+        return
+    for key, is_set in (
+        ("image_folder", bool(source.image_folder)),
+        ("truncated_images", source.truncated_images != "bad"),
+    ):
+        if is_set:
+            raise ValueError(
+                f"{where}: {key} has no effect, samples of the task {source.task} have no images; remove it"
+            )
+
+
 def source_rows(rows: list[Any], table: str) -> list[DataSource]:
     """The rows of ``table`` as sources.
 
@@ -142,6 +156,7 @@ def source_rows(rows: list[Any], table: str) -> list[DataSource]:
         if not 0 <= s.weight < float("inf"):
             raise ValueError(f"{where}: weight must be zero or positive, got {s.weight}")
         _check_keys(s, where)
+        _check_image_options(s, where)
     if sources and not sum(s.weight for s in sources) > 0:
         raise ValueError(
             f"{table}: the weights sum to zero; give at least one source a positive weight"

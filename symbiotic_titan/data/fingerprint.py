@@ -41,6 +41,7 @@ def fingerprint_of(spec: PipelineSpec) -> dict[str, Any]:
     config = spec.config
     is_large = any(s.num_samples > LARGEST_SORTED for shards in spec.shards for s in shards)
     order = {LARGE_SHARDS: "feistel"} if is_large and not spec.sorts_all_shards else {}
+    truncated = {s.name: s.truncated_images for s in spec.sources if s.truncated_images != "bad"}
     return {
         **order,
         "data.seed": config.seed,
@@ -55,6 +56,8 @@ def fingerprint_of(spec: PipelineSpec) -> dict[str, Any]:
         "tasks": {source.name: source.task for source in spec.sources},
         "keys": {source.name: dict(source.keys) for source in spec.sources},
         "too_long": {source.name: source.too_long_of(config) for source in spec.sources},
+        # Left out where no source has it: states of older versions lack it.
+        **({"truncated_images": truncated} if truncated else {}),
         **{f"data.{key}": getattr(config, key) for key in DOCUMENT_KEYS},
     }
 
@@ -119,7 +122,7 @@ def _check_files(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def _check_sources(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Tasks, keys and ``too_long`` of the sources."""
+    """Tasks, keys, ``truncated_images`` and ``too_long`` of the sources."""
     for what, key in (("tasks", "task"), ("keys", "keys")):
         for name, value in saved.get(what, {}).items():
             if value != current[what][name]:
@@ -127,6 +130,12 @@ def _check_sources(saved: dict[str, Any], current: dict[str, Any]) -> None:
                     f"the {key} of source {name!r} was {value}, now it is {current[what][name]}",
                     "set it back",
                 )
+    # To decode from now on is the remedy for a truncated image that stopped the run.
+    for name, value in saved.get("truncated_images", {}).items():
+        if current.get("truncated_images", {}).get(name) != value:
+            _refuse(
+                f"truncated_images of source {name!r} was {value!r}, now it is 'bad'", "set it back"
+            )
     for name, value in saved.get("too_long", {}).items():
         # Changing to "truncate" is allowed: it lets a run go on after a sample that was too long, and changes no waiting document.
         if value == "truncate" != current["too_long"][name]:

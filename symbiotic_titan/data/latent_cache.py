@@ -36,11 +36,14 @@ class Encoding:
     vae_pixels: int
     max_aspect: float
     step: int
+    # Of the source; manifests of older versions lack it.
+    truncated_images: str = "bad"
 
     def __str__(self) -> str:
+        kept = ", also truncated ones (truncated_images)" if self.truncated_images != "bad" else ""
         return (
             f"codec {self.codec}, images of at most {self.vae_pixels} pixels (data.vae_pixels) and aspect {self.max_aspect:g} "
-            f"(data.max_aspect), sides in steps of {self.step} pixels (latents.patch and the codec's stride)"
+            f"(data.max_aspect), sides in steps of {self.step} pixels (latents.patch and the codec's stride){kept}"
         )
 
 
@@ -138,9 +141,10 @@ def cached_sources(
         if TASKS[source.task].is_cacheable:
             encoding = encoding or encoding_of(config, latents, geometry)
             folder = folder_of(latents.cache, table, source)
-            _check(folder, encoding, source, f"{table} #{number} ({source.name})")
+            of_source = replace(encoding, truncated_images=source.truncated_images)
+            _check(folder, of_source, source, f"{table} #{number} ({source.name})")
             path = f"{glob.escape(str(folder))}/*.tar"
-            source = replace(source, format="webdataset", path=path, keys={})
+            source = replace(source, format="webdataset", path=path, keys={}, image_folder="")
         as_read.append((number, source))
     return as_read
 

@@ -8,7 +8,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class CacheWriter:
         Raises:
             ValueError: the folder holds latents of another kind, or a sample is bad and the config says to raise.
         """
+        encoding = replace(encoding, truncated_images=self.source.truncated_images)
         manifest = Manifest.of(encoding, shards)
         _put_manifest(folder, manifest, rank)
         missing = set(manifest.missing(folder))

@@ -9,14 +9,16 @@ import torch
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
-from symbiotic_titan.data.formats.shard import Shard
+from symbiotic_titan.data.formats.shard import BadSample, Shard
+from symbiotic_titan.data.image_files import check_image_folder
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latent_cache import cached_sources, encoded_shards
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.loader import Gather, PackedLoader
 from symbiotic_titan.data.packing import SequenceSize
-from symbiotic_titan.data.readers import check_names, index_source
+from symbiotic_titan.data.readers import Reader, check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
+from symbiotic_titan.data.schemas import recognised
 from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.data.skip_list import Stored, check_damage, read_skip_list
 from symbiotic_titan.data.stream_state import PipelineSpec
@@ -24,6 +26,9 @@ from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.positions import RotaryLayout
 from symbiotic_titan.sequence.tasks import TASKS, task_number
+
+# Samples of a source among which one is good enough to say in the log what it is.
+LOOKED_AT = 4
 
 
 def build_loader(
@@ -188,15 +193,31 @@ def indexed(
 
     encoded: where ``source`` is a cache of latents, the shards that it was made of, which the list names.
     """
+    if source.image_folder:
+        check_image_folder(source.image_folder, where)
     skips = source.bad_samples_of(config) == "skip"
     # A damaged end of a file is then one more bad sample, instead of an error before training.
     tolerant = skips or bool(source.skip_list)
     shards = index_source(source, where, cache_folder=config.cache_folder, tolerant=tolerant)
     check_names(source, shards, where)
+    _log_recognised(source, shards)
     listed = read_skip_list(source, encoded or shards, where)
     if source.skip_list and not skips:
         check_damage(shards, listed, where)
     return shards, listed
+
+
+def _log_recognised(source: DataSource, shards: list[Shard]) -> None:
+    """Say in the log what was recognised in the first good sample of ``source``, unless that is a plain one."""
+    task, reader = TASKS[source.task], Reader(shards)
+    for sample in range(min(shards[0].num_samples, LOOKED_AT)):
+        try:
+            text = recognised(task, reader.read(0, sample), source.keys)
+        except BadSample:
+            continue
+        if text:
+            logging.getLogger(__name__).info(f"source {source.name!r}: {text}")
+        return
 
 
 def sequence_size(config: Data, seq_len: int, geometry: ImageGeometry) -> SequenceSize:

@@ -3,7 +3,7 @@
 SHAPES is the table: the schema of fields by which a form is recognised (``sequence.tasks``), and the function that reads it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,8 @@ from symbiotic_titan.data.conversations import (
     parts_from,
 )
 from symbiotic_titan.data.decoding import DECODE_ERRORS, num_frames, one_frame
-from symbiotic_titan.data.fields import Fields, as_text, is_empty, items_of, schema_of
-from symbiotic_titan.data.formats.shard import BadSample, brief
+from symbiotic_titan.data.fields import Fields, Keys, as_text, is_empty, items_of, schema_of
+from symbiotic_titan.data.formats.shard import BadSample, Sample, brief
 from symbiotic_titan.sequence.tasks import (
     ALPACA_SCHEMA,
     CONVERSATION_SCHEMAS,
@@ -56,7 +56,7 @@ class Content:
 class Shape:
     """A form of samples.
 
-    name:   for the log; "" for a form of our own.
+    name:   for the log; "" for a form of our own. name_of_parts: the same where a sample has no turns, if that differs.
     schema: fields whose presence tells it; the last one distinguishes it from the others of a task.
     read:   raises BadSample.
     """
@@ -64,6 +64,7 @@ class Shape:
     name: str
     schema: tuple[str, ...]
     read: Callable[[Task, Fields], Content]
+    name_of_parts: str = ""
 
 
 def content_of(task: Task, fields: Fields) -> Content | None:
@@ -296,12 +297,21 @@ SHAPES: dict[tuple[str, ...], Shape] = {
         Shape("", QUESTION_SCHEMA, _question),
         Shape("", SEGMENTS_SCHEMA, _segments),
         *(Shape("", schema, _conversation(schema[0])) for schema in CONVERSATION_SCHEMAS),
-        Shape("Cauldron or OBELICS (texts)", TEXTS_SCHEMA, _texts),
+        Shape(
+            "The Cauldron, FineVision (texts are questions with answers)",
+            TEXTS_SCHEMA,
+            _texts,
+            "OBELICS, MINT-1T (texts and images of one length)",
+        ),
         Shape("mmc4 (text_list, image_info)", MMC4_SCHEMA, _mmc4),
         Shape("Alpaca (instruction, input, output)", ALPACA_SCHEMA, _alpaca),
         Shape("editing pair (image, instruction, image)", EDIT_SCHEMA, _edit),
-        Shape("chain of edits (image_list, instruction_list)", EDIT_CHAIN_SCHEMA, _edit_chain),
-        Shape("chain of edits (instruction_1, ...)", NUMBERED_EDITS_SCHEMA, _numbered_edits),
+        Shape("BAGEL (image_list, instruction_list)", EDIT_CHAIN_SCHEMA, _edit_chain),
+        Shape(
+            "SEED-Data-Edit (instruction_1, edit_image_1 ...)",
+            NUMBERED_EDITS_SCHEMA,
+            _numbered_edits,
+        ),
     )
 }
 
@@ -328,17 +338,29 @@ def layout_text(content: Content) -> str:
     return text if len(text) <= LONGEST_LAYOUT else f"{text[:LONGEST_LAYOUT]} ..."
 
 
-def recognised(task: Task, fields: Fields) -> str:
-    """What was recognised in a sample that is not of a plain form, and its layout; "" for a plain one. Raises BadSample."""
+class _NoImages:
+    """Reads no image, so that a description costs no download."""
+
+    def read(self, value: Any, members: Mapping[str, Any]) -> bytes:
+        return b""
+
+
+def recognised(task: Task, sample: Sample, keys: Keys) -> str:
+    """What was recognised in ``sample``, and its layout; "" for one of a plain form. Raises BadSample."""
+    if task.layout is not None:
+        return ""
+    fields = Fields(sample, keys, files=_NoImages())
     schema = schema_of(task, fields)
     shape = SHAPES.get(schema)
-    drawn = [
-        f"one {name} of {len(value)} at random"
-        for name in schema
-        if name in DRAWN_FIELDS and isinstance(value := fields.several(name), list)
-    ]
-    named = [shape.name] if shape is not None and shape.name else []
-    if not named and not drawn:
-        return ""
     content = None if shape is None else shape.read(task, fields)
-    return f"{', '.join([*named, *drawn])}" + (f": {layout_text(content)}" if content else "")
+    found = []
+    if shape is not None and content is not None:
+        found = [shape.name if content.parts is None else shape.name_of_parts or shape.name]
+    drawn = [name for name in schema if name in DRAWN_FIELDS]
+    found += [
+        f"one of {len(texts)} texts of {name} at random"
+        for name in drawn
+        if isinstance(texts := fields.several(name), list)
+    ]
+    named = ", ".join(filter(None, found))
+    return f"{named}: {layout_text(content)}" if named and content else named
