@@ -118,7 +118,7 @@ def formats_to_try(data: bytes) -> tuple[str, ...]:
     """Pillow's names of the formats that ``data``, which are none of COMMON_FORMATS, may have."""
     if data[-18:-2] == b"TRUEVISION-XFILE":  # only the second version of TGA signs its files
         return ("TGA",)
-    return ("IM",) if data.startswith(b"Image type: ") else other_formats()
+    return other_formats()
 
 
 def what_it_is(data: bytes) -> str:

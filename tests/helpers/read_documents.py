@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from symbiotic_titan.config.data import Data
+from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.documents import Document, Segment, TextSegment, VitSegment
-from symbiotic_titan.data.formats.shard import BadSample
+from symbiotic_titan.data.formats.shard import BadSample, Sample
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.readers import Reader, check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker
@@ -79,3 +79,22 @@ def _colour(values: torch.Tensor, channels: int) -> str:
     mean_C = values.unflatten(-1, (channels, -1)).mean((0, 2))
     wanted_NC = torch.tensor(list(COLOURS.values())) / 127.5 - 1.0
     return list(COLOURS)[int((wanted_NC - mean_C).abs().sum(-1).argmin())]
+
+
+def document_of(
+    task: str,
+    values: dict[str, object],
+    *,
+    keys: dict[str, str | list[str]] | None = None,
+    index: int = 0,
+    shard: str = "s.tar",
+    options: dict[str, str] | None = None,
+    **config: object,
+) -> str:
+    """The only document of a sample with ``values``, as text. ``options`` are other keys of its source; raises BadSample."""
+    source = DataSource("s", task, "webdataset", "x", keys or {}, **(options or {}))
+    data = Data(**({"condition_dropout": 0.0, "vae_pixels": 64} | config))
+    targets = TargetImages(data, Latents(), GEOMETRY, [source])
+    maker = DocumentMaker(data, GEOMETRY, targets, TOKENIZER, SEQ_LEN)
+    [document] = maker.make(source, Sample(shard, "0", values), index)
+    return written(document)
