@@ -5,15 +5,16 @@ and, in the metadata, all else. Its name depends on the path, size and modificat
 read. Processes may write concurrently: each writes a temporary file and renames it, and all have equal contents.
 
 A process that starts reads the header only, so that millions of samples cost it nothing. When it first reads a sample it checks
-the data, then maps them: the pages are those of the system's cache, one copy for all processes of a machine. A cache file that is
-damaged or gone is made again, at either time.
+the data, then maps them: the pages are those of the system's cache, one copy for all processes of a machine. From a large index it
+reads the few numbers of a sample by their place instead: a system that maps 2 MiB at a touch would soon have all of it mapped, and
+count it as memory of the process. A cache file that is damaged or gone is made again, at the start or at the first sample.
 """
 
 import json
 import logging
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from hashlib import file_digest, sha256
@@ -38,11 +39,9 @@ TEXTS = ("damage", "warning", "note")
 DTYPES = {"BOOL": "?", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 DTYPES |= {f"{k}{8 * n}": f"<{k.lower()}{n}" for k in "IU" for n in (1, 2, 4, 8)}
 
-# Cached indexes that a process has mapped at a time.
-MAX_MAPPED = 16
-# A larger index is given back to the system after every few samples: a process alone would otherwise count all that it has seen as
-# its own memory. The pages stay in the cache of the system.
-MAX_RESIDENT, SAMPLES_RESIDENT = 2**18, 8
+# Cached indexes that a process has open at a time, and the largest that is mapped: 4 MiB together.
+MAX_OPEN = 8
+MAX_MAPPED = 2**19
 
 # Stamps of the cached indexes whose data this process has checked.
 _checked: set[int] = set()
@@ -99,52 +98,10 @@ class MappedShard(FilePart):
         return self.file_format.cached_shard.max_open  # type: ignore[attr-defined]
 
     def key(self, sample: int) -> str:
-        mapped = _mapped(self)
-        mapped.count_read()
-        return mapped.shard.key(sample)  # type: ignore[attr-defined]
+        return _opened(self).key(sample)  # type: ignore[attr-defined]
 
     def open(self) -> OpenShard:
-        return _mapped(self).shard.open()  # type: ignore[attr-defined]
-
-
-class Mapped:
-    """``shard``, whose arrays are views of ``content``."""
-
-    def __init__(self, shard: FilePart, content: mmap.mmap) -> None:
-        self.shard = shard
-        self._content = content
-        self._reads = 0
-        self._is_large = len(content) > MAX_RESIDENT and hasattr(mmap, "MADV_DONTNEED")
-
-    def count_read(self) -> None:
-        self._reads += 1
-        if self._is_large and self._reads % SAMPLES_RESIDENT == 0:
-            self._content.madvise(mmap.MADV_DONTNEED)
-
-
-@lru_cache(MAX_MAPPED)
-def _mapped(shard: MappedShard) -> Mapped:
-    """Raises OSError if the index must be made again and then has other samples, or cannot be written."""
-    path = Path(shard.index)
-    header = _read_header(path)
-    if header is None or not _is_intact(path, header):
-        logging.getLogger(__name__).warning(
-            f"{path} is damaged or gone; {shard.path} is indexed again"
-        )
-        try:
-            _write(path, _packed(shard.file_format().index(shard.file, lambda names: names)))
-        except ValueError as error:
-            raise OSError(str(error)) from error
-        header = _read_header(path)
-    if header is None or header.meta["num_samples"] != shard.num_samples:
-        raise OSError(f"{shard.path} was changed after it was indexed")
-    _checked.add(header.stamp)
-    with path.open("rb") as opened:
-        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    kind = shard.file_format.cached_shard
-    assert kind is not None
-    arrays = {name: header.array(content, name) for name in header.tensors}
-    return Mapped(kind(shard.file, **header.meta["fields"], **arrays), content)
+        return _opened(self).open()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -164,12 +121,109 @@ class Header:
     digest: bytes
     stamp: int
 
-    def array(self, content: mmap.mmap, name: str) -> np.ndarray:
-        tensor = self.tensors[name]
-        offset = self.begin + tensor["data_offsets"][0]
-        count = int(np.prod(tensor["shape"]))
-        array = np.frombuffer(content, DTYPES[tensor["dtype"]], count, offset)
-        return array.reshape(tensor["shape"])
+    @property
+    def num_bytes(self) -> int:
+        """Length of the file."""
+        return self.begin + max((t["data_offsets"][1] for t in self.tensors.values()), default=0)
+
+    def places(self) -> Iterator[tuple[str, tuple[int, str, tuple[int, ...]]]]:
+        """Name of each array, and its offset in the file, data type and shape."""
+        for name, tensor in self.tensors.items():
+            offset = self.begin + tensor["data_offsets"][0]
+            yield name, (offset, DTYPES[tensor["dtype"]], tuple(tensor["shape"]))
+
+
+class OpenIndex:
+    """A file that is open as long as an array of it is in use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def read(self, place: int, size: int) -> bytes:
+        """Raises OSError if the file ends before."""
+        content = os.pread(self._descriptor, size, place)
+        if len(content) < size:
+            raise OSError(f"{self.path} was cut off while it was in use")
+        return content
+
+
+class StoredArray:
+    """An array in a file. Numbers and slices are read when they are asked for; whatever else is done with it reads it whole."""
+
+    def __init__(self, opened: OpenIndex, offset: int, dtype: str, shape: tuple[int, ...]) -> None:
+        self._opened = opened
+        self._offset = offset
+        self._dtype = np.dtype(dtype)
+        self._shape = shape
+        self._row_bytes = self._dtype.itemsize * int(np.prod(shape[1:]))
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and index.step is None:
+            start, stop, _ = index.indices(len(self))
+            return self._rows(start, max(start, stop))
+        if isinstance(index, (int, np.integer)):
+            place = int(index) + len(self) * (index < 0)
+            if not 0 <= place < len(self):
+                raise IndexError(index)
+            return self._rows(place, place + 1)[0]
+        return self.__array__()[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._rows(0, len(self)).astype(dtype or self._dtype, copy=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__array__(), name)
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        size = (stop - start) * self._row_bytes
+        content = self._opened.read(self._offset + start * self._row_bytes, size)
+        return np.frombuffer(content, self._dtype).reshape(stop - start, *self._shape[1:])
+
+
+@lru_cache(MAX_OPEN)
+def _opened(shard: MappedShard) -> FilePart:
+    """The shard with its arrays.
+
+    Raises OSError if the index must be made again and then has other samples, or cannot be written.
+    """
+    path = Path(shard.index)
+    header = _read_header(path)
+    if header is None or not _is_intact(path, header):
+        logging.getLogger(__name__).warning(
+            f"{path} is damaged or gone; {shard.path} is indexed again"
+        )
+        try:
+            _write(path, _packed(shard.file_format().index(shard.file, lambda names: names)))
+        except ValueError as error:
+            raise OSError(str(error)) from error
+        header = _read_header(path)
+    if header is None or header.meta["num_samples"] != shard.num_samples:
+        raise OSError(f"{shard.path} was changed after it was indexed")
+    _checked.add(header.stamp)
+    kind = shard.file_format.cached_shard
+    assert kind is not None
+    return kind(shard.file, **header.meta["fields"], **_arrays(path, header))
+
+
+def _arrays(path: Path, header: Header) -> dict[str, Any]:
+    if header.num_bytes > MAX_MAPPED and hasattr(os, "pread"):
+        index = OpenIndex(path)
+        return {name: StoredArray(index, *place) for name, place in header.places()}
+    with path.open("rb") as opened:
+        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    return {
+        name: np.frombuffer(content, dtype, int(np.prod(shape)), offset).reshape(shape)
+        for name, (offset, dtype, shape) in header.places()
+    }
 
 
 def _read_header(path: Path) -> Header | None:
@@ -188,12 +242,9 @@ def _read_header(path: Path) -> Header | None:
         return None
     tensors = json.loads(text)
     meta = json.loads(tensors.pop("__metadata__")["index"])
-    begin = 2 * DIGEST_BYTES + 8 + size
-    end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    if status.st_size != begin + end:
-        return None
     stamp = hash((str(path), status.st_ino, status.st_mtime_ns))
-    return Header(meta, tensors, begin, digest, stamp)
+    header = Header(meta, tensors, 2 * DIGEST_BYTES + 8 + size, digest, stamp)
+    return header if status.st_size == header.num_bytes else None
 
 
 def _is_intact(path: Path, header: Header) -> bool:

@@ -5,6 +5,7 @@ Both formats look at the beginning of the file, since files of either kind are n
 
 import json
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import IO
 
@@ -46,7 +47,7 @@ class TextRows(ByteRangeShard):
         """A line's number in the file, from 1, as editors count; an element's number from 0, as that of a Parquet row."""
         if self.unit == "row":
             return f"row {sample}"
-        blanks_before = int(np.searchsorted(self.blanks, sample, side="right"))
+        blanks_before = bisect_right(self.blanks, sample)
         return f"line {sample + 1 + blanks_before}"
 
     def byte_ranges(self, sample: int) -> dict[str, tuple[int, int]]:

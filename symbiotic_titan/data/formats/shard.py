@@ -105,8 +105,9 @@ class FileFormat:
     """One format of ``data.sources.format``. Others are registered with ``extend.register_format``.
 
     cached_shard: a dataclass with the field ``file`` and others that are NumPy arrays or JSON values. ``index`` then returns at most
-                  one shard, of this class, and the index is cached in ``data.cache_folder``. None: not cached, because indexing
-                  costs no more than reading a cached index.
+                  one shard, of this class, and the index is cached in ``data.cache_folder``. A large array stays in the cached file:
+                  then numbers and slices of it are cheap, all else reads it whole. None: not cached, because indexing costs no more
+                  than reading a cached index.
     suffixes:     ends of the names of its files in a folder, e.g. ``(".csv",)``; those of compressed files follow. (): a source's
                   ``path`` cannot be a folder.
     may_be_empty: a file of 0 bytes is valid and has no samples; else it is damaged, and ``index`` does not see it.

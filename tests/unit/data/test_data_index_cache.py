@@ -206,12 +206,39 @@ def test_samples_of_a_file_that_changed_are_bad_where_its_index_is_gone(files):
         Reader(shards).read(0, 0)
 
 
-def test_a_large_index_is_given_back_to_the_system_and_read_again(files, monkeypatch):
-    monkeypatch.setattr(index_cache, "MAX_RESIDENT", 0)
-    monkeypatch.setattr(index_cache, "SAMPLES_RESIDENT", 2)
-    row = source(files / "*.tar")
-    kept = index_source(row, WHERE, cache_folder=str(files / "cache"))
-    assert content(kept) == content(index_source(row, WHERE))
+def test_a_large_index_is_read_by_place_and_gives_the_same_samples(files, monkeypatch):
+    monkeypatch.setattr(index_cache, "MAX_MAPPED", 0)
+    for name, form in (("*.tar", "webdataset"), ("l.jsonl", "jsonl")):
+        row = source(files / name, form)
+        kept = index_source(row, WHERE, cache_folder=str(files / "cache"))
+        assert content(kept) == content(index_source(row, WHERE))
+
+
+def test_a_large_index_that_is_cut_off_while_it_is_in_use_gives_bad_samples(files, monkeypatch):
+    monkeypatch.setattr(index_cache, "MAX_MAPPED", 0)
+    row, cache = source(files / "l.jsonl", "jsonl"), files / "cache"
+    reader = Reader(index_source(row, WHERE, cache_folder=str(cache)))
+    assert reader.read(0, 2).key == "line 5"
+    [kept] = cache.iterdir()
+    os.truncate(kept, 100)
+    with pytest.raises(BadSample, match="was cut off while it was in use"):
+        reader.read(0, 1)
+
+
+def test_an_array_in_a_file_is_as_one_in_memory(tmp_path):
+    for shape in ((12,), (4, 3), (0,)):
+        array = np.arange(np.prod(shape), dtype="<u4").reshape(shape)
+        (tmp_path / "a").write_bytes(b"before" + array.tobytes())
+        opened = index_cache.OpenIndex(tmp_path / "a")
+        stored = index_cache.StoredArray(opened, 6, "<u4", shape)
+        assert len(stored) == len(array) and stored.tolist() == array.tolist()
+        for index in (slice(1, 3), slice(2, 1), slice(None), slice(0, 9, 2), array > 2):
+            assert stored[index].tolist() == array[index].tolist()
+        assert np.array_equal(stored, array) and stored.shape == shape
+        for index in range(-len(array), len(array)):
+            assert np.array_equal(stored[index], array[index])
+        with pytest.raises(IndexError):
+            stored[len(array)]
 
 
 def test_helper_processes_fill_the_cache_and_change_nothing(files, monkeypatch):
