@@ -169,7 +169,7 @@ class StoredArray:
             start, stop, _ = index.indices(len(self))
             return self._rows(start, max(start, stop))
         if isinstance(index, (int, np.integer)):
-            place = int(index) + len(self) * (index < 0)
+            place = int(index) + (len(self) if index < 0 else 0)
             if not 0 <= place < len(self):
                 raise IndexError(index)
             return self._rows(place, place + 1)[0]
