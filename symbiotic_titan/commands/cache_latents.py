@@ -19,7 +19,7 @@ import torch
 
 from symbiotic_titan import device
 from symbiotic_titan.codecs.codec import build_codec
-from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.config.data import DataSource, used_sources
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.data.latent_cache import encoding_of, folder_of
@@ -47,14 +47,14 @@ def sources_of(config: JobConfig) -> list[tuple[str, int, DataSource]]:
     Raises:
         ValueError: there is none.
     """
-    tables = {"[[data.sources]]": config.data.sources}
+    tables = {"[[data.sources]]": (config.data.sources, config.data.stages)}
     if config.validation.enable:
-        tables["[[validation.sources]]"] = config.validation.sources
+        tables["[[validation.sources]]"] = (config.validation.sources, [])
     found = [
         (table, number, source)
-        for table, sources in tables.items()
+        for table, (sources, stages) in tables.items()
         for number, source in enumerate(sources, start=1)
-        if TASKS[source.task].is_cacheable and source.weight > 0
+        if TASKS[source.task].is_cacheable and source in used_sources(sources, stages)
     ]
     if not found:
         names = " or ".join(name for name in TASKS if TASKS[name].is_cacheable)

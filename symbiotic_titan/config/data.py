@@ -1,5 +1,6 @@
 """[data] and [[data.sources]]: what is read, mixed and packed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from symbiotic_titan.config.rows import row_from_dict
+from symbiotic_titan.config.stages import MixtureBy, Stage, Weights, stage_rows, weights_by_stage
 from symbiotic_titan.registry import Registry, choice
 from symbiotic_titan.sequence.tasks import TASKS
 
@@ -29,7 +31,6 @@ PACKINGS: Registry[Any] = Registry(
     {"longest_first": f"{_PACKINGS}:longest_first", "fullest": f"{_PACKINGS}:fullest"},
 )
 
-MixtureBy = Literal["samples", "tokens"]
 AtEnd = Literal["repeat", "stop"]
 TooLong = Literal["bad", "skip", "truncate"]
 
@@ -71,7 +72,8 @@ class DataSource:
 
     weight: float = 1.0
     """Share of the samples, or with ``data.mixture_by = "tokens"`` of the tokens, that come from this source, relative to the other
-    sources' weights."""
+    sources' weights. 0: not read. May change on a resumed run, and by [[data.stages]] at a given step: every source goes on where it
+    was, and the new shares count from then on."""
 
     at_end: AtEnd | None = None
     """Like ``data.at_end``, which holds where this is not given."""
@@ -164,10 +166,22 @@ def source_rows(rows: list[Any], table: str) -> list[DataSource]:
     return sources
 
 
+def used_sources(sources: list[DataSource], stages: Sequence[Stage] = ()) -> list[DataSource]:
+    """Those of ``sources`` that are read: their weight is positive, now or in one of the ``stages``."""
+    later = {name for stage in stages for name, weight in stage.weights.items() if weight > 0}
+    return [source for source in sources if source.weight > 0 or source.name in later]
+
+
 @dataclass
 class Data:
     sources: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
-    """Rows of [[data.sources]]; set in TOML."""
+    """Rows of [[data.sources]]; set in TOML. On a resumed run sources may be added, which start at their beginning, or removed; one
+    that comes back goes on where it was. They are recognised by name."""
+
+    stages: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
+    """Rows of [[data.stages]]; set in TOML: from ``from_step`` on, ``weights = {source = 2.0}`` and ``lr = {group = 1e-5}`` replace
+    what held before. The change reaches the packed sequences within the ``lookahead``: samples that wait are still packed. On a
+    resumed run later stages may be changed or added; one at or before the checkpoint's step must be as it was in that run."""
 
     seed: int = 0
     """Seed of the sample order. Changing it on a resumed run is refused."""
@@ -257,6 +271,7 @@ class Data:
 
     def __post_init__(self) -> None:
         self.sources = source_rows(self.sources, "[[data.sources]]")
+        self.stages = stage_rows(self.stages, {s.name: s.weight for s in self.sources})
         for name, low in (
             ("num_lanes", 0),
             ("lookahead", 1),
@@ -289,38 +304,51 @@ class Data:
 
     def _check_row_shares(self) -> None:
         """Refuse shares with which no row could be filled, or that have no effect."""
-        weights: dict[str, Fraction] = {}
-        for source in self.sources:
-            if source.weight > 0:
-                weights[source.task] = weights.get(source.task, 0) + Fraction(str(source.weight))
+        tasks = list(dict.fromkeys(source.task for source in self.sources))
         for task, share in self.max_row_share.items():
             where = f"data.max_row_share.{task}"
-            if task not in weights:
-                raise ValueError(
-                    f"{where}: no source has this task; there are {', '.join(weights)}"
-                )
+            if task not in tasks:
+                raise ValueError(f"{where}: no source has this task; there are {', '.join(tasks)}")
             if not 0.0 < share <= 1.0:
                 raise ValueError(f"{where}: must lie above 0 and be at most 1, got {share}")
-            of_tokens = weights[task] / sum(weights.values())
+        for first_step, weights in self.weights_by_stage if self.sources else []:
+            self._check_row_shares_of(weights, f" from step {first_step} on" * (first_step > 1))
+
+    def _check_row_shares_of(self, weights: Weights, when: str) -> None:
+        """The same for the ``weights`` of one stage."""
+        by_task: dict[str, Fraction] = {}
+        for source in self.sources:
+            if weights[source.name] > 0:
+                weight = Fraction(str(weights[source.name]))
+                by_task[source.task] = by_task.get(source.task, 0) + weight
+        for task, share in self.max_row_share.items():
+            of_tokens = by_task.get(task, Fraction(0)) / sum(by_task.values())
             if self.mixture_by == "tokens" and Fraction(str(share)) < of_tokens:
                 raise ValueError(
-                    f"{where}: {share} is less than the task's share of the tokens, {float(of_tokens):.4g}: rows would stay empty; "
-                    "raise it, or lower the weights of its sources"
+                    f"data.max_row_share.{task}: {share} is less than the task's share of the tokens{when}, {float(of_tokens):.4g}: "
+                    "rows would stay empty; raise it, or lower the weights of its sources"
                 )
-        total = sum(Fraction(str(self.max_row_share.get(task, 1))) for task in weights)
-        if weights and total < 1:
+        total = sum(Fraction(str(self.max_row_share.get(task, 1))) for task in by_task)
+        if total < 1:
             raise ValueError(
-                f"data.max_row_share: the tasks may take {float(total):.4g} of a row together, so none could be filled; let the "
-                "shares sum to 1 or more"
+                f"data.max_row_share: the tasks may take {float(total):.4g} of a row together{when}, so none could be filled; let "
+                "the shares sum to 1 or more"
             )
+
+    @property
+    def weights_by_stage(self) -> list[tuple[int, Weights]]:
+        """(first step, weights of all sources) of each stage, in order; the first is step 1."""
+        return weights_by_stage({s.name: s.weight for s in self.sources}, self.stages)
+
+    def weights_at(self, step: int) -> Weights:
+        """The weights of all sources in training step ``step``, counted from 1."""
+        return [weights for first, weights in self.weights_by_stage if first <= max(step, 1)][-1]
 
     @property
     def seen_pixels(self) -> int | None:
         """Pixel budget of input images; None where no source has any."""
-        seeing = any(
-            TASKS[source.task].input_images and source.weight > 0 for source in self.sources
-        )
-        return self.vit_pixels if seeing else None
+        used = used_sources(self.sources, self.stages)
+        return self.vit_pixels if any(TASKS[s.task].input_images for s in used) else None
 
     def row_tokens_of(self, task: str, seq_len: int) -> int:
         """Positions of a row of ``seq_len`` that samples of ``task`` may take."""

@@ -28,8 +28,8 @@ _TENSOR = "latents"
 
 
 def generates(sources: Iterable[DataSource]) -> bool:
-    """Whether any of ``sources`` that are read may have target images."""
-    return any(source.weight > 0 and TASKS[source.task].has_targets for source in sources)
+    """Whether any of ``sources``, all of which are read, may have target images."""
+    return any(TASKS[source.task].has_targets for source in sources)
 
 
 class TargetImages:

@@ -10,6 +10,7 @@ that the trainer has received, for every stream of every rank; rows that workers
 
 import atexit
 import json
+import logging
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,7 +21,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.components.dataloader import BaseDataLoader
 
-from symbiotic_titan.data.fingerprint import check_fingerprint, fingerprint_of, sorts_all_shards
+from symbiotic_titan.data.fingerprint import (
+    check_fingerprint,
+    check_stages,
+    fingerprint_of,
+    mixture_changes,
+    sorts_all_shards,
+    with_absent,
+)
 from symbiotic_titan.data.stream_state import (
     PipelineSpec,
     StreamState,
@@ -31,6 +39,7 @@ from symbiotic_titan.data.stream_state import (
     new_state,
     num_skipped,
     resumed,
+    saved_form,
     skip_counts,
 )
 from symbiotic_titan.data.streams import OpenSource, Stream, open_mixture
@@ -95,6 +104,9 @@ class PackedLoader(BaseDataLoader):
     ) -> None:
         self._spec = spec
         self._states: States = {stream: new_state(spec) for stream in streams}
+        # (steps, rows) of the run when this loader goes on; rows of all streams.
+        self._begin = (0, 0)
+        self._saved: dict[str, Any] | None = None  # fingerprint of the state that was loaded
         self._local_batch_size = local_batch_size
         self._num_workers = num_workers
         self._pin_memory = pin_memory
@@ -170,7 +182,8 @@ class PackedLoader(BaseDataLoader):
         states = {n: state for part in self._gather(self._states) for n, state in part.items()}
         assert sorted(states) == list(range(self._spec.num_streams))
         # One string, because a distributed checkpoint stores a nested dict leaf by leaf. The keys are kept for old checkpoints.
-        saved = {"identity": fingerprint_of(self._spec), "lanes": states}
+        lanes = {n: saved_form(self._spec, state) for n, state in states.items()}
+        saved = {"identity": self._fingerprint(), "lanes": lanes}
         return {"state": json.dumps(saved, sort_keys=True)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,12 +193,33 @@ class PackedLoader(BaseDataLoader):
             ValueError: it was saved with other data or settings; the message says which.
         """
         saved = json.loads(state_dict["state"])
-        check_fingerprint(saved["identity"], fingerprint_of(self._spec))
-        self._spec = replace(self._spec, sorts_all_shards=sorts_all_shards(saved["identity"]))
-        self._states = {n: resumed(self._spec, saved["lanes"][str(n)]) for n in self._states}
+        self._saved, lanes = saved["identity"], saved["lanes"]
+        check_fingerprint(self._saved, fingerprint_of(self._spec))
+        self._spec = replace(self._spec, sorts_all_shards=sorts_all_shards(self._saved))
+        before = self._saved["sources"], self._saved["weights"]
+        self._states = {n: resumed(self._spec, lanes[str(n)], *before) for n in self._states}
+        self._begin = self._begin[0], sum(lane["rows"] for lane in lanes.values())
+
+    def start_at(self, step: int) -> None:
+        """Make the rows that follow ``step`` trained steps. Call after ``load_state_dict`` and before iterating; without it, 0.
+
+        Raises:
+            ValueError: a stage before that step is not what the run that saved the state did.
+        """
+        self._begin = step, self._begin[1]
+        if self._saved is None:
+            return
+        check_stages(self._saved, self._spec.config, step)
+        state = next(iter(self._states.values()))
+        for line in mixture_changes(self._spec, self._saved, state, step):
+            logging.getLogger(__name__).info(line)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        current = fingerprint_of(self._spec)
+        return current if self._saved is None else with_absent(current, self._saved)
 
     def _rows(self) -> Iterator[StreamRow]:
-        dataset = StreamDataset(self._spec, self._states)
+        dataset = StreamDataset(self._spec, self._states, *self._begin)
         if not self._num_workers:
             return _checked(iter(dataset))
         return _in_stream_order(_checked(self._worker_rows(dataset)), self._states)
@@ -225,18 +259,19 @@ class WorkerError:
 
 
 class StreamDataset(IterableDataset):
-    """Rows of the streams in ``states``; in a worker, of its share of them."""
+    """Rows of the streams in ``states``, of a run that had made ``rows`` rows after ``step`` steps; in a worker, of its share of them."""
 
-    def __init__(self, spec: PipelineSpec, states: States) -> None:
+    def __init__(self, spec: PipelineSpec, states: States, step: int = 0, rows: int = 0) -> None:
         self._spec = spec
         self._states = states
+        self._begin = step, rows
 
     def __iter__(self) -> Iterator[StreamRow | WorkerError]:
         worker = get_worker_info()
         numbers = sorted(self._states)
         if worker is not None:
             numbers = numbers[worker.id :: worker.num_workers]
-        spec, mixture = self._spec, open_mixture(self._spec)
+        spec, mixture = self._spec, open_mixture(self._spec, *self._begin)
         # Files are opened here, in the worker: processes that inherit an open file share its position.
         sources = [OpenSource(spec, i) for i in range(len(spec.sources))]
         try:

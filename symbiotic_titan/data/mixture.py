@@ -24,12 +24,15 @@ For the second, any set of k sources lags in total by at most k L (W_k/k + W_{k+
 their shares and the j - k largest others. This holds for the set of all sources, whose total lag is 0. For a smaller set, a sample
 of a source in the set does not increase its lag. A sample of a source c outside increases it by at most W_k L; before that sample c
 lagged at least as much as each member, so the set had at most k/(k+1) of the lag of the set with c.
+
+**Stages.** A run may change its weights (``StagedMixture``). Each stream counts anew from where it changes, so the bounds hold within
+every stage, and the samples of each stage follow its own weights whatever was read before. Every source goes on where it was.
 """
 
 from fractions import Fraction
 from math import gcd, lcm
 
-from symbiotic_titan.config.data import MixtureBy
+from symbiotic_titan.config.stages import MixtureBy
 
 
 def integer_weights(weights: list[float]) -> list[int]:
@@ -45,13 +48,14 @@ class Mixture:
     """The schedule of all streams. Stateless: each stream keeps its own counts, so a resume needs nothing from here."""
 
     def __init__(self, weights: list[float], num_streams: int, by: MixtureBy = "samples") -> None:
-        self._weights = integer_weights(weights)
-        self._total = sum(self._weights)
+        self.weights = integer_weights(weights)
+        self._total = sum(self.weights)
         self._first_of_stream = self._schedule(num_streams)
         self._next = self._due_first if by == "samples" else self._lags_most
 
     def next(self, stream: int, given: list[int]) -> int:
-        """Source of the next sample of ``stream``. ``given[s]``: samples, or tokens, of source s in this stream so far.
+        """Source of the next sample of ``stream``. ``given[s]``: samples, or tokens, of source s in this stream since this mixture
+        began there.
 
         The first samples follow the mixture across streams: if all streams began with the same source, a global batch, one row per
         stream, would not be mixed. The bounds hold whichever source comes first.
@@ -63,7 +67,7 @@ class Mixture:
         number = sum(counts) + 1
         ready = [
             (-(-(count + 1) * self._total // weight), source)
-            for source, (weight, count) in enumerate(zip(self._weights, counts, strict=True))
+            for source, (weight, count) in enumerate(zip(self.weights, counts, strict=True))
             if number * weight > count * self._total
         ]
         return min(ready)[1]
@@ -73,14 +77,32 @@ class Mixture:
         given = sum(tokens)
         ahead = [
             (count * self._total - given * weight, source)
-            for source, (weight, count) in enumerate(zip(self._weights, tokens, strict=True))
+            for source, (weight, count) in enumerate(zip(self.weights, tokens, strict=True))
+            if weight
         ]
         return min(ahead)[1]
 
     def _schedule(self, length: int) -> list[int]:
-        counts, schedule = [0] * len(self._weights), []
+        counts, schedule = [0] * len(self.weights), []
         for _ in range(length):
             source = self._due_first(counts)
             counts[source] += 1
             schedule.append(source)
         return schedule
+
+
+class StagedMixture:
+    """The mixture at every row of the run, which depends on the row alone and on no state."""
+
+    def __init__(
+        self, stages: list[tuple[int, list[float]]], num_streams: int, by: MixtureBy = "samples"
+    ) -> None:
+        """``stages``: (first row, weights), in the order of their rows. The first stage holds from the beginning whatever its row."""
+        self._num_streams = num_streams
+        self._stages = [(row, Mixture(weights, num_streams, by)) for row, weights in stages]
+
+    def at(self, stream: int, number: int) -> Mixture:
+        """The mixture of the ``number``-th sequence of ``stream``, counted from 0, which is row ``number * num_streams + stream``."""
+        row = number * self._num_streams + stream
+        later = [mixture for first_row, mixture in self._stages[1:] if first_row <= row]
+        return later[-1] if later else self._stages[0][1]

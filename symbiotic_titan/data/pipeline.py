@@ -7,7 +7,7 @@ from math import ceil
 import numpy as np
 import torch
 
-from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.config.data import Data, DataSource, used_sources
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.formats.shard import BadSample, Shard
 from symbiotic_titan.data.image_files import check_image_folder
@@ -121,7 +121,7 @@ def build_spec(
     global_batch_size: int,
     table: str = "[[data.sources]]",
 ) -> PipelineSpec:
-    """The spec of all streams. Sources of weight zero are left out. ``table``: the config table of the sources, for messages.
+    """The spec of all streams. Sources whose weight is zero in every stage are left out. ``table``: that of the sources, for messages.
 
     Raises:
         ValueError: no source, shards that are missing, empty or unreadable, or images that cannot fit a packed sequence.
@@ -141,6 +141,7 @@ def build_spec(
         listed=[listed for _, listed in found],
         # One stream per row of the global batch: each batch then takes one row of every stream on any number of ranks.
         num_streams=config.num_lanes or global_batch_size,
+        rows_per_step=global_batch_size,
         tokenizer=tokenizer.fingerprint,
         size=size,
         maker=DocumentMaker(config, geometry, images, tokenizer, seq_len),
@@ -156,13 +157,14 @@ def checked_rows(
     seq_len: int,
     table: str,
 ) -> list[tuple[int, DataSource]]:
-    """Sources of a positive weight, numbered as in ``table``, from 1. No file is opened.
+    """Sources of a positive weight, now or in a later stage, numbered as in ``table``, from 1. No file is opened.
 
     Raises:
         ValueError: there is none, or the settings leave no room for their samples.
     """
-    # Each source keeps its number in the config, for messages: leaving out those of weight zero would shift it.
-    rows = [(i, s) for i, s in enumerate(config.sources, start=1) if s.weight > 0]
+    # Each source keeps its number in the config, for messages: leaving some out would shift it.
+    used = used_sources(config.sources, config.stages)
+    rows = [(i, s) for i, s in enumerate(config.sources, start=1) if s in used]
     if not rows:
         raise ValueError(f"{table}: there is none; name at least one source")
     sources = [source for _, source in rows]

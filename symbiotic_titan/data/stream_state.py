@@ -1,13 +1,15 @@
 """What determines the streams, and the state of each between two sequences, which checkpoints hold."""
 
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, cast
 
 import numpy as np
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.formats.shard import REASONS, Sample, Shard
+from symbiotic_titan.data.mixture import integer_weights
 from symbiotic_titan.data.packing import SequenceSize
 from symbiotic_titan.data.sequence_builder import SequenceBuilder
 
@@ -21,9 +23,12 @@ class MakesDocuments(Protocol):
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """Everything, except its number, that determines a stream's sequences. Plain data: worker processes get a copy.
+    """Everything, except its number and where the run began to count, that determines a stream's sequences. Plain data: worker
+    processes get a copy.
 
-    listed: of each source, the samples that its ``skip_list`` names: see ``skip_list.read_skip_list``.
+    sources:       those that are read at some step.
+    listed:        of each source, the samples that its ``skip_list`` names: see ``skip_list.read_skip_list``.
+    rows_per_step: rows of a global batch.
     sorts_all_shards: for a run that an older version began: see ``fingerprint.sorts_all_shards``.
     """
 
@@ -32,6 +37,7 @@ class PipelineSpec:
     shards: list[list[Shard]]
     listed: list[np.ndarray]
     num_streams: int
+    rows_per_step: int
     tokenizer: str
     size: SequenceSize
     maker: MakesDocuments
@@ -40,7 +46,8 @@ class PipelineSpec:
 
 
 class StreamState(TypedDict):
-    """A stream's state between two sequences, JSON-able. Checkpoints contain its keys. Lists have one entry per source.
+    """A stream's state between two sequences, JSON-able. Checkpoints contain its keys, apart from the last three where they say
+    nothing (``saved_form``). Lists have one entry per source.
 
     rows:      sequences made so far.
     scheduled: good samples so far, which the mixture counts.
@@ -51,6 +58,9 @@ class StreamState(TypedDict):
     tokens:    tokens of the good samples.
     ended:     the source whose end the stream has reached, else -1. Once no document waits, all further sequences are empty.
     waiting:   (source, index in its endless sequence, part) of each waiting document.
+    weights:   source -> its weight in the mixture so far, as the smallest integers, without those of weight 0.
+    since:     what the mixture had counted when these weights began, which is where it counts from.
+    absent:    source that this run does not read -> what the stream had read of it, for when it comes back.
     """
 
     rows: int
@@ -62,30 +72,86 @@ class StreamState(TypedDict):
     tokens: list[int]
     ended: int
     waiting: list[tuple[int, int, int]]
+    weights: dict[str, int]
+    since: list[int]
+    absent: dict[str, dict[str, Any]]
+
+
+# Keys of the state that are lists with one entry per source, and the entry of a source that was not read yet.
+PER_SOURCE: dict[str, Any] = {
+    "scheduled": 0, "read": 0, "skipped": {}, "in_a_row": 0, "truncated": 0, "tokens": 0, "since": 0,
+}  # fmt: skip
+
+
+def named_weights(names: list[str], weights: list[float]) -> dict[str, int]:
+    """Source -> weight, as the smallest integers; without sources of weight 0."""
+    integers = integer_weights(weights)
+    return {name: weight for name, weight in zip(names, integers, strict=True) if weight}
 
 
 def new_state(spec: PipelineSpec) -> StreamState:
     """State of a stream before its first sequence."""
-    zeros = [0] * len(spec.sources)
-    return {
-        "rows": 0,
-        "scheduled": zeros,
-        "read": zeros,
-        "skipped": [{} for _ in zeros],
-        "in_a_row": zeros,
-        "truncated": zeros,
-        "tokens": zeros,
-        "ended": -1,
-        "waiting": [],
-    }
+    names = [source.name for source in spec.sources]
+    weights = [source.weight for source in spec.sources]
+    return _empty_state(names, named_weights(names, weights))
 
 
-def resumed(spec: PipelineSpec, saved: dict[str, Any]) -> StreamState:
-    """``saved``, with zeros for keys that older versions lacked. A stream that ended goes on if its source now repeats."""
-    state: StreamState = new_state(spec) | saved  # type: ignore[assignment, operator]
-    if state["ended"] >= 0 and spec.sources[state["ended"]].at_end_of(spec.config) == "repeat":
-        state["ended"] = -1
+def _empty_state(names: list[str], weights: dict[str, int]) -> StreamState:
+    lists = {key: [copy(entry) for _ in names] for key, entry in PER_SOURCE.items()}
+    state = {"rows": 0, "ended": -1, "waiting": [], "weights": weights, "absent": {}, **lists}
+    return cast(StreamState, state)
+
+
+def resumed(
+    spec: PipelineSpec, saved: dict[str, Any], names: list[str], weights: list[float]
+) -> StreamState:
+    """``saved``, by a run with sources ``names`` of ``weights``, as a state of the sources of ``spec``, which are matched by name.
+
+    Keys that older versions lacked get their first values. A source that ``saved`` has not read begins at its beginning. A stream
+    that ended goes on if its source now repeats or is gone.
+    """
+    before: dict[str, Any] = {**_empty_state(names, named_weights(names, weights)), **saved}
+    held = before["absent"] | {name: _held(before, number) for number, name in enumerate(names)}
+    numbers = {source.name: number for number, source in enumerate(spec.sources)}
+    state = new_state(spec)
+    for name in numbers.keys() & held.keys():
+        number = numbers[name]
+        for key in PER_SOURCE:
+            state[key][number] = held[name][key]  # type: ignore[literal-required]
+        if name not in before["weights"]:
+            # It does not take part in the present mixture, whose counts must not see what it gave before.
+            counted = "tokens" if spec.config.mixture_by == "tokens" else "scheduled"
+            state["since"][number] = state[counted][number]  # type: ignore[literal-required]
+    returned = [
+        (numbers[name], index, part)
+        for name, own in before["absent"].items()
+        if name in numbers
+        for index, part in own["waiting"]
+    ]
+    waiting = [(numbers.get(names[s], -1), index, part) for s, index, part in before["waiting"]]
+    state["waiting"] = [*returned, *(place for place in waiting if place[0] >= 0)]
+    state["absent"] = {name: own for name, own in held.items() if name not in numbers}
+    state["rows"], state["weights"] = before["rows"], before["weights"]
+    ended = numbers.get(names[before["ended"]], -1) if before["ended"] >= 0 else -1
+    if ended >= 0 and spec.sources[ended].at_end_of(spec.config) == "stop":
+        state["ended"] = ended
     return state
+
+
+def _held(state: dict[str, Any], number: int) -> dict[str, Any]:
+    """What a stream has read of one source, and the places of its waiting documents."""
+    own: dict[str, Any] = {key: state[key][number] for key in PER_SOURCE}
+    own["waiting"] = [(index, part) for s, index, part in state["waiting"] if s == number]
+    return own
+
+
+def saved_form(spec: PipelineSpec, state: StreamState) -> dict[str, Any]:
+    """``state`` without what a run of the same sources and weights from beginning to end would say: so older versions' states and
+    ours are the same."""
+    weights = new_state(spec)["weights"]
+    constant = state["weights"] == weights and not any(state["since"])
+    left_out = {"weights", "since"} if constant else set()
+    return {k: v for k, v in state.items() if k not in left_out and (v or k != "absent")}
 
 
 def ended_sources(spec: PipelineSpec, states: list[StreamState]) -> list[str]:

@@ -3,7 +3,7 @@
 A stream is a pure function of (config, seed, stream number): the numbers of ranks and workers do not change the training data,
 and a resume is exact. It reads one sample at a time until ``data.lookahead`` documents wait:
 
-    1. the mixture names the source                         counts of this stream -> source
+    1. the mixture of this row names the source             counts of this stream -> source
     2. the stream's k-th sample of a source has index k * num_streams + stream in the source's endless sequence
     3. the order locates that index, the reader fetches it                  index -> shard and sample -> bytes
     4. the sample becomes documents, which wait; a bad sample is skipped or stops the run
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from symbiotic_titan.config.data import PACKINGS
 from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.formats.shard import BadSample, Reader, Sample
-from symbiotic_titan.data.mixture import Mixture
+from symbiotic_titan.data.mixture import Mixture, StagedMixture
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.packing import Packing, check_choice
 from symbiotic_titan.data.skip_list import first_numbers, is_listed
@@ -82,13 +82,14 @@ class Stream:
         self,
         spec: PipelineSpec,
         sources: list[OpenSource],
-        mixture: Mixture,
+        mixture: StagedMixture,
         number: int,
         state: StreamState,
     ) -> None:
         self._spec = spec
         self._sources = sources
-        self._mixture = mixture
+        self._staged = mixture
+        self._mixture: Mixture | None = None
         self._number = number
         self._choose: Packing = PACKINGS[spec.config.packing]
         self._num_rows = state["rows"]
@@ -99,10 +100,13 @@ class Stream:
         self._truncated = list(state["truncated"])
         self._tokens = list(state["tokens"])
         self._ended = state["ended"]
+        self._weights, self._since = state["weights"], list(state["since"])
+        self._absent = state["absent"]
         self._waiting = _read_again(sources, state["waiting"])
 
     def next_row(self) -> PackedBatch:
         """The next packed sequence; raises ValueError for a bad sample that ``data.bad_samples`` does not skip, or a wrong packing."""
+        self._enter(self._staged.at(self._number, self._num_rows))
         # Refilled before every choice, so that a resumed stream chooses from the same documents.
         self._read_ahead(self._spec.config.lookahead)
         documents = [waiting.document for waiting in self._waiting]
@@ -129,7 +133,28 @@ class Stream:
             "tokens": list(self._tokens),
             "ended": self._ended,
             "waiting": [(w.source, w.index, w.part) for w in self._waiting],
+            "weights": self._weights,
+            "since": list(self._since),
+            "absent": self._absent,
         }
+
+    @property
+    def _counted(self) -> list[int]:
+        """What the mixture counts, per source."""
+        return self._tokens if self._spec.config.mixture_by == "tokens" else self._scheduled
+
+    def _enter(self, mixture: Mixture) -> None:
+        """Read by ``mixture`` from now on: at a stage, or after a resume with other weights, it counts from here."""
+        if mixture is self._mixture:
+            return
+        self._mixture = mixture
+        names = [source.config.name for source in self._sources]
+        weights = {n: w for n, w in zip(names, mixture.weights, strict=True) if w}
+        if weights != self._weights:
+            self._weights, self._since = weights, list(self._counted)
+            # The end of a source that is no longer read does not end the stream.
+            if self._ended >= 0 and names[self._ended] not in weights:
+                self._ended = -1
 
     def _read_ahead(self, number: int) -> None:
         """Read until ``number`` documents wait or the stream has ended."""
@@ -138,8 +163,9 @@ class Stream:
 
     def _read_next(self) -> None:
         """Read one sample. A bad one is not counted, so the mixture chooses the same source again and its shares stay exact."""
-        by_tokens = self._spec.config.mixture_by == "tokens"
-        source = self._mixture.next(self._number, self._tokens if by_tokens else self._scheduled)
+        assert self._mixture is not None
+        given = [count - start for count, start in zip(self._counted, self._since, strict=True)]
+        source = self._mixture.next(self._number, given)
         # Interleaved: every index belongs to exactly one stream, so no sample is lost or repeated, without communication.
         index = self._read[source] * self._spec.num_streams + self._number
         # One ended source ends the stream: going on without it would change the mixture.
@@ -210,7 +236,11 @@ def _read_again(sources: list[OpenSource], places: list[tuple[int, int, int]]) -
     return [Waiting(s, i, part, samples[s, i][part]) for s, i, part in places]
 
 
-def open_mixture(spec: PipelineSpec) -> Mixture:
-    """The mixture of all streams. It is stateless, so sharing it does not couple them."""
-    weights = [source.weight for source in spec.sources]
-    return Mixture(weights, spec.num_streams, spec.config.mixture_by)
+def open_mixture(spec: PipelineSpec, step: int = 0, rows: int = 0) -> StagedMixture:
+    """The mixture of all streams, in a run that had made ``rows`` rows after ``step`` steps. It is stateless, so sharing it does not
+    couple them."""
+    stages = [
+        (rows + (first - 1 - step) * spec.rows_per_step, [weights[s.name] for s in spec.sources])
+        for first, weights in spec.config.weights_by_stage
+    ]
+    return StagedMixture(stages, spec.num_streams, spec.config.mixture_by)

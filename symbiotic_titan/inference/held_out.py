@@ -125,7 +125,7 @@ def _sums_of_batch(
 def held_out_data(config: JobConfig) -> Data:
     """[data] for the held-out sources: a fixed order, no caption dropped, and a stream for every row of a global batch.
 
-    Training's limits on the mixture and its end of data are reset; a held-out source may still set ``at_end``.
+    Training's limits on the mixture, its stages and its end of data are reset; a held-out source may still set ``at_end``.
     """
     return replace(
         config.data,
@@ -135,6 +135,7 @@ def held_out_data(config: JobConfig) -> Data:
         condition_dropout=0.0,
         at_end="repeat",
         max_row_share={},
+        stages=[],
     )
 
 
@@ -160,7 +161,7 @@ def understanding_data(config: JobConfig, split: str) -> Data:
             f"{TABLES[split]}: none has the task {names}, which is what is read here; "
             "add one, or choose another --split"
         )
-    return replace(data, sources=sources, max_vae_tokens=1)
+    return replace(data, sources=sources, max_vae_tokens=1, stages=[])
 
 
 def packed_batches(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
@@ -18,6 +20,26 @@ from symbiotic_titan.config.optimizer import (
 )
 
 
+class GroupRates(LambdaLR):
+    """The rate of each group: its own learning rate, or that of the stage, times its factor."""
+
+    def __init__(self, optimizer: Optimizer, factors: list[Callable[[int], float]]) -> None:
+        # Per group: (index of the first step, learning rate) of each stage that changes it. LambdaLR's constructor asks for rates.
+        self.stages: list[list[tuple[int, float]]] = [[] for _ in factors]
+        super().__init__(optimizer, factors)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rates of the step with the index ``last_epoch``, counted from 0."""
+        return [
+            self._base(group, base) * factor(self.last_epoch)
+            for group, (base, factor) in enumerate(zip(self.base_lrs, self.lr_lambdas, strict=True))
+        ]
+
+    def _base(self, group: int, base: float | Tensor) -> float | Tensor:
+        reached = [rate for first, rate in self.stages[group] if first <= self.last_epoch]
+        return reached[-1] if reached else base
+
+
 class StepLRSchedulers(LRSchedulersContainer):
     """A factor on the learning rate of each group. Only the step is saved, so that a resume uses the rates of its own config."""
 
@@ -25,8 +47,28 @@ class StepLRSchedulers(LRSchedulersContainer):
         self, optimizers: OptimizersContainer, factors: list[list[Callable[[int], float]]]
     ) -> None:
         self.schedulers = [
-            LambdaLR(optimizer, own) for optimizer, own in zip(optimizers, factors, strict=True)
+            GroupRates(optimizer, own) for optimizer, own in zip(optimizers, factors, strict=True)
         ]
+
+    def set_stages(self, rates: dict[str, list[tuple[int, float]]]) -> None:
+        """Group -> (first step, learning rate) of the stages that change it; steps are counted from 1. Call before the first step.
+
+        Raises:
+            ValueError: the optimizer has no such group.
+        """
+        groups = {
+            group["name"]: (scheduler, number, group)
+            for scheduler in self.schedulers
+            for number, group in enumerate(scheduler.optimizer.param_groups)
+        }
+        for name, own in rates.items():
+            if name not in groups:
+                raise ValueError(
+                    f"[[data.stages]] lr.{name}: the optimizer trains no group of that name; choose from {', '.join(groups)}"
+                )
+            scheduler, number, group = groups[name]
+            scheduler.stages[number] = [(first - 1, rate) for first, rate in own]
+            group["schedule"]["stages"] = own  # for the record in the checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_epoch": self.schedulers[0].last_epoch}
@@ -35,10 +77,7 @@ class StepLRSchedulers(LRSchedulersContainer):
         for scheduler in self.schedulers:
             # LambdaLR sets rates only at its next step; without this the first step after a resume would use the initial ones.
             scheduler.last_epoch = state_dict["last_epoch"]
-            rates = [
-                base * factor(scheduler.last_epoch)
-                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
+            rates = scheduler.get_lr()
             for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             scheduler._last_lr = rates

@@ -6,8 +6,10 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from torchtitan.config.job_config import DataLoader
+from torchtitan.tools.logging import logger
 
 from symbiotic_titan.codecs.codec import codec_info
+from symbiotic_titan.config.data import used_sources
 from symbiotic_titan.config.experts import PARTITION_RULES
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import OPTIMIZER_BUILDERS
@@ -228,6 +230,28 @@ def check_shielding(config: JobConfig, args: ModelArgs) -> None:
         )
 
 
+def check_stages(config: JobConfig) -> None:
+    """Learning rates of [[data.stages]] are those of trained groups; a stage after the last step is reported."""
+    rows = {row.name: row for row in config.optimizer.param_groups}
+    for number, stage in enumerate(config.data.stages, start=1):
+        where = f"[[data.stages]] #{number}"
+        for name in stage.lr:
+            if name in rows and rows[name].frozen:
+                raise ValueError(
+                    f"{where}.lr.{name}: the group is frozen, so it has no learning rate; remove it, or train the group"
+                )
+            # Other builders may name groups of their own; the optimizer is asked when it is built.
+            known = list(rows) or ["all"]
+            if name not in known and config.optimizer.builder == "param_groups":
+                raise ValueError(
+                    f"{where}.lr: [[optimizer.param_groups]] has no group {name!r}; choose from {', '.join(known)}"
+                )
+        if stage.from_step > config.training.steps:
+            logger.warning(
+                f"{where}: from_step = {stage.from_step} has no effect, the run ends at training.steps = {config.training.steps}"
+            )
+
+
 def check_start(config: JobConfig) -> None:
     """The checkpointer reads initial weights, so it must be enabled."""
     path, enabled = config.checkpoint.initial_load_path, config.checkpoint.enable
@@ -256,7 +280,7 @@ def check_sampling(config: JobConfig, geometry: ImageGeometry) -> None:
     why = None
     if not sampling.prompts:
         why = "there are no prompts; give captions in sampling.prompts"
-    elif not generates(config.data.sources):
+    elif not generates(used_sources(config.data.sources, config.data.stages)):
         why = "no source in [[data.sources]] has target images; add one"
     elif not config.metrics.enable_tensorboard:
         why = "sample grids are shown in TensorBoard; set metrics.enable_tensorboard = true"
@@ -303,6 +327,7 @@ def check_job(config: JobConfig) -> None:
         raise ValueError("[[data.sources]]: none given; name at least one source of samples")
     PARTITION_RULES.check("experts.partition_rule", config.experts.partition_rule)
     OPTIMIZER_BUILDERS.check("optimizer.builder", config.optimizer.builder)
+    check_stages(config)
     check_validation(config)
     check_start(config)
     check_converters(config)

@@ -29,6 +29,7 @@ class StepReport:
     losses       by name; ``total``, ``text``, ``flow``, ``balance`` and ``by_task/*``.
     grad_norms   before clipping; ``all`` and one per parameter group.
     rates        learning rate of each parameter group.
+    weights      weight of each data source in this step.
     update_ratios  L2 norm of each group's last update over that of its weights.
     assignments  (layers, modalities, E) routed assignments of the step; None without MoE layers.
     fill         share of positions that are not padding.
@@ -40,6 +41,7 @@ class StepReport:
     losses: dict[str, float]
     grad_norms: dict[str, float]
     rates: dict[str, float]
+    weights: dict[str, float]
     update_ratios: dict[str, float]
     assignments: torch.Tensor | None
     shield_scale: float
@@ -128,6 +130,7 @@ class SymbioticMetrics(MetricsProcessor):
         }
         metrics |= {"shield/scale": report.shield_scale}
         metrics |= {"data/fill": report.fill}
+        metrics |= {f"data/weight/{name}": weight for name, weight in report.weights.items()}
         metrics |= {f"data/{name}": count for name, count in report.skipped.items()}
         metrics |= self.performance(report.step, report.tokens_seen)
         self.logger.log(metrics, report.step)

@@ -23,8 +23,10 @@ from torchtitan.train import Trainer
 from symbiotic_titan.checkpoint.resume import holds
 from symbiotic_titan.checkpoint.start import choose_start, is_distributed, read_weights
 from symbiotic_titan.codecs.batch import build_batch_encoder
+from symbiotic_titan.config.data import used_sources
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.saved import SavedConfig
+from symbiotic_titan.config.stages import rates_by_stage
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.flow.noise import draw_noise_and_timesteps
@@ -73,12 +75,14 @@ class SymbioticTrainer(Trainer):
             self.maybe_enable_amp = contextlib.nullcontext()
         self.ranks = data_ranks(self.device, self.parallel_dims)
         geometry = cast(ModelArgs, self.model_args).geometry
-        images = generates([*job_config.data.sources, *job_config.validation.sources])
+        data, held_out = job_config.data, job_config.validation.sources
+        images = generates([*used_sources(data.sources, data.stages), *used_sources(held_out)])
         self.encode = build_batch_encoder(job_config.latents, geometry, self.device, needed=images)
         if job_config.validation.enable:
             self.validator.connect(
                 self.to_device, self.maybe_enable_amp, self.sum_over_ranks, self.stop_requested
             )
+        self.lr_schedulers.set_stages(rates_by_stage(data.stages))  # type: ignore[attr-defined]
         # Called with the step after each step, and with 0 before the first one of a new run.
         self.step_hooks: list[Callable[[int], None]] = []
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
@@ -96,6 +100,7 @@ class SymbioticTrainer(Trainer):
     def batch_generator(self, data_iterable: Iterable[PackedBatch]) -> StepData:  # type: ignore[override]
         """The micro-batches of one step after another; upstream's loop hands it to ``train_step``."""
         loader, times = cast(PackedLoader, data_iterable), self.metrics_processor.data_loading_times
+        loader.start_at(self.step)
         self.step_data = StepData(loader, self.gradient_accumulation_steps, self.ranks, times)
         return self.step_data
 
@@ -215,6 +220,7 @@ class SymbioticTrainer(Trainer):
                     losses=losses,
                     grad_norms={"all": float(grad_norm), **norms},
                     rates=rates,
+                    weights=self.job_config.data.weights_at(self.step),
                     update_ratios=ratios,
                     assignments=self.reduce_routing(routing).counts if routing else None,
                     shield_scale=float(self.shield_scale),

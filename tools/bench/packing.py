@@ -135,7 +135,7 @@ def mixed_indices(spec: PipelineSpec) -> Iterator[tuple[int, int]]:
 def demo_case(spec: PipelineSpec, num_samples: int) -> Case:
     """The first samples of stream 0, if there were no other streams."""
     sources = [OpenSource(spec, number) for number in range(len(spec.sources))]
-    mixture, samples = open_mixture(spec), []
+    mixture, samples = open_mixture(spec).at(0, 0), []
     counts, tokens = [0] * len(sources), [0] * len(sources)
     given = tokens if spec.config.mixture_by == "tokens" else counts
     for _ in range(num_samples):

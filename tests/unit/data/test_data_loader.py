@@ -159,12 +159,6 @@ def test_state_of_other_data_or_settings_is_refused(make_loader, demo_config, de
     refused("data.seed was 0, now it is 7", {"seed": 7})
     refused("data.num_lanes was 4, now it is 8", {"num_lanes": 8})
     refused("training.seq_len was 256, now it is 320", seq_len=320)
-    fewer = demo_config.sources[:-1]
-    refused(
-        "the sources of [[data.sources]] were ['t2i', 't2i_long', 'lm', 'mmu']", {"sources": fewer}
-    )
-    weights = [{**vars(s), "weight": 1.0} for s in demo_config.sources]
-    refused("the weights of [[data.sources]] were [3.0, 3.0, 2.0, 2.0]", {"sources": weights})
     text = demo_world / "train" / "lm" / "lm-0000.jsonl"
     (tmp_path / "lm-0000.jsonl").write_bytes(text.read_bytes())
     moved = [{**vars(s)} for s in demo_config.sources]

@@ -8,7 +8,6 @@ from PIL import Image
 
 from symbiotic_titan.data.documents import VaeSegment, VitSegment
 from symbiotic_titan.data.images import resize_and_crop
-from symbiotic_titan.data.mixture import Mixture
 from symbiotic_titan.data.statistics import (
     ImageUse,
     Table,
@@ -19,7 +18,7 @@ from symbiotic_titan.data.statistics import (
     token_table,
 )
 from symbiotic_titan.data.stream_state import new_state
-from symbiotic_titan.data.streams import OpenSource, Stream
+from symbiotic_titan.data.streams import OpenSource, Stream, open_mixture
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, PADDING
 
 
@@ -64,7 +63,7 @@ def test_every_image_of_the_rows_and_of_what_waits_is_counted_once(read, geometr
     loader, rows = read
     spec = loader.spec
     sources = [OpenSource(spec, i) for i in range(len(spec.sources))]
-    mixture = Mixture([source.weight for source in spec.sources], 1)
+    mixture = open_mixture(spec)
     stream = Stream(spec, sources, mixture, 0, new_state(spec))
     for _ in rows:
         stream.next_row()
