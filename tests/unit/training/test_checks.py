@@ -171,6 +171,37 @@ def test_degrees_that_do_not_fit_are_refused(tmp_path, overrides, world_size, me
     assert message in str(error.value)
 
 
+STAGE = "[[data.stages]]\nfrom_step = 20\nlr = {%s = 1e-5}\n\n[checkpoint]"
+
+
+def test_a_stage_changes_the_rate_of_a_trained_group(tmp_path):
+    def check(group, *overrides, frozen="frozen = false\n"):
+        rows = f"""\n[[optimizer.param_groups]]\nname = "some"\nmatch = ["router"]\n{frozen}
+[[optimizer.param_groups]]\nname = "rest"\nmatch = [".*"]\n"""
+        text = DEBUG.read_text()
+        start = text.index("[[optimizer.param_groups]]")
+        rest = text[start:]
+        end = start + rest.index("\n[", rest.rindex("[[optimizer.param_groups]]") + 1)
+        path = tmp_path / "staged.toml"
+        path.write_text((text[:start] + rows + text[end:]).replace("[checkpoint]", STAGE % group))
+        check_job(load_job_config(["--job.config_file", str(path), *overrides]))
+
+    check("some")
+    with pytest.raises(ValueError) as error:
+        check("sum")
+    expected = "[[data.stages]] #1.lr: [[optimizer.param_groups]] has no group 'sum'; choose from some, rest"
+    assert str(error.value) == expected
+    with pytest.raises(ValueError, match=r"#1.lr.some: the group is frozen, so it has no learning"):
+        check("some", frozen="frozen = true\n")
+
+
+def test_a_stage_after_the_last_step_is_pointed_out(tmp_path, caplog):
+    check_job(config_of(tmp_path, "--training.steps", "20", old="[checkpoint]", new=STAGE % "new"))
+    assert "has no effect" not in caplog.text
+    check_job(config_of(tmp_path, "--training.steps", "19", old="[checkpoint]", new=STAGE % "new"))
+    assert "#1: from_step = 20 has no effect, the run ends at training.steps = 19" in caplog.text
+
+
 def test_a_shield_needs_a_flavor_with_a_shared_expert_or_a_new_one(tmp_path):
     config = config_of(tmp_path)
     args = FLAVORS["Qwen3-VL-30B-A3B"]

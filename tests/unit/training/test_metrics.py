@@ -55,6 +55,7 @@ def report(step):
         grad_norms={"all": 1.0},
         update_ratios={},
         rates={},
+        weights={"mine": 2.0},
         assignments=COUNTS,
         shield_scale=1.0,
         fill=1.0,
@@ -98,6 +99,7 @@ def test_means_are_logged_always_and_layers_with_an_account(make_metrics, tmp_pa
     metrics.close()
     log = read_log(tmp_path)
     assert [e.step for e in log.Scalars("routing/capacity_rate/vae")] == [1, 10, 15]
+    assert [e.value for e in log.Scalars("data/weight/mine")] == [2.0, 2.0, 2.0]
     by_layer = log.Scalars("routing_by_layer/capacity_rate/vae/layer_02")
     assert [(e.step, e.value) for e in by_layer] == [(1, 0.75), (15, 0.75)]
     assert log.Tags()["images"] == ["routing/experts/text", "routing/experts/vae"]
