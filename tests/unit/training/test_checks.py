@@ -196,9 +196,13 @@ def test_a_stage_changes_the_rate_of_a_trained_group(tmp_path):
 
 
 def test_a_stage_after_the_last_step_is_pointed_out(tmp_path, caplog):
-    check_job(config_of(tmp_path, "--training.steps", "20", old="[checkpoint]", new=STAGE % "generation"))
+    check_job(
+        config_of(tmp_path, "--training.steps", "20", old="[checkpoint]", new=STAGE % "generation")
+    )
     assert "has no effect" not in caplog.text
-    check_job(config_of(tmp_path, "--training.steps", "19", old="[checkpoint]", new=STAGE % "generation"))
+    check_job(
+        config_of(tmp_path, "--training.steps", "19", old="[checkpoint]", new=STAGE % "generation")
+    )
     assert "#1: from_step = 20 has no effect, the run ends at training.steps = 19" in caplog.text
 
 
