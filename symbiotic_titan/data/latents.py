@@ -28,7 +28,7 @@ _TENSOR = "latents"
 
 
 def generates(sources: Iterable[DataSource]) -> bool:
-    """Whether any of ``sources``, all of which are read, may have target images."""
+    """Whether any of ``sources`` may have target images; leave out those that are not read (``config.data.used_sources``)."""
     return any(TASKS[source.task].has_targets for source in sources)
 
 
