@@ -168,7 +168,7 @@ class Fields:
         return self._files.read(value, self._values)
 
     def _missing(self, field: str) -> BadSample:
-        names = " or ".join(repr(name) for name in names_of(field, self.keys))
+        names = _joined(names_of(field, self.keys))
         found = ", ".join(sorted(self.names)) or "nothing"
         return BadSample("missing", f"its {field} is missing: there is no {names} but {found}")
 
@@ -184,6 +184,12 @@ def names_of(field: str, keys: Keys) -> tuple[str, ...]:
         return FIELDS[field]
     named = keys[field]
     return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _joined(names: tuple[str, ...]) -> str:
+    """``names`` in a message; of the many extensions of images only the first."""
+    more = " or the like" if len(names) > 6 else ""
+    return " or ".join(map(repr, names[:6])) + more
 
 
 def names_wanted(task: Task, keys: Keys) -> list[str]:
@@ -347,7 +353,7 @@ def check_fields(task: Task, keys: Keys, names: Iterable[str], where: str) -> No
             continue
         key = f"keys.{field}" if field in keys else f"its {field}"
         raise ValueError(
-            f"{where}: {key} is looked for as {' or '.join(map(repr, missing))}, which no sample has; there are: "
+            f"{where}: {key} is looked for as {_joined(missing)}, which no sample has; there are: "
             f'{", ".join(sorted(found))}. Name the right one: keys = {{{field} = "..."}}'
         )
 

@@ -12,7 +12,7 @@ def picture(seed, height=24, width=40):
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def encoded(image):
+def encoded(image, **options):
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", **options)
     return buffer.getvalue()

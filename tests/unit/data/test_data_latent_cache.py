@@ -277,3 +277,20 @@ def test_a_bad_image_stops_the_writer_unless_it_is_to_be_skipped(geometry, tmp_p
     ):
         write(tmp_path / "cache", config, Latents(), geometry)
     assert not list((tmp_path / "cache").rglob("*.tar*"))
+
+
+def test_truncated_images_are_in_a_cache_that_was_made_to_keep_them(
+    make_loader, geometry, tmp_path
+):
+    """The PNGs numbered ``bad`` break off after their first 60 bytes, which hold the header only."""
+    settings = tar_source(tmp_path, bad=(3, 4))
+    source = DataSource(name="own", task="t2i", truncated_images="decode", **settings)
+    config = Data(sources=[source], lookahead=4)
+    cache = write(tmp_path / "cache", config, Latents(), geometry)
+    cached = make_loader(vars(config), latents=Latents(cache=str(cache)))
+    fresh = make_loader(vars(config))
+    assert_same(islice(cached, ROWS), islice(fresh, ROWS))
+    assert cached.num_skipped == fresh.num_skipped == 0
+    other = replace(config, sources=[replace(source, truncated_images="bad")])
+    with pytest.raises(ValueError, match="were made with .*, also truncated ones"):
+        make_loader(vars(other), latents=Latents(cache=str(cache)))

@@ -1,8 +1,12 @@
 """A prompt is, token by token, the beginning of the training document that it stands for."""
 
+import io
+
 import pytest
+from PIL import Image
 
 from symbiotic_titan.config.tokenizer import Tokenizer
+from symbiotic_titan.data.decoding import ORIENTATION, UPRIGHT
 from symbiotic_titan.data.documents import (
     TextSegment,
     VaeSegment,
@@ -99,3 +103,21 @@ def test_a_prompt_that_is_too_long_is_named_with_what_to_cut(config, model):
         ValueError, match=r"prompt #1: its 16 tokens and 5 of its image .*seq_len = 20; .* by 1$"
     ):
         maker.check_room(documents, [5, 5], "of its image")
+
+
+def test_images_of_a_prompt_are_turned_upright_and_laid_on_white(maker):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    stored = picture(0, height=16, width=48)
+    shown = stored.transpose(UPRIGHT[6])
+    turned = Image.open(io.BytesIO(encoded(stored, exif=exif)))
+    assert tokens_of(maker.conversation("q", [turned])) == tokens_of(
+        maker.conversation("q", [shown])
+    )
+    clear, white = Image.new("RGBA", (16, 16), (255, 0, 0, 0)), Image.new("RGB", (16, 16), "white")
+    for given, right in ((turned, shown), (clear, white)):
+        [found, wanted] = [
+            next(s for s in maker.conversation("q", [i]).segments if isinstance(s, VitSegment))
+            for i in (given, right)
+        ]
+        assert found.grid == wanted.grid and (found.patches == wanted.patches).all()
