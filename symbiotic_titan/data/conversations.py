@@ -24,10 +24,13 @@ PLACEHOLDERS = (
     r"<image[ _](\d+)>",  # MMMU
     r"<\|image_(\d+)\|>",  # Phi-3-vision
     r"<\|image\|>",  # Llama 3.2
+    r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>",  # Qwen2-VL
     r"<image_placeholder>",  # DeepSeek-VL
     r"<ImageHere>",  # InternLM-XComposer
 )
 PLACEHOLDER = re.compile("|".join(PLACEHOLDERS))
+# What looks like a place, and is none.
+UNKNOWN_PLACE = re.compile(r"<\s*image\s*\d*\s*/?>|<\|image_pad\|>", re.IGNORECASE)
 MEDIA_PLACEHOLDER = re.compile(r"<\|?(?:video|audio)(?:[ _]\d+)?\|?>")
 
 # Values of an item's ``type``.
@@ -48,7 +51,7 @@ ROLES = {
 # ms-swift and XTuner, ``loss_scale`` of ms-swift.
 WEIGHT_KEYS = ("weight", "train", "training", "loss", "loss_scale")
 # Keys of a turn without which it would be trained as something else than it is.
-UNREAD_KEYS = ("tool_calls", "function_call", "train_detail")
+UNREAD_KEYS = ("tool_calls", "function_call", "train_detail", "reasoning_content", "thinking")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class PlacedImages:
         self.has_images = values is not None
         self._given = [fields.image_bytes(value) for value in values or ()]
         self._placed: set[int] = set()
+        self._own: set[bytes] = set()
 
     def next(self, where: str) -> bytes:
         """The first image that has no place yet."""
@@ -98,10 +102,17 @@ class PlacedImages:
         self._placed.add(number)
         return self._given[number]
 
+    def own(self, item: dict[str, Any]) -> bytes:
+        """The image that ``item`` holds or names itself. The sample may list it among its images as well."""
+        data = self.fields.image_bytes(item)
+        self._own.add(data)
+        return data
+
     def left(self, name: str) -> list[ImagePart]:
         """Images without a place, where none has one; raises BadSample where only some have."""
-        left = [n for n in range(len(self._given)) if n not in self._placed]
-        if left and self._placed:
+        numbers = (n for n in range(len(self._given)) if n not in self._placed)
+        left = [n for n in numbers if self._given[n] not in self._own]
+        if left and (self._placed or self._own):
             raise BadSample(
                 "conversation", f"its {name} have places for {len(left)} images too few"
             )
@@ -134,9 +145,20 @@ def messages_from(
         messages.append(Message(role, parts, weight and role in trained_roles))
     _check_trained(messages, name, trained_roles)
     if left := images.left(name):
+        _refuse_unknown_places(messages, name)
         first = next(message for message in messages if message.role != "system")
         first.content[:0] = left
     return messages
+
+
+def _refuse_unknown_places(messages: list[Message], name: str) -> None:
+    """Where no image has a place, refuse a text that may mean one."""
+    for part in (part for message in messages for part in message.content):
+        if isinstance(part, str) and (found := UNKNOWN_PLACE.search(part)):
+            raise BadSample(
+                "conversation",
+                f"its {name} have {found.group()}, which looks like the place of an image; write <image> for it",
+            )
 
 
 def _role_and_content(turn: Any, where: str, name: str) -> tuple[str, Any]:
@@ -272,7 +294,7 @@ def _image_part(
 
 def _image_data(item: dict[str, Any], images: PlacedImages, where: str) -> bytes:
     if own_image(item) is not None:
-        return images.fields.image_bytes(item)
+        return images.own(item)
     index = item.get("index")
     if index is None:
         return images.next(where)

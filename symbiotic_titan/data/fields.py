@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from symbiotic_titan.data.formats.shard import BadSample, Sample, brief
-from symbiotic_titan.sequence.tasks import DRAWN_FIELDS, FIELDS, Task
+from symbiotic_titan.sequence.tasks import DRAWN_FIELDS, FIELDS, IMAGE_EXTENSIONS, Task
 
 # Extension of the member with the latents of an image, in shards of a latent cache.
 CACHED_EXTENSION = "safetensors"
@@ -129,16 +129,27 @@ class Fields:
         Raises:
             BadSample: some of them are null.
         """
+        members = self._image_members() if field == "image" else []
+        if len(members) > 1:
+            return [self._values[name] for name in members]
         values = rows_of(self.get(field))
         if isinstance(values, str) and values.lstrip().startswith("["):
             values = _from_json(values)
         values = values if isinstance(values, list) else [values]
-        there = [value for value in values if value is not None]
+        if len(values) > 1 and all(isinstance(value, (int, list)) for value in values):
+            raise BadSample("wrong_type", "its image is a list of numbers; it must be encoded")
+        there = [value for value in values if not _is_null(value)]
         if there and len(there) < len(values):
             raise BadSample(
                 "missing", f"{len(values) - len(there)} of its {len(values)} images are null"
             )
         return there
+
+    def _image_members(self) -> list[str]:
+        """Extensions of the images in the sample's part of a tar file, unless ``keys`` name one."""
+        if "image" in self.keys:
+            return []
+        return [name for name in IMAGE_EXTENSIONS if isinstance(self._values.get(name), bytes)]
 
     def images(self) -> list[bytes]:
         """Encoded images of the field ``image``, in order; raises BadSample where one cannot be read."""
@@ -146,9 +157,14 @@ class Fields:
 
     def some_image_values(self) -> list[Any]:
         """As ``image_values``; raises BadSample where there is none."""
-        values = self.image_values()
+        values, members = self.image_values(), self._image_members()
         if not values:
             raise self._missing("image")
+        if len(members) > 1:
+            several = " and ".join(map(repr, members))
+            raise BadSample(
+                "wrong_type", f'it has {several}; name one: keys = {{image = "{members[0]}"}}'
+            )
         return values
 
     def some_images(self) -> list[bytes]:
@@ -168,9 +184,14 @@ class Fields:
         return self._files.read(value, self._values)
 
     def _missing(self, field: str) -> BadSample:
-        names = _joined(names_of(field, self.keys))
-        found = ", ".join(sorted(self.names)) or "nothing"
-        return BadSample("missing", f"its {field} is missing: there is no {names} but {found}")
+        names = names_of(field, self.keys)
+        null = [name for name in names if name in self.names and self.named(name) is None]
+        if null:
+            return BadSample("missing", f"its {field} is missing: {null[0]!r} is null")
+        found = ", ".join(sorted(self.names)) or "no column that this task reads"
+        return BadSample(
+            "missing", f"its {field} is missing: there is no {_joined(names)} but {found}"
+        )
 
 
 def own_image(item: Mapping[str, Any]) -> Any:
@@ -190,6 +211,13 @@ def _joined(names: tuple[str, ...]) -> str:
     """``names`` in a message; of the many extensions of images only the first."""
     more = " or the like" if len(names) > 6 else ""
     return " or ".join(map(repr, names[:6])) + more
+
+
+def _is_null(value: Any) -> bool:
+    """Whether ``value`` is null, or a table of nulls, as which some writers of Parquet store it."""
+    if isinstance(value, dict):
+        return all(inner is None for inner in value.values())
+    return value is None
 
 
 def names_wanted(task: Task, keys: Keys) -> list[str]:
@@ -293,7 +321,7 @@ def as_text(value: Any, name: str) -> str:
     """``value`` as text that UTF-8 can hold: a lone surrogate becomes a question mark. Raises BadSample."""
     if isinstance(value, bytes):
         try:
-            value = value.decode("utf-8")
+            value = value.decode("utf-8-sig")  # editors of Windows begin a file with U+FEFF
         except UnicodeDecodeError as error:
             raise BadSample("encoding", f"{name} is not UTF-8 ({error})") from error
     if not isinstance(value, str):

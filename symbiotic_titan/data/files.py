@@ -4,7 +4,9 @@ A path is a file, a pattern of ``*`` or braces, or a folder; local or at an fssp
 folder: samples are read in random order, and a compressed stream has no random access.
 """
 
+import glob
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import Any
 import fsspec
 from fsspec.compression import compr
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from symbiotic_titan.config.data import FORMATS, DataSource
@@ -34,6 +37,22 @@ EXTRAS = {"hf": "'symbiotic_titan[hub]'"}
 
 # File suffix -> fsspec's name of the compression.
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+
+# How files begin that are not what their format expects -> what they are, and what to do.
+SIGNATURES = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the data; load the data with: git lfs pull",
+    b"<!DOCTYPE": "is an HTML page, so its download failed; load it again",
+    b"<!doctype": "is an HTML page, so its download failed; load it again",
+    b"<html": "is an HTML page, so its download failed; load it again",
+    b"PK\x03\x04": "is a ZIP archive; unpack it",
+    b"\x1f\x8b": "is compressed with gzip; let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd; let its name end in .zst",
+    b"PAR1": 'is a Parquet file; set format = "parquet"',
+    b"ARROW1": "is an Arrow file; write it as Parquet",
+    b"\xff\xff\xff\xff": "is a stream of Arrow batches; write it as Parquet, in datasets: to_parquet()",
+    b"\xff\xfe": "is text in UTF-16; convert it to UTF-8",
+    b"\xfe\xff": "is text in UTF-16; convert it to UTF-8",
+}
 
 UNPACK_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
@@ -99,7 +118,7 @@ def _match(filesystem: Any, path: str, suffixes: tuple[str, ...]) -> list[str]:
         return [path]
     if filesystem.isdir(path):
         depth = len(path.rstrip("/").split("/"))
-        files = filesystem.find(path) if suffixes else []
+        files = _below(filesystem, path) if suffixes else []
         return [f for f in files if f.lower().endswith(suffixes) and not _is_hidden(f, depth)]
     magic = MAGIC.search(path)
     if magic is None:
@@ -108,8 +127,29 @@ def _match(filesystem: Any, path: str, suffixes: tuple[str, ...]) -> list[str]:
     parts = path.split("/")
     # As in a shell: who writes the dot, or the whole name, means such a file.
     named = any(part.startswith(".") for part in parts[depth:]) or not MAGIC.search(parts[-1])
-    files = [name for name in filesystem.glob(path) if filesystem.isfile(name)]
+    files = [name for name in _glob(filesystem, path) if filesystem.isfile(name)]
     return [name for name in files if named or not _is_hidden(name, depth)]
+
+
+def _below(filesystem: Any, folder: str) -> list[str]:
+    """Files in ``folder`` and its folders. Locally those that links lead to are folders like others; none is entered twice."""
+    if not isinstance(filesystem, LocalFileSystem):
+        return filesystem.find(folder)
+    found: list[str] = []
+    entered = {os.path.realpath(folder)}
+    for path, folders, files in os.walk(folder, followlinks=True):
+        places = {os.path.realpath(f"{path}/{name}"): name for name in sorted(folders)}
+        folders[:] = [name for place, name in places.items() if place not in entered]
+        entered |= set(places)
+        found += [f"{path}/{name}" for name in files if os.path.isfile(f"{path}/{name}")]
+    return found
+
+
+def _glob(filesystem: Any, pattern: str) -> list[str]:
+    """What ``pattern`` matches. As in a shell, ``*`` also enters the folders that links lead to, and ``**`` does not."""
+    if isinstance(filesystem, LocalFileSystem) and "**" not in pattern:
+        return glob.glob(pattern, include_hidden=True)
+    return filesystem.glob(pattern)
 
 
 def _is_hidden(name: str, depth: int) -> bool:
@@ -195,6 +235,14 @@ def open_file(path: str, cache_folder: str, where: str) -> tuple[File, str]:
         data, damage = unpacked(path, cache_folder, where)
     with fsspec.open(path, "rb") as opened:
         return File(path, data, opened.seek(0, 2)), damage
+
+
+def other_kind(path: str, own: str) -> str:
+    """What the file ``path`` is if it begins like one of another kind than the format ``own``, and what to do about it; else ""."""
+    with fsspec.open(path, "rb") as opened:
+        begin = opened.read(max(map(len, SIGNATURES)))
+    found = next((text for sign, text in SIGNATURES.items() if begin.startswith(sign)), "")
+    return "" if found.endswith(f'"{own}"') else found
 
 
 def compression_of(path: str) -> str | None:

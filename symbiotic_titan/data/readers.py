@@ -21,14 +21,18 @@ import numpy as np
 from symbiotic_titan.config.data import FORMATS, DataSource
 from symbiotic_titan.data.fields import (
     Fields,
+    Keys,
     check_fields,
     dotted,
+    names_of,
     names_wanted,
+    schemas_of,
 )
-from symbiotic_titan.data.files import open_file, source_files
+from symbiotic_titan.data.files import open_file, other_kind, source_files
 from symbiotic_titan.data.formats.index_cache import cached_index
 from symbiotic_titan.data.formats.shard import (
     BadSample,
+    ChooseColumns,
     DamagedRest,
     File,
     FileFormat,
@@ -36,7 +40,7 @@ from symbiotic_titan.data.formats.shard import (
     Reader,
     Shard,
 )
-from symbiotic_titan.sequence.tasks import TASKS
+from symbiotic_titan.sequence.tasks import TASKS, Task
 
 # Samples of a source that are read to find out which fields they have.
 NUM_INSPECTED = 16
@@ -175,7 +179,7 @@ def index_file(
     """The file ``path`` and its shards."""
     file, damage = open_file(path, cache_folder, where)
     file_format: FileFormat = FORMATS[source.format]()
-    index = functools.partial(file_format.index, file, functools.partial(_columns, source))
+    index = functools.partial(_index, source, file, functools.partial(_columns, source))
     if not file.num_bytes and not file_format.may_be_empty:
         indexed = Indexed([], "has 0 bytes; copy or write it again")
     elif cache_folder and file_format.cached_shard:
@@ -185,11 +189,38 @@ def index_file(
     return file, replace(indexed, damage=damage or indexed.damage)
 
 
+def _index(source: DataSource, file: File, choose_columns: ChooseColumns) -> Indexed:
+    """The index of ``file``; a file of another kind is named as such."""
+    file_format: FileFormat = FORMATS[source.format]()
+    other = other_kind(file.data, source.format) if file_format.is_text else ""
+    if other:
+        return Indexed([], other)
+    indexed = file_format.index(file, choose_columns)
+    if indexed.damage and not indexed.shards:
+        return replace(indexed, damage=other_kind(file.data, source.format) or indexed.damage)
+    return indexed
+
+
 def check_names(source: DataSource, shards: list[Shard], where: str) -> None:
     """Raise ValueError if no sample has the fields of the source's task, judged by a few samples or by a schema."""
     names = _names_seen(shards)
     if names:
         check_fields(TASKS[source.task], source.keys, names, where)
+        if choice := _choice_of_schema(TASKS[source.task], source.keys, names):
+            logging.getLogger(__name__).warning(f"{where}: {choice}")
+
+
+def _choice_of_schema(task: Task, keys: Keys, names: set[str]) -> str:
+    """For samples with fields of several schemas, between which ``keys`` do not choose: which one is read, and what to do; else ""."""
+    fields = [schema[-1] for schema in schemas_of(task, keys)]
+    found = [field for field in fields if names & set(names_of(field, keys))]
+    if len(found) < 2 or any(field in keys for field in found):
+        return ""
+    name = next(name for name in names_of(found[1], keys) if name in names)
+    return (
+        f"its samples have {' and '.join(found)}, and {found[0]} is what is read; if another one is meant, name it, as in "
+        f'keys = {{{found[1]} = "{name}"}}'
+    )
 
 
 def _columns(source: DataSource, names: list[str]) -> list[str]:

@@ -213,7 +213,10 @@ def _mmc4(task: Task, fields: Fields) -> Content:
     places: list[tuple[Any, Any]] = []
     for number, text in enumerate(texts):
         places += [(None, info) for info in matched.get(number, [])]
-        places += [(text, None)] if text is not None else []
+        if text is not None and places and isinstance(places[-1][0], str):
+            places[-1] = (f"{places[-1][0]} {text}", None)  # two sentences
+        elif text is not None:
+            places.append((text, None))
     return _among(task, fields, places)
 
 

@@ -44,9 +44,15 @@ def problems(words: list[str]) -> list[str]:
         found.append(f"{program}: not executable")
     for word in words:
         path = word.partition("=")[2] or word
-        if path.startswith("train_configs/") and not (ROOT / path).is_file():
+        if path.startswith(("train_configs/", "docs/")) and not (ROOT / path).is_file():
             found.append(f"{path}: no such config")
     return found
+
+
+def test_commands_of_the_page_about_data_name_existing_programs_and_configs():
+    listed = commands((ROOT / "docs" / "data.md").read_text())
+    assert len(listed) >= 5
+    assert not [f"{' '.join(words)}: {p}" for words in listed for p in problems(words)]
 
 
 def test_commands_of_the_readme_name_existing_programs_and_configs():

@@ -308,7 +308,7 @@ def obelics(folder: Path) -> None:
         )
     write_image(folder / "images" / "last.png", "black")
     rows[1] |= {"images": ["images/1.png", "images/last.png"], "texts": [None, None]}
-    rows[2] |= {"images": [None, None, "images/2.png"], "texts": ["One.", "Two.", None]}
+    rows[2] |= {"images": [None, "images/2.png"], "texts": ["One.\n\nTwo.", None]}
     write_parquet(folder / "train-00000-of-00001.parquet", columns, rows)
 
 

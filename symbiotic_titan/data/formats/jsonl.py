@@ -59,6 +59,7 @@ class JsonLines(FileFormat):
 
     cached_shard = TextRows
     suffixes = (".jsonl", ".ndjson")
+    is_text = True
     may_be_empty = True
 
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
@@ -77,6 +78,7 @@ class Json(FileFormat):
 
     cached_shard = TextRows
     suffixes = (".json",)
+    is_text = True
 
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
         with fsspec.open(file.data, "rb") as opened:

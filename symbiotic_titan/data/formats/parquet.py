@@ -94,6 +94,8 @@ class Parquet(FileFormat):
             damage = f"cannot be read as a Parquet file ({_one_line(error)}); write it again, or correct format"
             return Indexed([], damage)
         chosen, names = tuple(choose_columns(schema.names)), tuple(_names(schema))
+        if twice := [name for name in chosen if schema.names.count(name) > 1]:
+            return Indexed([], f"has several columns {twice[0]!r}; rename all but one of them")
         starts = accumulate(sizes, initial=0)
         groups = [
             RowGroup(file, number, start, size, chosen, names)

@@ -111,11 +111,13 @@ class FileFormat:
     suffixes:     ends of the names of its files in a folder, e.g. ``(".csv",)``; those of compressed files follow. (): a source's
                   ``path`` cannot be a folder.
     may_be_empty: a file of 0 bytes is valid and has no samples; else it is damaged, and ``index`` does not see it.
+    is_text:      files are text, which has no header that ``index`` could miss; those that begin like an archive, say, are refused.
     """
 
     cached_shard: ClassVar[type[FilePart] | None] = None
     suffixes: ClassVar[tuple[str, ...]] = ()
     may_be_empty: ClassVar[bool] = False
+    is_text: ClassVar[bool] = False
 
     def index(self, file: File, choose_columns: ChooseColumns) -> Indexed:
         """The shards of ``file``. The same file must give the same shards in every process.

@@ -172,7 +172,10 @@ def test_text_that_gives_fewer_rows_than_when_it_was_saved_is_refused(make_loade
             "#1 (a).keys: samples of the task lm have no 'image'; choose from conversations",
         ),
         ({"keys": {"text": ""}}, "#1 (a).keys.text: must not be empty; name what the samples have"),
-        ({"keys": {"text": 3}}, "#1.keys.text: must be a string, got 3"),
+        (
+            {"keys": {"text": 3}},
+            "#1.keys.text: must be a string or a list, each item a string, got 3",
+        ),
         (
             {"keys": {"text": "a", "messages": "b"}},
             "#1 (a).keys: text and messages are different schemas of a sample; keep one of them",
@@ -181,7 +184,7 @@ def test_text_that_gives_fewer_rows_than_when_it_was_saved_is_refused(make_loade
         ({"too_long": "split"}, "#1.too_long: must be"),
         (
             {"format": "csv"},
-            "#1.format = 'csv': nothing is registered under this name; choose from webdataset, jsonl, parquet",
+            "#1.format = 'csv': nothing is registered under this name; choose from webdataset, jsonl, json, parquet",
         ),
     ],
 )

@@ -81,7 +81,7 @@ def test_the_image_that_lost_its_caption_is_reported_as_missing_it(tmp_path):
     (tmp_path / "s.tar").write_bytes(tar_bytes(members))
     row = DataSource("s", "t2i", "webdataset", str(tmp_path / "s.tar"))
     fields = Fields(Reader(index_source(row, WHERE)).read(0, 2), {})
-    assert fields.image() == b"blue"
+    assert fields.named("png") == b"blue"
     with pytest.raises(BadSample) as error:
         fields.text("caption")
     assert error.value.reason == "missing"
