@@ -33,10 +33,10 @@ stage lint ruff check .
 stage format ruff format --check .
 stage spelling codespell_lib .
 stage types mypy
-# Whole files side by side: tests of one file share what they set up.
+# Whole files side by side: tests of one file share what they set up. Those of whole runs come first, because they last longest.
 workers=$("$python" -c 'import os; print(min(os.cpu_count() or 1, 8))')
-stage unit pytest -q -n "$workers" --dist loadfile tests/unit tests/contract
-stage distributed pytest -q -n "$workers" --dist loadfile tests/distributed tests/integration
+stage tests pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder \
+    tests/integration tests/distributed tests/unit tests/contract
 if nvidia-smi -L >/dev/null 2>&1; then
     stage gpu pytest -q -m "gpu and not slow" tests
 fi

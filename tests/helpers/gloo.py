@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from tests.helpers.forked import ensure_server
+
 
 def _run(
     rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]
@@ -35,7 +37,11 @@ def run_on_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[An
     be something ``torch.save`` writes. An exception on any rank is raised here with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_run, (world_size, folder, fn, args), nprocs=world_size)
+        arguments = (world_size, folder, fn, args)
+        ensure_server()
+        multiprocessing.start_processes(
+            _run, arguments, nprocs=world_size, start_method="forkserver"
+        )
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
             for rank in range(world_size)

@@ -1,4 +1,4 @@
-"""Run the trainer as a user would, in processes of its own, and read back what it logged."""
+"""Run the trainer as a user would, in processes of their own, and read back what it logged."""
 
 import os
 import signal
@@ -9,7 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.forked import ROOT, Ranks
+
 NUM_STEPS = 20  # length of the runs that are compared
 
 
@@ -45,21 +46,33 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command_of(world_size: int, arguments: list[str]) -> list[str]:
-    if world_size == 1:
-        return [sys.executable, "-m", "symbiotic_titan.train", *arguments]
-    return [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}",
-        "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "symbiotic_titan.train", *arguments,
-    ]  # fmt: skip
+def environments(world_size: int, path: str = "") -> list[dict[str, str]]:
+    """What torchrun would tell each rank. ``path`` is searched for modules, too."""
+    extra = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "MASTER_ADDR": "127.0.0.1"}
+    extra |= {
+        "PYTHONPATH": f"{ROOT}:{path}" if path else str(ROOT),
+        "MASTER_PORT": str(free_port()),
+    }
+    extra |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    ranks = map(str, range(world_size))
+    return [os.environ | extra | {"RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
 
 
-def environment(world_size: int) -> dict[str, str]:
-    extra = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
-    if world_size == 1:
-        extra |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        extra |= {"MASTER_PORT": str(free_port())}
-    return os.environ | extra
+def start_ranks(
+    folder: Path, arguments: list[str], *, world_size: int = 1, path: str = ""
+) -> Ranks:
+    """The trainer, started; it prints into files of ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Ranks(arguments, environments(world_size, path), folder)
+
+
+def train(
+    folder: Path, arguments: list[str], *, world_size: int = 1, path: str = "", timeout: int = 300
+) -> Run:
+    """Train to the end with these arguments. The status is that of the first rank that failed, if one did."""
+    ranks = start_ranks(folder, arguments, world_size=world_size, path=path)
+    statuses = ranks.wait(timeout)
+    return Run(next(filter(None, statuses), 0), "".join(ranks.texts()), folder)
 
 
 def arguments_of(folder: Path, demo: Path, overrides: dict[str, object]) -> list[str]:
@@ -85,50 +98,23 @@ def launch(
 ) -> Run:
     """Train to the end. Keys of ``overrides`` have ``__`` where the command line has a dot."""
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
-    done = subprocess.run(
-        command_of(world_size, arguments_of(folder, demo, settings)),
-        cwd=ROOT,
-        env=environment(world_size),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    arguments = arguments_of(folder, demo, settings)
+    return train(folder, arguments, world_size=world_size, timeout=timeout)
+
+
+def launch_program(folder: Path, demo: Path, **overrides: object) -> Run:
+    """As ``launch``, by the interpreter's command line."""
+    settings = {key.replace("__", "."): value for key, value in overrides.items()}
+    command = [sys.executable, "-m", "symbiotic_titan.train", *arguments_of(folder, demo, settings)]
+    [environment] = environments(1)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return Run(done.returncode, done.stdout + done.stderr, folder)
-
-
-def wait_for(words: str, path: Path, seconds: int = 120) -> None:
-    for _ in range(10 * seconds):
-        if words in path.read_text():
-            return
-        time.sleep(0.1)
-    raise AssertionError(path.read_text()[-3000:])
 
 
 def stop_one_of_two(folder: Path, arguments: list[str]) -> tuple[list[int], list[str]]:
     """(exit statuses, texts) of two ranks, the second of which gets a SIGTERM a second after training began."""
-    port = str(free_port())
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    ranks = []
-    for rank, path in enumerate(logs):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        with open(path, "w") as log:
-            ranks.append(
-                subprocess.Popen(
-                    command_of(1, arguments),
-                    cwd=ROOT,
-                    env=environment(1) | place,
-                    stdout=log,
-                    stderr=log,
-                )
-            )
-    try:
-        wait_for("Training starts at step 1", logs[1])
-        time.sleep(1)
-        ranks[1].send_signal(signal.SIGTERM)
-        statuses = [process.wait(timeout=120) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    return statuses, [path.read_text() for path in logs]
+    ranks = start_ranks(folder, arguments, world_size=2)
+    ranks.wait_for("Training starts at step 1", rank=1)
+    time.sleep(1)
+    ranks.send(signal.SIGTERM, rank=1)
+    return ranks.wait(120), ranks.texts()

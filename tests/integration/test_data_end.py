@@ -2,10 +2,10 @@
 
 import json
 import re
-import subprocess
 
 from symbiotic_titan.weights.damage import newest_complete_step
-from tests.helpers.launch import ROOT, arguments_of, command_of, environment, read_scalars
+from tests.helpers import launch as runs
+from tests.helpers.launch import arguments_of, read_scalars
 
 # Rows have 384 positions. The streams, two on each of two ranks, run out after different numbers of rows.
 LENGTHS = [20 + 37 * i % 330 for i in range(43)]
@@ -18,16 +18,9 @@ def train(folder, demo, source, world_size, **settings):
     head, *_, last = config.read_text().split("[[data.sources]]")
     tail = last[last.index("[checkpoint]") :]
     config.write_text(f"{head}[[data.sources]]\n{source}\n{tail}")
-    done = subprocess.run(
-        command_of(world_size, arguments),
-        cwd=ROOT,
-        env=environment(world_size),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout + done.stderr
+    run = runs.train(folder, arguments, world_size=world_size)
+    assert run.status == 0, run.text[-3000:]
+    return run.text
 
 
 def test_one_epoch_trains_every_sample_once_and_ends_on_all_ranks_at_once(tmp_path, demo):

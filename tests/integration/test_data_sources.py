@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers.launch import ROOT, Run, arguments_of, command_of, environment
+from tests.helpers import launch as runs
+from tests.helpers.launch import ROOT, arguments_of
 
 STEPS = 6
 LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
@@ -85,15 +86,7 @@ def train(config, folder, demo, **overrides):
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
     arguments = arguments_of(folder, demo, {"training.steps": STEPS} | settings)
     arguments[arguments.index("--job.config_file") + 1] = str(config)
-    done = subprocess.run(
-        command_of(1, arguments),
-        cwd=ROOT,
-        env=environment(1),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return Run(done.returncode, done.stdout + done.stderr, folder)
+    return runs.train(folder, arguments)
 
 
 def assert_same_bits(run, reference):
@@ -119,7 +112,7 @@ def test_cached_latents_give_the_losses_of_those_encoded_on_the_fly(
     done = subprocess.run(
         [sys.executable, "tools/cache_latents.py", str(own_files), "--out", str(latents)],
         cwd=ROOT,
-        env=environment(1),
+        env=runs.environments(1)[0],
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,12 +1,11 @@
 """Parts from outside, in a run as a user starts it: named in the config, and seen to act."""
 
 import math
-import subprocess
 
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.helpers.launch import ROOT, Run, arguments_of, command_of, environment, launch
+from tests.helpers.launch import arguments_of, launch, train
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +66,7 @@ def described(tmp_path_factory, demo):
     job = folder / "run" / "job.toml"
     source = f'[[data.sources]]\nname = "describe"\ntask = "describe"\nformat = "webdataset"\npath = "{demo}/train/t2i/t2i-*.tar"\n'
     job.write_text(f"{job.read_text()}\n{source}weight = 5\n")
-    environ = environment(1)
-    environ["PYTHONPATH"] += f":{folder}"
-    done = subprocess.run(
-        command_of(1, arguments), cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300
-    )
-    run = Run(done.returncode, done.stdout + done.stderr, folder / "run")
+    run = train(folder / "run", arguments, path=str(folder))
     assert run.status == 0, run.text[-3000:]
     return run
 

@@ -1,8 +1,6 @@
 """A codec from outside, and a task that is not registered, in runs as a user starts them."""
 
-import subprocess
-
-from tests.helpers.launch import ROOT, arguments_of, command_of, environment, launch
+from tests.helpers.launch import arguments_of, launch, train
 
 
 def test_a_codec_from_outside_makes_the_latents_of_target_images(tmp_path, demo, reference):
@@ -24,11 +22,9 @@ def test_a_task_that_is_not_registered_ends_the_run_with_one_line(tmp_path, demo
     arguments = arguments_of(tmp_path, demo, {"training.steps": 1})
     config = tmp_path / "job.toml"
     config.write_text(config.read_text().replace('task = "mmu"', 'task = "unknown"'))
-    done = subprocess.run(
-        command_of(1, arguments), cwd=ROOT, env=environment(1), capture_output=True, text=True
-    )
-    text = done.stdout + done.stderr
-    assert done.returncode == 2, text[-2000:]
+    run = train(tmp_path, arguments)
+    text = run.text
+    assert run.status == 2, text[-2000:]
     assert ".task = 'unknown': nothing is registered under this name" in text
     assert "choose from lm, mmu, t2i, t2i_long, interleaved" in text
     assert "experimental.custom_import" in text and "Traceback" not in text

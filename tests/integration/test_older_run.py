@@ -8,7 +8,6 @@ steps, the keys of the state that it saved after them, digests of the exported w
 import hashlib
 import json
 import shutil
-import subprocess
 import tarfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from symbiotic_titan import cli
-from tests.helpers.launch import ROOT, Run, command_of, environment
+from tests.helpers.launch import ROOT, Run, train
 
 FIXTURE = ROOT / "tests" / "fixtures" / "run_d603279"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -39,10 +38,7 @@ def resume(folder: Path, *options: str) -> Run:
     arguments = ["--job.config_file", str(folder / "config.toml"), "--training.steps", "6"]
     arguments += ["--job.dump_folder", str(folder), *options]
     # From the root: the config names its data and its model relative to it.
-    done = subprocess.run(
-        command_of(1, arguments), cwd=ROOT, env=environment(1), capture_output=True, text=True
-    )
-    return Run(done.returncode, done.stdout + done.stderr, folder)
+    return train(folder, arguments)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 """The main job end to end: it learns, repeats, resumes, stops, and gives the same losses however it is spread out."""
 
-import os
+import functools
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,11 +19,13 @@ from symbiotic_titan.weights.damage import newest_complete_step
 from tests.helpers.launch import (
     NUM_STEPS,
     ROOT,
+    Run,
     arguments_of,
-    command_of,
-    environment,
+    environments,
     launch,
     read_scalars,
+    start_ranks,
+    train,
 )
 from tests.helpers.query_models import with_queries
 
@@ -31,13 +35,13 @@ LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
 TOLERANCE = 1e-5
 
 
-def assert_same(run, reference, tags=LOSSES, first=1, rtol=0.0):
-    """Every logged value of ``run`` from step ``first`` on equals the reference's within ``rtol`` (0: bitwise)."""
+def assert_same(run, reference, tags=LOSSES, last=NUM_STEPS, rtol=0.0):
+    """Every logged value of ``run`` up to step ``last`` equals the reference's within ``rtol`` (0: bitwise)."""
     assert run.status == 0, run.text[-3000:]
     for tag in tags:
         ours, theirs = run.scalars(tag), reference.scalars(tag)
-        assert set(ours) >= set(range(first, NUM_STEPS + 1)), (tag, sorted(ours))
-        for step in range(first, NUM_STEPS + 1):
+        assert set(ours) >= set(range(1, last + 1)), (tag, sorted(ours))
+        for step in range(1, last + 1):
             gap = abs(ours[step] - theirs[step])
             assert gap <= rtol * abs(theirs[step]), (tag, step, ours[step], theirs[step])
 
@@ -69,50 +73,64 @@ def test_a_run_keeps_the_config_it_was_started_with(reference):
     assert saved.training.steps == NUM_STEPS and saved.checkpoint.interval == 7
 
 
-def test_two_runs_are_bitwise_equal(tmp_path, demo, reference):
-    run = launch(tmp_path, demo, training__steps=NUM_STEPS)
-    assert_same(run, reference)
-
-
-def test_resume_at_any_step_is_bitwise_the_uninterrupted_run(tmp_path, demo, reference):
+def test_a_second_run_resumed_at_any_step_is_bitwise_the_uninterrupted_one(
+    tmp_path, demo, reference
+):
     first = launch(tmp_path, demo, training__steps=13, training__dataloader__num_workers=2)
     assert first.status == 0, first.text[-3000:]
+    assert_same(first, reference, last=13)
     second = launch(tmp_path, demo, training__steps=NUM_STEPS)
     assert "Training starts at step 14" in second.text
     assert_same(second, reference)
 
 
-@pytest.mark.parametrize("expert_parallel", [1, 2])
-def test_two_processes_give_the_losses_of_one(tmp_path, demo, reference, expert_parallel):
+# (processes, expert-parallel degree).
+Layout = tuple[int, int]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, demo):
+    """Layout -> a run that saved asynchronously at step 10 of 12; the save of the last step, which is synchronous, is thrown away."""
+
+    @functools.cache
+    def run(layout: Layout) -> Run:
+        folder = tmp_path_factory.mktemp("saved")
+        run = launch_on(layout, folder, demo, 12)
+        shutil.rmtree(folder / "checkpoint" / "step-12")
+        return run
+
+    return run
+
+
+def launch_on(layout: Layout, folder: Path, demo: Path, steps: int) -> Run:
+    world_size, expert_parallel = layout
     run = launch(
-        tmp_path,
+        folder,
         demo,
-        world_size=2,
-        training__steps=NUM_STEPS,
+        world_size=world_size,
+        training__steps=steps,
         parallelism__expert_parallel_degree=expert_parallel,
+        checkpoint__async_mode="async",
+        checkpoint__interval=10,
     )
-    assert_same(run, reference, rtol=TOLERANCE)
+    assert run.status == 0, run.text[-3000:]
+    return run
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_two_processes_give_the_losses_of_one(saved, reference, expert_parallel):
+    assert_same(saved((2, expert_parallel)), reference, last=12, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
     ("saved_on", "resumed_on"), [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (2, 1))]
 )
 def test_checkpoint_of_one_layout_resumes_on_another(
-    tmp_path, demo, reference, saved_on, resumed_on
+    tmp_path, demo, saved, reference, saved_on, resumed_on
 ):
-    """Saved asynchronously at step 10 of 12; the save of the last step, which is synchronous, is thrown away."""
-    for (world_size, expert_parallel), steps in ((saved_on, 12), (resumed_on, NUM_STEPS)):
-        run = launch(
-            tmp_path,
-            demo,
-            world_size=world_size,
-            training__steps=steps,
-            parallelism__expert_parallel_degree=expert_parallel,
-            checkpoint__async_mode="async",
-            checkpoint__interval=10,
-        )
-        assert run.status == 0, run.text[-3000:]
-        shutil.rmtree(tmp_path / "checkpoint" / "step-12", ignore_errors=True)
+    folder = tmp_path / "run"
+    shutil.copytree(saved(saved_on).folder, folder)
+    run = launch_on(resumed_on, folder, demo, NUM_STEPS)
     assert "Training starts at step 11" in run.text
     assert_same(run, reference, rtol=TOLERANCE)
 
@@ -162,9 +180,9 @@ def test_a_run_begins_with_an_export_as_with_the_checkpoint_it_was_made_of(tmp_p
 
 
 def test_full_activation_checkpointing_counts_records_once(tmp_path, demo, reference):
-    run = launch(tmp_path, demo, training__steps=NUM_STEPS, activation_checkpoint__mode="full")
+    run = launch(tmp_path, demo, training__steps=6, activation_checkpoint__mode="full")
     tags = (*LOSSES, "routing/capacity_rate/all", "tokens/vae")
-    assert_same(run, reference, tags=tags, rtol=1e-5)
+    assert_same(run, reference, tags=tags, last=6, rtol=1e-5)
 
 
 def test_global_balance_of_two_micro_batches_equals_one_of_twice_the_rows(tmp_path, demo):
@@ -172,45 +190,41 @@ def test_global_balance_of_two_micro_batches_equals_one_of_twice_the_rows(tmp_pa
         launch(
             tmp_path / name,
             demo,
-            training__steps=NUM_STEPS,
+            training__steps=8,
             losses__balance_scope="global",
             losses__balance=1.0,
             training__local_batch_size=rows,
         )
         for name, rows in (("split", 2), ("whole", 4))
     ]
-    assert_same(runs[0], runs[1], rtol=10 * TOLERANCE)
+    assert_same(runs[0], runs[1], last=8, rtol=10 * TOLERANCE)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_signal_saves_and_exits_with_status_0(tmp_path, demo, reference, number):
     arguments = arguments_of(tmp_path, demo, {"training.steps": 100_000})
-    with subprocess.Popen(
-        command_of(1, arguments), cwd=ROOT, env=environment(1), stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "step:  3" in line:
-                process.send_signal(number)
-                break
-        text = process.stdout.read()
-        assert process.wait(timeout=60) == 0, text[-3000:]
+    ranks = start_ranks(tmp_path, arguments)
+    ranks.wait_for("step:  3")
+    ranks.send(number)
+    statuses, [text] = ranks.wait(60), ranks.texts()
+    assert statuses == [0], text[-3000:]
     assert f"{number.name}: saving a checkpoint" in text
     steps = [int(path.name.split("-")[1]) for path in (tmp_path / "checkpoint").glob("step-*")]
-    resumed = launch(tmp_path, demo, training__steps=NUM_STEPS)
+    last = min(max(steps) + 3, NUM_STEPS)
+    resumed = launch(tmp_path, demo, training__steps=last)
     assert f"Training starts at step {max(steps) + 1}" in resumed.text
-    assert_same(resumed, reference)
+    assert_same(resumed, reference, last=last)
 
 
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, demo, reference):
-    first = launch(tmp_path, demo, training__steps=14, checkpoint__interval=7)
+    first = launch(tmp_path, demo, training__steps=8, checkpoint__interval=4)
     assert first.status == 0, first.text[-3000:]
-    data = next((tmp_path / "checkpoint" / "step-14").glob("*.distcp"))
+    data = next((tmp_path / "checkpoint" / "step-8").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:1000])
-    second = launch(tmp_path, demo, training__steps=NUM_STEPS)
-    assert "step-14 is skipped and renamed to damaged-14" in second.text
-    assert "Training starts at step 8" in second.text
-    assert_same(second, reference)
+    second = launch(tmp_path, demo, training__steps=9)
+    assert "step-8 is skipped and renamed to damaged-8" in second.text
+    assert "Training starts at step 5" in second.text
+    assert_same(second, reference, last=9)
 
 
 def test_no_complete_checkpoint_and_another_model_are_told_in_one_line(tmp_path, demo):
@@ -222,10 +236,8 @@ def test_no_complete_checkpoint_and_another_model_are_told_in_one_line(tmp_path,
     arguments = arguments_of(tmp_path / "other", demo, {"training.steps": 3})
     arguments[1] = str(config)
     arguments += ["--job.dump_folder", str(tmp_path)]
-    done = subprocess.run(
-        command_of(1, arguments), cwd=ROOT, env=environment(1), capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "is of another model" in done.stdout + done.stderr
+    other = train(tmp_path / "other", arguments)
+    assert other.status == 2 and "is of another model" in other.text
     kept = load_job_config(["--job.config_file", str(saved_config(tmp_path))])
     assert kept.experts.partition["generation"].num_experts == 4  # that of the run, which goes on
     next((tmp_path / "checkpoint" / "step-2").glob("*.distcp")).unlink()
@@ -261,15 +273,8 @@ def test_text_only_rank_and_batches_without_images_do_not_hang(tmp_path, demo):
     tail = sources[-1][sources[-1].index("[checkpoint]") :]
     (lm,) = [source for source in sources if 'name = "lm"' in source]
     config.write_text(f"{head}[[data.sources]]{lm}{tail}")
-    done = subprocess.run(
-        command_of(2, arguments),
-        cwd=ROOT,
-        env=environment(2),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    run = train(folder, arguments, world_size=2)
+    assert run.status == 0, run.text[-3000:]
     assert read_scalars(folder, "loss/flow")[4] == 0.0
     assert read_scalars(folder, "loss/text")[4] > 0.0
 
@@ -278,9 +283,9 @@ def test_first_loss_line_comes_within_thirty_seconds(tmp_path, demo):
     arguments = arguments_of(tmp_path, demo, {"training.steps": 2})
     start = time.monotonic()
     with subprocess.Popen(
-        command_of(1, arguments),
+        [sys.executable, "-m", "symbiotic_titan.train", *arguments],
         cwd=ROOT,
-        env=os.environ | environment(1),
+        env=environments(1)[0],
         stdout=subprocess.PIPE,
         text=True,
     ) as process:

@@ -1,9 +1,6 @@
 """Benchmarks take turns, and their baselines compute the same thing."""
 
-import os
 import statistics
-import subprocess
-import sys
 import time
 
 import bench_timing as timing
@@ -12,6 +9,7 @@ import torch
 
 from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import MoEArgs
+from tests.helpers.forked import script_here, start
 from tests.helpers.structure import ROOT
 from tools.bench import moe
 
@@ -86,7 +84,7 @@ def test_ratios_name_their_direction():
     "script", sorted(p.name for p in BENCH.glob("*.py") if "def main(" in p.read_text())
 )
 def test_a_benchmark_is_started_by_its_path_from_anywhere(script, tmp_path):
-    command = [sys.executable, str(BENCH / script), "--help"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and f"tools/bench/{script}" in done.stdout, done.stderr
+    log = tmp_path / "output.log"
+    process = start(script_here, str(BENCH / script), ["--help"], str(tmp_path), str(log))
+    process.join()
+    assert process.exitcode == 0 and f"tools/bench/{script}" in log.read_text(), log.read_text()

@@ -1,0 +1,116 @@
+"""Processes forked from one that has imported the trainer: most runs of the tests are shorter than that import.
+
+A run is a process of its own all the same, with its own environment, output, signals and exit status. What only a started program
+shows (the command line of the interpreter, torchrun) is tested by ``test_entry_points.py``, by the reference run of ``conftest.py``
+and by .ci/run.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+_SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def ensure_server() -> None:
+    """Start the process that others are forked from, once in this process; it keeps the environment of this moment."""
+    forkserver.set_forkserver_preload(["symbiotic_titan.train", "symbiotic_titan.data.pipeline"])
+    with mock.patch.dict(os.environ, _SERVER_ENVIRONMENT):
+        forkserver.ensure_running()
+
+
+def start(function: Callable[..., Any], *args: Any) -> Any:
+    """A started process that calls ``function``, which must be importable by name."""
+    ensure_server()
+    process = _CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def train_here(arguments: Sequence[str], environment: Mapping[str, str], log: str) -> None:
+    """``python -m symbiotic_titan.train ARGUMENTS`` in this process, which writes to the file ``log``."""
+    _write_to(log)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    # The paths that a program started with this PYTHONPATH would search before the installed packages.
+    sys.path[:0] = [path for path in environment["PYTHONPATH"].split(":") if path not in sys.path]
+    sys.argv = ["symbiotic_titan/train.py", *arguments]
+    from symbiotic_titan import train
+
+    train.leave(train.main(list(arguments)))
+
+
+def script_here(path: str, arguments: Sequence[str], folder: str, log: str) -> None:
+    """``python PATH ARGUMENTS`` in this process, started in ``folder``, which writes to the file ``log``."""
+    _write_to(log)
+    os.chdir(folder)
+    sys.path[:0] = [str(Path(path).parent)]
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
+
+
+def _write_to(log: str) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+
+class Ranks:
+    """The processes of one run, and what they print."""
+
+    def __init__(
+        self, arguments: Sequence[str], environments: Sequence[Mapping[str, str]], folder: Path
+    ) -> None:
+        self.logs = [
+            folder / f"output-{time.monotonic_ns()}-{i}.log" for i in range(len(environments))
+        ]
+        for log in self.logs:
+            log.touch()
+        self.processes = [
+            start(train_here, arguments, dict(environment), str(log))
+            for environment, log in zip(environments, self.logs, strict=True)
+        ]
+
+    def texts(self) -> list[str]:
+        return [log.read_text() for log in self.logs]
+
+    def wait_for(self, words: str, rank: int = 0, seconds: int = 120) -> str:
+        """The output of ``rank`` once it holds ``words``."""
+        for _ in range(10 * seconds):
+            text = self.logs[rank].read_text()
+            if words in text or not self.processes[rank].is_alive():
+                break
+            time.sleep(0.1)
+        text = self.logs[rank].read_text()
+        assert words in text, text[-3000:]
+        return text
+
+    def send(self, signal: int, rank: int = 0) -> None:
+        os.kill(self.processes[rank].pid, signal)
+
+    def wait(self, timeout: float) -> list[int]:
+        """Exit statuses. Where a rank fails the others are ended, as torchrun does."""
+        end = time.monotonic() + timeout
+        try:
+            while any(process.is_alive() for process in self.processes):
+                assert time.monotonic() < end, "\n".join(self.texts())[-6000:]
+                if any(process.exitcode for process in self.processes):
+                    end = min(end, time.monotonic() + 20)
+                    if time.monotonic() > end - 0.2:
+                        break
+                time.sleep(0.05)
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.join()
+        return [process.exitcode for process in self.processes]
