@@ -102,6 +102,19 @@ def launch(
     return train(folder, arguments, world_size=world_size, timeout=timeout)
 
 
+def run_in_turn(
+    folder: Path, runs: list[list[str]], *, world_size: int = 1, timeout: int = 240
+) -> list[list[Run]]:
+    """Runs with these arguments, one after another: for each what it left behind on each rank; ``Run.folder`` is ``folder``. Fails
+    where a run hangs."""
+    found = []
+    for arguments in runs:
+        ranks = start_ranks(folder, arguments, world_size=world_size)
+        statuses = ranks.wait(timeout)
+        found.append([Run(*left, folder) for left in zip(statuses, ranks.texts(), strict=True)])
+    return found
+
+
 def launch_program(folder: Path, demo: Path, **overrides: object) -> Run:
     """As ``launch``, by the interpreter's command line."""
     settings = {key.replace("__", "."): value for key, value in overrides.items()}

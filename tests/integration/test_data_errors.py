@@ -6,8 +6,7 @@ import re
 import subprocess
 import sys
 
-from tests.helpers.launch import ROOT, arguments_of, read_scalars
-from tests.helpers.runs_in_turn import run_in_turn
+from tests.helpers.launch import ROOT, arguments_of, read_scalars, run_in_turn
 
 STEPS = 6
 # A third to the whole of a row of 384 positions. With two ranks the 42nd is read in the data of step 5, by rank 1.
