@@ -236,12 +236,15 @@ def refuse_unread(task: Task, fields: Fields) -> None:
     Raises:
         BadSample: it has a video or sound, or is a pair of a preferred and a rejected conversation.
     """
+    unread = [name for name in (*MEDIA, *PREFERENCE_PAIR) if not is_empty(fields.named(name))]
+    if not unread:
+        return
     named = {name for field in fields.keys for name in names_of(field, fields.keys)}
-    for name in MEDIA if task.has_images else ():
-        if name not in named and not is_empty(fields.named(name)):
+    for name in unread:
+        if name in MEDIA and task.has_images and name not in named:
             kind = name.removesuffix("s")
             raise BadSample("wrong_type", f"{kind} is not supported, and it has {name!r}")
-    pair = [name for name in PREFERENCE_PAIR if not is_empty(fields.named(name))]
+    pair = [name for name in PREFERENCE_PAIR if name in unread]
     if pair == list(PREFERENCE_PAIR) and not named & set(pair) and "messages" in task.fields:
         raise BadSample(
             "conversation",
@@ -251,6 +254,8 @@ def refuse_unread(task: Task, fields: Fields) -> None:
 
 def is_empty(value: Any) -> bool:
     """Whether ``value`` holds nothing: null, an empty text, list or table, or a list of nulls. JSON text of these as well."""
+    if value is None:
+        return True
     if isinstance(value, str) and value.strip() in ("[]", "{}", "null", ""):
         return True
     if isinstance(value, dict):
@@ -333,8 +338,8 @@ def as_text(value: Any, name: str) -> str:
 
 def _look_up(values: dict[str, Any], name: str) -> Any:
     """The value of ``name``, or None: that very name first, then the longest start of it that leads into a table."""
-    if name in values:
-        return values[name]
+    if name in values or "." not in name:
+        return values.get(name)
     for head, rest in dotted(name):
         value = values.get(head)
         if isinstance(value, (bytes, str)):
