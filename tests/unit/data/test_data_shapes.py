@@ -100,7 +100,7 @@ def test_documents_of_texts_and_images_are_interleaved():
     assert document_of("interleaved", as_json) == "<see red>[x<eos>]"
     assert document_of("interleaved", MMC4) == "<see red>[one]<see blue>[two<eos>]"
     only_text = {"text_list": ["one", "two"], "image_info": []}
-    assert document_of("interleaved", only_text) == "[onetwo<eos>]"
+    assert document_of("interleaved", only_text) == "[one two<eos>]"
 
 
 PAIR = "<user><see red>make it blue<assistant><make blue>[<eos>]"
