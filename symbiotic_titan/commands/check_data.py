@@ -2,6 +2,7 @@
 
 Examples: symbiotic check-data train_configs/debug.toml
           symbiotic check-data train_configs/debug.toml --share 0.01 --workers 8 --out outputs/check
+          symbiotic check-data --suggest mine/shards
 
 All [[data.sources]] and [[validation.sources]] of a positive weight are checked, without caches of latents and without dropping
 captions. It prints samples, tokens and bad samples by reason, and writes into --out:
@@ -9,6 +10,9 @@ captions. It prints samples, tokens and bad samples by reason, and writes into -
     bad_samples.jsonl   every bad sample; with skip_list = "FOLDER/bad_samples.jsonl" a source is trained without them
     report.json         the tables, and the first bad samples of each reason
     progress.jsonl      what was checked: an interrupted check goes on, a later one checks what has changed
+
+--suggest prints a row of [[data.sources]] for a file, folder or pattern: format, task and keys by what is in it, tried on its first
+samples, one of them laid out.
 
 Options --section.key value are applied as in training. Files that samples name by path (images of a JSONL file) are not looked at
 for changes: remove the folder to check them again. Exit status: 0: nothing is bad; 1: something is; 2: a mistake in the config.
@@ -45,6 +49,7 @@ from symbiotic_titan.data.check_report import (
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.pipeline import checked_rows
 from symbiotic_titan.data.samples import DocumentMaker
+from symbiotic_titan.data.suggest import suggest
 from symbiotic_titan.inference.held_out import TABLES, held_out_data
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.process import exit_status, show_progress
@@ -136,7 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", help="TOML file of a training config")
+    parser.add_argument("config", nargs="?", help="TOML file of a training config")
+    parser.add_argument(
+        "--suggest", metavar="FILE", help="propose a row of [[data.sources]] for it"
+    )
     parser.add_argument(
         "--out", type=Path, help="folder to write (default: check, in job.dump_folder)"
     )
@@ -154,6 +162,11 @@ def main(arguments: list[str] | None = None) -> int:
     reports: list[SourceReport] = []
 
     def run() -> None:
+        if (options.config is None) == (options.suggest is None):
+            raise ValueError("name either a CONFIG to check or --suggest FILE")
+        if options.suggest is not None:
+            print(suggest(options.suggest).toml(), end="")
+            return
         if not 0.0 < options.share <= 1.0:
             raise ValueError(f"--share must lie above 0 and be at most 1, got {options.share}")
         if options.workers < 1:

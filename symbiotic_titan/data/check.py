@@ -19,6 +19,7 @@ from symbiotic_titan.data.check_journal import Journal, Record
 from symbiotic_titan.data.files import source_files
 from symbiotic_titan.data.formats.index_cache import version_of
 from symbiotic_titan.data.formats.shard import BadSample, Reader, Shard
+from symbiotic_titan.data.image_files import check_image_folder
 from symbiotic_titan.data.order import hash_key, permutation
 from symbiotic_titan.data.readers import check_names, index_source
 from symbiotic_titan.data.stream_state import MakesDocuments
@@ -35,7 +36,17 @@ VERSION = 1
 
 # Settings that change no document, so that a change of one repeats no check.
 _WITHOUT_EFFECT = {
-    *("sources", "num_lanes", "mixture_by", "at_end", "lookahead", "packing", "bad_samples"),
+    *(
+        "sources",
+        "stages",
+        "max_bad_share",
+        "num_lanes",
+        "mixture_by",
+        "at_end",
+        "lookahead",
+        "packing",
+        "bad_samples",
+    ),
     *("cache_folder", "max_bad_samples", "max_bad_in_a_row", "weight", "skip_list", "name"),
 }
 
@@ -89,6 +100,8 @@ def open_source(
     shards, errors = _indexed(source, config, where)
     if shards:
         try:
+            if source.image_folder:
+                check_image_folder(source.image_folder, where)
             check_names(source, shards, where)
         except ValueError as error:
             shards, errors = [], [*errors, ("", str(error))]
@@ -132,7 +145,7 @@ def _indexed(
 def _key_of(source: DataSource, config: Data, settings: str) -> str:
     used = {
         name: value
-        for values in (asdict(replace(config, sources=[])), asdict(source))
+        for values in (vars(config), asdict(source))
         for name, value in values.items()
         if name not in _WITHOUT_EFFECT
     }

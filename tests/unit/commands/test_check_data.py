@@ -95,7 +95,8 @@ def test_the_report_counts_and_names_what_is_bad(texts, tmp_path, capsys):
 
 def test_good_data_end_with_status_0_and_an_empty_list(tmp_path):
     write_texts(tmp_path / "a.jsonl", 20)
-    config = write_config(tmp_path, ("texts", "lm", "jsonl", tmp_path / "a.jsonl"))
+    row = ("texts", "lm", "jsonl", tmp_path / "a.jsonl")
+    config = write_config(tmp_path, row, extra="[data]\nmax_row_share = {lm = 1.0}")
     status, sources, entries = check(config, tmp_path / "out")
     assert (status, sources["texts"]["good"], entries) == (0, 20, [])
 
@@ -177,6 +178,7 @@ def test_files_that_cannot_be_read_stop_no_other(tmp_path, capsys):
         ("nothing", "lm", "jsonl", tmp_path / "no*.jsonl"),
         ("broken", "lm", "parquet", tmp_path / "broken.parquet"),
         ("keys", "lm", "jsonl", tmp_path / "a.jsonl", 'keys = {text = "words"}'),
+        ("folder", "mmu", "jsonl", tmp_path / "a.jsonl", f'image_folder = "{tmp_path}/none"'),
     ]
     held_out = ["[[validation.sources]]", 'name = "held_out"', 'task = "lm"', 'format = "jsonl"']
     validation = "\n".join(["[validation]", *held_out, f'path = "{tmp_path}/a.jsonl"'])
@@ -185,7 +187,7 @@ def test_files_that_cannot_be_read_stop_no_other(tmp_path, capsys):
     )
     assert status == 1
     assert {name: source["good"] for name, source in sources.items()} == {
-        "texts": 10, "nothing": 0, "broken": 0, "keys": 0, "held_out": 10,
+        "texts": 10, "nothing": 0, "broken": 0, "keys": 0, "folder": 0, "held_out": 10,
     }  # fmt: skip
     [[_, nothing]], [[_, keys]] = sources["nothing"]["errors"], sources["keys"]["errors"]
     assert "[[data.sources]] #2 (nothing): no file matches path" in nothing
@@ -193,6 +195,7 @@ def test_files_that_cannot_be_read_stop_no_other(tmp_path, capsys):
     assert [(e["source"], e["key"], e["reason"]) for e in entries] == [
         ("broken", "(damaged part)", "unreadable")
     ]
+    assert "is no folder; name the one" in sources["folder"]["errors"][0][1]
     assert f"error: {nothing}" in capsys.readouterr().out
 
 

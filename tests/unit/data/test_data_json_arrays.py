@@ -122,7 +122,9 @@ def test_lines_and_arrays_are_recognised_under_either_name(index, caplog, tmp_pa
 
 
 def test_elements_that_are_no_objects_are_bad_samples(index):
-    content = b'[{"text": "a"}, 7, "{", null, [{"text": "b"}], {"text": "c"},, {"a]b" 1}, {"text": "d"},]'
+    content = (
+        b'[{"text": "a"}, 7, "{", null, [{"text": "b"}], {"text": "c"},, {"a]b" 1}, {"text": "d"},]'
+    )
     expected = ["a", "json", "json", "json", "json", "c", "json", "json", "d"]
     assert texts(index(content)) == expected
 
