@@ -247,7 +247,8 @@ class Data:
 
     cache_folder: str = ""
     """Local folder for compressed shards, which are unpacked into it, since samples are read from anywhere in a file, and for what
-    was found in tar and JSONL files, which makes the next start fast. Processes and runs may share it. Nothing is removed from it."""
+    was found in tar and JSON files, which makes the next start fast and is one copy for all processes of a machine, however many
+    samples there are. Processes and runs may share it. Nothing is removed from it."""
 
     max_bad_samples: int = 100
     """With ``skip``: how many bad samples the run tolerates, over all ranks, before it saves a checkpoint and stops."""
