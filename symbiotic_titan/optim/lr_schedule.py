@@ -137,9 +137,11 @@ def _factor(
 ) -> float:
     if step < warmup:
         return (step + 1) / warmup
-    if step < stable_end:
+    if step < stable_end or not decay_steps:
         return 1.0
-    return least + (1 - least) * _share_left(decay, (step + 1 - stable_end) / decay_steps)
+    # A run that is longer than lr_scheduler.total_steps stays at the end of its decay.
+    progress = min(1.0, (step + 1 - stable_end) / decay_steps)
+    return least + (1 - least) * _share_left(decay, progress)
 
 
 def _share_left(decay: LRDecay, progress: float) -> float:

@@ -49,6 +49,13 @@ def test_a_decay_outside_0_and_1_is_refused_before_training(share):
             schedule_factor(config, 4)
 
 
+@pytest.mark.parametrize("ratio, last", [(0.0, 1.0), (0.5, 0.1)])
+def test_a_run_longer_than_its_schedule_stays_at_the_last_rate(ratio, last):
+    config = LRScheduler(warmup_steps=0, decay_ratio=ratio, total_steps=6, min_lr_factor=0.1)
+    factor = schedule_factor(config, 20)
+    assert [factor(step) for step in range(7, 20)] == pytest.approx([last] * 13)
+
+
 GROUPS = {"new": 1e-3, "old": 1e-4}
 STAGES = {"new": [(4, 5e-4), (12, 2e-4)], "old": [(8, 0.0)]}
 SHAPE = {"warmup_steps": 6, "decay_ratio": 0.4, "min_lr_factor": 0.1}
