@@ -14,6 +14,7 @@ the tokenizer puts around turns (``turn``, ``separator``). Otherwise trained: al
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -110,13 +111,38 @@ def lay_out(sample: TaskSample) -> list[list[Segment]]:
     """The segments of each document of ``sample``; raises BadSample."""
     task, fields = sample.task, sample.fields
     if task.layout is not None:
-        return task.layout(sample)
+        return _checked(task, task.layout(sample))
     content = content_of(task, fields)
     if content is None:
         return PLAIN_LAYOUTS[schema_of(task, fields)[-1]](sample)
     if content.messages is not None:
         return [_conversation(sample, content.messages)]
     return [_segments(sample, content.parts or [])]
+
+
+def _checked(task: Task, documents: Any) -> list[list[Segment]]:
+    """``documents``, which the layout of ``task`` has made, possibly in a module of the user.
+
+    Raises:
+        ValueError: they are no lists of segments, or hold a target image although the task has none.
+        BadSample: nothing in one of them is trained.
+    """
+    where = f"task {task.name!r}: its layout"
+    if not isinstance(documents, list) or not all(
+        isinstance(segments, list) and all(isinstance(s, Segment) for s in segments)
+        for segments in documents
+    ):
+        raise ValueError(
+            f"{where} must return a list with a list of segments for each document, got {documents!r:.80}"
+        )
+    for segments in documents:
+        targets = any(isinstance(segment, VaeSegment) for segment in segments)
+        if targets and not task.has_targets:
+            raise ValueError(f'{where} gives a target image; set target_images to "one" or "any"')
+        texts = [s for s in segments if isinstance(s, TextSegment) and s.ids]
+        if texts and not targets and not any(text.trained for text in texts):
+            raise BadSample("empty", f"the layout of task {task.name!r} trains nothing of it")
+    return documents
 
 
 def _text(sample: TaskSample) -> list[list[Segment]]:

@@ -145,7 +145,7 @@ def test_a_name_is_checked_before_the_run_and_known_when_its_module_is_named(
             "experimental.custom_import = 'my_absent': there is no module 'my_absent' in",
         ),
         ("docs.absent.part", "'docs.absent.part': there is no module 'docs.absent' in"),
-        ("docs/examples/cosine_shield.py", "must be the name of a module, with dots as in 'docs"),
+        ("docs/examples/cosine_shield.py", "not of its file; write 'docs.examples.cosine_shield'"),
         (".relative", "must be the name of a module"),
     ],
 )

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.data.documents import TextSegment
+from symbiotic_titan.data.documents import TextSegment, VaeSegment
 from symbiotic_titan.data.formats.shard import REASONS
 from symbiotic_titan.sequence.tasks import TASKS, Task
 
@@ -98,6 +99,31 @@ def test_a_layout_that_makes_nothing_of_any_sample_stops_the_run(make_loader, tm
         with pytest.raises(ValueError, match="skipped 6 samples in a row"):
             limits = {"bad_samples": "skip", "max_bad_in_a_row": 5}
             read(make_loader(data | limits, seq_len=64), 1)
+
+
+TRAINED, UNTRAINED = TextSegment([65], trained=True), TextSegment([65])
+TARGET = VaeSegment(torch.zeros(1, 48), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("laid_out", "message"),
+    [
+        (None, "must return a list with a list of segments for each document, got None"),
+        ([TRAINED], "must return a list with a list of segments for each document, got [TextS"),
+        (
+            [["text"]],
+            "must return a list with a list of segments for each document, got [['text']]",
+        ),
+        ([[TRAINED, TARGET]], 'gives a target image; set target_images to "one" or "any"'),
+        ([[TRAINED], [UNTRAINED]], "the layout of task 'odd' trains nothing of it"),
+    ],
+)
+def test_a_layout_of_the_wrong_kind_is_told_by_its_task(make_loader, tmp_path, laid_out, message):
+    task = Task("odd", (("text",),), layout=lambda sample: laid_out)
+    data = {"sources": [write(tmp_path, "texts", GOOD) | {"task": "odd"}]}
+    with TASKS.temporarily(odd=task), pytest.raises(ValueError) as error:
+        read(make_loader(data, seq_len=64), 1)
+    assert "task 'odd'" in str(error.value) and message in str(error.value)
 
 
 LONG = [*map(chat, "abcdefgh"), chat("x" * 100), chat("y" * 100)]
