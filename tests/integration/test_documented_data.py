@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.helpers import released_data as data
-from tests.helpers.launch import ROOT, environment, read_scalars
+from tests.helpers.launch import ROOT, environments, read_scalars
 
 STEPS = 20
 # Config -> the losses that its data train.
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, " ".join(RUNS), str(ROOT), *settings],
         cwd=folder,
-        env=environment(1),
+        env=environments(1)[0],
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,7 +1,5 @@
 """The examples of docs/extending.md act as their page says; tests/unit/test_extend.py checks that each registers its part."""
 
-import contextlib
-import sys
 from itertools import islice
 from types import SimpleNamespace
 
@@ -19,22 +17,16 @@ from symbiotic_titan.data.documents import Document, TextSegment
 from symbiotic_titan.data.packing import SequenceSize
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK
 from symbiotic_titan.sequence.tasks import TASKS, task_names, task_number
+from tests.helpers.users_parts import users_parts
 
 REGISTRIES = (FORMATS, PACKINGS, LOSS_TERMS, LR_DECAYS, SOLVERS, TASKS, TIMESTEP_DISTRIBUTIONS)
 
 
 @pytest.fixture(autouse=True)
-def own_registries(monkeypatch):
+def own_registries():
     """What an example registers is forgotten after its test."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    known = set(sys.modules)
-    with contextlib.ExitStack() as stack:
-        for registry in REGISTRIES:
-            stack.enter_context(registry.temporarily())
+    with users_parts(*REGISTRIES):
         yield
-    for name in set(sys.modules) - known:
-        if name.startswith("docs"):
-            del sys.modules[name]
 
 
 def import_example(name: str) -> None:

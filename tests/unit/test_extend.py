@@ -1,9 +1,7 @@
 """Parts from a user's own module: registered, chosen by name, and the worked examples of docs/extending.md."""
 
-import contextlib
 import math
 import re
-import sys
 import tomllib
 from pathlib import Path
 
@@ -42,6 +40,7 @@ from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
 from symbiotic_titan.sequence.tasks import TASKS
 from symbiotic_titan.training.checks import check_job
 from tests.helpers.moe_reference import grads, make_args, make_layer, make_tokens
+from tests.helpers.users_parts import users_parts
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -64,17 +63,10 @@ REGISTRIES = (
 
 
 @pytest.fixture(autouse=True)
-def own_registries(monkeypatch):
+def own_registries():
     """What a test registers or imports is forgotten after it."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    known = set(sys.modules)
-    with contextlib.ExitStack() as stack:
-        for registry in REGISTRIES:
-            stack.enter_context(registry.temporarily())
+    with users_parts(*REGISTRIES):
         yield
-    for name in set(sys.modules) - known:
-        if name.startswith(("docs", "my_")):
-            del sys.modules[name]
 
 
 DEBUG = ["--job.config_file", str(ROOT / "train_configs" / "debug.toml")]

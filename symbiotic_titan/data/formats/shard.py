@@ -151,8 +151,9 @@ class DamagedRest:
         pass
 
 
-# Characters of a message about a bad sample, and of a value in it: every rank may log one for every sample.
-LONGEST_PLACE, LONGEST_MESSAGE, LONGEST_VALUE = 110, 190, 80
+# Characters of a message about a bad sample, of a value in it, and of the file and the key before it: every rank may log one for
+# every sample.
+LONGEST_MESSAGE, LONGEST_VALUE, LONGEST_PATH, LONGEST_KEY = 190, 80, 240, 50
 
 # Why a sample is bad; skipped samples are counted by these names.
 REASONS = (
@@ -186,7 +187,7 @@ def one_line(text: str, longest: int) -> str:
 class BadSample(Exception):
     """A sample that cannot be used; ``reason`` is one of REASONS. The caller decides whether to skip it or to stop.
 
-    Its text is one line of at most 300 characters, whatever ``message`` quotes.
+    Its text is one line of at most 500 characters, whatever ``message`` quotes.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -200,11 +201,9 @@ class BadSample(Exception):
 
     def at(self, shard: str, key: str) -> "BadSample":
         """This error, with the sample's shard and key added to its text."""
-        sample = f": sample {one_line(repr(key), LONGEST_PLACE // 2)}: "
-        room = LONGEST_PLACE - len(sample)
         # The end of a long path tells more than its start.
-        path = shard if len(shard) <= room else f"...{shard[3 - room :]}"
-        self.place = path + sample
+        path = shard if len(shard) <= LONGEST_PATH else f"...{shard[3 - LONGEST_PATH :]}"
+        self.place = f"{path}: sample {one_line(repr(key), LONGEST_KEY)}: "
         return self
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from symbiotic_titan.evaluation.suites.generation import (
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
+from tests.helpers.users_parts import forget_modules, users_parts
 
 CONFIG = str(Path(__file__).parents[3] / "train_configs" / "debug.toml")
 
@@ -289,7 +289,7 @@ def test_the_configs_that_the_runs_kept_need_no_naming(run_folder, tmp_path, run
 
 @pytest.fixture
 def suites_as_before():
-    with SUITES.temporarily():
+    with users_parts(SUITES, ROUTER_SCORES):
         yield
 
 
@@ -310,14 +310,12 @@ def test_the_runs_own_module_and_that_of_the_command_line_both_hold(
     run_folder, tmp_path, suites_as_before, monkeypatch, capsys
 ):
     monkeypatch.chdir(Path(CONFIG).parents[1])
-    for name in ("softplus_score", "lengths_suite"):
-        monkeypatch.delitem(sys.modules, f"docs.examples.{name}", raising=False)
     shutil.copytree(run_folder, tmp_path / "run")
     own = ["--experimental.custom_import", "docs.examples.softplus_score"]
     settings = ["--job.dump_folder", str(tmp_path / "run"), "--experts.score_function", "softplus"]
     with ROUTER_SCORES.temporarily():
         SavedConfig(load_job_config(["--job.config_file", CONFIG, *own, *settings])).write()
-    monkeypatch.delitem(sys.modules, "docs.examples.softplus_score")
+    forget_modules()
     brought = ["--experimental.custom_import", "docs.examples.lengths_suite"]
     with ROUTER_SCORES.temporarily():
         assert evaluate.main(["--suites", *brought]) == 0

@@ -1,17 +1,23 @@
 """What a run keeps of its config is the config, wherever it came from."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from symbiotic_titan.config.experts import ROUTER_SCORES
+from symbiotic_titan.config.experts import ROUTER_SCORES, SHIELD_SCHEDULES
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.losses import LOSS_TERMS
 from symbiotic_titan.config.saved import SavedConfig, check_extension, saved_config
+from tests.helpers.users_parts import forget_modules, users_parts
 
 CONFIGS = Path(__file__).parents[3] / "train_configs"
+
+
+@pytest.fixture(autouse=True)
+def own_registries():
+    with users_parts(LOSS_TERMS, ROUTER_SCORES, SHIELD_SCHEDULES):
+        yield
 
 
 def config_of(name, folder, *overrides):
@@ -72,7 +78,6 @@ def test_a_run_is_not_resumed_without_the_parts_of_its_extension(
     tmp_path, monkeypatch, module, options, message
 ):
     monkeypatch.chdir(CONFIGS.parent)
-    monkeypatch.delitem(sys.modules, f"docs.examples.{module}", raising=False)
     own = ["--experimental.custom_import", f"docs.examples.{module}"]
     with LOSS_TERMS.temporarily(), ROUTER_SCORES.temporarily():
         SavedConfig(config_of("debug.toml", tmp_path, *own, *options)).write()
@@ -86,7 +91,7 @@ def test_a_run_is_not_resumed_without_the_parts_of_its_extension(
     other = ["--experimental.custom_import", "docs.examples.cosine_shield"]
     with pytest.raises(ValueError, match="this run has 'docs.examples.cosine_shield'"):
         check_extension(config_of("debug.toml", tmp_path, *other))
-    monkeypatch.delitem(sys.modules, f"docs.examples.{module}")
+    forget_modules()
     with LOSS_TERMS.temporarily(), ROUTER_SCORES.temporarily():
         check_extension(config_of("debug.toml", tmp_path, *own, *options))
 
