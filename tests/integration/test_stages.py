@@ -1,13 +1,12 @@
 """A run whose mixture and rates change at a step: interrupted and resumed on other ranks, it equals the undisturbed one."""
 
 import json
-import subprocess
 
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.helpers.launch import ROOT, arguments_of, command_of, environment, read_scalars
+from tests.helpers.launch import arguments_of, read_scalars, train
 
 STAGES = """
 [[data.stages]]
@@ -31,15 +30,8 @@ def train(folder, demo, steps, world_size, stages=STAGES, **settings):
     arguments = arguments_of(folder, demo, settings)
     config = folder / "job.toml"
     config.write_text(config.read_text() + stages)
-    done = subprocess.run(
-        command_of(world_size, arguments),
-        cwd=ROOT,
-        env=environment(world_size),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    return done.returncode, done.stdout + done.stderr
+    run = train(folder, arguments, world_size=world_size)
+    return run.status, run.text
 
 
 def data_state(folder, step):
