@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.helpers.launch import arguments_of, read_scalars, train
+from tests.helpers.launch import arguments_of, read_scalars
+from tests.helpers.launch import train as train_ranks
 
 STAGES = """
 [[data.stages]]
@@ -30,7 +31,7 @@ def train(folder, demo, steps, world_size, stages=STAGES, **settings):
     arguments = arguments_of(folder, demo, settings)
     config = folder / "job.toml"
     config.write_text(config.read_text() + stages)
-    run = train(folder, arguments, world_size=world_size)
+    run = train_ranks(folder, arguments, world_size=world_size)
     return run.status, run.text
 
 
