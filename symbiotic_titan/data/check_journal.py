@@ -10,6 +10,8 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from symbiotic_titan.data.formats.shard import one_line
+
 # Longest message of a bad sample; a decoder may quote the whole sample.
 MAX_MESSAGE = 300
 
@@ -36,9 +38,7 @@ class Record:
     bad: list[tuple[int, str, str, str]] = field(default_factory=list)
 
     def add_bad(self, sample: int, key: str, reason: str, message: str) -> None:
-        text = " ".join(message.split())
-        short = text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 3]}..."
-        self.bad.append((sample, key[:MAX_MESSAGE], reason, short))
+        self.bad.append((sample, key[:MAX_MESSAGE], reason, one_line(message, MAX_MESSAGE)))
 
 
 class Journal:

@@ -167,10 +167,6 @@ class Fields:
             )
         return values
 
-    def some_images(self) -> list[bytes]:
-        """As ``images``; raises BadSample where there is none."""
-        return [self.image_bytes(value) for value in self.some_image_values()]
-
     def image(self) -> bytes:
         """Raises BadSample: there is none, or more than one."""
         values = self.some_image_values()

@@ -9,7 +9,7 @@ import torch
 
 from symbiotic_titan.config.data import Data, DataSource, used_sources
 from symbiotic_titan.config.generation import Latents
-from symbiotic_titan.data.formats.shard import BadSample, Shard
+from symbiotic_titan.data.formats.shard import BadSample, Shard, Stored
 from symbiotic_titan.data.image_files import check_image_folder
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latent_cache import cached_sources, encoded_shards
@@ -20,7 +20,7 @@ from symbiotic_titan.data.readers import Reader, check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
 from symbiotic_titan.data.schemas import recognised
 from symbiotic_titan.data.sequence_builder import SequenceBuilder
-from symbiotic_titan.data.skip_list import Stored, check_damage, read_skip_list
+from symbiotic_titan.data.skip_list import check_damage, read_skip_list
 from symbiotic_titan.data.stream_state import PipelineSpec
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry

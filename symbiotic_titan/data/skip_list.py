@@ -16,13 +16,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
 import numpy as np
 
 from symbiotic_titan.config.data import DataSource
-from symbiotic_titan.data.formats.shard import DamagedRest
+from symbiotic_titan.data.formats.shard import DamagedRest, Stored
 
 REMEDY = "write it with: symbiotic check-data CONFIG"
 
@@ -41,19 +41,6 @@ class BadEntry:
 
     def line(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
-
-
-class Stored(Protocol):
-    """What is known of a shard without reading it: see ``formats.shard.Shard``."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    @property
-    def num_samples(self) -> int: ...
 
 
 @dataclass(frozen=True)

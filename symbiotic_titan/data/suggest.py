@@ -16,6 +16,7 @@ import fsspec
 
 from symbiotic_titan.config.data import FORMATS, Data, DataSource
 from symbiotic_titan.config.generation import Latents
+from symbiotic_titan.data.decoding import format_of
 from symbiotic_titan.data.documents import Document, Segment, TextSegment, VaeSegment, VitSegment
 from symbiotic_titan.data.fields import Fields, own_image
 from symbiotic_titan.data.files import COMPRESSIONS, compression_of, open_file, source_files
@@ -41,7 +42,6 @@ LONG = 2**24
 LONGEST_TEXT = 80
 # Offset and text of the magic number of a tar file.
 TAR_MAGIC = (257, b"ustar")
-IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"RIFF")
 GEOMETRY = ImageGeometry(
     vit_patch=16, vit_merge=2, vit_channels=3, latent_channels=3, latent_stride=1, latent_patch=16
 )
@@ -285,7 +285,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, dict):
         return "image" if own_image(value) is not None else ""
     if isinstance(value, bytes):
-        return "image" if value.startswith(IMAGE_MAGIC) else "text"
+        return "image" if format_of(value[:12]) else "text"
     if isinstance(value, str):
         return (
             "image" if value.lower().endswith(tuple(f".{e}" for e in IMAGE_EXTENSIONS)) else "text"

@@ -236,13 +236,13 @@ class SymbioticTrainer(Trainer):
         """Samples that all ranks have skipped since the run began: ``skipped``, the number for each reason that occurred, and
         ``bad_share``, the share of ``skipped`` in the samples read."""
         loader = cast(PackedLoader, self.dataloader)
-        own = {"skipped": loader.num_skipped, "bad_share": loader.skip_counts[0]} | {
+        own = {"skipped": loader.num_skipped, "read": loader.skip_counts[0]} | {
             name if name == "truncated" else f"skipped/{name}": count
             for name, count in loader.skip_reasons.items()
         }
         totals = self.sum_over_ranks(torch.tensor(list(own.values()), device=self.device))
         counts: dict[str, float] = dict(zip(own, totals.tolist(), strict=True))
-        counts["bad_share"] = counts["skipped"] / max(counts["bad_share"], 1)
+        counts["bad_share"] = counts["skipped"] / max(counts.pop("read"), 1)
         always = ("skipped", "bad_share")
         return {name: count for name, count in counts.items() if count or name in always}
 

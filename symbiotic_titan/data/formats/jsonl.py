@@ -68,7 +68,7 @@ class JsonLines(FileFormat):
             if re.match(rb"\[\s*\{", text):
                 note = 'is read as one JSON array, as with format = "json"'
                 return _rows(file, opened, begin + 1, note)
-            if re.match(rb"\{\s*\n", text):
+            if re.match(rb'\{\s*\n\s*"', text):
                 return Indexed([], OBJECT)
             return _lines(file, opened)
 

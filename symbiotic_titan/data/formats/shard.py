@@ -23,11 +23,26 @@ class OpenShard(Protocol):
     def close(self) -> None: ...
 
 
-class Shard(Protocol):
-    """Samples stored together: a file or a part of one. Plain data: worker processes get a copy.
+class Stored(Protocol):
+    """What is known of a shard without reading it.
 
     path:      the file as the user named it.
     num_bytes: length of the file at ``path``.
+    """
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def num_samples(self) -> int: ...
+
+
+class Shard(Stored, Protocol):
+    """Samples stored together: a file or a part of one. Plain data: worker processes get a copy.
+
     max_open:  how many shards of this kind a reader keeps open.
     names:     field names of its samples, if the index knows them; else empty.
 
@@ -39,15 +54,6 @@ class Shard(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]: ...
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    @property
-    def num_samples(self) -> int: ...
 
     def key(self, sample: int) -> str:
         """Name of a sample within the file, for messages."""

@@ -159,6 +159,10 @@ def test_a_pretty_printed_object_is_no_jsonl(index):
         index(b'{\n "data": []\n}', "jsonl")
 
 
+def test_a_first_line_that_breaks_off_is_one_bad_sample_of_jsonl(index):
+    assert texts(index(b'{\n{"text": "b"}\n', "jsonl")) == ["json", "b"]
+
+
 def test_an_empty_array_has_no_samples(index):
     for content in (b"[]", b" [ \n] "):
         with pytest.raises(ValueError, match=r"a\.json holds no samples"):

@@ -70,7 +70,10 @@ def packed(kind):
         (packed("zip"), "is a ZIP archive; unpack it"),
         (packed("arrow"), "is a stream of Arrow batches; write it as Parquet"),
         (packed("parquet"), 'is a Parquet file; set format = "parquet"'),
-        (gzip.compress(b'{"text": "a"}'), "is compressed with gzip; let its name end in .gz"),
+        (
+            gzip.compress(b'{"text": "a"}', mtime=0),
+            "is compressed with gzip; let its name end in .gz",
+        ),
         ('{"text": "a"}\n'.encode("utf-16"), "is text in UTF-16; convert it to UTF-8"),
         (b"<!DOCTYPE html>\n<p>404</p>\n", "is an HTML page, so its download failed"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),

@@ -98,13 +98,6 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("task", "values", "message"), BAD)
-def test_a_place_that_cannot_be_filled_is_a_bad_sample(task, values, message):
-    with pytest.raises(BadSample) as error:
-        document_of(task, values)
-    assert message in str(error.value)
-
-
 # ---- turns ----------------------------------------------------------------------------------------------------------------
 
 
@@ -193,8 +186,8 @@ UNREAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("task", "values", "message"), UNREAD)
-def test_what_no_task_reads_is_refused(task, values, message):
+@pytest.mark.parametrize(("task", "values", "message"), [*BAD, *UNREAD])
+def test_a_place_that_cannot_be_filled_and_what_no_task_reads_are_bad(task, values, message):
     with pytest.raises(BadSample) as error:
         document_of(task, values)
     assert message in str(error.value)
