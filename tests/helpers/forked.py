@@ -38,7 +38,7 @@ def start(function: Callable[..., Any], *args: Any) -> Any:
 
 def train_here(arguments: Sequence[str], environment: Mapping[str, str], log: str) -> None:
     """``python -m symbiotic_titan.train ARGUMENTS`` in this process, which writes to the file ``log``."""
-    _write_to(log)
+    _begin_as_program(log)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -52,14 +52,16 @@ def train_here(arguments: Sequence[str], environment: Mapping[str, str], log: st
 
 def script_here(path: str, arguments: Sequence[str], folder: str, log: str) -> None:
     """``python PATH ARGUMENTS`` in this process, started in ``folder``, which writes to the file ``log``."""
-    _write_to(log)
+    _begin_as_program(log)
     os.chdir(folder)
     sys.path[:0] = [str(Path(path).parent)]
     sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")
 
 
-def _write_to(log: str) -> None:
+def _begin_as_program(log: str) -> None:
+    # A child of a fork server would start its own children, such as the loader's workers, from another server, which outlives it.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
