@@ -54,7 +54,10 @@ def script_here(path: str, arguments: Sequence[str], folder: str, log: str) -> N
     """``python PATH ARGUMENTS`` in this process, started in ``folder``, which writes to the file ``log``."""
     _begin_as_program(log)
     os.chdir(folder)
-    sys.path[:0] = [str(Path(path).parent)]
+    # What a program started elsewhere does not find: the root, and what was imported from it before the fork.
+    sys.path[:] = [str(Path(path).parent), *(p for p in sys.path if p not in ("", str(ROOT)))]
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("tests", "tools", "docs")]:
+        del sys.modules[name]
     sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")
 

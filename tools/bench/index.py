@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from bench_timing import interleave, machine, ratio, summary
+from plain_tar import PlainWalk
 
 from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.formats.byte_ranges import compact
@@ -39,7 +40,6 @@ from symbiotic_titan.data.formats.tar_walk import TarWalk
 from symbiotic_titan.data.formats.webdataset import TarSamples, WebDataset
 from symbiotic_titan.data.order import SourceOrder
 from symbiotic_titan.data.readers import index_source
-from tests.helpers.plain_tar import PlainWalk
 
 ROW = b'{"text": "%09d words that are read one day"}\n'
 READS = 5000

@@ -8,10 +8,10 @@ from itertools import chain
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_tar import PlainWalk
 
 from symbiotic_titan.data.formats import tar_walk
 from symbiotic_titan.data.formats.tar_walk import TarWalk
-from tests.helpers.plain_tar import PlainWalk
 from tests.helpers.tar_files import tar_bytes
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
