@@ -6,7 +6,7 @@ the member ``meta.json``, ``image.bytes`` a field of a column.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any, Protocol
 
 from symbiotic_titan.data.formats.shard import BadSample, Sample, brief
@@ -18,6 +18,7 @@ CACHED_EXTENSION = "safetensors"
 # Names of what a sample may have and no task reads, so that to leave it out would train something else than the sample.
 MEDIA = ("video", "videos", "audio", "audios")
 PREFERENCE_PAIR = ("chosen", "rejected")
+_UNREAD, _IMAGE_NAMES = frozenset((*MEDIA, *PREFERENCE_PAIR)), frozenset(IMAGE_EXTENSIONS)
 
 # Keys of a table that hold or name its image; the first that is there and not empty counts. ``datasets`` has bytes and path, OpenAI
 # image_url and url, Anthropic source and data, mmc4 image_base64, image_name and raw_url.
@@ -68,9 +69,9 @@ class Fields:
             self._values = parse_json(sample.members["json"]) | sample.members
 
     @property
-    def names(self) -> set[str]:
+    def names(self) -> Set[str]:
         """The sample's own names."""
-        return set(self._values)
+        return self._values.keys()
 
     def named(self, name: str) -> Any:
         """The value of the sample's own ``name``, or None."""
@@ -78,11 +79,14 @@ class Fields:
 
     def get(self, field: str) -> Any:
         """The value of ``field``, or None. Where ``keys`` give it several names: the values of all that the sample has, in a list."""
-        values = (self.named(name) for name in names_of(field, self.keys))
+        names = names_of(field, self.keys)
         if isinstance(self.keys.get(field), list):
-            found = [text for value in values if value is not None for text in alternatives(value)]
-            return found or None
-        return next((value for value in values if value is not None), None)
+            values = [value for name in names if (value := self.named(name)) is not None]
+            return [text for value in values for text in alternatives(value)] or None
+        for name in names:
+            if (value := self.named(name)) is not None:
+                return value
+        return None
 
     def need(self, field: str) -> Any:
         """Raises BadSample: there is none."""
@@ -94,8 +98,7 @@ class Fields:
     def text(self, field: str) -> str:
         """The text of ``field``, or one of several texts that it holds.
 
-        Raises:
-            BadSample: there is none, or it is no text.
+        Raises BadSample: there is none, or it is no text.
         """
         value, name = self.several(field), " or ".join(map(repr, self._shown(field)))
         if field in DRAWN_FIELDS and isinstance(value, list):
@@ -149,7 +152,9 @@ class Fields:
         """Extensions of the images in the sample's part of a tar file, unless ``keys`` name one."""
         if "image" in self.keys:
             return []
-        return [name for name in IMAGE_EXTENSIONS if isinstance(self._values.get(name), bytes)]
+        names = _IMAGE_NAMES.intersection(self._values)
+        found = [name for name in names if isinstance(self._values[name], bytes)]
+        return found if len(found) < 2 else sorted(found, key=IMAGE_EXTENSIONS.index)
 
     def images(self) -> list[bytes]:
         """Encoded images of the field ``image``, in order; raises BadSample where one cannot be read."""
@@ -232,9 +237,9 @@ def refuse_unread(task: Task, fields: Fields) -> None:
     Raises:
         BadSample: it has a video or sound, or is a pair of a preferred and a rejected conversation.
     """
-    unread = [name for name in (*MEDIA, *PREFERENCE_PAIR) if not is_empty(fields.named(name))]
-    if not unread:
+    if _UNREAD.isdisjoint(fields.names):
         return
+    unread = [name for name in (*MEDIA, *PREFERENCE_PAIR) if not is_empty(fields.named(name))]
     named = {name for field in fields.keys for name in names_of(field, fields.keys)}
     for name in unread:
         if name in MEDIA and task.has_images and name not in named:
@@ -354,6 +359,8 @@ def dotted(name: str) -> Iterator[tuple[str, str]]:
 
 def schemas_of(task: Task, keys: Keys) -> tuple[tuple[str, ...], ...]:
     """The schemas that samples of ``task`` may have; where a source's ``keys`` name a field, those with such a field."""
+    if not keys:
+        return task.schemas
     named = tuple(s for s in task.schemas if any(f in keys for f in s if f != "image"))
     return named or task.schemas
 
