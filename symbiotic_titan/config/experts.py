@@ -39,6 +39,9 @@ SHIELD_SCHEDULES: Registry[ShieldSchedule] = Registry(
 )
 
 
+WIDTH_MULTIPLE = 8
+
+
 @dataclass
 class ExpertGroupRow:
     """One table of [experts.partition.<name>]."""
@@ -49,12 +52,39 @@ class ExpertGroupRow:
     num_experts: int
     """Number of experts in the group, in every MoE layer."""
 
+    hidden_dim: int | None = None
+    """Width of the group's experts, a multiple of 8 (grouped matmuls read rows of 16 bytes). None: the flavor's."""
+
+    top_k: int | None = None
+    """Experts that a token of the group is routed to. None: the flavor's."""
+
+    source: str | None = None
+    """Group of the checkpoint that ``symbiotic convert`` takes the group's experts from; needed where a checkpoint has several. Groups
+    with one source divide its experts among them. Training does not read it."""
+
+    copy: bool = False
+    """Takes a copy of all experts of the source and of its router, beside the groups that divide them: the model then has that many
+    experts more than the flavor."""
+
+    def check(self, where: str) -> None:
+        """Pass if the sizes are possible; ValueError, which begins with ``where``, otherwise."""
+        for key, least in (("num_experts", 1), ("hidden_dim", 1), ("top_k", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"{where}.{key}: must be at least {least}, got {value}")
+        if self.hidden_dim is not None and self.hidden_dim % WIDTH_MULTIPLE:
+            raise ValueError(
+                f"{where}.hidden_dim: must be a multiple of {WIDTH_MULTIPLE} (grouped matmuls read rows of 16 bytes), got "
+                f"{self.hidden_dim}"
+            )
+
 
 @dataclass
 class Experts:
     partition: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=dict)
-    """Tables [experts.partition.<name>] with ``modalities`` and ``num_experts``; set in TOML. Without any, all modalities share all
-    experts."""
+    """Tables [experts.partition.<name>] with ``modalities``, ``num_experts`` and, where they differ from the flavor's, ``hidden_dim``
+    and ``top_k``; ``source`` and ``copy`` say how a checkpoint is converted. Set in TOML. Without any, the flavor's own groups are kept;
+    in most flavors all modalities share all experts."""
 
     partition_rule: str = choice(PARTITION_RULES, "cumulative")
     """Rule by which ``symbiotic convert plan`` assigns the experts of an unpartitioned checkpoint to the groups: a built-in name or
@@ -79,6 +109,8 @@ class Experts:
             name: row_from_dict(ExpertGroupRow, row, f"experts.partition.{name}")
             for name, row in self.partition.items()
         }
+        for name, row in self.partition.items():
+            row.check(f"experts.partition.{name}")
         if self.new_shared_experts < 0:
             raise ValueError(
                 f"experts.new_shared_experts: must be zero or positive, got {self.new_shared_experts}"

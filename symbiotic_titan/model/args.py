@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import nn
 from torchtitan.protocols.model import BaseModelArgs
 
 from symbiotic_titan.codecs.codec import codec_info
+from symbiotic_titan.config.experts import ExpertGroupRow
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.model.masks import VitAttention
 from symbiotic_titan.model.rope import Mrope
@@ -18,38 +19,31 @@ from symbiotic_titan.sequence.modality import NUM_MODALITIES, modality_ids
 from symbiotic_titan.sequence.positions import RotaryLayout
 
 
-class PartitionRow(Protocol):
-    """One table [experts.partition.<name>] of the config."""
-
-    modalities: list[str]
-    num_experts: int
-
-
 def one_pool(num_experts: int) -> tuple[ExpertGroup, ...]:
     """The standard MoE: a single group ``all`` in which every modality routes."""
     return (ExpertGroup("all", tuple(range(NUM_MODALITIES)), num_experts),)
 
 
 def partition_groups(
-    partition: Mapping[str, PartitionRow], num_experts: int, flavor: str
+    partition: Mapping[str, ExpertGroupRow], num_experts: int, flavor: str
 ) -> tuple[ExpertGroup, ...]:
-    """Expert groups of a config's partition; one pool if it is empty.
+    """Expert groups of a config's partition, which is not empty.
 
     Raises:
-        ValueError: an unknown modality, or groups whose sizes do not sum to the flavor's ``num_experts``. ``MoEArgs`` checks that
-            every modality has exactly one group.
+        ValueError: an unknown modality, or groups whose sizes, without copies, do not sum to the flavor's ``num_experts``. ``MoEArgs``
+            checks that every modality has exactly one group.
     """
-    if not partition:
-        return one_pool(num_experts)
     groups = tuple(
         ExpertGroup(
             name,
             modality_ids(row.modalities, key=f"experts.partition.{name}.modalities"),
             row.num_experts,
+            row.hidden_dim,
+            row.top_k,
         )
         for name, row in partition.items()
     )
-    held = sum(group.num_experts for group in groups)
+    held = sum(row.num_experts for row in partition.values() if not row.copy)
     if held != num_experts:
         raise ValueError(
             f"experts.partition: the groups hold {held} experts but flavor {flavor!r} has {num_experts}; "
@@ -90,7 +84,7 @@ class ModelArgs(BaseModelArgs):
     selection_bias: bool = False
     normalize_weights: bool = True
     route_scale: float = 1.0
-    # Groups of the partition; empty means one pool.
+    # Groups of the partition, some with a width or a top_k of their own; empty means one pool.
     groups: tuple[ExpertGroup, ...] = ()
     shield_modalities: tuple[int, ...] = ()
     shield_mode: Literal["output", "weights"] = "output"
@@ -249,9 +243,10 @@ class ModelArgs(BaseModelArgs):
 
     def update_from_config(self, job_config: JobConfig, **kwargs: object) -> None:  # type: ignore[override]
         """Apply [model], [experts], [shielding], [latents] and debug.seed. torchtitan calls it before the model is built."""
-        self.groups = partition_groups(
-            job_config.experts.partition, self.num_experts, job_config.model.flavor
-        )
+        partition = job_config.experts.partition
+        if partition:
+            self.groups = partition_groups(partition, self.num_experts, job_config.model.flavor)
+            self.num_experts = sum(group.num_experts for group in self.groups)
         if job_config.experts.score_function is not None:
             self.score_function = job_config.experts.score_function
         if not job_config.experts.shared:

@@ -24,10 +24,7 @@ _KINDS: dict[str, Any] = {
 
 def write_model_config(path: Path, args: ModelArgs) -> None:
     """Write every field of ``args``; modalities are written by name."""
-    groups = [
-        {**asdict(group), "modalities": [MODALITY_NAMES[m] for m in group.modalities]}
-        for group in args.groups
-    ]
+    groups = [_group_row(group) for group in args.groups]
     shield = [MODALITY_NAMES[m] for m in args.shield_modalities]
     # A private field of torchtitan's base class is not a hyperparameter.
     values = {key: value for key, value in asdict(args).items() if not key.startswith("_")}
@@ -51,6 +48,12 @@ def read_model_config(path: Path) -> ModelArgs:
         return row_from_dict(ModelArgs, _tuples(values), "model")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{KIND}: {path} cannot be used: {error}") from None
+
+
+def _group_row(group: ExpertGroup) -> dict[str, Any]:
+    """The inverse of ``_group``; without the sizes that are the model's."""
+    row = {key: value for key, value in asdict(group).items() if value is not None}
+    return {**row, "modalities": [MODALITY_NAMES[m] for m in group.modalities]}
 
 
 def _group(row: dict[str, Any]) -> ExpertGroup:

@@ -1,11 +1,12 @@
 """Permute copies of tokens into expert order, and combine the experts' outputs into tokens again.
 
-1. Every token has one copy per chosen expert. The T*K copies are sorted once, stably, by the slot of their expert; padding sorts
-   last and is cut off. Without expert parallelism a slot is an expert's number; see ``moe.partition``.
+1. Every token has one copy per chosen expert. The T*K copies are sorted once, stably, by the slot of their expert; padding, and
+   the unused places of tokens whose group chooses fewer than K experts, sort last and are cut off. Without expert parallelism a
+   slot is an expert's number; see ``moe.partition``.
 2. ``permute`` gathers the tokens in that order, one tensor per expert group. If the kernel requires it, each expert's rows are
    padded with zeros to whole blocks (``padded_counts``).
 3. The experts compute.
-4. ``unpermute``: every token gathers its K rows and sums them, weighted.
+4. ``unpermute``: every token gathers its rows and sums them, weighted.
 
 Both gathers are autograd functions, because the backward of each is the forward of the other: a gather and a sum over K in a fixed
 order. Autograd's own backward would be a scatter-add, which is slow on a CPU and nondeterministic on a GPU.
@@ -14,6 +15,7 @@ Shape letters: sequence/shapes.py. N are the rows of one group (copies and zero 
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,29 +31,40 @@ _TOKENS_PER_CHUNK = 128
 
 
 @dataclass(frozen=True)
+class TokenBlock:
+    """Tokens with equally many copies, and where these are.
+
+    token_t    (t,) int64    ascending.
+    row_tK     (t, K) int64  rows of each token; K is the number of its copies.
+    """
+
+    token_t: Tensor
+    row_tK: Tensor
+
+
+@dataclass(frozen=True)
 class RowLayout:
     """Assignment of one group's rows to tokens, in both directions.
 
     source_n   (n,) int64    token of each copy, sorted by slot.
     row_n      (n,) int64    row of each copy; all other rows are zero.
     offsets_N  (N,) int64    number of copies before each row.
-    token_t    (t,) int64    tokens routed to this group, ascending. All K copies of a token are in one group.
-    row_tK     (t, K) int64  rows of each of these tokens.
+    blocks                   the tokens routed to this group. All copies of a token are in one group.
     """
 
     source_n: Tensor
     row_n: Tensor
     offsets_N: Tensor
-    token_t: Tensor
-    row_tK: Tensor
+    blocks: tuple[TokenBlock, ...]
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Sizes of one group on the host: its copies, and its rows (copies and zero rows)."""
+    """Sizes of one group on the host: its copies, its rows (copies and zero rows), and the (tokens, copies of each) of its blocks."""
 
     copies: int
     rows: int
+    blocks: tuple[tuple[int, int], ...]
 
 
 def padded_counts(counts: Tensor, x_TD: Tensor, block_rows: int) -> Tensor:
@@ -84,11 +97,12 @@ def lay_out_rows(
 ) -> tuple[RowLayout, ...]:
     """The row layout of each group.
 
-    slots_TK: slot of each copy's expert; for padding, any number above all slots. Group 0 has the first slots, then group 1.
-    group_T: group of each token; for padding, the number of groups.
+    slots_TK: slot of each copy's expert; for padding and unused places, any number above all slots. Group 0 has the first slots,
+        then group 1. A token's unused places are its last.
+    group_T: the block of each token, in the order of all groups' blocks; for padding, the number of blocks.
     counts, padded: copies of each expert per group, without and with zero rows.
     """
-    top_k = slots_TK.shape[1]
+    places = slots_TK.shape[1]
     # Stable: equal slots keep the order of their tokens, so sums over an expert's rows always run in the same order.
     order_N = torch.argsort(slots_TK.flatten(), stable=True)
     rank_N = torch.empty_like(order_N)  # inverse of the permutation
@@ -98,18 +112,14 @@ def lay_out_rows(
     layouts, copy, token = [], 0, 0
     for counts_e, padded_e, size in zip(counts, padded, sizes, strict=True):
         row_n, offsets_N = _spread_rows(counts_e, padded_e, size)
-        token_t = token_by_group_T[token : token + size.copies // top_k]
-        layouts.append(
-            RowLayout(
-                source_n=order_N[copy : copy + size.copies] // top_k,
-                row_n=row_n,
-                offsets_N=offsets_N,
-                token_t=token_t,
-                row_tK=row_n[rank_TK[token_t] - copy],
-            )
-        )
+        blocks = []
+        for num_tokens, top_k in size.blocks:
+            token_t = token_by_group_T[token : token + num_tokens]
+            blocks.append(TokenBlock(token_t, row_n[rank_TK[:, :top_k][token_t] - copy]))
+            token += num_tokens
+        source_n = order_N[copy : copy + size.copies] // places
+        layouts.append(RowLayout(source_n, row_n, offsets_N, tuple(blocks)))
         copy += size.copies
-        token += size.copies // top_k
     return tuple(layouts)
 
 
@@ -135,11 +145,25 @@ def _collect(
 ) -> Tensor:
     """(T, D): each token's (weighted) sum of its rows; 0 for a token without rows."""
     out_TD = rows[0].new_zeros(num_tokens, rows[0].shape[1])
-    for rows_ND, layout in zip(rows, layouts, strict=True):
-        weights_tK = None if weights_TK is None else weights_TK[layout.token_t].to(rows_ND.dtype)
+    for rows_ND, block in _blocks(rows, layouts):
+        weights_tK = None if weights_TK is None else _weights_of(weights_TK, block, rows_ND.dtype)
         # A token is in one group only, so no index occurs twice: index_copy_ never accumulates and is deterministic.
-        out_TD.index_copy_(0, layout.token_t, _bags(layout.row_tK, rows_ND, None, weights_tK))
+        out_TD.index_copy_(0, block.token_t, _bags(block.row_tK, rows_ND, None, weights_tK))
     return out_TD
+
+
+def _blocks(
+    rows: Sequence[Tensor], layouts: tuple[RowLayout, ...]
+) -> Iterator[tuple[Tensor, TokenBlock]]:
+    """Every block, with the rows of its group."""
+    for rows_ND, layout in zip(rows, layouts, strict=True):
+        for block in layout.blocks:
+            yield rows_ND, block
+
+
+def _weights_of(weights_TK: Tensor, block: TokenBlock, dtype: torch.dtype) -> Tensor:
+    """(t, K): the weights of a block's copies."""
+    return weights_TK[:, : block.row_tK.shape[1]][block.token_t].to(dtype)
 
 
 def _dots(rows_ND: Tensor, row_tK: Tensor, grad_tD: Tensor) -> Tensor:
@@ -194,10 +218,12 @@ class _Unpermute(torch.autograd.Function):
         grads = []
         for rows_ND, layout in zip(rows, ctx.layouts, strict=True):
             weight_N = rows_ND.new_zeros(rows_ND.shape[0])
-            weight_N[layout.row_tK] = weights_TK[layout.token_t].to(rows_ND.dtype)
+            for block in layout.blocks:
+                weight_N[block.row_tK] = _weights_of(weights_TK, block, rows_ND.dtype)
+                dots_tK = _dots(rows_ND, block.row_tK, grad_TD[block.token_t])
+                copies = block.row_tK.shape[1]
+                grad_weights_TK[:, :copies][block.token_t] = dots_tK.to(weights_TK.dtype)
             grads.append(_gather(grad_TD, layout, weight_N[layout.row_n]))
-            dots_tK = _dots(rows_ND, layout.row_tK, grad_TD[layout.token_t])
-            grad_weights_TK[layout.token_t] = dots_tK.to(weights_TK.dtype)
         return grad_weights_TK, None, None, *grads
 
 
@@ -212,7 +238,7 @@ def unpermute(
     layouts: tuple[RowLayout, ...],
     num_tokens: int,
 ) -> Tensor:
-    """(T, D): each token's weighted sum over its K rows; exactly 0 for padding. Differentiable in rows and weights.
+    """(T, D): each token's weighted sum over its rows; exactly 0 for padding. Differentiable in rows and weights.
 
     The weights and their gradient are rounded to the rows' dtype. ``None`` weights give a plain sum.
     """
@@ -245,12 +271,14 @@ class Dispatcher(Protocol):
         group_T: Tensor,
         counts_E: Tensor,
         group_sizes: tuple[int, ...],
+        top_ks: tuple[int, ...],
         block_rows: int = 0,
     ) -> tuple[Dispatched, Any]:
         """(rows of every group, layout).
 
-        experts_TK: group-major numbers; ignored for padding. group_T: the number of groups for padding.
-        counts_E: copies of each expert on this rank, without padding. block_rows: see ``padded_counts``.
+        experts_TK: group-major numbers, E in unused places; ignored for padding. group_T: the number of groups for padding.
+        counts_E: copies of each expert on this rank, without padding. group_sizes, top_ks: experts, and experts per token, of each
+            group; K is the largest top_k. block_rows: see ``padded_counts``.
         """
 
     def start_combine(self, rows: tuple[Tensor, ...], layout: Any) -> tuple[Tensor, ...]:
@@ -260,10 +288,9 @@ class Dispatcher(Protocol):
         """(T, D): the weighted sum of each token's copies, from what ``start_combine`` returned."""
 
 
-def row_counts(counts: tuple[Tensor, ...], padded: tuple[Tensor, ...]) -> list[RowCounts]:
-    """Copies and rows of every group, copied to the host in one transfer."""
-    sums = torch.stack([c.sum() for c in (*counts, *padded)]).tolist()  # device sync
-    return [RowCounts(*pair) for pair in zip(sums[: len(counts)], sums[len(counts) :], strict=True)]
+def row_counts(copies: list[int], rows: list[int], top_ks: tuple[int, ...]) -> list[RowCounts]:
+    """Sizes of every group, whose tokens form one block."""
+    return [RowCounts(c, r, ((c // k, k),)) for c, r, k in zip(copies, rows, top_ks, strict=True)]
 
 
 class LocalDispatcher:
@@ -276,11 +303,13 @@ class LocalDispatcher:
         group_T: Tensor,
         counts_E: Tensor,
         group_sizes: tuple[int, ...],
+        top_ks: tuple[int, ...],
         block_rows: int = 0,
     ) -> tuple[Dispatched, tuple[RowLayout, ...]]:
         counts = counts_E.split(group_sizes)
         padded = padded_counts(counts_E, x_TD, block_rows).split(group_sizes)
-        sizes = row_counts(counts, padded)
+        sums = torch.stack([c.sum() for c in (*counts, *padded)]).tolist()  # device sync
+        sizes = row_counts(sums[: len(counts)], sums[len(counts) :], top_ks)
         is_padding_T1 = (group_T == len(group_sizes)).unsqueeze(-1)
         slots_TK = experts_TK.masked_fill(is_padding_T1, sum(group_sizes))
         layouts = lay_out_rows(slots_TK, group_T, counts, padded, sizes)

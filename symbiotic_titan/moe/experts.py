@@ -103,8 +103,8 @@ class PartitionedMoE(nn.Module):
         self.router = Router(args)
         self.experts = nn.ModuleDict(
             {
-                group.name: GroupedExperts(group.num_experts, args.dim, args.hidden_dim)
-                for group in args.groups
+                group.name: GroupedExperts(group.num_experts, args.dim, hidden_dim)
+                for group, hidden_dim in zip(args.groups, args.hidden_dims, strict=True)
             }
         )
         self.shared_experts = SharedExpert(args) if args.shared_hidden_dim else None
@@ -127,6 +127,7 @@ class PartitionedMoE(nn.Module):
             routing.group_T,
             routing.record.counts.sum(0),
             self.args.group_sizes,
+            self.args.top_ks,
             self.block_rows,
         )
         rows = tuple(

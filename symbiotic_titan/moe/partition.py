@@ -25,19 +25,23 @@ class ExpertGroup:
     name:        part of parameter names (``router.<name>.weight``, ``experts.<name>.w1``).
     modalities:  integers of ``sequence.modality`` whose tokens are routed within this group.
     num_experts: size of the group.
+    hidden_dim:  width of its experts; None: the model's.
+    top_k:       experts per token of the group; None: the model's.
     """
 
     name: str
     modalities: tuple[int, ...]
     num_experts: int
+    hidden_dim: int | None = None
+    top_k: int | None = None
 
 
 @dataclass(frozen=True)
 class MoEArgs:
     """Hyperparameters of one partitioned MoE layer. One group with all modalities is the standard MoE.
 
-    dim, hidden_dim:   width of a token and of a routed expert.
-    top_k:             experts per token, inside its group.
+    dim, hidden_dim:   width of a token and of a routed expert, in groups that have no width of their own.
+    top_k:             experts per token inside its group, in groups that have no top_k of their own.
     score_function:    a name registered in ``config.experts.ROUTER_SCORES``, such as ``softmax`` over the group's experts.
     selection_bias:    add a bias per expert to choose the top-k, but not to the weights (arXiv 2408.15664).
     normalize_weights: divide the top-k weights by their sum.
@@ -79,6 +83,16 @@ class MoEArgs:
     def group_sizes(self) -> tuple[int, ...]:
         return tuple(group.num_experts for group in self.groups)
 
+    @property
+    def top_ks(self) -> tuple[int, ...]:
+        """Experts per token, by group."""
+        return tuple(self.top_k if g.top_k is None else g.top_k for g in self.groups)
+
+    @property
+    def hidden_dims(self) -> tuple[int, ...]:
+        """Width of an expert, by group."""
+        return tuple(self.hidden_dim if g.hidden_dim is None else g.hidden_dim for g in self.groups)
+
 
 def _check_sizes(args: MoEArgs) -> None:
     for key in ("dim", "hidden_dim", "top_k"):
@@ -88,11 +102,15 @@ def _check_sizes(args: MoEArgs) -> None:
         raise ValueError(
             f"shared_hidden_dim must be 0 (no shared expert) or more, got {args.shared_hidden_dim}"
         )
-    # top_k is the same for all groups: (T, K) tensors then hold the routing of every token, without padding.
-    for group in args.groups:
-        if group.num_experts < args.top_k:
+    for group, hidden_dim, top_k in zip(args.groups, args.hidden_dims, args.top_ks, strict=True):
+        for key, value in (("hidden_dim", hidden_dim), ("top_k", top_k)):
+            if value < 1:
+                raise ValueError(
+                    f"expert group {group.name!r}: {key} must be at least 1, got {value}"
+                )
+        if group.num_experts < top_k:
             raise ValueError(
-                f"expert group {group.name!r}: top_k = {args.top_k} does not fit into num_experts = "
+                f"expert group {group.name!r}: top_k = {top_k} does not fit into num_experts = "
                 f"{group.num_experts}; every group needs at least top_k experts"
             )
 

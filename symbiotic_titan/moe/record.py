@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 class RoutingRecord:
     """Routing statistics of one layer on one batch, without padding.
 
-    counts     (M, E) int64         assignments per modality and expert, top_k per token.
+    counts     (M, E) int64         assignments per modality and expert, its group's top_k per token.
     prob_sum   G x (E_g,) float32   sum over the group's tokens of the router's probability for each of its experts
                                     (softmax score, or sigmoid score normalised to sum 1). The only part with a gradient.
     num_tokens (G,) int64           tokens routed in each group.

@@ -68,8 +68,9 @@ def _broken_rule(result: object, logits_TE: Tensor, allowed_TE: Tensor) -> str |
 class Routing:
     """The router's choice for every token.
 
-    experts_TK (T, K) int64    expert of each copy, group-major numbering; meaningless for padding.
-    weights_TK (T, K) float32  weight of each copy.
+    experts_TK (T, K) int64    expert of each copy, group-major numbering; meaningless for padding. K is the largest top_k of the
+                               groups: the last places of a token whose group chooses fewer hold E, which is no expert.
+    weights_TK (T, K) float32  weight of each copy; 0 in those places.
     group_T    (T,) int64      the token's group; G for padding.
     record                     counts and probabilities for losses and metrics.
     """
@@ -112,13 +113,25 @@ def allowed_experts(group_T: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
 def count_assignments(experts_TK: Tensor, modality_T: Tensor, num_experts: int) -> Tensor:
     """(M, E) int64: copies per modality and expert."""
     # scatter_add of integers is deterministic on any device, because integer sums do not depend on order. Unlike bincount it has a
-    # static output shape, so it does not break a compiled graph. Padding is counted in an extra row, which is cut off.
-    index_N = (modality_T.unsqueeze(-1) * num_experts + experts_TK).flatten()
-    counts = torch.zeros(
-        (NUM_MODALITIES + 1) * num_experts, dtype=torch.int64, device=index_N.device
-    )
+    # static output shape, so it does not break a compiled graph. Padding is counted in an extra row and unused places in an extra
+    # column, which are cut off.
+    columns = num_experts + 1
+    index_N = (modality_T.unsqueeze(-1) * columns + experts_TK).flatten()
+    counts = torch.zeros((NUM_MODALITIES + 1) * columns, dtype=torch.int64, device=index_N.device)
     counts = counts.scatter_add(0, index_N, torch.ones_like(index_N))
-    return counts.view(NUM_MODALITIES + 1, num_experts)[:NUM_MODALITIES]
+    return counts.view(NUM_MODALITIES + 1, columns)[:NUM_MODALITIES, :num_experts].contiguous()
+
+
+def unused_places(group_T: Tensor, top_ks: tuple[int, ...]) -> Tensor | None:
+    """(T, K) bool: places beyond the top_k of the token's group, K being the largest; None if there are none."""
+    most = max(top_ks)
+    if min(top_ks) == most:
+        return None
+    place_K = torch.arange(most, device=group_T.device)
+    unused_TK = torch.zeros(len(group_T), most, dtype=torch.bool, device=group_T.device)
+    for index, top_k in enumerate(top_ks):
+        unused_TK = unused_TK | ((group_T == index).unsqueeze(-1) & (place_K >= top_k))
+    return unused_TK
 
 
 class GroupRouter(nn.Module):
@@ -164,7 +177,10 @@ class Router(nn.ModuleDict):
             allowed_TE = allowed_experts(group_T, args.group_sizes)
             scores_TE, probabilities_TE = self._scores(logits_TE, allowed_TE)
             experts_TK = self._choose(scores_TE, allowed_TE)
-            weights_TK = self._weights(logits_TE, scores_TE, experts_TK)
+            unused_TK = unused_places(group_T, args.top_ks)
+            weights_TK = self._weights(logits_TE, scores_TE, experts_TK, unused_TK)
+            if unused_TK is not None:
+                experts_TK = experts_TK.masked_fill(unused_TK, args.num_experts)
             # One vector-matrix product for all groups: a token's probability is 0 outside its group, and padding has weight 0.
             routed_T = (group_T < len(args.groups)).float()
             prob_sum_E = routed_T @ probabilities_TE
@@ -173,7 +189,9 @@ class Router(nn.ModuleDict):
         record = RoutingRecord(
             counts=counts,
             prob_sum=prob_sum_E.split(args.group_sizes),
-            num_tokens=torch.stack([c.sum() for c in group_counts]) // args.top_k,
+            num_tokens=torch.stack(
+                [c.sum() // k for c, k in zip(group_counts, args.top_ks, strict=True)]
+            ),
         )
         return Routing(experts_TK, weights_TK, group_T, record)
 
@@ -182,17 +200,23 @@ class Router(nn.ModuleDict):
         if self._args.selection_bias:
             biases = [router.bias for router in self._groups() if router.bias is not None]
             choice_TE = choice_TE + torch.cat(biases).float()
-        return (
-            choice_TE.masked_fill(~allowed_TE, float("-inf")).topk(self._args.top_k, dim=-1).indices
-        )
+        most = max(self._args.top_ks)
+        return choice_TE.masked_fill(~allowed_TE, float("-inf")).topk(most, dim=-1).indices
 
-    def _weights(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def _weights(
+        self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor, unused_TK: Tensor | None
+    ) -> Tensor:
         if self._args.score_function == "softmax" and self._args.normalize_weights:
             # The softmax over the chosen logits equals the renormalised softmax, but does not read the other experts: the weights are
             # bitwise equal in a partition and in a single pool of experts.
-            weights_TK = logits_TE.gather(-1, experts_TK).softmax(-1)
+            weights_TK = logits_TE.gather(-1, experts_TK)
+            if unused_TK is not None:
+                weights_TK = weights_TK.masked_fill(unused_TK, float("-inf"))
+            weights_TK = weights_TK.softmax(-1)
         else:
             weights_TK = scores_TE.gather(-1, experts_TK)
+            if unused_TK is not None:
+                weights_TK = weights_TK.masked_fill(unused_TK, 0.0)
             if self._args.normalize_weights:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return weights_TK * self._args.route_scale

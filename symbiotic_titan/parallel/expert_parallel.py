@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +23,7 @@ from symbiotic_titan.moe.dispatch import (
     lay_out_rows,
     padded_counts,
     permute,
+    row_counts,
     unpermute,
 )
 from symbiotic_titan.moe.experts import PartitionedMoE
@@ -71,6 +73,7 @@ class AllToAllDispatcher:
         group_T: Tensor,
         counts_E: Tensor,
         group_sizes: tuple[int, ...],
+        top_ks: tuple[int, ...],
         block_rows: int = 0,
     ) -> tuple[Dispatched, AllToAllLayout]:
         shares = [size // self.degree for size in group_sizes]
@@ -82,19 +85,20 @@ class AllToAllDispatcher:
         )
         counts = received_Xe.sum(0).split(shares)
         padded = padded_counts(received_Xe.sum(0), x_TD, block_rows).split(shares)
-        # The host needs the sizes of all following tensors. Joined into one tensor they cost one device sync instead of four.
+        # The host needs the sizes of all following tensors. Joined into one tensor they cost one device sync instead of five.
+        own = counts_E.split(group_sizes)
         numbers = [sent_E.view(self.degree, -1).sum(1), received_Xe.sum(1)]
-        numbers += [torch.stack([c.sum() for c in counts]), torch.stack([c.sum() for c in padded])]
-        host = torch.cat(numbers).tolist()  # device sync
-        send, receive = host[: self.degree], host[self.degree : 2 * self.degree]
-        groups = host[2 * self.degree :]
-        sizes = [
-            RowCounts(*pair)
-            for pair in zip(groups[: len(shares)], groups[len(shares) :], strict=True)
-        ]
+        numbers += [torch.stack([c.sum() for c in parts]) for parts in (own, counts, padded)]
+        host = torch.cat(numbers).cpu().split([len(part) for part in numbers])  # device sync
+        send, receive, own_copies, copies_here, rows_here = (part.tolist() for part in host)
+        sizes = row_counts(copies_here, rows_here, (1,) * len(shares))
 
         copies = self._sent_layout(
-            experts_TK, group_T, sent_E, expert_of_slot_E, len(shares), sum(send)
+            experts_TK,
+            group_T,
+            sent_E,
+            expert_of_slot_E,
+            row_counts(own_copies, own_copies, top_ks),
         )
         received = self._received_layout(received_Xe, shares, counts, padded, sizes, sum(receive))
         (sent_rows,) = permute(x_TD, copies)
@@ -127,17 +131,21 @@ class AllToAllDispatcher:
         group_T: Tensor,
         sent_E: Tensor,
         expert_of_slot_E: Tensor,
-        num_groups: int,
-        num_copies: int,
+        groups: list[RowCounts],
     ) -> tuple[RowLayout, ...]:
         """The slots of all ranks as one group, without zero rows, which the receiver adds."""
-        slot_of_expert_E = torch.argsort(expert_of_slot_E)
-        is_padding_T = group_T == num_groups
-        slots_TK = slot_of_expert_E[experts_TK].masked_fill(
-            is_padding_T.unsqueeze(-1), sent_E.shape[0]
-        )
-        size = RowCounts(num_copies, num_copies)
-        return lay_out_rows(slots_TK, is_padding_T.long(), (sent_E,), (sent_E,), [size])
+        beyond = sent_E.shape[0]
+        # One more entry: the slot of unused places.
+        slot_of_expert_E = F.pad(torch.argsort(expert_of_slot_E), (0, 1), value=beyond)
+        is_padding_T = group_T == len(groups)
+        slots_TK = slot_of_expert_E[experts_TK].masked_fill(is_padding_T.unsqueeze(-1), beyond)
+        blocks = tuple(block for group in groups for block in group.blocks)
+        block_T, top_ks = group_T, {top_k for _, top_k in blocks}
+        if len(top_ks) == 1:  # fewer kernels: tokens of all groups form one block
+            block_T, blocks = is_padding_T.long(), ((sum(t for t, _ in blocks), top_ks.pop()),)
+        num_copies = sum(group.copies for group in groups)
+        size = RowCounts(num_copies, num_copies, blocks)
+        return lay_out_rows(slots_TK, block_T, (sent_E,), (sent_E,), [size])
 
     def _received_layout(
         self,

@@ -10,6 +10,12 @@ from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
 
 # Unequal sizes, no powers of two.
 GROUPS = (ExpertGroup("understanding", (TEXT, VIT), 7), ExpertGroup("generation", (VAE,), 5))
+# Width and top_k of their own; a group smaller than the largest top_k.
+UNEQUAL = (
+    ExpertGroup("understanding", (TEXT,), 7, top_k=4),
+    ExpertGroup("vision", (VIT,), 3, hidden_dim=8, top_k=2),
+    ExpertGroup("generation", (VAE,), 5, hidden_dim=40),
+)
 POOL = (ExpertGroup("all", (TEXT, VIT, VAE), 12),)
 
 
@@ -42,7 +48,7 @@ def route(layer: PartitionedMoE, x_TD: Tensor, modality: int):
     logits = x_TD.float() @ router.weight.float().T
     scores = logits.sigmoid() if args.score_function == "sigmoid" else logits.softmax(-1)
     choice = scores if router.bias is None else scores + router.bias
-    experts = choice.topk(args.top_k).indices
+    experts = choice.topk(args.top_ks[args.groups.index(group)]).indices
     weights = scores.gather(-1, experts)
     if args.normalize_weights:
         weights = weights / weights.sum(-1, keepdim=True)

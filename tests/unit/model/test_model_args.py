@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from symbiotic_titan.config.experts import ExpertGroupRow
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.model.args import one_pool, partition_groups
 from symbiotic_titan.model.flavors import FLAVORS
@@ -15,7 +16,7 @@ from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 
 
 def row(modalities, num_experts):
-    return SimpleNamespace(modalities=modalities, num_experts=num_experts)
+    return ExpertGroupRow(modalities, num_experts)
 
 
 SPLIT = {"understanding": row(["text", "vit"], 12), "generation": row(["vae"], 4)}

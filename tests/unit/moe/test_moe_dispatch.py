@@ -16,7 +16,7 @@ def dispatch(dtype=torch.float64):
     counts_E = torch.tensor([3, 0, 3, 2, 2])
     x_TD = torch.arange(1.0, 7).unsqueeze(-1).repeat(1, 4).to(dtype).requires_grad_()
     dispatcher = LocalDispatcher()
-    dispatched, layout = dispatcher.dispatch(x_TD, experts_TK, group_T, counts_E, SIZES)
+    dispatched, layout = dispatcher.dispatch(x_TD, experts_TK, group_T, counts_E, SIZES, (2, 2))
     return dispatcher, x_TD, dispatched, layout
 
 
@@ -58,8 +58,9 @@ def test_gradients_equal_those_of_plain_indexing():
 
     total = 0.0
     for factor, group in zip(factors, layout, strict=True):
+        (block,) = group.blocks
         plain = factor * x_TD[group.source_n]
-        for token, row_K in zip(group.token_t.tolist(), group.row_tK, strict=True):
+        for token, row_K in zip(block.token_t.tolist(), block.row_tK, strict=True):
             total = total + (weights_TK[token] @ plain[row_K] * direction_TD[token]).sum()
     for grad, wanted in zip(found, torch.autograd.grad(total, [x_TD, weights_TK]), strict=True):
         torch.testing.assert_close(grad, wanted)
@@ -70,7 +71,7 @@ def test_dispatcher_keeps_nothing_between_calls():
     dispatcher, _, first, first_layout = dispatch()
     x_TD = torch.zeros(1, 4, dtype=torch.float64)
     one = torch.tensor([[0, 1]])
-    dispatcher.dispatch(x_TD, one, torch.tensor([0]), torch.tensor([1, 1, 0, 0, 0]), SIZES)
+    dispatcher.dispatch(x_TD, one, torch.tensor([0]), torch.tensor([1, 1, 0, 0, 0]), SIZES, (1, 1))
     out_TD = dispatcher.combine(first.rows, torch.ones(6, 2), first_layout)
     assert out_TD[:, 0].tolist() == [2, 4, 0, 8, 10, 12]
     assert vars(dispatcher) == {}

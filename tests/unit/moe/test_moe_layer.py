@@ -9,6 +9,7 @@ from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
 from tests.helpers.moe_reference import (
     GROUPS,
     POOL,
+    UNEQUAL,
     grads,
     make_args,
     make_layer,
@@ -19,7 +20,7 @@ from tests.helpers.moe_reference import (
 NO_SHIELD = torch.tensor(1.0)
 
 
-@pytest.mark.parametrize("groups", [GROUPS, POOL])
+@pytest.mark.parametrize("groups", [GROUPS, POOL, UNEQUAL], ids=["two", "one", "unequal"])
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_float32_layer_equals_the_plain_loop_forward_and_backward(groups, score_function):
     layer = make_layer(make_args(groups, score_function=score_function, route_scale=1.5))
