@@ -80,11 +80,11 @@ class Registry(Generic[T]):
             )
 
     def __getitem__(self, name: str) -> T:
-        self.check(self.key, name)
+        if name not in self._parts:
+            self.check(self.key, name)
         part = self._parts[name]
-        if name in self._unloaded and isinstance(
-            part, str
-        ):  # no str where another thread was first
+        # A str that is a part was registered as such; another thread may have loaded it first.
+        if isinstance(part, str) and name in self._unloaded:
             part = self._parts[name] = load_part(part)
             self._unloaded.discard(name)
         return part  # type: ignore[return-value]

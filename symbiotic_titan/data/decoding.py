@@ -9,7 +9,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import numpy as np
@@ -155,7 +155,7 @@ def decode_image(
         ImageSizeError: too many pixels; read from the header, before anything is decoded.
         one of DECODE_ERRORS: the data are damaged, or no image that is decoded; the text says what they are.
     """
-    with warnings.catch_warnings(), _truncation(keep_truncated):
+    with warnings.catch_warnings(), _truncated_files() if keep_truncated else nullcontext():
         # Pillow warns of damage that it can repair, and raises where it cannot.
         warnings.simplefilter("ignore")
         try:
@@ -171,19 +171,21 @@ def decode_image(
 
 
 def _opened(data: bytes) -> Image.Image:
-    for choose in (lambda _: COMMON_FORMATS, formats_to_try):
-        try:
-            return Image.open(io.BytesIO(data), formats=choose(data))
-        except UnidentifiedImageError:
-            continue
-    raise ValueError(what_it_is(data))
+    try:
+        return Image.open(io.BytesIO(data), formats=COMMON_FORMATS)
+    except UnidentifiedImageError:
+        pass
+    try:
+        return Image.open(io.BytesIO(data), formats=formats_to_try(data))
+    except UnidentifiedImageError:
+        raise ValueError(what_it_is(data)) from None
 
 
 @contextmanager
-def _truncation(keep: bool) -> Iterator[None]:
-    """Pillow's switch is one for the whole process."""
+def _truncated_files() -> Iterator[None]:
+    """Files that break off are decoded; Pillow's switch is one for the whole process."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = before or keep
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         yield
     finally:

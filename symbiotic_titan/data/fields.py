@@ -20,13 +20,6 @@ MEDIA = ("video", "videos", "audio", "audios")
 PREFERENCE_PAIR = ("chosen", "rejected")
 _UNREAD, _IMAGE_NAMES = frozenset((*MEDIA, *PREFERENCE_PAIR)), frozenset(IMAGE_EXTENSIONS)
 
-# Keys of a table that hold or name its image; the first that is there and not empty counts. ``datasets`` has bytes and path, OpenAI
-# image_url and url, Anthropic source and data, mmc4 image_base64, image_name and raw_url.
-IMAGE_KEYS = (
-    *("bytes", "image", "image_url", "source", "base64", "image_base64", "data"),
-    *("path", "image_path", "image_name", "file_name", "url", "raw_url"),
-)
-
 Keys = Mapping[str, str | list[str]]
 
 # What is chosen, e.g. "caption" -> a number in [0, 1) for it.
@@ -100,7 +93,7 @@ class Fields:
 
         Raises BadSample: there is none, or it is no text.
         """
-        value, name = self.several(field), " or ".join(map(repr, self._shown(field)))
+        value, name = self.several(field), self._shown(field)
         if field in DRAWN_FIELDS and isinstance(value, list):
             return self.one_of(value, name, field)
         return as_text(value, name)
@@ -122,9 +115,9 @@ class Fields:
         chosen = [as_text(text, f"each text of {name}") for text in good]
         return chosen[int(self.draw(what) * len(chosen))]
 
-    def _shown(self, field: str) -> list[str]:
+    def _shown(self, field: str) -> str:
         named = self.keys.get(field, field)
-        return named if isinstance(named, list) else [named]
+        return " or ".join(map(repr, named)) if isinstance(named, list) else repr(named)
 
     def image_values(self, field: str = "image") -> list[Any]:
         """What the sample has for each of its images; none where it has no image.
@@ -135,7 +128,10 @@ class Fields:
         members = self._image_members() if field == "image" else []
         if len(members) > 1:
             return [self._values[name] for name in members]
-        values = rows_of(self.get(field))
+        values = self.get(field)
+        if isinstance(values, bytes):  # as in most samples
+            return [values]
+        values = rows_of(values)
         if isinstance(values, str) and values.lstrip().startswith("["):
             values = _from_json(values)
         values = values if isinstance(values, list) else [values]
@@ -162,10 +158,10 @@ class Fields:
 
     def some_image_values(self) -> list[Any]:
         """As ``image_values``; raises BadSample where there is none."""
-        values, members = self.image_values(), self._image_members()
+        values = self.image_values()
         if not values:
             raise self._missing("image")
-        if len(members) > 1:
+        if len(values) > 1 and len(members := self._image_members()) > 1:
             several = " and ".join(map(repr, members))
             raise BadSample(
                 "wrong_type", f'it has {several}; name one: keys = {{image = "{members[0]}"}}'
@@ -193,11 +189,6 @@ class Fields:
         return BadSample(
             "missing", f"its {field} is missing: there is no {_joined(names)} but {found}"
         )
-
-
-def own_image(item: Mapping[str, Any]) -> Any:
-    """What ``item`` holds or names as its image, or None."""
-    return next((item[key] for key in IMAGE_KEYS if item.get(key)), None)
 
 
 def names_of(field: str, keys: Keys) -> tuple[str, ...]:
@@ -368,6 +359,8 @@ def schemas_of(task: Task, keys: Keys) -> tuple[tuple[str, ...], ...]:
 def schema_of(task: Task, fields: Fields) -> tuple[str, ...]:
     """The first schema whose last field the sample has; the first of all where it has none."""
     schemas = schemas_of(task, fields.keys)
+    if len(schemas) == 1:
+        return schemas[0]
     return next((s for s in schemas if fields.get(s[-1]) is not None), schemas[0])
 
 

@@ -11,8 +11,14 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from symbiotic_titan.data.decoding import format_of
-from symbiotic_titan.data.fields import own_image
 from symbiotic_titan.data.formats.shard import BadSample, brief, one_line
+
+# Keys of a table that hold or name its image; the first that is there and not empty counts. ``datasets`` has bytes and path, OpenAI
+# image_url and url, Anthropic source and data, mmc4 image_base64, image_name and raw_url.
+IMAGE_KEYS = (
+    *("bytes", "image", "image_url", "source", "base64", "image_base64", "data"),
+    *("path", "image_path", "image_name", "file_name", "url", "raw_url"),
+)
 
 # Base64 text of an image is at least this long; a shorter string is a name.
 SHORTEST_BASE64 = 64
@@ -59,6 +65,11 @@ class ImageFiles:
             raise BadSample("unreadable", f"image {shown} cannot be read ({reason})") from error
 
 
+def own_image(item: Mapping[str, Any]) -> Any:
+    """What ``item`` holds or names as its image, or None."""
+    return next((item[key] for key in IMAGE_KEYS if item.get(key)), None)
+
+
 def _content(path: str) -> bytes:
     """Bytes of the file ``path``. A name with escapes such as ``%20`` is taken as it is, or else unescaped."""
     try:
@@ -73,6 +84,8 @@ def _content(path: str) -> bytes:
 
 def _is_base64(start: str | bytes) -> bool:
     """Whether a value that begins with ``start`` is base64 text of an image; ``start`` is a multiple of 4 characters."""
+    if not start.isascii():  # as JPEG and PNG begin; spares the error
+        return False
     try:
         text = start if isinstance(start, str) else start.decode("ascii")
         return format_of(base64.b64decode(text, validate=True)) != ""

@@ -73,8 +73,11 @@ class TargetImages:
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
     """(3, H, W) float32 in [-1, 1]: the ``pixel`` codec's latents, and what an autoencoder encodes."""
-    pixels_CHW = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255.0
-    return torch.from_numpy(pixels_CHW) * 2.0 - 1.0
+    pixels_CHW = np.asarray(image).astype(np.float32).transpose(2, 0, 1)
+    pixels_CHW /= 255.0
+    pixels_CHW *= 2.0
+    pixels_CHW -= 1.0
+    return torch.from_numpy(pixels_CHW)
 
 
 def to_bytes(image: Image.Image) -> torch.Tensor:

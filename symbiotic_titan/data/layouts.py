@@ -112,9 +112,10 @@ def lay_out(sample: TaskSample) -> list[list[Segment]]:
     task, fields = sample.task, sample.fields
     if task.layout is not None:
         return _checked(task, task.layout(sample))
-    content = content_of(task, fields)
+    schema = schema_of(task, fields)
+    content = content_of(task, fields, schema)
     if content is None:
-        return PLAIN_LAYOUTS[schema_of(task, fields)[-1]](sample)
+        return PLAIN_LAYOUTS[schema[-1]](sample)
     if content.messages is not None:
         return [_conversation(sample, content.messages)]
     return [_segments(sample, content.parts or [])]

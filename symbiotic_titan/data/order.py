@@ -4,6 +4,7 @@ The samples of a source form one endless sequence, epoch after epoch: index ``g`
 Each epoch permutes the shards, then the samples of each shard: the order changes while reads stay within a few files at a time.
 """
 
+from bisect import bisect_right
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -104,14 +105,15 @@ class SourceOrder:
         """(shard, sample within the shard) at ``index`` in the endless sequence."""
         epoch, position = divmod(index, self.num_samples)
         order, ends = self._shards(epoch)
-        place = int(np.searchsorted(ends, position, side="right"))
-        shard = int(order[place])
-        within = position - int(ends[place]) + int(self._shard_sizes[shard])
+        place = bisect_right(ends, position)
+        shard = order[place]
+        within = position - ends[place] + int(self._shard_sizes[shard])
         return shard, int(self._samples(epoch, shard)[within])
 
-    def _shards_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _shards_of_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The shards in the order of ``epoch``, and the position at which each of them ends."""
         order = permutation(len(self._shard_sizes), hash_key(*self._names, "shards", epoch))
-        return order, np.cumsum(self._shard_sizes[order])
+        return order.tolist(), np.cumsum(self._shard_sizes[order]).tolist()
 
     def _samples_of_shard(self, epoch: int, shard: int) -> np.ndarray | Bijection:
         key, length = self._key(epoch, shard), int(self._shard_sizes[shard])

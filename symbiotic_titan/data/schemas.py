@@ -67,9 +67,10 @@ class Shape:
     name_of_parts: str = ""
 
 
-def content_of(task: Task, fields: Fields) -> Content | None:
-    """What a sample of ``task`` holds; None for a plain text or a caption, whose layout reads the fields itself. Raises BadSample."""
-    shape = SHAPES.get(schema_of(task, fields))
+def content_of(task: Task, fields: Fields, schema: tuple[str, ...]) -> Content | None:
+    """What a sample of ``task`` and ``schema`` holds; None for a plain text or a caption, whose layout reads the fields itself. Raises
+    BadSample."""
+    shape = SHAPES.get(schema)
     return None if shape is None else shape.read(task, fields)
 
 

@@ -15,7 +15,7 @@ from symbiotic_titan.config.data import DataSource
 from symbiotic_titan.data.conversations import ImagePart
 from symbiotic_titan.data.decoding import decode_image
 from symbiotic_titan.data.documents import Document, TextSegment, VaeSegment, VitSegment
-from symbiotic_titan.data.fields import Fields
+from symbiotic_titan.data.fields import Fields, schema_of
 from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.samples import fields_of
@@ -108,7 +108,7 @@ def images_of(source: DataSource, fields: Fields) -> list[ImagePart]:
     task = TASKS[source.task]
     if not task.has_images:
         return []
-    content = None if task.layout is not None else content_of(task, fields)
+    content = None if task.layout is not None else content_of(task, fields, schema_of(task, fields))
     if content is not None:
         return content.images
     return [ImagePart(data, not task.input_images) for data in fields.images()]
