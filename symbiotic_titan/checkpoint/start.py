@@ -22,7 +22,7 @@ from symbiotic_titan.weights.damage import (
     rename_damaged,
 )
 from symbiotic_titan.weights.reader import CheckpointReader
-from symbiotic_titan.weights.safetensors import has_weights
+from symbiotic_titan.weights.weight_files import has_weights
 
 
 def choose_start(config: Checkpoint, folder: Path, model: nn.Module) -> Path | None:

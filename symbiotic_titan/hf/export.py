@@ -31,6 +31,7 @@ from symbiotic_titan.hf.model import (
     CONFIG,
     unmapped_names,
 )
+from symbiotic_titan.hf.quantised import without_quantization
 from symbiotic_titan.hf.release_files import (
     RELEASE_FILES,
     copy_release_files,
@@ -138,7 +139,8 @@ def export_understanding(
     check_is_model(reader, _tensors(args))
     group = understanding_group(args.groups)
     args = replace(args, num_experts=group.num_experts, groups=())
-    old_config = read_table(release_files / CONFIG)
+    # Of a quantised release too, the tensors are written in full.
+    old_config = without_quantization(read_table(release_files / CONFIG))
     architecture = architecture_of(old_config)
     try:
         config = architecture.config(old_config, args)

@@ -1,7 +1,8 @@
 """Reads released models in place, under our names. ``open_model`` opens a checkpoint in any format that we read."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,16 @@ from symbiotic_titan.hf.converter import (
     ConverterStep,
     TensorConverter,
 )
+from symbiotic_titan.hf.quantised import (
+    DequantizingReader,
+    quantization_of,
+    without_quantization,
+)
+from symbiotic_titan.hf.tensor_names import (
+    check_merged,
+    computed_from_config,
+    names_by_architecture,
+)
 from symbiotic_titan.model import model_config
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
@@ -27,17 +38,20 @@ from symbiotic_titan.weights.compatibility import (
 from symbiotic_titan.weights.dcp import DistributedCheckpoint
 from symbiotic_titan.weights.reader import (
     CheckpointReader,
+    PartialReader,
+    TensorReader,
     TensorSpec,
     some_of,
 )
 from symbiotic_titan.weights.safetensors import (
     SafetensorsModel,
     SliceReader,
+    TensorSlice,
     copy_into,
-    has_weights,
     read_table,
     slices_in,
 )
+from symbiotic_titan.weights.weight_files import has_weights
 
 CONFIG = "config.json"
 
@@ -49,38 +63,39 @@ class HuggingFaceModel:
 
     args      what config.json describes. The latent parts are not in a release, so ``tensors`` lack them.
     unmapped  reader of the tensors without a counterpart in our network, under the release's names.
-    layout    released tensor name -> shape.
+    layout    released tensor name -> shape, with the architecture's own prefixes and without the scales of FP8 weights.
 
     Raises:
-        ValueError: an unknown architecture or an unsupported setting; weights that are missing, damaged, quantised or of shapes other
-            than config.json implies; or tensors that are neither mapped nor known to be unmapped.
+        ValueError: an unknown architecture or an unsupported setting; weights that are missing, damaged, quantised in an unknown
+            format or of shapes other than config.json implies; or tensors that are neither mapped nor known to be unmapped.
     """
 
     step = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_table(folder / CONFIG)
+        stated = read_table(folder / CONFIG)
+        self.config = without_quantization(stated)
         try:
             self.architecture: Architecture = architecture_of(self.config)
+            quantization = quantization_of(stated)
             self.args: ModelArgs = self.architecture.model_args(self.config)
-            slices = slices_in(folder)
-            self.layout = {name: piece.spec.shape for name, piece in slices.items()}
+            slices = _under_architecture_names(slices_in(folder), self.architecture, self.args)
+            stored = DequantizingReader(SliceReader(slices), quantization)
+            names = _without_tied_output(stored, self.architecture, self.args)
+            self.layout = {name: stored.tensors[name].shape for name in names}
             mappings = self.architecture.weight_map(self.args, self.layout)
+            unmapped = unmapped_names(self.architecture, self.args, names)
+            self.unmapped = PartialReader(stored, unmapped)
+            theirs = PartialReader(stored, [name for name in names if name not in unmapped])
+            _check_theirs(theirs.tensors, mappings)
+            steps = [ConverterStep(m.theirs, m.ours, m.load) for m in mappings]
+            self._ours = TensorConverter(steps, theirs.tensors, theirs.read)
+            self.tensors: Mapping[str, TensorSpec] = self._ours.specs
+            _check_ours(self.tensors, self.args)
         except ValueError as error:
             where = str(folder)
             raise ValueError(str(error) if where in str(error) else f"{where}: {error}") from None
-        unmapped = unmapped_names(self.architecture, self.args, slices)
-        self.unmapped = SliceReader({name: slices.pop(name) for name in unmapped})
-        theirs = SliceReader(slices)
-        _check_theirs(folder, theirs.tensors, mappings)
-        steps = [ConverterStep(mapping.theirs, mapping.ours, mapping.load) for mapping in mappings]
-        try:
-            self._ours = TensorConverter(steps, theirs.tensors, theirs.read)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
-        self.tensors: Mapping[str, TensorSpec] = self._ours.specs
-        _check_ours(folder, self.tensors, self.args)
 
     @property
     def model_type(self) -> str:
@@ -103,27 +118,80 @@ def unmapped_names(
     return [name for name in names if any(re.match(p, name) for p in patterns)]
 
 
-def _check_theirs(
-    folder: Path, specs: Mapping[str, TensorSpec], mappings: list[WeightMapping]
-) -> None:
-    used = dict.fromkeys(name for mapping in mappings for name in mapping.theirs)
+def _under_architecture_names(
+    slices: Mapping[str, TensorSlice], architecture: Architecture, args: ModelArgs
+) -> dict[str, TensorSlice]:
+    """The tensors of the files without those that are computed from the config. Names get the architecture's prefixes if they do not
+    have what it asks for as they are."""
+    check_merged(slices)
+    shapes = {name: piece.spec.shape for name, piece in slices.items()}
+    used = _names_of(architecture.weight_map(args, shapes))
+    computed = set(computed_from_config(slices)) - used.keys()
+    left = [name for name in slices if name not in computed]
+    if used.keys() <= slices.keys():
+        return {name: slices[name] for name in left}
+    new = names_by_architecture(left, _names_of(architecture.weight_map(args, {})))
+    return {new[name]: slices[name] for name in left}
+
+
+def _without_tied_output(
+    stored: TensorReader, architecture: Architecture, args: ModelArgs
+) -> list[str]:
+    """The names of ``stored`` without a copy of the embedding table in the place of a tied output projection.
+
+    Raises:
+        ValueError: the output projection has values of its own.
+    """
+    names = list(stored.tensors)
+    if not args.tie_embeddings:
+        return names
+    untied = architecture.weight_map(replace(args, tie_embeddings=False), _shapes(stored))
+    their = {our: m.theirs[0] for m in untied for our in m.ours if len(m.ours) == 1}
+    table, output = their.get("tok_embeddings.weight", ""), their.get("output.weight", "")
+    if table not in stored.tensors or output not in stored.tensors:
+        return names
+    if not torch.equal(stored.read(output), stored.read(table)):
+        raise ValueError(
+            f"{CONFIG} ties the output projection to the embeddings (tie_word_embeddings), but {output} differs from {table}; set "
+            "tie_word_embeddings = false if the projection was trained by itself, else remove the tensor"
+        )
+    return [name for name in names if name != output]
+
+
+def _shapes(stored: TensorReader) -> dict[str, tuple[int, ...]]:
+    return {name: spec.shape for name, spec in stored.tensors.items()}
+
+
+def _names_of(mappings: Iterable[WeightMapping]) -> dict[str, None]:
+    return dict.fromkeys(name for mapping in mappings for name in mapping.theirs)
+
+
+def _check_theirs(specs: Mapping[str, TensorSpec], mappings: list[WeightMapping]) -> None:
+    used = _names_of(mappings)
     missing = [name for name in used if name not in specs]
-    if missing:
-        raise ValueError(f"{folder} lacks {some_of(missing)}, which {CONFIG} asks for")
     more = [name for name in specs if name not in used]
+    outputs = [m.theirs for m in mappings if m.ours == ("output.weight",)]
+    if missing and (missing,) == tuple(map(list, outputs)):
+        raise ValueError(
+            f"lacks {missing[0]}, the output projection, although {CONFIG} does not tie it to the embeddings; set tie_word_embeddings "
+            "= true if the embedding table serves as both"
+        )
+    if missing:
+        instead = f"; it holds {some_of(more)}, which {CONFIG} does not ask for" if more else ""
+        raise ValueError(f"lacks {some_of(missing)}, which {CONFIG} asks for{instead}")
     if more:
         raise ValueError(
-            f"{folder} holds {some_of(more)}, which no part of our model corresponds to; without them it would be another model"
+            f"holds {some_of(more)}, which no part of our model corresponds to; without them it would be another model"
         )
     for name, spec in specs.items():
         if spec.dtype not in _FLOATS:
             raise ValueError(
-                f"{folder}: {name} is {str(spec.dtype).removeprefix('torch.')}, as in quantised models; use a release in "
-                "bfloat16, float16 or float32"
+                f"{name} is {str(spec.dtype).removeprefix('torch.')}, as in quantised models; use a release in bfloat16, float16 or "
+                "float32"
             )
 
 
-def _check_ours(folder: Path, specs: Mapping[str, TensorSpec], args: ModelArgs) -> None:
+def _check_ours(specs: Mapping[str, TensorSpec], args: ModelArgs) -> None:
     with torch.device("meta"):
         expected = tensors_of_model(SymbioticModel(args))
     absent = absent_parts(specs)
@@ -133,7 +201,7 @@ def _check_ours(folder: Path, specs: Mapping[str, TensorSpec], args: ModelArgs) 
         assert name in specs, f"no weight mapping of the architecture gives {name}"
         if specs[name].shape != spec.shape:
             raise ValueError(
-                f"{folder}: {name} has shape {specs[name].shape} in its files, {spec.shape} by {CONFIG}"
+                f"{name} has shape {specs[name].shape} in its files, {spec.shape} by {CONFIG}"
             )
     assert specs.keys() <= expected.keys(), "a weight mapping gives a tensor that the model lacks"
 

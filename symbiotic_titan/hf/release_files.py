@@ -10,7 +10,7 @@ from typing import Any
 from symbiotic_titan.config.files import read_json, write_json
 from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.hf.model import HuggingFaceModel
-from symbiotic_titan.weights.reader import CheckpointReader, total_bytes
+from symbiotic_titan.weights.reader import CheckpointReader, TensorReader, total_bytes
 from symbiotic_titan.weights.safetensors import (
     SliceReader,
     read_slices,
@@ -53,7 +53,7 @@ def release_files_bytes(reader: CheckpointReader) -> int:
     return kept.stat().st_size if kept.is_file() else 0
 
 
-def unmapped_tensors(reader: CheckpointReader, release_files: Path) -> SliceReader:
+def unmapped_tensors(reader: CheckpointReader, release_files: Path) -> TensorReader:
     """The unmapped tensors of the release that ``reader`` reads, or else those kept in ``release_files``, a checkpoint's folder
     ``RELEASE_FILES``. Older versions kept none there."""
     if isinstance(reader, HuggingFaceModel):

@@ -85,6 +85,14 @@ def reporting_progress(
     return reported_value
 
 
+class PartialReader:
+    """Only the tensors ``names`` of ``reader``, in this order."""
+
+    def __init__(self, reader: TensorReader, names: Iterable[str]) -> None:
+        self.tensors: Mapping[str, TensorSpec] = {name: reader.tensors[name] for name in names}
+        self.read = reader.read
+
+
 class CastingReader:
     """The tensors of ``reader`` cast to ``dtype`` (None: as stored). Integers are not cast, nor are selection biases: experts are
     selected by sums in float32, so a rounded bias could select others. Reading raises ValueError where a cast overflows."""

@@ -21,6 +21,7 @@ from symbiotic_titan.weights.reader import (
     some_of,
     total_bytes,
 )
+from symbiotic_titan.weights.weight_files import INDEX, files_without_index, index_in
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,6 +30,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -181,13 +183,6 @@ def _write(write: Callable[[Any], int | None], data: Any) -> None:
 
 # ---- folders --------------------------------------------------------------------------------------------------------------
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-
-def has_weights(folder: Path) -> bool:
-    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
-
 
 def read_table(path: Path) -> dict[str, Any]:
     """The object at the top level of a JSON file.
@@ -207,36 +202,44 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def slices_in(folder: Path) -> dict[str, TensorSlice]:
-    """All tensors of a folder: those that its index lists, or those of its only file.
+    """All tensors of a folder: those that its index lists, or those of the files that ``files_without_index`` finds.
 
     Raises:
         ValueError: no weights in this format, a file is missing or damaged, or a tensor is not in the file that the index names.
     """
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise ValueError(
-                f"{folder} has neither {INDEX} nor {SINGLE}; weights are read in the safetensors format only"
-            )
-        return read_slices(folder / SINGLE)
-    file_of = read_table(folder / INDEX).get("weight_map")
+    index = index_in(folder)
+    if index is None:
+        return _slices_without_index(files_without_index(folder))
+    file_of = read_table(index).get("weight_map")
     if not isinstance(file_of, dict):
-        raise ValueError(
-            f"{folder / INDEX} has no weight_map, which says which file has each tensor"
-        )
-    check_value(f"{folder / INDEX}: weight_map", file_of, dict[str, str])
+        raise ValueError(f"{index} has no weight_map, which says which file has each tensor")
+    check_value(f"{index}: weight_map", file_of, dict[str, str])
     files = dict.fromkeys(file_of.values())
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX} names: {some_of(missing)}"
+            f"{folder} lacks {len(missing)} of the {len(files)} files that {index.name} names: {some_of(missing)}"
         )
     slices = {name: read_slices(folder / name) for name in files}
     absent = [name for name, file in file_of.items() if name not in slices[file]]
     if absent:
         raise ValueError(
-            f"{folder / INDEX} names {some_of(absent)}, but {file_of[absent[0]]} does not hold it"
+            f"{index} names {some_of(absent)}, but {file_of[absent[0]]} does not hold it"
         )
     return {name: slices[file][name] for name, file in file_of.items()}
+
+
+def _slices_without_index(files: list[Path]) -> dict[str, TensorSlice]:
+    out: dict[str, TensorSlice] = {}
+    for path in files:
+        slices = read_slices(path)
+        if twice := sorted(out.keys() & slices.keys()):
+            other = out[twice[0]].file.name
+            raise ValueError(
+                f"{path} holds {some_of(twice)}, which {other} holds too; keep one of the files"
+            )
+        out |= slices
+    return out
 
 
 def copy_into(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:

@@ -131,6 +131,32 @@ TRANSPOSED = {
     for name, shape in (("gate_up_proj", (48, 32)), ("down_proj", (32, 24)))
 }
 
+# One tensor per expert and projection, as FP8 releases and trainers have.
+SINGLE_EXPERTS = {
+    f"model.language_model.layers.{layer}.mlp.experts.{i}.{name}_proj.weight": shape
+    for layer in range(2)
+    for i in range(8)
+    for name, shape in (("gate", (24, 32)), ("up", (24, 32)), ("down", (32, 24)))
+}
+
+# The text model of Hunyuan-A13B: tied embeddings, and no image encoder.
+HUNYUAN: dict[str, Any] = {
+    "model_type": "hunyuan_v1_moe",
+    "torch_dtype": "float32",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 8,
+    "moe_topk": 2,
+    "num_shared_expert": 1,
+    "tie_word_embeddings": True,
+    "rope_theta": 10_000.0,
+}
+
 
 def args_of(config: Mapping[str, Any]) -> ModelArgs:
     return architecture_of(config).model_args(config)
@@ -178,9 +204,12 @@ def write_release(
     dtype: torch.dtype = torch.float32,
     num_files: int = 3,
     more: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Write a release with its tensors, and ``more``, dealt out over files in turn; returns the tensors."""
-    tensors = random_tensors(config, layout or {}, dtype) | dict(more or {})
+    """Write a release with ``tensors`` (by default random ones) and ``more``, dealt out over files in turn; returns the tensors."""
+    if tensors is None:
+        tensors = random_tensors(config, layout or {}, dtype)
+    tensors = {**tensors, **(more or {})}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text('{"model": {}}')

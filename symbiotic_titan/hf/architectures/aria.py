@@ -29,9 +29,11 @@ from symbiotic_titan.hf.architectures.weight_map import (
     attention,
     chain,
     decoder,
+    has_single_experts,
     join,
     patch_embedding,
     same,
+    single_experts,
     split,
     swiglu,
     transpose,
@@ -186,8 +188,13 @@ def model_args(config: Config) -> ModelArgs:
         )
 
 
-def _experts(theirs: str, ours: str, shapes: Mapping[str, Shape]) -> list[WeightMapping]:
-    """(E, D, 2F) and (E, F, D), in released files and in transformers' memory: the transpose of ours."""
+def _experts(
+    theirs: str, ours: str, num_experts: int, shapes: Mapping[str, Shape]
+) -> list[WeightMapping]:
+    """(E, D, 2F) and (E, F, D), in released files and in transformers' memory: the transpose of ours. Or a tensor per expert and
+    projection."""
+    if has_single_experts(theirs, shapes):
+        return single_experts(theirs, ours, num_experts)
     fused = f"{theirs}.gate_up_proj" in shapes
     gate_up, down = (".gate_up_proj", ".down_proj") if fused else (".fc1.weight", ".fc2.weight")
     return [
@@ -282,7 +289,7 @@ def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMappi
             ("mlp.router.weight", "moe.router.all.weight"),
         )
         out += attention(f"{theirs}self_attn", f"{ours}attention", args)
-        out += _experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", shapes)
+        out += _experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", args.num_experts, shapes)
         out += swiglu(f"{theirs}mlp.shared_experts", f"{ours}moe.shared_experts")
         return out
 

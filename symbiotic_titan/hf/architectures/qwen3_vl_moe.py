@@ -27,9 +27,11 @@ from symbiotic_titan.hf.architectures.weight_map import (
     attention,
     chain,
     decoder,
+    has_single_experts,
     join,
     patch_embedding,
     same,
+    single_experts,
     split,
     swiglu,
     transpose,
@@ -191,11 +193,14 @@ def _experts(
     theirs: str, ours: str, args: ModelArgs, shapes: Mapping[str, Shape]
 ) -> list[WeightMapping]:
     """Released files have (E, D, 2F) and (E, F, D), which is assumed where ``shapes`` lack the tensors; transformers 5 saves
-    (E, 2F, D) and (E, D, F). Together the two shapes are unambiguous: 2F and F cannot both equal D.
+    (E, 2F, D) and (E, D, F). Together the two shapes are unambiguous: 2F and F cannot both equal D. FP8 releases and trainers
+    have a tensor per expert and projection.
 
     Raises:
         ValueError: the tensors have neither layout.
     """
+    if has_single_experts(theirs, shapes):
+        return single_experts(theirs, ours, args.num_experts)
     gate_up, down = f"{theirs}.gate_up_proj", f"{theirs}.down_proj"
     d, f = args.dim, args.expert_hidden_dim
     released = ((d, 2 * f), (f, d))

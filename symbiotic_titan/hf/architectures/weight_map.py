@@ -93,6 +93,16 @@ def experts(
             join(1),
         )
         return [gate_up, *same(theirs, ours, (".down_proj", ".w2"))]
+    return single_experts(theirs, ours, num_experts)
+
+
+def has_single_experts(theirs: str, shapes: Mapping[str, Shape]) -> bool:
+    """Whether the experts of a layer have a tensor each."""
+    return f"{theirs}.0.gate_proj.weight" in shapes
+
+
+def single_experts(theirs: str, ours: str, num_experts: int) -> list[WeightMapping]:
+    """One tensor per expert and projection: (F, D), (D, F) and (F, D)."""
     return [
         WeightMapping(
             tuple(f"{theirs}.{i}.{their}.weight" for i in range(num_experts)),

@@ -23,6 +23,7 @@ from symbiotic_titan.weights.safetensors import TensorSlice
 from tests.helpers.released_models import (
     ARIA,
     GLM,
+    HUNYUAN,
     QWEN,
     TRANSPOSED,
     write_release,
@@ -193,14 +194,7 @@ def test_partition_reads_every_tensor_of_a_release_once(tmp_path, release, monke
 
 
 def test_what_a_text_only_release_lacks_is_new(tmp_path):
-    config = {
-        "model_type": "hunyuan_v1_moe",
-        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 8},
-        **{"moe_topk": 2, "num_shared_expert": 1, "tie_word_embeddings": True},
-        "rope_theta": 10_000.0,
-    }
-    write_release(tmp_path / "hunyuan", config)
+    write_release(tmp_path / "hunyuan", HUNYUAN)
     stored = HuggingFaceModel(tmp_path / "hunyuan")
     assert not [name for name in stored.tensors if name.startswith("vit.")]
     args = replace(stored.args, vit=replace(stored.args.vit, dim=16, num_layers=1, num_heads=2))
