@@ -44,7 +44,6 @@ from symbiotic_titan.sequence.modality import (
     IGNORE_INDEX,
     MODALITY_NAMES,
     PADDING,
-    TEXT,
     VIT,
 )
 from symbiotic_titan.sequence.tasks import task_names
@@ -222,7 +221,7 @@ def segment_html(
     """A line of the table."""
     here, modality = slice(segment.start, segment.end), MODALITY_NAMES[segment.modality]
     trained = is_trained(row)[here]
-    if segment.modality == TEXT:
+    if segment.span < 0:  # text, or a token that begins or ends an image
         content = text_html(row.tokens[0, here].tolist(), trained, tokenizer)
     else:
         draw = vit_picture if segment.modality == VIT else vae_picture

@@ -126,6 +126,28 @@ GLM = TokenFamily(
     signs=("[gMASK]", "<sop>", "<|user|>"),
 )
 
+# ERNIE 4.5 VL. Turns are marked by words, and an image has no "Picture 1:" before it: write that, or <think></think> before an answer,
+# into [tokenizer.turns] or the data where it is wanted.
+ERNIE = TokenFamily(
+    special={
+        "pad": "<unk>",
+        "bos": "<|begin_of_sentence|>",
+        "eos": "</s>",
+        "vit_start": "<|IMAGE_START|>",
+        "vit": "<|IMAGE_PLACEHOLDER|>",
+        "vit_end": "<|IMAGE_END|>",
+        **_GENERATION,
+    },
+    turn_tokens=("<|end_of_sentence|>",),
+    turns={
+        "system": ["", "\n"],
+        "user": ["User: ", "\n"],
+        "assistant": ["Assistant: ", "<|end_of_sentence|>"],
+    },
+    turn_separator="",
+    signs=("<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>"),
+)
+
 # Hunyuan-A13B, a text model: its special tokens for images are ours. Every user's turn begins like a document; in the released
 # template the one after a system's turn does not.
 HUNYUAN = TokenFamily(
@@ -150,6 +172,7 @@ TOKEN_FAMILIES: Registry[TokenFamily] = Registry("tokenizer.family")
 TOKEN_FAMILIES.register("aria", ARIA)
 TOKEN_FAMILIES.register("qwen", QWEN)
 TOKEN_FAMILIES.register("glm", GLM)
+TOKEN_FAMILIES.register("ernie", ERNIE)
 TOKEN_FAMILIES.register("hunyuan", HUNYUAN)
 TOKEN_FAMILIES.register("plain", PLAIN)
 # ``tokenizer.family``: whichever family's signs the file has.
@@ -176,8 +199,8 @@ class Tokenizer:
 
     family: str = AUTO
     """Whose special tokens and turns are the defaults: ``qwen`` (ChatML and <|vision_start|>), ``aria``, ``glm`` (GLM-4.5V),
-    ``hunyuan`` (Hunyuan-A13B), or ``plain`` (<user>, <vit_start> and so on; begin, end and padding as the file declares them).
-    ``auto``: the one whose tokens the file has, e.g. qwen with <|im_start|>, else plain."""
+    ``ernie`` (ERNIE 4.5 VL), ``hunyuan`` (Hunyuan-A13B), or ``plain`` (<user>, <vit_start> and so on; begin, end and padding as the
+    file declares them). ``auto``: the one whose tokens the file has, e.g. qwen with <|im_start|>, else plain."""
 
     special: Annotated[dict[str, str], tyro.conf.Fixed] = field(default_factory=dict)
     """[tokenizer.special]: role = "token", for roles whose token is not the family's: pad, bos, eos, vit_start, vit, vit_end,

@@ -72,6 +72,9 @@ class _Sequence:
         latents: TokenForm,
     ) -> None:
         self._geometry, self._layout, self._special = geometry, layout, special
+        self._modality_of = (
+            {special.vit_start: VIT, special.vit_end: VIT} if geometry.vit_own_delimiters else {}
+        )
         self._num_spans = 0
         self._tokens: list[int] = []
         self._trained: list[bool] = []
@@ -89,6 +92,7 @@ class _Sequence:
             start = len(self._tokens)
             if isinstance(segment, TextSegment):
                 self._append(segment.ids, segment.trained, TEXT, span=-1)
+                self._set_delimiters(segment.ids, start)
                 positions_T3, position = text_positions(position, len(segment.ids))
             else:
                 self._append_image(segment, start)
@@ -104,6 +108,10 @@ class _Sequence:
         self._trained += [trained] * len(ids)
         self._modality += [modality] * len(ids)
         self._span += [span] * len(ids)
+
+    def _set_delimiters(self, ids: list[int], start: int) -> None:
+        for place, token in enumerate(ids if self._modality_of else (), start):
+            self._modality[place] = self._modality_of.get(token, TEXT)
 
     def _append_image(self, segment: VitSegment | VaeSegment, start: int) -> None:
         count, span = segment.rows * segment.columns, self._num_spans

@@ -222,6 +222,7 @@ class ModelArgs(BaseModelArgs):
             vit_resize=self.vit.image_resize,
             vit_queries=self.vit.queries,
             vit_query_sides=self.vit.query_sides,
+            vit_own_delimiters=self.vit.own_delimiters,
         )
 
     @property

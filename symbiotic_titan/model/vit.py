@@ -83,17 +83,22 @@ def table_entries(
     return entries.flatten(2), weights.flatten(2)
 
 
+def block_norm(args: VitArgs) -> nn.Module:
+    """A norm of the kind that the blocks have."""
+    norm = nn.LayerNorm if args.norm == "layer" else RMSNorm
+    return norm(args.dim, eps=args.norm_eps)
+
+
 class VitBlock(nn.Module):
     """Pre-norm block of the image encoder."""
 
     def __init__(self, args: VitArgs) -> None:
         super().__init__()
         self.head_dim, self.activation = args.head_dim, args.activation
-        norm = nn.LayerNorm if args.norm == "layer" else RMSNorm
-        self.attention_norm = norm(args.dim, eps=args.norm_eps)
+        self.attention_norm = block_norm(args)
         self.wqkv = nn.Linear(args.dim, 3 * args.dim, bias=args.bias)
         self.wo = nn.Linear(args.dim, args.dim, bias=args.bias)
-        self.ffn_norm = norm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = block_norm(args)
         self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=args.bias)
         self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=args.bias)
         if args.activation == "swiglu":
@@ -113,6 +118,9 @@ class VitBlock(nn.Module):
     def _hidden(self, x_BPS: torch.Tensor) -> torch.Tensor:
         if self.activation == "swiglu":
             return F.silu(self.w1(x_BPS)) * self.w3(x_BPS)
+        if self.activation == "quick_gelu":
+            hidden = self.w1(x_BPS)
+            return hidden * torch.sigmoid(1.702 * hidden)
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
         return F.gelu(self.w1(x_BPS), approximate=approximate)
 
@@ -154,6 +162,38 @@ class GatedMerger(nn.Module):
     def forward(self, x_BPS: torch.Tensor) -> torch.Tensor:
         x_BID = self.join(x_BPS.unflatten(1, (-1, self.num_patches)).flatten(2))
         return self.feed_forward(F.gelu(self.norm(self.project(x_BID))))
+
+
+class ResamplerStage(nn.Module):
+    """Linear, GELU, linear, LayerNorm."""
+
+    def __init__(self, width: int, dim: int, eps: float) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, dim)
+        self.w2 = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def forward(self, x_BIN: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.w2(F.gelu(self.w1(x_BIN))))
+
+
+class Resampler(nn.Module):
+    """A window of merge x merge adjacent patches -> one token, in two stages: the first joins the patches, the second the frames of a
+    video. An image is one frame, repeated. ``eps``: of the norm of the tokens."""
+
+    def __init__(self, vit: VitArgs, dim: int, eps: float) -> None:
+        super().__init__()
+        self.num_patches, self.frames = vit.merge**2, vit.resampled_frames
+        joined = vit.dim * self.num_patches
+        self.spatial = ResamplerStage(joined, joined, vit.norm_eps)
+        self.temporal = ResamplerStage(self.frames * joined, joined, vit.norm_eps)
+        self.project = nn.Linear(joined, dim)
+        self.last_norm = RMSNorm(dim, eps=eps)
+
+    def forward(self, x_BPS: torch.Tensor) -> torch.Tensor:
+        x_BIN = self.spatial(x_BPS.unflatten(1, (-1, self.num_patches)).flatten(2))
+        x_BIN = self.temporal(torch.cat([x_BIN] * self.frames, dim=-1))
+        return self.last_norm(self.project(x_BIN))
 
 
 class QueryIndices(NamedTuple):
@@ -199,10 +239,13 @@ class QueryProjector(nn.Module):
         return self.w2(hidden_BID)
 
 
-def projector(vit: VitArgs, dim: int) -> nn.Module:
-    """The projector that ``vit`` configures."""
+def projector(args: ModelArgs) -> nn.Module:
+    """The projector that ``args.vit`` configures."""
+    vit, dim = args.vit, args.dim
     if vit.queries:
         return QueryProjector(vit, dim)
+    if vit.resampled_frames:
+        return Resampler(vit, dim, args.norm_eps)
     return GatedMerger(vit, dim) if vit.projector_hidden_dim else PatchMerger(vit, dim)
 
 
@@ -225,14 +268,16 @@ class VisionTransformer(nn.Module):
         vit = args.vit
         self.args, self.channels = vit, args.geometry.vit_channels
         values = args.geometry.vit_patch_values * vit.temporal_patch
-        self.patch_embedding = nn.Linear(values, vit.dim)
+        self.patch_embedding = nn.Linear(values, vit.dim, bias=vit.patch_bias)
         if vit.position_grid:
             self.position_embedding = nn.Embedding(vit.position_grid**2, vit.dim)
         self.layers = nn.ModuleDict({str(i): VitBlock(vit) for i in range(vit.num_layers)})
         if vit.outer_norms:
             self.patch_norm = RMSNorm(vit.dim, eps=vit.norm_eps)
-            self.last_norm = RMSNorm(vit.dim, eps=vit.norm_eps)
-        self.merger = projector(vit, args.dim)
+            self.last_norm: nn.Module = RMSNorm(vit.dim, eps=vit.norm_eps)
+        elif vit.last_norm:
+            self.last_norm = block_norm(vit)
+        self.merger = projector(args)
         self.deepstack_mergers = nn.ModuleDict(
             {str(i): PatchMerger(vit, args.dim, norm_joined=True) for i in vit.deepstack}
         )
@@ -255,7 +300,7 @@ class VisionTransformer(nn.Module):
             x_BPS = block(x_BPS, rotary, mask)
             if name in self.deepstack_mergers:
                 deepstack.append(self.deepstack_mergers[name](x_BPS))
-        if self.args.outer_norms:
+        if self.args.outer_norms or self.args.last_norm:
             x_BPS = self.last_norm(x_BPS)
         tokens_BID = self.merger(x_BPS) if indices is None else self.merger(x_BPS, indices)
         return VitOutput(tokens_BID, tuple(deepstack))

@@ -57,10 +57,14 @@ class VitArgs:
     """Norm of the blocks."""
     outer_norms: bool = False
     """An RMSNorm after the patch embedding and another after the last block."""
+    last_norm: bool = False
+    """A norm like those of the blocks after the last block."""
     bias: bool = True
     """Biases in the blocks' linear layers."""
-    activation: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
-    """Activation of the blocks' feed-forward; ``swiglu`` has a third layer, the gate."""
+    patch_bias: bool = True
+    """A bias in the patch embedding."""
+    activation: Literal["gelu_tanh", "gelu", "quick_gelu", "swiglu"] = "gelu_tanh"
+    """Activation of the blocks' feed-forward; ``quick_gelu`` is x * sigmoid(1.702 x), ``swiglu`` has a third layer, the gate."""
     temporal_patch: int = 1
     """Frames that the patch embedding reads. An image is one frame, repeated that many times."""
     position_grid: int = 0
@@ -69,6 +73,11 @@ class VitArgs:
     """How the table is resampled, see ``model.vit``."""
     projector_hidden_dim: int = 0
     """Width of the projector's final gated feed-forward; 0: a projector of two linear layers."""
+    resampled_frames: int = 0
+    """Frames of a video that the projector joins into one, after it has merged patches. An image is one frame, repeated that many
+    times; 0: a projector for images only."""
+    own_delimiters: bool = False
+    """The tokens that begin and end an image are routed as its tokens are, not as text."""
     deepstack: tuple[int, ...] = ()
     """Layers whose output is also projected and added to the image tokens, one after each of the decoder's first layers
     (arXiv 2406.04334)."""
@@ -80,9 +89,8 @@ class VitArgs:
     """How images are resized, see ``data.images``."""
 
     def __post_init__(self) -> None:
-        check_fields(
-            self, "vit", may_be_zero=("position_grid", "projector_hidden_dim", "rope_theta")
-        )
+        may_be_zero = ("position_grid", "projector_hidden_dim", "rope_theta", "resampled_frames")
+        check_fields(self, "vit", may_be_zero=may_be_zero)
         require(self.channels == 3, f"vit.channels: images are read as RGB, got {self.channels}")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
@@ -111,6 +119,14 @@ class VitArgs:
             self.position_grid > 0 or self.position_reading == "bilinear",
             f"vit.position_reading: has no effect without a table (vit.position_grid = 0), got {self.position_reading!r}",
         )
+        require(
+            not (self.outer_norms and self.last_norm),
+            "vit.last_norm: has no effect with vit.outer_norms, which has a last norm already; set one of them to false",
+        )
+        require(
+            not (self.resampled_frames and self.projector_hidden_dim),
+            f"vit.resampled_frames: must be 0 with a gated projector (vit.projector_hidden_dim), got {self.resampled_frames}",
+        )
         self._validate_queries()
 
     def _validate_queries(self) -> None:
@@ -131,7 +147,7 @@ class VitArgs:
                 f"vit.{name}: must be positive and ascending, got {values}",
             )
         if self.queries:
-            plain = {"merge": 1, "projector_hidden_dim": 0, "deepstack": ()}
+            plain = {"merge": 1, "projector_hidden_dim": 0, "resampled_frames": 0, "deepstack": ()}
             for name, expected in plain.items():
                 value = getattr(self, name)
                 require(

@@ -117,7 +117,7 @@ def activation_memory(
             recomputed = max(recomputed, everything)
     data = config.data
     vit_tokens, patches = args.geometry.vit_room(data.max_vit_tokens or length, data.seen_pixels)
-    hidden = 4 if args.vit.activation == "swiglu" else 2
+    hidden = {"swiglu": 4, "quick_gelu": 3}.get(args.vit.activation, 2)
     vit_numbers, masks = 11 * args.vit.dim + hidden * args.vit.hidden_dim, 0
     if args.attention_backend == "sdpa":
         vit_numbers += patches

@@ -40,6 +40,7 @@ class ImageGeometry:
     latent_patch:    latent positions along one side of one sequence token.
     vit_mean, vit_std: mean and standard deviation per channel of the ViT's input normalization, for pixels in [0, 1].
     vit_resize:      how an input image is resized, a name in RESIZE_RULES.
+    vit_own_delimiters: the tokens that begin and end an input image have its modality, not text's.
     """
 
     vit_patch: int
@@ -53,6 +54,7 @@ class ImageGeometry:
     vit_resize: str = "fit"
     vit_queries: tuple[int, ...] = ()
     vit_query_sides: tuple[int, ...] = ()
+    vit_own_delimiters: bool = False
 
     @property
     def vit_token_pixels(self) -> int:

@@ -44,16 +44,19 @@ def image_row(
         spans.append(torch.full((size,), span))
     row = text_row(args, torch.cat(tokens).unsqueeze(0))
     span_T, coords_PA = torch.cat(spans), torch.cat(coords)
+    is_image_T = is_vit_T = span_T >= 0
+    if args.vit.own_delimiters:
+        is_vit_T = is_image_T | is_image_T.roll(1) | is_image_T.roll(-1)
     values = args.geometry.vit_patch_values
     return replace(
         row,
         positions=torch.cat(positions).unsqueeze(0),
         span=span_T.unsqueeze(0),
-        modality=row.modality.masked_fill(span_T >= 0, VIT),
+        modality=row.modality.masked_fill(is_vit_T, VIT),
         vit_patches=torch.randn(1, len(coords_PA), values, generator=generator),
         vit_coords=coords_PA.unsqueeze(0),
         vit_image=torch.cat(images).unsqueeze(0),
-        vit_index=(span_T >= 0).nonzero().T,
+        vit_index=is_image_T.nonzero().T,
     )
 
 
@@ -64,9 +67,11 @@ def released_inputs(
     vit = args.vit
     one_PCQ = row.vit_patches[0].unflatten(-1, (vit.channels, 1, -1))
     grids = [[1, vit.merge * s[0], vit.merge * s[1]] for s in document if not isinstance(s, int)]
+    routing = {"moe_mm_token_type_ids": (row.modality == VIT).int()} if vit.own_delimiters else {}
     return {
+        **routing,
         "input_ids": row.tokens,
-        "mm_token_type_ids": (row.modality == VIT).int(),
+        "mm_token_type_ids": (row.span >= 0).int(),
         "pixel_values": one_PCQ.expand(-1, -1, vit.temporal_patch, -1).flatten(1),
         "image_grid_thw": torch.tensor(grids),
     }

@@ -1,7 +1,12 @@
 """Geometries of the released backbones, and the image processors of transformers that go with them."""
 
+from dataclasses import replace
+
 import numpy as np
 from PIL import Image
+from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import (
+    Ernie4_5_VLMoeImageProcessorPil,
+)
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -16,7 +21,7 @@ QWEN2_VL = ImageGeometry(
 GLM_4V = ImageGeometry(
     14, 2, 3, **GENERATED, vit_mean=CLIP_MEAN, vit_std=CLIP_STD, vit_resize="glm"
 )
-
+ERNIE_VL = replace(QWEN2_VL, vit_own_delimiters=True)
 ARIA = ImageGeometry(
     14, 1, 3, **GENERATED, vit_resize="aria", vit_queries=(128, 256), vit_query_sides=(35, 70)
 )
@@ -35,6 +40,8 @@ def processor_of(geometry):
     kind, frames = (Qwen2VLImageProcessorPil, 1)
     if geometry.vit_resize == "glm":
         kind, frames = (Glm4vImageProcessorPil, 2)
+    elif geometry == ERNIE_VL:
+        kind = Ernie4_5_VLMoeImageProcessorPil
     return kind(
         patch_size=geometry.vit_patch,
         merge_size=geometry.vit_merge,

@@ -9,6 +9,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 from transformers.models.aria.processing_aria import AriaProcessor
+from transformers.models.ernie4_5_vl_moe.processing_ernie4_5_vl_moe import (
+    Ernie4_5_VLMoeProcessor,
+)
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeModel
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -31,9 +34,11 @@ from symbiotic_titan.data.tokenizer import open_tokenizer
 from symbiotic_titan.sequence.modality import VIT
 from tests.helpers.released_processors import (
     ARIA,
+    ERNIE_VL,
     GLM_4V,
     HIGH,
     LOW,
+    QWEN2_VL,
     QWEN3_VL,
     noise_image,
     processor_of,
@@ -54,6 +59,11 @@ ARIA_TOKENS = [
     "<|img|>",
     "<fim_suffix>",
 ]
+ERNIE_TOKENS = [
+    *["<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|end_of_sentence|>"],
+    *["<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>"],
+    *["<|VIDEO_PLACEHOLDER|>", "<|VIDEO_START|>", "<|VIDEO_END|>"],
+]  # fmt: skip
 
 # What the released templates write, for the roles and contents used here.
 CONTENT = (
@@ -238,6 +248,54 @@ def test_a_conversation_becomes_the_tokens_of_aria_and_positions_that_count_up(o
     assert (row.modality == VIT).sum() == len(images) * {490: 128, 980: 256}[longest]
 
 
+def test_a_conversation_becomes_the_text_and_the_routing_of_ernie(opened):
+    """The tokens that begin and end an image are routed with it. Words mark the turns, so that only the text is the same, not how it
+    is cut into tokens. Left out: the template's ``Picture 1:`` before an image."""
+    ours, theirs = opened(ERNIE_TOKENS)
+    made = document(ours, TALK, ERNIE_VL)
+    row = row_of(ours, [made, made], ERNIE_VL)
+    length = made.num_tokens
+    ids = row.tokens[0, :length].tolist()
+    parts = SimpleNamespace(
+        **{
+            f"{kind}{part}_token_id": theirs.convert_tokens_to_ids(f"<|{kind.upper()}_{name}|>")
+            for kind in ("image", "video")
+            for part, name in (("", "PLACEHOLDER"), ("_start", "START"), ("_end", "END"))
+        }
+    )
+    expected = Ernie4_5_VLMoeProcessor.create_moe_mm_token_type_ids(parts, ids)
+    for start in (0, length):
+        assert (row.modality[0, start : start + length] == VIT).int().tolist() == expected
+    images = [noise_image(*p) for _, content in TALK for p in content if not isinstance(p, str)]
+    grids = processor_of(ERNIE_VL)(images, return_tensors="pt")["image_grid_thw"]
+    counts = (grids.prod(-1) // 4).tolist()
+    assert sum(expected) == sum(counts) + 2 * len(images)
+    pictures = iter(counts)
+    turns = {
+        "system": "{}\n",
+        "user": "User: {}\n",
+        "assistant": "Assistant: {}<|end_of_sentence|>",
+    }
+    contents = [
+        "".join(
+            p
+            if isinstance(p, str)
+            else f"<|IMAGE_START|>{'<|IMAGE_PLACEHOLDER|>' * next(pictures)}<|IMAGE_END|>"
+            for p in content
+        )
+        for _, content in TALK
+    ]
+    talk = (turns[role].format(text) for (role, _), text in zip(TALK, contents, strict=True))
+    assert theirs.decode(ids) == "<|begin_of_sentence|>" + "".join(talk)
+
+
+def test_the_tokens_around_an_image_are_text_to_other_backbones(opened):
+    ours, _ = opened(ERNIE_TOKENS)
+    made = document(ours, TALK, ERNIE_VL)
+    own, text = (row_of(ours, [made], geometry).modality for geometry in (ERNIE_VL, QWEN2_VL))
+    assert (own != text).sum() == 2 * 3 and torch.equal(own[own == text], text[own == text])
+
+
 def test_an_image_of_a_shape_that_the_backbone_does_not_take_is_a_bad_sample(tokenizer):
     with pytest.raises(BadSample, match="its image has the wrong size") as error:
         document(tokenizer, [("user", [(30, 6030), "?"]), ("assistant", ["no"])])
@@ -289,6 +347,7 @@ def open_family(tokenizer):
         ("<|endoftext|>", "<|image_pad|>"): "qwen",
         ("<s>", "<|img|>"): "aria",
         ("<sop>", "<|image|>"): "glm",
+        ("<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>"): "ernie",
         ("<|startoftext|>", "<vit>"): "hunyuan",
         ("<bos>", "<vit>"): "plain",
     }[names[tokenizer.special.bos], names[tokenizer.special.vit]]
@@ -300,10 +359,11 @@ def open_family(tokenizer):
         (QWEN_TOKENS, "qwen"),
         (ARIA_TOKENS, "aria"),
         (GLM_TOKENS, "glm"),
+        (ERNIE_TOKENS, "ernie"),
         (HUNYUAN_TOKENS, "hunyuan"),
         (["<|user|>", "<|startoftext|>"], "plain"),
     ],
-    ids=["qwen", "aria", "glm", "hunyuan", "plain"],
+    ids=["qwen", "aria", "glm", "ernie", "hunyuan", "plain"],
 )
 def test_a_family_is_known_by_its_tokens(opened, special, family):
     ours, _ = opened(special)

@@ -24,6 +24,7 @@ from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.sequence.geometry import unpatchify
 from tests.helpers.released_processors import (
     ARIA,
+    ERNIE_VL,
     GLM_4V,
     HIGH,
     LOW,
@@ -40,7 +41,9 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("geometry", [QWEN3_VL, QWEN2_VL, GLM_4V], ids=["qwen3", "qwen2", "glm"])
+@pytest.mark.parametrize(
+    "geometry", [QWEN3_VL, QWEN2_VL, GLM_4V, ERNIE_VL], ids=["qwen3", "qwen2", "glm", "ernie"]
+)
 def test_patches_are_those_of_the_backbones_image_processor(geometry):
     images = [noise_image(*size) for size in SIZES]
     theirs = processor_of(geometry)(images, return_tensors="pt")
