@@ -210,7 +210,9 @@ def _set_everywhere(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _tables(config: dict[str, Any]) -> list[dict[str, Any]]:
-    return [config, *(table for table in config.values() if isinstance(table, dict))]
+    """``config`` and every table within it."""
+    inner = [table for table in config.values() if isinstance(table, dict)]
+    return [config, *(table for one in inner for table in _tables(one))]
 
 
 def export_whole(

@@ -24,9 +24,14 @@ def patch_places(rows: int, columns: int, merge: int) -> Tensor:
 
 
 def image_row(
-    args: ModelArgs, document: list[Segment], placeholder: int, generator: torch.Generator
+    args: ModelArgs,
+    document: list[Segment],
+    placeholder: int,
+    generator: torch.Generator,
+    opening: int | None = None,
 ) -> PackedBatch:
-    """One row with one document. Its text keeps clear of the last ids of the vocabulary, which are special."""
+    """One row with one document. Its text keeps clear of the last ids of the vocabulary, which are special. ``opening``: the token
+    before every image, for models that find images by it."""
     tokens, positions, spans, coords, images, start = [], [], [], [], [], 0
     for number, segment in enumerate(document):
         if isinstance(segment, int):
@@ -42,6 +47,10 @@ def image_row(
             place, start = image_positions(start, *tokens_of, args.rotary_layout)
         positions.append(place)
         spans.append(torch.full((size,), span))
+    if opening is not None:
+        for number, segment in enumerate(document[1:]):
+            if not isinstance(segment, int):
+                tokens[number][-1] = opening
     row = text_row(args, torch.cat(tokens).unsqueeze(0))
     span_T, coords_PA = torch.cat(spans), torch.cat(coords)
     is_image_T = is_vit_T = span_T >= 0
@@ -75,6 +84,15 @@ def released_inputs(
         "pixel_values": one_PCQ.expand(-1, -1, vit.temporal_patch, -1).flatten(1),
         "image_grid_thw": torch.tensor(grids),
     }
+
+
+def released_marked(
+    args: ModelArgs, document: list[Segment], row: PackedBatch
+) -> dict[str, Tensor]:
+    """Likewise, for a model that finds images by the token before them, within what the attention mask shows."""
+    inputs = released_inputs(args, document, row)
+    del inputs["mm_token_type_ids"]
+    return inputs | {"attention_mask": torch.ones_like(row.tokens)}
 
 
 def released_squares(

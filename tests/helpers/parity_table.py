@@ -7,6 +7,7 @@ largest logit, and the share of equal expert choices (sets per token and layer).
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,8 +31,14 @@ from tests.helpers.decoder_parity import (
     saved,
     text_row,
 )
-from tests.helpers.image_rows import Segment, image_row, released_inputs, released_squares
-from tests.helpers.released_models import ARIA, GLM, QWEN
+from tests.helpers.image_rows import (
+    Segment,
+    image_row,
+    released_inputs,
+    released_marked,
+    released_squares,
+)
+from tests.helpers.released_models import ARIA, GLM, QWEN, THINKER
 
 Inputs = Callable[[ModelArgs, list[Segment], PackedBatch], dict[str, Tensor]]
 
@@ -52,6 +59,8 @@ ARIA_SIZES = ARIA | {
 }
 NEW_VIT = VitArgs(dim=16, num_layers=1, num_heads=2, hidden_dim=24, patch=2, merge=2)
 SQUARES: list[Segment] = [3, (2, 3), 2, (1, 4), 1, (3, 1), 4]
+# Two tokens between images: the one that ends an image and the one that begins the next.
+MARKED: list[Segment] = [3, (2, 3), 2, (1, 4), 2, (3, 1), 4]
 QUERIES: list[Segment] = [3, (4, 3), 2, (1, 4), 1, (4, 4), 4]
 SEEDS = range(5)
 NUM_TOKENS = 96
@@ -59,19 +68,21 @@ NUM_TOKENS = 96
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny config.json, the class that transformers routes with, and how it is given images (None: it sees none). ``name``: in the
-    table; the model_type where nothing is said."""
+    """A tiny config.json, the class that transformers routes with, and how it is given images (None: it sees none). ``opening``: the
+    token before every image. ``name``: in the table; the model_type where nothing is said."""
 
     config: dict[str, Any]
     router: str
     document: list[Segment]
     inputs: Inputs | None
     placeholder: int = 9
+    opening: int | None = None
     name: str = ""
 
 
 CASES = (
     Case(QWEN, "Qwen3VLMoeTextTopKRouter", SQUARES, released_inputs, 120),
+    Case(THINKER, "Qwen3OmniMoeThinkerTextTopKRouter", MARKED, released_marked, 120, opening=123),
     Case(GLM | {"image_token_id": 90}, "Glm4vMoeTextTopkRouter", SQUARES, released_inputs, 90),
     Case(ARIA, "AriaTextTopKRouter", QUERIES, released_squares),
     Case(
@@ -98,7 +109,7 @@ def ours_of(theirs: nn.Module) -> tuple[Architecture, nn.Module]:
         config, tensors = saved(theirs, Path(folder))
     architecture = architecture_of(config)
     args = architecture.model_args(config)
-    if any(name.startswith(("model.visual", "vision_tower")) for name in tensors):
+    if any(re.match(r"(model\.)?(visual|vision_tower)\.", name) for name in tensors):
         return architecture, loaded(architecture, args, tensors)
     return architecture, loaded(architecture, replace(args, vit=NEW_VIT), tensors, new=("vit",))
 
@@ -112,7 +123,7 @@ def compared(one: Case, seed: int) -> Iterator[tuple[str, float, float, float]]:
     tokens_BT = torch.randint(10, 80, (2, NUM_TOKENS), generator=generator)
     rows = {"text": (text_row(ours.args, tokens_BT), {"input_ids": tokens_BT})}
     if one.inputs is not None:
-        row = image_row(ours.args, one.document, one.placeholder, generator)
+        row = image_row(ours.args, one.document, one.placeholder, generator, one.opening)
         rows["image"] = row, one.inputs(ours.args, one.document, row)
     for name, (row, inputs) in rows.items():
         logits, choices = run(ours, row)

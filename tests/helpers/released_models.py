@@ -51,6 +51,33 @@ QWEN: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+# The thinker of Qwen3-Omni: Qwen3-VL's network and sizes under other names, a tensor per expert and projection.
+THINKER: dict[str, Any] = {
+    "model_type": "qwen3_omni_moe_thinker",
+    "text_config": QWEN["text_config"],
+    "vision_config": QWEN["vision_config"],
+    "audio_config": {
+        "num_mel_bins": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "d_model": 16,
+        "output_dim": 32,
+        "downsample_hidden_size": 8,
+    },
+    "image_token_id": 120,
+    "video_token_id": 121,
+    "audio_token_id": 122,
+    "vision_start_token_id": 123,
+}
+OMNI: dict[str, Any] = {
+    "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+    "model_type": "qwen3_omni_moe",
+    "enable_audio_output": True,
+    "thinker_config": THINKER,
+    "talker_config": {"num_code_groups": 4},
+}
+
 # Sigmoid router with selection bias, shared expert, a dense layer first; a tensor per expert and projection.
 GLM: dict[str, Any] = {
     "model_type": "glm4v_moe",
@@ -123,6 +150,14 @@ GLM_BESIDE = {
     f"{_FURTHER}mlp.gate.e_score_correction_bias": (8,),
     **{f"{_FURTHER}mlp.experts.{i}.up_proj.weight": (20, 32) for i in range(8)},
 }
+
+OMNI_BESIDE = {
+    "thinker.audio_tower.layers.0.fc1.weight": (16, 16),
+    "talker.model.layers.0.mlp.experts.0.up_proj.weight": (12, 16),
+    "code2wav.pre_transformer.norm.weight": (16,),
+}
+# Tells that the names begin with the thinker's.
+WHOLE_OMNI = {"thinker.lm_head.weight": (128, 32)}
 
 # What transformers 5 saves; the released files have the last two dims the other way round.
 TRANSPOSED = {

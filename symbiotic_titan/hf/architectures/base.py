@@ -62,6 +62,8 @@ ARCHITECTURES: Registry[Architecture] = Registry(
     "config.json: model_type",
     {
         "qwen3_vl_moe": "symbiotic_titan.hf.architectures.qwen3_vl_moe:QWEN3_VL_MOE",
+        "qwen3_omni_moe": "symbiotic_titan.hf.architectures.qwen3_omni_moe:QWEN3_OMNI_MOE",
+        "qwen3_omni_moe_thinker": "symbiotic_titan.hf.architectures.qwen3_omni_moe:QWEN3_OMNI_MOE",
         "glm4v_moe": "symbiotic_titan.hf.architectures.glm4v_moe:GLM4V_MOE",
         "hunyuan_v1_moe": "symbiotic_titan.hf.architectures.hunyuan_v1_moe:HUNYUAN_V1_MOE",
         "aria": "symbiotic_titan.hf.architectures.aria:ARIA",

@@ -5,6 +5,7 @@ The decoder is causal within an image too.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from symbiotic_titan.hf.architectures.settings import (
     ROTARY,
     check_settings,
     described_by,
+    nested,
     rotary_settings,
     settings,
     with_experts,
@@ -70,17 +72,12 @@ VISION_DEFAULTS = {
     "num_position_embeddings": 2304,
     "deepstack_visual_indexes": [8, 16, 24],
 }
-_SUPPORTED = {
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-    "norm_topk_prob": True,
-}
-ROTARY_DEFAULTS = {
+_ROTARY_DEFAULTS = {
     "rope_type": "default",
     "rope_theta": 500_000.0,
     "mrope_section": [24, 20, 20],
 }
-VISION_ROTARY_DEFAULTS = {"rope_type": "axial", "rope_theta": 10_000.0}
+_VISION_ROTARY_DEFAULTS = {"rope_type": "axial", "rope_theta": 10_000.0}
 _ROTARY_SUPPORTED = {
     "rope_type": "default",
     "mrope_interleaved": True,
@@ -90,21 +87,58 @@ _ACTIVATIONS: dict[str, Literal["gelu_tanh", "gelu"]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu": "gelu",
 }
-# Settings whose default depends on others, or that have none.
-_OTHERS = {**ROTARY, "head_dim": int, "num_local_experts": int, "tie_word_embeddings": bool}
-_BESIDE = {"text_config": Any, "vision_config": Any, "tie_word_embeddings": bool}
 
 
-def _text_settings(config: Config) -> dict[str, Any]:
-    """transformers 5 writes ``num_local_experts`` where the released files have ``num_experts``."""
-    values = settings(config, "text_config", DEFAULTS, _SUPPORTED, _OTHERS)
+@dataclass(frozen=True)
+class Tables:
+    """The settings of this network in a config.json: each field but ``above`` is an argument of ``settings``.
+
+    above             name of the table that holds ``text_config`` and ``vision_config``; "": the file itself.
+    beside            other settings of that table, with their types.
+    text, rotary      defaults of ``text_config`` and of its rotary settings.
+    text_supported, rotary_supported, text_others, vision_supported, vision_others
+                      likewise, for settings that only some releases have.
+    """
+
+    above: str
+    beside: Config
+    text: Config
+    rotary: Config
+    text_supported: Config
+    rotary_supported: Config
+    text_others: Config
+    vision_supported: Config
+    vision_others: Config
+
+    def name(self, table: str) -> str:
+        return f"{self.above}.{table}" if self.above else table
+
+
+TABLES = Tables(
+    above="",
+    beside={"text_config": Any, "vision_config": Any, "tie_word_embeddings": bool},
+    text=DEFAULTS,
+    rotary=_ROTARY_DEFAULTS,
+    text_supported={"hidden_act": "silu", "attention_dropout": 0.0, "norm_topk_prob": True},
+    rotary_supported=_ROTARY_SUPPORTED,
+    # Settings whose default depends on others, or that have none. transformers 5 writes num_local_experts where the released files
+    # have num_experts.
+    text_others={**ROTARY, "head_dim": int, "num_local_experts": int, "tie_word_embeddings": bool},
+    vision_supported={},
+    vision_others=ROTARY,
+)
+
+
+def _text_settings(config: Config, tables: Tables) -> dict[str, Any]:
+    table = tables.name("text_config")
+    values = settings(config, table, tables.text, tables.text_supported, tables.text_others)
     values["num_experts"] = values.get("num_local_experts", values["num_experts"])
-    check_settings(config["text_config"], "text_config", {"num_experts": values["num_experts"]})
+    check_settings(nested(config, table), table, {"num_experts": values["num_experts"]})
     return values
 
 
-def num_dense_layers(values: Config) -> int:
-    """The number of dense layers before the first MoE layer.
+def num_dense_layers(values: Config, table: str) -> int:
+    """The number of dense layers before the first MoE layer, by the settings of ``table``.
 
     Raises:
         ValueError: a later layer is dense.
@@ -114,30 +148,31 @@ def num_dense_layers(values: Config) -> int:
     dense = [i for i in layers if i in named or (i + 1) % step != 0]
     if dense != list(range(len(dense))):
         raise ValueError(
-            f"config.json: text_config.decoder_sparse_step = {step} and text_config.mlp_only_layers = {named} leave the layers "
-            f"{dense} without experts; this network supports that for leading layers only"
+            f"config.json: {table}.decoder_sparse_step = {step} and {table}.mlp_only_layers = {named} leave the layers {dense} "
+            "without experts; this network supports that for leading layers only"
         )
     return len(dense)
 
 
-def vit_args(config: Config, width: int) -> VitArgs:
+def vit_args(config: Config, width: int, tables: Tables) -> VitArgs:
     """The image encoder of ``vision_config`` for a decoder of this ``width``."""
-    values = settings(config, "vision_config", VISION_DEFAULTS, others=ROTARY)
-    check_settings(values, "vision_config", {"out_hidden_size": width})
+    table = tables.name("vision_config")
+    values = settings(config, table, VISION_DEFAULTS, tables.vision_supported, tables.vision_others)
+    check_settings(values, table, {"out_hidden_size": width})
     axial = {"rope_type": "axial"}
-    rotary = rotary_settings(values, "vision_config", VISION_ROTARY_DEFAULTS, axial)
+    rotary = rotary_settings(values, table, _VISION_ROTARY_DEFAULTS, axial)
     activation, positions = values["hidden_act"], values["num_position_embeddings"]
     if activation not in _ACTIVATIONS:
         raise ValueError(
-            f"config.json: vision_config.hidden_act = {activation!r} is not supported by this network, only "
+            f"config.json: {table}.hidden_act = {activation!r} is not supported by this network, only "
             f"{' and '.join(map(repr, _ACTIVATIONS))} are"
         )
     if isqrt(positions) ** 2 != positions:
         raise ValueError(
-            f"config.json: vision_config.num_position_embeddings = {positions} is no square; the position table has as many "
+            f"config.json: {table}.num_position_embeddings = {positions} is no square; the position table has as many "
             "rows as columns"
         )
-    with described_by("vision_config"):
+    with described_by(table):
         return VitArgs(
             dim=values["hidden_size"],
             num_layers=values["depth"],
@@ -155,13 +190,14 @@ def vit_args(config: Config, width: int) -> VitArgs:
         )
 
 
-def model_args(config: Config) -> ModelArgs:
-    """See ``Architecture``."""
-    beside, values = settings(config, "", {}, others=_BESIDE), _text_settings(config)
-    rotary = rotary_settings(values, "text_config", ROTARY_DEFAULTS, _ROTARY_SUPPORTED)
+def network(config: Config, tables: Tables) -> ModelArgs:
+    """``Architecture.model_args`` of a config.json with these ``tables``."""
+    beside = settings(config, tables.above, {}, others=tables.beside)
+    values, table = _text_settings(config, tables), tables.name("text_config")
+    rotary = rotary_settings(values, table, tables.rotary, tables.rotary_supported)
     width, heads = values["hidden_size"], values["num_attention_heads"]
-    vit = vit_args(config, width)
-    with described_by("text_config"):
+    vit = vit_args(config, width, tables)
+    with described_by(table):
         return ModelArgs(
             vocab_size=values["vocab_size"],
             dim=width,
@@ -169,12 +205,13 @@ def model_args(config: Config) -> ModelArgs:
             num_heads=heads,
             num_kv_heads=values["num_key_value_heads"],
             head_dim=values.get("head_dim", width // heads),
-            num_dense_layers=num_dense_layers(values),
+            num_dense_layers=num_dense_layers(values, table),
             dense_hidden_dim=values["intermediate_size"],
             num_experts=values["num_experts"],
             top_k=values["num_experts_per_tok"],
             expert_hidden_dim=values["moe_intermediate_size"],
             shared_hidden_dim=0,
+            normalize_weights=values.get("norm_topk_prob", True),
             qkv_bias=values["attention_bias"],
             o_bias=values["attention_bias"],
             qk_norm="before",
@@ -229,8 +266,15 @@ def _experts(
     ]
 
 
-def _vision(vit: VitArgs) -> list[WeightMapping]:
-    theirs, ours = "model.visual.", "vit."
+def vision(
+    theirs: str,
+    vit: VitArgs,
+    merger: tuple[str, str, str] = ("norm", "linear_fc1", "linear_fc2"),
+    deepstack: str = "deepstack_merger_list",
+) -> list[WeightMapping]:
+    """All mappings of the image encoder, whose released names begin with ``theirs``. ``merger``: names of norm and linear layers in a
+    projector; ``deepstack``: name of the list of those that feed the decoder's layers."""
+    ours = "vit."
     out = patch_embedding(f"{theirs}patch_embed.proj", f"{ours}patch_embedding", vit, frames=True)
     out += same(theirs, ours, ("pos_embed.weight", "position_embedding.weight"))
     for layer in range(vit.num_layers):
@@ -246,32 +290,44 @@ def _vision(vit: VitArgs) -> list[WeightMapping]:
         )
     mergers = {"merger.": "merger."}
     for i, layer in enumerate(vit.deepstack):
-        mergers[f"deepstack_merger_list.{i}."] = f"deepstack_mergers.{layer}."
-    names = (("norm", "norm"), ("linear_fc1", "w1"), ("linear_fc2", "w2"))
+        mergers[f"{deepstack}.{i}."] = f"deepstack_mergers.{layer}."
+    names = tuple(zip(merger, ("norm", "w1", "w2"), strict=True))
     for their, our in mergers.items():
         out += with_biases(theirs + their, ours + our, *names)
     return out
+
+
+def decoder_layer(theirs: str, ours: str, args: ModelArgs, number: int) -> list[WeightMapping]:
+    """The mappings of one layer, but for the experts themselves."""
+    out = same(
+        theirs,
+        ours,
+        ("input_layernorm.weight", "attention_norm.weight"),
+        ("self_attn.q_norm.weight", "attention.q_norm.weight"),
+        ("self_attn.k_norm.weight", "attention.k_norm.weight"),
+        ("post_attention_layernorm.weight", "ffn_norm.weight"),
+    )
+    out += attention(f"{theirs}self_attn", f"{ours}attention", args)
+    if number < args.num_dense_layers:
+        return out + swiglu(f"{theirs}mlp", f"{ours}feed_forward")
+    return out + same(theirs, ours, ("mlp.gate.weight", "moe.router.all.weight"))
+
+
+def model_args(config: Config) -> ModelArgs:
+    """See ``Architecture``."""
+    return network(config, TABLES)
 
 
 def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMapping]:
     """See ``Architecture``."""
 
     def layer(number: int, theirs: str, ours: str) -> list[WeightMapping]:
-        out = same(
-            theirs,
-            ours,
-            ("input_layernorm.weight", "attention_norm.weight"),
-            ("self_attn.q_norm.weight", "attention.q_norm.weight"),
-            ("self_attn.k_norm.weight", "attention.k_norm.weight"),
-            ("post_attention_layernorm.weight", "ffn_norm.weight"),
-        )
-        out += attention(f"{theirs}self_attn", f"{ours}attention", args)
+        out = decoder_layer(theirs, ours, args, number)
         if number < args.num_dense_layers:
-            return out + swiglu(f"{theirs}mlp", f"{ours}feed_forward")
-        out += same(theirs, ours, ("mlp.gate.weight", "moe.router.all.weight"))
+            return out
         return out + _experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", args, shapes)
 
-    return decoder("model.language_model.", args, layer) + _vision(args.vit)
+    return decoder("model.language_model.", args, layer) + vision("model.visual.", args.vit)
 
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:

@@ -28,6 +28,9 @@ _INERT = {
     *("initializer_range", "use_cache", "router_aux_loss_coef", "output_router_logits"),
     *("output_attentions", "output_hidden_states", "return_dict", "problem_type", "id2label"),
     *("label2id", "is_encoder_decoder", "chunk_size_feed_forward"),
+    # Of generation, which transformers 4 wrote into every nested table.
+    *("max_length", "num_beams", "num_beam_groups", "num_return_sequences", "temperature"),
+    *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
 }
 
 # Numbers that may be zero; all others must be positive.
@@ -47,8 +50,8 @@ def settings(
     supported: Config | None = None,
     others: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The settings of one ``table`` of ``config`` ("" for the file's top level), with transformers' defaults where they are unset.
-    null counts as unset.
+    """The settings of one ``table`` of ``config`` ("" for the file's top level, "a.b" for the table b in a), with transformers'
+    defaults where they are unset. null counts as unset.
 
     defaults   the value, and thereby the type, of a setting that is unset; a list holds integers.
     supported  the only value that the network supports, for settings that may also be unset.
@@ -58,8 +61,7 @@ def settings(
         ValueError: the table is missing; or a setting has the wrong type, is a number but not positive, has an unsupported value, or
             is unknown and may change the network.
     """
-    values = _table(config, "", table) if table else config
-    return _checked(values, table, defaults, supported or {}, others or {})
+    return _checked(nested(config, table), table, defaults, supported or {}, others or {})
 
 
 def rotary_settings(
@@ -89,6 +91,18 @@ def rotary_settings(
 
 def _name(table: str, key: str) -> str:
     return f"{table}.{key}" if table else key
+
+
+def nested(config: Config, table: str) -> Config:
+    """The ``table`` of ``config``, see ``settings``.
+
+    Raises:
+        ValueError: it is missing, or is no table.
+    """
+    values, above = config, ""
+    for key in table.split(".") if table else ():
+        values, above = _table(values, above, key), _name(above, key)
+    return values
 
 
 def _table(values: Config, table: str, key: str) -> Config:
@@ -199,7 +213,7 @@ def with_experts(
                 "a model of that architecture cannot be written"
             )
     out: dict[str, Any] = copy.deepcopy(dict(config))
-    values = out[table] if table else out
+    values: dict[str, Any] = nested(out, table)  # type: ignore[assignment]
     for name in [name for name in names if name in values] or names[:1]:
         values[name] = args.num_experts
     return out

@@ -39,8 +39,11 @@ from tests.helpers.released_models import (
     ARIA_BESIDE,
     GLM,
     GLM_BESIDE,
+    OMNI,
+    OMNI_BESIDE,
     QWEN,
     TRANSPOSED,
+    WHOLE_OMNI,
     random_besides,
     write_release,
 )
@@ -100,8 +103,14 @@ def export(folder, args, out, **settings):
 
 RELEASES = pytest.mark.parametrize(
     ("release", "layout", "besides"),
-    [(QWEN, {}, {}), (QWEN, TRANSPOSED, {}), (GLM, {}, GLM_BESIDE), (ARIA, {}, ARIA_BESIDE)],
-    ids=["qwen", "qwen as transformers saves it", "glm", "aria"],
+    [
+        (QWEN, {}, {}),
+        (QWEN, TRANSPOSED, {}),
+        (OMNI, WHOLE_OMNI, OMNI_BESIDE),
+        (GLM, {}, GLM_BESIDE),
+        (ARIA, {}, ARIA_BESIDE),
+    ],
+    ids=["qwen", "qwen as transformers saves it", "omni", "glm", "aria"],
 )
 
 
@@ -117,7 +126,7 @@ def test_a_release_comes_back_bit_for_bit(tmp_path, release, layout, besides, dt
     assert_equal(tensors_in(tmp_path / "back"), theirs)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     expected, name = copy.deepcopy(release), str(dtype).removeprefix("torch.")
-    text = expected["text_config"]
+    text = expected.get("thinker_config", expected)["text_config"]
     expected["dtype"] = text["dtype" if "dtype" in text else "torch_dtype"] = name
     assert config == expected
     names = {path.name for path in (tmp_path / "back").iterdir()} - set(
