@@ -242,10 +242,11 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     profile = Profile.load(options.profile)
     rule = options.rule or config.experts.partition_rule
     num_shared = config.experts.new_shared_experts
-    made = make_plan(profile, args.groups, rule, options.seed, num_shared)
+    rows = config.experts.partition
+    made = make_plan(profile, args.groups, rule, options.seed, num_shared, rows)
     retained = retained_routing_mass(profile, made)
-    rows = [row.values() for row in retained]
-    made.save(options.out, {"profile": str(options.profile), "kept": rows})
+    kept = [row.values() for row in retained]
+    made.save(options.out, {"profile": str(options.profile), "kept": kept})
     print(retained_mass_table(made, retained))
     if warning := worse_than_random(retained):
         print(f"warning: {warning}", file=sys.stderr)
@@ -269,6 +270,7 @@ def partition(options: argparse.Namespace, overrides: list[str]) -> None:
             model_args(config),
             made,
             options.out,
+            rows=config.experts.partition,
             overwrite=options.overwrite,
             progress=show_bytes,
         )

@@ -26,6 +26,7 @@ from symbiotic_titan.inference.held_out import (
     understanding_data,
 )
 from symbiotic_titan.inference.loaded_model import LoadedModel
+from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.parallel.ranks import join_ranks
 from symbiotic_titan.partition.evaluate import (
     describe_data,
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
     check_file(options.out, "--out")
     config = load_job_config(["--job.config_file", options.config, *overrides])
     reader = open_model(options.checkpoint)
-    if router_groups(reader.tensors) == {"all"}:
+    if router_groups(reader.tensors) == {g.name for g in FLAVORS[config.model.flavor].groups}:
         config = unpartitioned(config)  # --config may already describe the partitioned model
     check_job(config)
     ranks = join_ranks(config)
@@ -114,7 +115,12 @@ def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
 
 def print_profile(profile: Profile) -> None:
     read = ", ".join(f"{count:,} {name}" for name, count in profile.tokens.items() if count)
-    print(f"{read} tokens, top-{profile.model.top_k} of {profile.counts.shape[-1]} experts\n")
+    model = profile.model
+    pools = [
+        f"top-{model.top_k_of(name)} of {size}{'' if len(model.groups) == 1 else f' {name}'}"
+        for name, size in model.groups.items()
+    ]
+    print(f"{read} tokens, {' + '.join(pools)} experts\n")
     rows = layer_statistics(profile)
     names = list(rows[0])
     print("  ".join(name.rjust(max(len(name), 9)) for name in names))

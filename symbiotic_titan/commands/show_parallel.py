@@ -74,7 +74,8 @@ def step_traffic(
     recomputed = dry_run_activations.recomputed_blocks(
         config.activation_checkpoint, args.num_layers
     )
-    copies = config.training.local_batch_size * config.training.seq_len * args.top_k
+    # Of groups with a top-k of their own the largest, as for activations: all tokens may be the group's.
+    copies = config.training.local_batch_size * config.training.seq_len * max(args.moe_args.top_ks)
     exchanges = {
         f"layers.{layer}": dry_run.exchange_traffic(
             copies,

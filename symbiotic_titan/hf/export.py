@@ -118,6 +118,14 @@ def understanding_group(groups: tuple[ExpertGroup, ...]) -> ExpertGroup:
     return text
 
 
+def of_one_group(args: ModelArgs, group: ExpertGroup) -> ModelArgs:
+    """The model with the experts of ``group`` as its only ones."""
+    width, top_k = group.hidden_dim or args.expert_hidden_dim, group.top_k or args.top_k
+    return replace(
+        args, num_experts=group.num_experts, expert_hidden_dim=width, top_k=top_k, groups=()
+    )
+
+
 def export_understanding(
     reader: CheckpointReader,
     args: ModelArgs,
@@ -138,7 +146,7 @@ def export_understanding(
     """
     check_is_model(reader, _tensors(args))
     group = understanding_group(args.groups)
-    args = replace(args, num_experts=group.num_experts, groups=())
+    args = of_one_group(args, group)
     # Of a quantised release too, the tensors are written in full.
     old_config = without_quantization(read_table(release_files / CONFIG))
     architecture = architecture_of(old_config)

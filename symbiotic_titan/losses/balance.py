@@ -1,7 +1,7 @@
 """Load-balancing loss, computed separately for each group.
 
 Per group g: E_g * sum over its experts of f_e * P_e, where f_e is the share of the group's assignments that go to expert e
-(sums to 1, no gradient) and P_e the router's mean probability for e over the group's tokens. 1.0 when uniform.
+(sums to 1 whatever the group's top-k, no gradient) and P_e the router's mean probability for e over the group's tokens. 1.0 when uniform.
 (Switch Transformer, arXiv 2101.03961, eq. 4 to 6, with top-k assignments.)
 """
 

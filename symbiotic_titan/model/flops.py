@@ -101,6 +101,9 @@ def _shares(name: str, args: "ModelArgs") -> tuple[float, ...]:
     inside = re.search(r"\.moe\.(experts|router)\.([^.]+)\.", name)
     if inside is None:
         return (1.0,) * NUM_MODALITIES
-    group = next(g for g in args.groups if g.name == inside[2])
-    share = args.top_k / group.num_experts if inside[1] == "experts" else 1.0
+    moe = args.moe_args
+    group, top_k = next(
+        pair for pair in zip(moe.groups, moe.top_ks, strict=True) if pair[0].name == inside[2]
+    )
+    share = top_k / group.num_experts if inside[1] == "experts" else 1.0
     return tuple(share * (m in group.modalities) for m in range(NUM_MODALITIES))

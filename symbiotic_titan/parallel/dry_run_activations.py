@@ -14,7 +14,8 @@ from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.parallel.dry_run import Precision
 
 FORMULA = """\
-Saved per token; b bytes per number, D width, UC query and uC key/value channels, K of E experts of width F, shared or dense width f:
+Saved per token; b bytes per number, D width, UC query and uC key/value channels, K of E experts of width F, shared or dense width f
+(of expert groups with a width or top-k of their own the one that saves most: all tokens may be its):
   none       b(4D + 4UC + 3uC + 4f) + 4U, with routed experts b(2KD + 4KF) + 4D + 9E + 16K more, without QK norm b(UC + uC)
              less; with sdpa b for every position of the row (the mask as numbers)
   full       bD a block, and one block of `none` while it is recomputed
@@ -62,10 +63,13 @@ def saved_by_block(args: ModelArgs, computed: int, length: int, *, has_experts: 
     if not has_experts:
         return computed * (numbers + 4 * args.dense_hidden_dim) + 4 * args.num_heads
     # Rows in and out of the experts; gate, up, activated gate, their product.
-    numbers += args.top_k * (2 * args.dim + 4 * args.expert_hidden_dim)
+    moe = args.moe_args
+    numbers += max(
+        k * (2 * args.dim + 4 * f) for k, f in zip(moe.top_ks, moe.hidden_dims, strict=True)
+    )
     numbers += 4 * args.shared_hidden_dim
     # Router: float32 input, logits and scores, mask; indices and weights of the chosen experts.
-    router = 4 * args.dim + 9 * args.num_experts + 16 * args.top_k
+    router = 4 * args.dim + 9 * args.num_experts + 16 * max(moe.top_ks)
     return computed * numbers + router + 4 * args.num_heads
 
 
@@ -80,8 +84,10 @@ def saved_per_op(
     numbers += hidden_dim + args.dim if hidden_dim else 0
     if not has_experts:
         return computed * numbers + 4 * args.num_heads
-    numbers += args.top_k * (2 * args.expert_hidden_dim + args.dim)
-    numbers += 2 * args.top_k * args.dim if expert_parallel else 0
+    moe, sent = args.moe_args, 2 * args.dim if expert_parallel else 0
+    numbers += max(
+        k * (2 * f + args.dim + sent) for k, f in zip(moe.top_ks, moe.hidden_dims, strict=True)
+    )
     return computed * numbers + 4 * args.num_experts + 4 * args.num_heads
 
 

@@ -184,12 +184,15 @@ def check_float8(config: JobConfig, args: ModelArgs, world_size: int) -> None:
             "shielding.mode = 'weights' scales the gradients of the shared experts' weights, which float8 layers do not support; "
             "use shielding.mode = 'output' or train without float8"
         )
-    for name in ("dim", "expert_hidden_dim"):
-        size = getattr(args, name)
+    sizes = {"dim": args.dim}
+    for group, hidden_dim in zip(args.groups, args.moe_args.hidden_dims, strict=True):
+        own = f"the hidden_dim of expert group {group.name!r}"
+        sizes["expert_hidden_dim" if group.hidden_dim is None else own] = hidden_dim
+    for name, size in sizes.items():
         if options.experts and size % FLOAT8_MULTIPLE != 0:
             raise ValueError(
                 f"float8.experts: {name} = {size} of flavor {config.model.flavor!r} is not a multiple of "
-                f"{FLOAT8_MULTIPLE}; set float8.experts = false or choose another flavor"
+                f"{FLOAT8_MULTIPLE}; set float8.experts = false or choose another {'width' if 'group' in name else 'flavor'}"
             )
     if not options.emulate:
         check_float8_device(config)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from symbiotic_titan.config.experts import ExpertGroupRow
 from symbiotic_titan.config.files import read_json, write_json
 from symbiotic_titan.hf.model import open_model
 from symbiotic_titan.hf.release_files import (
@@ -23,16 +24,25 @@ from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.partition.conversion import (
     Conversion,
+    Slots,
     plan_conversion,
 )
 from symbiotic_titan.partition.plan import (
     Plan,
     check_layers,
+    check_sources_named,
+    whole_pools_plan,
+    without_sizes,
 )
-from symbiotic_titan.partition.profile import router_hash
+from symbiotic_titan.partition.pools import (
+    ONE_POOL,
+    group_sources,
+    pool_sizes,
+    pool_widths,
+)
+from symbiotic_titan.partition.profile import ModelIdentity, router_hash
 from symbiotic_titan.weights.compatibility import (
     part_of,
-    router_groups,
     tensors_of_model,
 )
 from symbiotic_titan.weights.dcp import write_model
@@ -47,40 +57,105 @@ from symbiotic_titan.weights.reader import (
 KIND = "partitioned checkpoint"
 RECORD = "conversion.json"
 
+Rows = Mapping[str, ExpertGroupRow]
 
-def expert_slots(
-    plan: Plan | None, groups: tuple[ExpertGroup, ...]
-) -> dict[tuple[str, str], tuple[int, ...]]:
-    """(layer, group) -> original experts; empty for one pool.
+
+def check_plan(plan: Plan, reader: CheckpointReader, args: ModelArgs, rows: Rows) -> None:
+    """Pass if ``plan`` makes the groups of ``args`` from the checkpoint.
 
     Raises:
-        ValueError: the plan is missing, has no effect, or was made for other groups.
+        ValueError: it has no effect, or was made for other groups or from another model.
     """
-    one_pool = [group.name for group in groups] == ["all"]
-    if one_pool and plan is None:
-        return {}
-    if one_pool and plan is not None and not plan.shared.shape[1]:
+    pools = pool_sizes(reader.tensors)
+    if _is_one_pool(args) and not plan.shared.shape[1]:
         raise ValueError(
             "--plan has no effect: the config has no [experts.partition] and no experts.new_shared_experts; leave it out or use "
             "another config"
         )
+    if plan.groups != without_sizes(args.groups):
+        raise ValueError(
+            f"the plan is of other groups than the config: it has {_describe(plan.groups)}, "
+            f"[experts.partition] has {_describe(args.groups)}; make a plan with this config"
+        )
+    check_sources_named(
+        f"checkpoint {reader.folder} is already",
+        pools,
+        rows,
+        "start from the checkpoint before that",
+    )
+    if plan.model.routers != router_hash(reader):
+        raise ValueError(
+            f"the plan is of another model: its routers have hash {plan.model.routers} (flavor {plan.model.flavor}, step "
+            f"{plan.model.step}), those of {reader.folder} {router_hash(reader)}; profile this checkpoint"
+        )
+    sources = group_sources(args.groups, pools, rows)
+    if plan.sources != sources:
+        pairs = zip(args.groups, plan.sources, sources, strict=True)
+        name, has, needs = next((g.name, a, b) for g, a, b in pairs if a != b)
+        raise ValueError(
+            f"the plan takes the group {name!r} from {has.pool!r} with copy = {str(has.copy).lower()}, experts.partition.{name} from "
+            f"{needs.pool!r} with copy = {str(needs.copy).lower()}; make a plan with this config"
+        )
+
+
+def plan_without_profile(reader: CheckpointReader, args: ModelArgs, rows: Rows) -> Plan | None:
+    """The plan of groups that each take all experts of a group of the checkpoint; None where its groups stay as they are.
+
+    Raises:
+        ValueError: groups divide the experts, so that a plan must be given.
+    """
+    pools = pool_sizes(reader.tensors)
+    if not rows and pools.keys() == {group.name for group in args.groups}:
+        return None
+    check_sources_named(
+        f"checkpoint {reader.folder} is already",
+        pools,
+        rows,
+        "start from the checkpoint before that",
+    )
+    if _is_one_pool(args):
+        return None
+    identity = ModelIdentity("", reader.step, router_hash(reader), pools, args.top_k)
+    layers = dict.fromkeys(name.split(".moe.")[0] for name in reader.tensors if ".moe." in name)
+    sources = group_sources(args.groups, pools, rows)
+    plan = whole_pools_plan(identity, args.groups, tuple(layers), sources)
     if plan is None:
         raise ValueError(
             "the config partitions the experts: --plan must say which expert goes where (symbiotic convert plan makes one)"
         )
-    if plan.groups != groups:
-        raise ValueError(
-            f"the plan is of other groups than the config: it has {_describe(plan.groups)}, "
-            f"[experts.partition] has {_describe(groups)}; make a plan with this config"
-        )
-    if one_pool:
-        return {}
-    sizes = [group.num_experts for group in groups]
+    return plan
+
+
+def _is_one_pool(args: ModelArgs) -> bool:
+    return [group.name for group in args.groups] == [ONE_POOL]
+
+
+def expert_slots(plan: Plan) -> Slots:
+    """What each group takes in each layer."""
     return {
-        (layer, group.name): tuple(experts.tolist())
-        for layer, row in zip(plan.layers, plan.order, strict=True)
-        for group, experts in zip(groups, row.split(sizes), strict=True)
+        (layer, group.name): (source.pool, None if whole else tuple(order_YE[i].tolist()))
+        for group, source, order_YE in plan.by_group()
+        for i, layer in enumerate(plan.layers)
+        for whole in [order_YE[i].tolist() == list(range(plan.model.groups[source.pool]))]
     }
+
+
+def check_widths(reader: CheckpointReader, args: ModelArgs, plan: Plan) -> None:
+    """Pass if every group has the width of the experts that it takes.
+
+    Raises:
+        ValueError: one has another.
+    """
+    widths, several = pool_widths(reader.tensors), len(plan.model.groups) > 1
+    sizes = zip(args.groups, plan.sources, args.moe_args.hidden_dims, strict=True)
+    for group, source, hidden_dim in sizes:
+        # One pool with a width unlike the flavor's is another model; that is said of all tensors at once.
+        chosen = several or group.hidden_dim is not None
+        if chosen and hidden_dim != widths[source.pool]:
+            raise ValueError(
+                f"experts.partition.{group.name}.hidden_dim: a group has the width of the experts that it takes, "
+                f"{widths[source.pool]} in the checkpoint's group {source.pool!r}, got {hidden_dim}; set it to {widths[source.pool]}"
+            )
 
 
 def shared_sources(plan: Plan | None, args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -105,40 +180,34 @@ def _describe(groups: tuple[ExpertGroup, ...]) -> str:
     return " + ".join(f"{group.name} {group.num_experts}" for group in groups)
 
 
-def _check_source(reader: CheckpointReader, plan: Plan | None) -> None:
-    groups = router_groups(reader.tensors)
-    if groups - {"all"}:
-        raise ValueError(
-            f"checkpoint {reader.folder} is already partitioned into {', '.join(sorted(groups))}; "
-            "start from the checkpoint before that"
-        )
-    if plan is not None and plan.model.routers != router_hash(reader):
-        raise ValueError(
-            f"the plan is of another model: its routers have hash {plan.model.routers} (flavor {plan.model.flavor}, step "
-            f"{plan.model.step}), those of {reader.folder} {router_hash(reader)}; profile this checkpoint"
-        )
-
-
 def partition_checkpoint(
     source: Path,
     args: ModelArgs,
     plan: Plan | None,
     out: Path,
     *,
+    rows: Rows | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> Conversion:
     """Write the model ``args``, made from the checkpoint ``source``, as a checkpoint without training state.
 
-    With one pool of experts, it copies the model (without its shared expert, if ``args`` have none).
+    With one pool of experts, it copies the model (without its shared expert, if ``args`` have none). ``rows``: the config's
+    [experts.partition], which say what the groups take where the checkpoint has several.
 
     Raises:
         ValueError: ``source`` cannot become this model, the plan belongs to another model, or ``out`` exists.
     """
     check_target(out, overwrite=overwrite)
     reader = open_model(source)
-    slots = expert_slots(plan, args.groups)
-    _check_source(reader, plan)
+    if plan is None:
+        plan = plan_without_profile(reader, args, rows or {})
+    else:
+        check_plan(plan, reader, args, rows or {})
+    slots: Slots = {}
+    if plan is not None and not _is_one_pool(args):
+        check_widths(reader, args, plan)
+        slots = expert_slots(plan)
     with torch.device("meta"):
         model = SymbioticModel(args)
     target = tensors_of_model(model)

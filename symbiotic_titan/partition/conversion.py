@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from symbiotic_titan.partition.pools import ONE_POOL
 from symbiotic_titan.weights.compatibility import (
     SHARED,
     absent_parts,
@@ -21,6 +22,10 @@ _REMEDY = (
     "symbiotic convert from-hf --shape-only writes"
 )
 _EXPERT_TENSOR = re.compile(r"(layers\.\d+)\.moe\.(router|experts)\.(\w+)\.(weight|bias|w[123])")
+
+
+Slots = Mapping[tuple[str, str], tuple[str, tuple[int, ...] | None]]
+"""(layer, group) -> (pool of the original, indices of the experts taken from it; None: all, in their order)."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,12 @@ class Conversion:
 def plan_conversion(
     source: Mapping[str, TensorSpec],
     target: Mapping[str, TensorSpec],
-    slots: Mapping[tuple[str, str], tuple[int, ...]],
+    slots: Slots,
     shared: Mapping[str, tuple[int, ...]],
 ) -> Conversion:
     """Where each tensor of ``target`` comes from.
 
-    slots   (layer, group) -> original experts; empty where experts stay one pool.
+    slots   empty where the groups stay as they are.
     shared  layer -> original experts that its new shared expert is made from.
 
     Raises:
@@ -137,19 +142,20 @@ def _shared_origin(name: str, shared: Mapping[str, tuple[int, ...]]) -> Origin |
     layer, leaf = match.groups()
     if leaf == "w2":
         return Origin(None, zeros=True)
-    return Origin(f"{layer}.moe.experts.all.{leaf}", shared[layer], joined=True)
+    return Origin(f"{layer}.moe.experts.{ONE_POOL}.{leaf}", shared[layer], joined=True)
 
 
 def _origin(
     name: str,
     source: Mapping[str, TensorSpec],
-    slots: Mapping[tuple[str, str], tuple[int, ...]],
+    slots: Slots,
 ) -> Origin:
     match = _EXPERT_TENSOR.fullmatch(name)
     if match and slots:
         layer, part, group, leaf = match.groups()
-        old = f"{layer}.moe.{part}.all.{leaf}"
-        return Origin(old, slots[layer, group]) if old in source else Origin(None)
+        pool, experts = slots[layer, group]
+        old = f"{layer}.moe.{part}.{pool}.{leaf}"
+        return Origin(old, experts) if old in source else Origin(None)
     return Origin(name if name in source else None)
 
 

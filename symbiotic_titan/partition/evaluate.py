@@ -27,6 +27,7 @@ from symbiotic_titan.inference.held_out import (
 )
 from symbiotic_titan.inference.loaded_model import LoadedModel
 from symbiotic_titan.moe.experts import PartitionedMoE
+from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.moe.record import RoutingRecord, routing_totals
 from symbiotic_titan.moe.router import Routing, group_of_token
 from symbiotic_titan.parallel.ranks import DataRanks
@@ -36,6 +37,7 @@ from symbiotic_titan.partition.plan import (
     check_layers,
     percent,
 )
+from symbiotic_titan.partition.pools import pool_columns
 from symbiotic_titan.partition.profile import (
     ModelIdentity,
     Profile,
@@ -105,6 +107,7 @@ def profile_model(
             routers=router_hash(loaded.stored),
             groups={group.name: group.num_experts for group in loaded.args.groups},
             top_k=loaded.args.top_k,
+            top_ks={g.name: g.top_k for g in loaded.args.groups if g.top_k is not None},
         ),
         layers=tuple(layers),
         counts=ranks.sum(counts_YME).cpu(),
@@ -146,34 +149,49 @@ class TokenShares:
 
 
 class InsideShares(TokenShares):
-    """Counts, while an unpartitioned model runs, the tokens whose top-k experts are all in the group that ``plan`` gives their
-    modality. For these the partitioned layer computes the same, up to rounding of sums."""
+    """Counts, while the original model runs, the tokens whose top-k experts are all in the group that ``plan`` gives their modality.
+    For these the partitioned layer computes the same, up to rounding of sums, if the group's top-k is the original's."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__(len(plan.layers), device)
         self.plan = plan
-        sizes = torch.tensor([group.num_experts for group in plan.groups])
-        group_of_slot_E = torch.arange(len(sizes)).repeat_interleave(sizes)
-        self._owner_YE = group_of_slot_E[plan.order.argsort(-1)].to(device)
+        self._device = device
 
     @contextmanager
     def counting(self, model: nn.Module) -> Iterator[None]:
         """Every forward of ``model`` inside the block is counted."""
         layers = moe_layers(model)
         check_layers(self.plan, layers)
+        holds_GYE = self._holds(layers[self.plan.layers[0]].args.groups)
         handles = [
-            layers[name].router.register_forward_hook(partial(self._count, i))
+            layers[name].router.register_forward_hook(partial(self._count, i, holds_GYE[:, i]))
             for i, name in enumerate(self.plan.layers)
         ]
         with _removed(handles):
             yield
 
+    def _holds(self, pools: Sequence[ExpertGroup]) -> Tensor:
+        """(G + 1, Y, E + 1) bool: whether the plan puts an expert of the original into a group. The last row is of padding, the last
+        column of unused places, which are inside every group."""
+        columns = pool_columns({pool.name: pool.num_experts for pool in pools})
+        num_experts = sum(pool.num_experts for pool in pools)
+        holds_GYE = torch.zeros(len(self.plan.groups) + 1, len(self.plan.layers), num_experts + 1)
+        holds_GYE[..., num_experts] = 1
+        for index, (_, source, order_YE) in enumerate(self.plan.by_group()):
+            holds_GYE[index].scatter_(1, order_YE + columns[source.pool].start, 1)
+        return holds_GYE.bool().to(self._device)
+
     def _count(
-        self, layer: int, router: nn.Module, arguments: tuple[Tensor, Tensor], routing: Routing
+        self,
+        layer: int,
+        holds_GE: Tensor,
+        router: nn.Module,
+        arguments: tuple[Tensor, Tensor],
+        routing: Routing,
     ) -> None:
         _, modality_T = arguments
         group_T = group_of_token(modality_T, self.plan.groups)
-        inside_T = (self._owner_YE[layer][routing.experts_TK] == group_T.unsqueeze(-1)).all(-1)
+        inside_T = holds_GE[group_T.unsqueeze(-1), routing.experts_TK].all(-1)
         self.count(layer, inside_T, modality_T)
 
 
@@ -266,7 +284,7 @@ class StepZeroReport:
 
 
 def unpartitioned(config: JobConfig) -> JobConfig:
-    """The config of the model that ``config`` partitions: one pool of experts, with the flavor's shared expert."""
+    """The config of the model that ``config`` partitions: the flavor's own groups, most often one pool, and its shared expert."""
     config = copy.deepcopy(config)
     config.experts.partition = {}
     config.experts.shared = True

@@ -4,7 +4,7 @@ Statistics as in the paper's expert role analysis (arXiv 2604.07753): imbalance,
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from symbiotic_titan.moe.routing_metrics import (
     relative_deviation,
     top_overlap,
 )
+from symbiotic_titan.partition.pools import pool_columns
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, TEXT, VIT
 from symbiotic_titan.weights.reader import CheckpointReader
 
@@ -34,7 +35,8 @@ class ModelIdentity:
     """Which model was profiled.
 
     routers  hash of all router weights and selection biases.
-    groups   group -> number of experts; an unpartitioned model has one group, ``all``.
+    groups   group -> number of experts, in the model's order; an unpartitioned model has one group, ``all``.
+    top_ks   group -> experts per token, of groups that have a top_k of their own.
     """
 
     flavor: str
@@ -42,12 +44,19 @@ class ModelIdentity:
     routers: str
     groups: dict[str, int]
     top_k: int
+    top_ks: dict[str, int] = field(default_factory=dict)
+
+    def top_k_of(self, group: str) -> int:
+        """Experts per token of a group."""
+        return self.top_ks.get(group, self.top_k)
 
     @classmethod
     def of_values(cls, values: Any) -> "ModelIdentity":
         """The inverse of ``vars``; ValueError where a key is missing or of another type."""
         identity = row_from_dict(cls, values, "model")
-        for key, number in {"top_k": identity.top_k, **identity.groups}.items():
+        numbers = {"top_k": identity.top_k, **identity.groups}
+        numbers |= {f"top_ks.{name}": top_k for name, top_k in identity.top_ks.items()}
+        for key, number in numbers.items():
             if number < 1:
                 raise ValueError(f"model: {key} must be at least 1, got {number}")
         return identity
@@ -66,7 +75,7 @@ class Profile:
     """Expert counts of a model over data.
 
     layers (Y,)              names of the MoE layers, as in parameter names.
-    counts (Y, M, E) int64   choices per layer, modality and expert; every token makes top_k.
+    counts (Y, M, E) int64   choices per layer, modality and expert; every token makes its group's top_k.
     tokens                   modality -> number of tokens that were read.
     data                     description of the data, for readers of the file.
     """
@@ -128,8 +137,6 @@ def router_hash(reader: CheckpointReader) -> str:
 
 def too_few_tokens(profile: Profile) -> str | None:
     """A warning if the profile has no, or too few, text or ViT tokens to rank experts; else None."""
-    num_experts = profile.counts.shape[-1]
-    needed = -(-ENOUGH_PER_EXPERT * num_experts // profile.model.top_k)
     read = {MODALITY_NAMES[m]: profile.tokens.get(MODALITY_NAMES[m], 0) for m in (TEXT, VIT)}
     warnings = [
         f"no {name} tokens were read, so experts rank without them, and those of a group of {name} alone are arbitrary: profile with "
@@ -137,32 +144,52 @@ def too_few_tokens(profile: Profile) -> str | None:
         for name, num_tokens in read.items()
         if not num_tokens
     ]
-    few = [f"{number:,} {name}" for name, number in read.items() if 0 < number < needed]
-    if few:
-        warnings.append(
-            f"only {', '.join(few)} tokens were read; ranks of {num_experts} experts are noisy with fewer than {needed:,} "
-            f"({ENOUGH_PER_EXPERT} choices per expert): use more --batches"
-        )
+    few: dict[tuple[int, int], list[str]] = {}
+    for m in (TEXT, VIT):
+        number = read[MODALITY_NAMES[m]]
+        for group in _groups_in_use(profile, m):
+            size, top_k = profile.model.groups[group], profile.model.top_k_of(group)
+            needed = -(-ENOUGH_PER_EXPERT * size // top_k)
+            if 0 < number < needed:
+                few.setdefault((size, needed), []).append(f"{number:,} {MODALITY_NAMES[m]}")
+    warnings += [
+        f"only {', '.join(tokens)} tokens were read; ranks of {size} experts are noisy with fewer than {needed:,} "
+        f"({ENOUGH_PER_EXPERT} choices per expert): use more --batches"
+        for (size, needed), tokens in few.items()
+    ]
     return "; ".join(warnings) or None
 
 
+def _groups_in_use(profile: Profile, modality: int) -> list[str]:
+    """The groups that chose experts for tokens of ``modality``, in the model's order; all of them if there were no tokens."""
+    columns = pool_columns(profile.model.groups)
+    in_use = [g for g, e in columns.items() if profile.counts[:, modality, e].any()]
+    return in_use or list(columns)
+
+
 def layer_statistics(profile: Profile) -> list[dict[str, Any]]:
-    """Per layer: imbalance ratio and relative standard deviation of text's and ViT's counts, and how many experts are among the most
-    (least) used of both. None where a modality has no tokens."""
-    counts_YME, names = profile.counts, MODALITY_NAMES
-    k = overlap_size(counts_YME.shape[-1])
-    imbalance_YM, deviation_YM = imbalance_ratio(counts_YME), relative_deviation(counts_YME)
-    text_YE, vit_YE = counts_YME[:, TEXT], counts_YME[:, VIT]
-    most_Y, least_Y = top_overlap(text_YE, vit_YE, k), top_overlap(-text_YE, -vit_YE, k)
+    """Per layer: imbalance ratio and relative standard deviation of text's and ViT's counts over the experts of their groups, and how
+    many experts are among the most (least) used of both. None where a modality has no tokens or the two share no group."""
+    names, columns = MODALITY_NAMES, pool_columns(profile.model.groups)
+    groups = {m: _groups_in_use(profile, m) for m in (TEXT, VIT)}
+    use = {
+        m: torch.cat([profile.counts[:, m, columns[g]] for g in groups[m]], dim=-1)
+        for m in (TEXT, VIT)
+    }
+    together = groups[TEXT] == groups[VIT]
+    k = overlap_size(use[TEXT].shape[-1])
+    most_Y = top_overlap(use[TEXT], use[VIT], k) if together else None
+    least_Y = top_overlap(-use[TEXT], -use[VIT], k) if together else None
     rows = []
     for i, layer in enumerate(profile.layers):
-        measured = {m: bool(counts_YME[i, m].any()) for m in (TEXT, VIT)}
+        measured = {m: bool(use[m][i].any()) for m in (TEXT, VIT)}
         row: dict[str, Any] = {"layer": layer}
         for m in (TEXT, VIT):
-            row[f"imbalance_{names[m]}"] = float(imbalance_YM[i, m]) if measured[m] else None
-            row[f"deviation_{names[m]}"] = float(deviation_YM[i, m]) if measured[m] else None
+            imbalance, deviation = imbalance_ratio(use[m][i]), relative_deviation(use[m][i])
+            row[f"imbalance_{names[m]}"] = float(imbalance) if measured[m] else None
+            row[f"deviation_{names[m]}"] = float(deviation) if measured[m] else None
         both = all(measured.values())
-        row[f"top_{k}_in_both"] = int(most_Y[i]) if both else None
-        row[f"bottom_{k}_in_both"] = int(least_Y[i]) if both else None
+        row[f"top_{k}_in_both"] = int(most_Y[i]) if both and most_Y is not None else None
+        row[f"bottom_{k}_in_both"] = int(least_Y[i]) if both and least_Y is not None else None
         rows.append(row)
     return rows

@@ -82,6 +82,8 @@ def _owners(understanding_YE: Tensor, usage_YME: Tensor, groups: Groups) -> Tens
             start = end - groups[g].num_experts
             owner_YE.scatter_(1, ranked_YE[:, start:end], g)
             end = start
+    if not any(serves):
+        return owner_YE
     first, *second = [g for g in range(len(groups)) if serves[g]]
     rest_YE = ranked_YE[:, :end].sort(dim=-1).values
     if second:

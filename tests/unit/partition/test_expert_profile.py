@@ -22,7 +22,8 @@ MODEL = ModelIdentity("tiny", 3, "abc", {"all": 4}, 2)
 
 def profile_of(text, vit, tokens=1000) -> Profile:
     counts = torch.tensor([[text, vit, [0] * len(text)]])
-    return Profile(MODEL, ("layers.1",), counts, {"text": tokens, "vit": tokens, "vae": 0}, {})
+    model = replace(MODEL, groups={"all": len(text)})
+    return Profile(model, ("layers.1",), counts, {"text": tokens, "vit": tokens, "vae": 0}, {})
 
 
 def test_profile_survives_its_file(tmp_path):
