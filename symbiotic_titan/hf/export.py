@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from symbiotic_titan.hf.architectures.base import (
-    Architecture,
-    Config,
     WeightMapping,
     architecture_of,
 )
@@ -44,7 +42,7 @@ from symbiotic_titan.model import model_config
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup
-from symbiotic_titan.sequence.modality import TEXT, VIT
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, TEXT, VIT
 from symbiotic_titan.weights.compatibility import (
     check_is_model,
     tensors_of_model,
@@ -69,6 +67,8 @@ WHOLE_REMEDY = "--part whole writes any model, for our own loader"
 
 # A decoder layer, and the setting of config.json that counts those which this network does not run, after the last that it does.
 _LAYER = re.compile(r".*\blanguage_model\.layers\.\d+\.")
+# (part, pool, the rest) of the name of a tensor of experts or routers.
+_POOL = re.compile(r"(layers\.\d+\.moe\.(?:router|experts)\.)(\w+)(\..*)")
 _NUM_FURTHER_LAYERS = "num_nextn_predict_layers"
 
 
@@ -118,12 +118,38 @@ def understanding_group(groups: tuple[ExpertGroup, ...]) -> ExpertGroup:
     return text
 
 
-def of_one_group(args: ModelArgs, group: ExpertGroup) -> ModelArgs:
-    """The model with the experts of ``group`` as its only ones."""
-    width, top_k = group.hidden_dim or args.expert_hidden_dim, group.top_k or args.top_k
-    return replace(
-        args, num_experts=group.num_experts, expert_hidden_dim=width, top_k=top_k, groups=()
-    )
+def exported_groups(args: ModelArgs, released: ModelArgs) -> dict[str, ExpertGroup]:
+    """Pool of experts of the ``released`` architecture -> group of the model ``args`` that is written as it: the group of both text and
+    ViT tokens as a single pool; where the release has a pool for each, the groups with the names of these pools.
+
+    Raises:
+        ValueError: the model has no such groups, or their experts have another width or top_k.
+    """
+    if len(released.groups) == 1:
+        out = {released.groups[0].name: understanding_group(args.groups)}
+    else:
+        out = {}
+        for m in (TEXT, VIT):
+            group, pool = (next(g for g in a.groups if m in g.modalities) for a in (args, released))
+            if group.name != pool.name:
+                raise ValueError(
+                    f"{MODALITY_NAMES[m]} tokens route in the group {group.name}, in the released model in {pool.name}; only a group of "
+                    f"that name can be written back; {WHOLE_REMEDY}"
+                )
+            out[pool.name] = group
+    for pool in released.groups:
+        has, needs = _sizes(args, out[pool.name]), _sizes(released, pool)
+        if has != needs:
+            raise ValueError(
+                f"the group {out[pool.name].name} has {has}, but config.json of the released model has {needs}; {WHOLE_REMEDY}"
+            )
+    return out
+
+
+def _sizes(args: ModelArgs, group: ExpertGroup) -> dict[str, int]:
+    """Width and top_k of a group of ``args``."""
+    index, moe = args.groups.index(group), args.moe_args
+    return {"hidden_dim": moe.hidden_dims[index], "top_k": moe.top_ks[index]}
 
 
 def export_understanding(
@@ -145,21 +171,22 @@ def export_understanding(
         OSError: writing failed.
     """
     check_is_model(reader, _tensors(args))
-    group = understanding_group(args.groups)
-    args = of_one_group(args, group)
     # Of a quantised release too, the tensors are written in full.
     old_config = without_quantization(read_table(release_files / CONFIG))
     architecture = architecture_of(old_config)
+    released = architecture.model_args(old_config)
+    groups = exported_groups(args, released)
+    args = _of_pools(args, released, groups)
     try:
         config = architecture.config(old_config, args)
     except ValueError as error:
         raise ValueError(f"{error}; {WHOLE_REMEDY}") from None
     layout = read_layout(release_files)
     mappings = architecture.weight_map(args, layout)
-    converted, used = _to_theirs(reader, mappings, group.name, dtype)
+    converted, used = _to_theirs(reader, mappings, groups, dtype)
     unmapped = CastingReader(unmapped_tensors(reader, release_files), dtype)
     names = unmapped_names(architecture, args, layout)
-    left = _other_expert_layers(architecture, old_config, args, names)
+    left = _other_expert_layers(released, args, names)
     back = [name for name in names if name in unmapped.tensors and not name.startswith(left)]
     missing = [name for name in names if name not in back]
     if any(_LAYER.match(name) for name in missing):
@@ -181,16 +208,16 @@ def export_understanding(
 def _to_theirs(
     reader: CheckpointReader,
     mappings: Iterable[WeightMapping],
-    group: str,
+    groups: Mapping[str, ExpertGroup],
     dtype: torch.dtype | None,
 ) -> tuple[TensorConverter, set[str]]:
-    """(converter to the release's tensors with the experts of ``group``, names of our tensors that it reads).
+    """(converter to the release's tensors with the experts of ``groups``, names of our tensors that it reads).
 
     Raises:
         ValueError: ``reader`` lacks some of these tensors.
     """
     steps = [
-        ConverterStep(tuple(_in_group(name, group) for name in m.ours), m.theirs, m.save)
+        ConverterStep(tuple(_in_group(name, groups) for name in m.ours), m.theirs, m.save)
         for m in mappings
     ]
     used = {name for step in steps for name in step.inputs}
@@ -201,10 +228,10 @@ def _to_theirs(
 
 
 def _other_expert_layers(
-    architecture: Architecture, old_config: Config, args: ModelArgs, unmapped: Iterable[str]
+    released: ModelArgs, args: ModelArgs, unmapped: Iterable[str]
 ) -> tuple[str, ...]:
     """Name prefixes of unmapped layers whose number of experts would differ from that of the layers before them."""
-    if args.num_experts == architecture.model_args(old_config).num_experts:
+    if args.num_experts == released.num_experts:
         return ()
     found = [_LAYER.match(name) for name in unmapped if ".experts." in name]
     return tuple({match[0] for match in found if match})
@@ -267,8 +294,15 @@ def _tensors(args: ModelArgs) -> dict[str, TensorSpec]:
         return tensors_of_model(SymbioticModel(args))
 
 
-def _in_group(name: str, group: str) -> str:
-    """Rename a tensor of an unpartitioned model as if ``group`` were its pool of experts."""
-    for part in (".moe.router.", ".moe.experts."):
-        name = name.replace(f"{part}all.", f"{part}{group}.")
-    return name
+def _of_pools(args: ModelArgs, released: ModelArgs, groups: Mapping[str, ExpertGroup]) -> ModelArgs:
+    """The model ``args`` with ``groups`` alone, as the pools of the ``released`` model."""
+    pools = tuple(
+        replace(pool, num_experts=groups[pool.name].num_experts) for pool in released.groups
+    )
+    return replace(args, num_experts=sum(pool.num_experts for pool in pools), groups=pools)
+
+
+def _in_group(name: str, groups: Mapping[str, ExpertGroup]) -> str:
+    """Rename a tensor of a pool of the released model to one of the group that is written as this pool."""
+    match = _POOL.fullmatch(name)
+    return f"{match[1]}{groups[match[2]].name}{match[3]}" if match else name

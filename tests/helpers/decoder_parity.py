@@ -13,7 +13,7 @@ from symbiotic_titan.hf.architectures.base import Architecture
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.modality import TEXT
+from symbiotic_titan.sequence.modality import TEXT, VIT
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -143,6 +143,20 @@ def run_released(
     for hook in hooks:
         hook.remove()
     return logits, choices
+
+
+def of_all_pools(choices: list[Tensor], row: PackedBatch, first: int) -> list[Tensor]:
+    """The choices of a model of transformers that has a router for text and then one for images in every layer, as ``run`` gives ours:
+    (B * T, K) by layer, with the experts of images numbered from ``first``."""
+    is_vit_T = row.modality.flatten() == VIT
+    if not is_vit_T.any():
+        return choices
+    out = []
+    for text_TK, vit_TK in zip(choices[::2], choices[1::2], strict=True):
+        both_TK = torch.empty(len(is_vit_T), text_TK.shape[1], dtype=torch.int64)
+        both_TK[~is_vit_T], both_TK[is_vit_T] = text_TK, vit_TK + first
+        out.append(both_TK)
+    return out
 
 
 def moved_by(model: SymbioticModel, batch: PackedBatch, **changes: object) -> float:

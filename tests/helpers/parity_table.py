@@ -26,6 +26,7 @@ from tests.helpers import released_configs
 from tests.helpers.decoder_parity import (
     loaded,
     make_random,
+    of_all_pools,
     run,
     run_released,
     saved,
@@ -38,7 +39,7 @@ from tests.helpers.image_rows import (
     released_marked,
     released_squares,
 )
-from tests.helpers.released_models import ARIA, GLM, QWEN, THINKER
+from tests.helpers.released_models import ARIA, ERNIE, GLM, QWEN, THINKER
 
 Inputs = Callable[[ModelArgs, list[Segment], PackedBatch], dict[str, Tensor]]
 
@@ -84,6 +85,7 @@ CASES = (
     Case(QWEN, "Qwen3VLMoeTextTopKRouter", SQUARES, released_inputs, 120),
     Case(THINKER, "Qwen3OmniMoeThinkerTextTopKRouter", MARKED, released_marked, 120, opening=123),
     Case(GLM | {"image_token_id": 90}, "Glm4vMoeTextTopkRouter", SQUARES, released_inputs, 90),
+    Case(ERNIE, "Ernie4_5_VLMoeMoeTopKRouter", SQUARES, released_inputs, 90),
     Case(ARIA, "AriaTextTopKRouter", QUERIES, released_squares),
     Case(
         ARIA_SIZES, "AriaTextTopKRouter", [5, (35, 24), 3, (35, 35), 4], released_squares, name="aria at 490 pixels"
@@ -109,7 +111,7 @@ def ours_of(theirs: nn.Module) -> tuple[Architecture, nn.Module]:
         config, tensors = saved(theirs, Path(folder))
     architecture = architecture_of(config)
     args = architecture.model_args(config)
-    if any(re.match(r"(model\.)?(visual|vision_tower)\.", name) for name in tensors):
+    if any(re.match(r"(model\.)?(visual|vision_tower|vision_model)\.", name) for name in tensors):
         return architecture, loaded(architecture, args, tensors)
     return architecture, loaded(architecture, replace(args, vit=NEW_VIT), tensors, new=("vit",))
 
@@ -128,6 +130,9 @@ def compared(one: Case, seed: int) -> Iterator[tuple[str, float, float, float]]:
     for name, (row, inputs) in rows.items():
         logits, choices = run(ours, row)
         expected, expected_choices = run_released(theirs, routers, inputs)
+        if len(ours.args.groups) > 1:
+            first = ours.args.groups[0].num_experts
+            expected_choices = of_all_pools(expected_choices, row, first)
         equal = [
             (a == b).all(-1).float().mean() for a, b in zip(choices, expected_choices, strict=True)
         ]

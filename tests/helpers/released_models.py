@@ -113,6 +113,38 @@ GLM: dict[str, Any] = {
     },
 }
 
+# A pool of experts for text and one for images, of different widths; tied embeddings; a dense layer first.
+ERNIE: dict[str, Any] = {
+    "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+    "model_type": "ernie4_5_vl_moe",
+    "image_token_id": 90,
+    "text_config": {
+        "dtype": "float32",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": [20, 12],
+        "moe_num_experts": 8,
+        "moe_k": 3,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 500_000.0,
+            "mrope_section": [1, 1, 2],
+        },
+    },
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "patch_size": 4,
+    },
+    "tie_word_embeddings": True,
+}
+
 ARIA: dict[str, Any] = {
     "model_type": "aria",
     "text_config": {

@@ -67,6 +67,8 @@ ARCHITECTURES: Registry[Architecture] = Registry(
         "glm4v_moe": "symbiotic_titan.hf.architectures.glm4v_moe:GLM4V_MOE",
         "hunyuan_v1_moe": "symbiotic_titan.hf.architectures.hunyuan_v1_moe:HUNYUAN_V1_MOE",
         "aria": "symbiotic_titan.hf.architectures.aria:ARIA",
+        "ernie4_5_moe_vl": "symbiotic_titan.hf.architectures.ernie4_5_moe_vl:ERNIE4_5_MOE_VL",
+        "ernie4_5_vl_moe": "symbiotic_titan.hf.architectures.ernie4_5_vl_moe:ERNIE4_5_VL_MOE",
     },
 )
 

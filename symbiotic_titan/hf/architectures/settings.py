@@ -8,7 +8,7 @@ from typing import Any
 
 from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.hf.architectures.base import Config
-from symbiotic_titan.model.args import ModelArgs, one_pool
+from symbiotic_titan.model.args import ModelArgs
 
 # Latents of target images, as set by [latents] codec = "flux": a 16-channel autoencoder of stride 8. No release has them.
 LATENTS: dict[str, Any] = {"latent_channels": 16, "latent_stride": 8, "latent_patch": 2}
@@ -198,13 +198,20 @@ def one_value(values: Config, key: str) -> Any:
 def with_experts(
     config: Config, expected: ModelArgs, args: ModelArgs, table: str, *names: str
 ) -> dict[str, Any]:
-    """``config`` with the number of experts of ``args``, stored under each of ``names`` that its ``table`` has (under the first if it
-    has none).
+    """``config`` with the number of experts in a pool of ``args``, stored under each of ``names`` that its ``table`` has (under the
+    first if it has none).
 
     Raises:
-        ValueError: ``args`` differ from ``expected`` (what ``config`` describes) in more than experts and a job's settings.
+        ValueError: ``args`` differ from ``expected`` (what ``config`` describes) in more than experts and a job's settings, or have
+            pools of different sizes.
     """
-    same = replace(expected, groups=one_pool(args.num_experts), num_experts=args.num_experts)
+    sizes = {group.name: group.num_experts for group in args.groups}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"the model's groups have {sizes} experts; config.json of the released model has one number for all of its pools"
+        )
+    number = args.groups[0].num_experts
+    same = replace(expected, groups=args.groups, num_experts=args.num_experts)
     for field in fields(ModelArgs):
         has, needs = getattr(args, field.name), getattr(same, field.name)
         if field.name not in _OF_THE_JOB and has != needs:
@@ -215,5 +222,5 @@ def with_experts(
     out: dict[str, Any] = copy.deepcopy(dict(config))
     values: dict[str, Any] = nested(out, table)  # type: ignore[assignment]
     for name in [name for name in names if name in values] or names[:1]:
-        values[name] = args.num_experts
+        values[name] = number
     return out

@@ -101,11 +101,13 @@ def has_single_experts(theirs: str, shapes: Mapping[str, Shape]) -> bool:
     return f"{theirs}.0.gate_proj.weight" in shapes
 
 
-def single_experts(theirs: str, ours: str, num_experts: int) -> list[WeightMapping]:
-    """One tensor per expert and projection: (F, D), (D, F) and (F, D)."""
+def single_experts(
+    theirs: str, ours: str, num_experts: int, *, first: int = 0
+) -> list[WeightMapping]:
+    """One tensor per expert and projection: (F, D), (D, F) and (F, D). The files number the experts from ``first``."""
     return [
         WeightMapping(
-            tuple(f"{theirs}.{i}.{their}.weight" for i in range(num_experts)),
+            tuple(f"{theirs}.{first + i}.{their}.weight" for i in range(num_experts)),
             (f"{ours}.{our}",),
             stack,
             unstack,

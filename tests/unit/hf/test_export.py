@@ -37,6 +37,7 @@ from tests.helpers.image_rows import image_row, released_inputs, released_square
 from tests.helpers.released_models import (
     ARIA,
     ARIA_BESIDE,
+    ERNIE,
     GLM,
     GLM_BESIDE,
     OMNI,
@@ -109,8 +110,9 @@ RELEASES = pytest.mark.parametrize(
         (OMNI, WHOLE_OMNI, OMNI_BESIDE),
         (GLM, {}, GLM_BESIDE),
         (ARIA, {}, ARIA_BESIDE),
+        (ERNIE, {}, {}),
     ],
-    ids=["qwen", "qwen as transformers saves it", "omni", "glm", "aria"],
+    ids=["qwen", "qwen as transformers saves it", "omni", "glm", "aria", "ernie"],
 )
 
 
