@@ -5,7 +5,7 @@
 
 A placeholder such as ``<image>``, None and an image item without an image of its own each stand for the next image of the sample;
 ``<image 2>`` and an item with ``index`` stand for a certain one. An item may also hold or name its own image, see
-``image_files.IMAGE_KEYS``. An image in a message of the assistant is a target image, any other one an input image, unless its item
+``sequence.tasks.IMAGE_KEYS``. An image in a message of the assistant is a target image, any other one an input image, unless its item
 says otherwise: ``"use": "generate"`` or ``"use": "understand"``. Which data sets have which form: see ``schemas``.
 """
 
@@ -14,9 +14,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from symbiotic_titan.data.fields import MEDIA, Fields, as_text, is_empty, rows_of
+from symbiotic_titan.data.fields import MEDIA, Fields, as_text, is_empty, own_image, rows_of
 from symbiotic_titan.data.formats.shard import BadSample, brief
-from symbiotic_titan.data.image_files import own_image
 from symbiotic_titan.sequence.tasks import TASKS
 
 # How released data write an image's place in a text. A group is the number of the image, from 1.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any, Protocol
 
 from symbiotic_titan.data.formats.shard import BadSample, Sample, brief
-from symbiotic_titan.sequence.tasks import DRAWN_FIELDS, FIELDS, IMAGE_EXTENSIONS, Task
+from symbiotic_titan.sequence.tasks import DRAWN_FIELDS, FIELDS, IMAGE_EXTENSIONS, IMAGE_KEYS, Task
 
 # Extension of the member with the latents of an image, in shards of a latent cache.
 CACHED_EXTENSION = "safetensors"
@@ -189,6 +189,11 @@ class Fields:
         return BadSample(
             "missing", f"its {field} is missing: there is no {_joined(names)} but {found}"
         )
+
+
+def own_image(item: Mapping[str, Any]) -> Any:
+    """What ``item`` holds or names as its image, or None."""
+    return next((item[key] for key in IMAGE_KEYS if item.get(key)), None)
 
 
 def names_of(field: str, keys: Keys) -> tuple[str, ...]:

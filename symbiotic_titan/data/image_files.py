@@ -11,14 +11,8 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from symbiotic_titan.data.decoding import format_of
+from symbiotic_titan.data.fields import own_image
 from symbiotic_titan.data.formats.shard import BadSample, brief, one_line
-
-# Keys of a table that hold or name its image; the first that is there and not empty counts. ``datasets`` has bytes and path, OpenAI
-# image_url and url, Anthropic source and data, mmc4 image_base64, image_name and raw_url.
-IMAGE_KEYS = (
-    *("bytes", "image", "image_url", "source", "base64", "image_base64", "data"),
-    *("path", "image_path", "image_name", "file_name", "url", "raw_url"),
-)
 
 # Base64 text of an image is at least this long; a shorter string is a name.
 SHORTEST_BASE64 = 64
@@ -63,11 +57,6 @@ class ImageFiles:
             reason = one_line(str(error).replace(path, "..."), 90)
             shown = path if len(path) <= 90 else f"...{path[-87:]}"
             raise BadSample("unreadable", f"image {shown} cannot be read ({reason})") from error
-
-
-def own_image(item: Mapping[str, Any]) -> Any:
-    """What ``item`` holds or names as its image, or None."""
-    return next((item[key] for key in IMAGE_KEYS if item.get(key)), None)
 
 
 def _content(path: str) -> bytes:

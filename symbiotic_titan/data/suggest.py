@@ -18,10 +18,9 @@ from symbiotic_titan.config.data import FORMATS, Data, DataSource
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.decoding import format_of
 from symbiotic_titan.data.documents import Document, Segment, TextSegment, VaeSegment, VitSegment
-from symbiotic_titan.data.fields import Fields
+from symbiotic_titan.data.fields import Fields, own_image
 from symbiotic_titan.data.files import COMPRESSIONS, compression_of, open_file, source_files
 from symbiotic_titan.data.formats.shard import BadSample, Reader, Sample, Shard
-from symbiotic_titan.data.image_files import own_image
 from symbiotic_titan.data.latents import TargetImages
 from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.schemas import recognised

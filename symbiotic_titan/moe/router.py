@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from symbiotic_titan.config.experts import ROUTER_SCORES
 from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
@@ -134,6 +135,10 @@ def unused_places(group_T: Tensor, top_ks: tuple[int, ...]) -> Tensor | None:
     return unused_TK
 
 
+# FSDP finds the tensors of a unit's output through pytree.
+pytree.register_dataclass(Routing)
+
+
 class GroupRouter(nn.Module):
     """One group's part of the router: ``weight (E, D)`` and, for choosing only, a float32 buffer ``bias (E,)``."""
 
@@ -169,8 +174,8 @@ class Router(nn.ModuleDict):
     def forward(self, x_TD: Tensor, modality_T: Tensor) -> Routing:
         args = self._args
         group_T = group_of_token(modality_T, args.groups)
-        # float32, because in bfloat16 nearly equal scores would tie, and rounding would decide the top-k. (FSDP's mixed precision has
-        # rounded the weights already.)
+        # float32, because in bfloat16 nearly equal scores would tie, and rounding would decide the top-k. FSDP's mixed precision leaves
+        # the weights in float32 too, see ``parallel.fsdp``.
         with torch.autocast(x_TD.device.type, enabled=False):
             weight_ED = torch.cat([router.weight for router in self._groups()]).float()
             logits_TE = x_TD.float() @ weight_ED.t()

@@ -107,11 +107,18 @@ def _sharded_parameter(name: str, unit: str, parameter: nn.Parameter) -> Sharded
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes per element: stored (weights, gradients, Adam), in computation, and where gradients are summed."""
+    """Bytes per element: stored (weights, gradients, Adam), in computation, and where gradients are summed. Routers compute and sum in
+    float32 whatever the others do, see ``fsdp``."""
 
     stored: int
     computed: int
     reduced: int
+
+    def computed_of(self, parameter: ShardedParameter) -> int:
+        return torch.float32.itemsize if parameter.kind == "router" else self.computed
+
+    def reduced_of(self, parameter: ShardedParameter) -> int:
+        return torch.float32.itemsize if parameter.kind == "router" else self.reduced
 
     @classmethod
     def of(cls, config: JobConfig) -> "Precision":
@@ -180,14 +187,16 @@ def gathered_memory(
     parameters: Sequence[ShardedParameter], precision: Precision, reshard: str
 ) -> GatheredMemory:
     """Memory for weights on top of ``state_memory`` while a step runs. On one rank, without FSDP, these are the copies that autocast
-    makes of all weights and caches for the backward."""
+    makes of all weights but the routers' and caches for the backward."""
+    members = units_of(parameters)
     units = {
-        unit: precision.computed * sum(p.gathered for p in members)
-        for unit, members in units_of(parameters).items()
+        unit: sum(p.gathered * precision.computed_of(p) for p in inside)
+        for unit, inside in members.items()
     }
     # Without FSDP autocast copies every weight in its first matmul, and the backward needs the copies.
     if all(p.shard == p.expert == 1 for p in parameters):
-        copies = sum(units.values()) if precision.computed != precision.stored else 0
+        copied = [p for p in parameters if precision.computed_of(p) != precision.stored]
+        copies = sum(p.gathered * precision.computed_of(p) for p in copied)
         return GatheredMemory("none", 0, 0, copies)
     largest = max(units, key=lambda unit: units[unit])
     stages: dict[str, int] = {}
@@ -202,7 +211,7 @@ def gathered_memory(
     return GatheredMemory(
         unit=largest or "root",
         unit_weights=units[largest],
-        unit_gradients=units[largest] // precision.computed * precision.reduced,
+        unit_gradients=sum(p.gathered * precision.reduced_of(p) for p in members[largest]),
         peak=peak + units.get("", 0),
     )
 
@@ -252,15 +261,16 @@ def weight_traffic(
     gather = scatter = replicas = 0
     for p in parameters:
         leaving = p.gathered * (p.shard - 1) // p.shard
-        gather += leaving
+        gather += leaving * precision.computed_of(p)
         if p.trainable:  # frozen weights are gathered too, but have no gradient to reduce
-            scatter += leaving
-            replicas += 2 * (p.gathered // p.shard) * (p.replicate - 1) // p.replicate
+            reduced = precision.reduced_of(p)
+            scatter += leaving * reduced
+            replicas += 2 * (p.gathered // p.shard) * (p.replicate - 1) // p.replicate * reduced
     return Traffic(
-        gather_forward=gather * precision.computed,
-        gather_backward=gather * precision.computed * gathers_again,
-        reduce_scatter=scatter * precision.reduced,
-        all_reduce=replicas * precision.reduced,
+        gather_forward=gather,
+        gather_backward=gather * gathers_again,
+        reduce_scatter=scatter,
+        all_reduce=replicas,
     )
 
 

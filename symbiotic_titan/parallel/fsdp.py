@@ -1,15 +1,18 @@
 """FSDP2: which modules are units, what is gathered ahead of time, and how gradients are reduced.
 
-Units inside a block: the shared expert, each group's experts, then the rest of the block (attention, norms, router), so that no
-reduce-scatter of expert gradients waits between the two all-to-alls of the backward. Outside of blocks: every block of the ViT, its
-rest, the latent embedding, the token embeddings; the root holds the remainder (norm, output, flow head). Losses are divided by global
-token counts, so gradients are summed over ranks, never averaged.
+Units inside a block: the router, each group's experts, the shared expert, then the rest of the block (attention, norms), so that no
+reduce-scatter of expert gradients waits between the two all-to-alls of the backward. The router is a unit of its own because it stays
+float32 under mixed precision: rounded weights would choose other experts (arXiv 2101.03961, section 2.4). Outside of blocks: every
+block of the ViT, its rest, the latent embedding, the token embeddings; the root holds the remainder (norm, output, flow head). Losses
+are divided by global token counts, so gradients are summed over ranks, never averaged.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -26,6 +29,7 @@ from torchtitan.distributed import ParallelDims
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.experts import GroupedExperts, PartitionedMoE
 from symbiotic_titan.moe.kernels import local_tensor
+from symbiotic_titan.moe.router import Router
 
 # ``parallelism.fsdp_reshard_after_forward`` -> whether weights are freed after the forward: (those of most units, those of the last
 # block and the root). The backward starts with the last block and the root, so by default these stay gathered.
@@ -76,7 +80,7 @@ def units_inside(block: nn.Module) -> list[nn.Module]:
     if moe is None:
         return []
     shared = [moe.shared_experts] if moe.shared_experts is not None else []
-    return [*moe.experts.values(), *shared]
+    return [moe.router, *moe.experts.values(), *shared]
 
 
 def gather_ahead(model: SymbioticModel, *, end_is_freed: bool) -> None:
@@ -113,15 +117,20 @@ def apply_fsdp(
     """Shard ``model`` in place."""
     training = config.training
     free, free_end = _RESHARD[config.parallelism.fsdp_reshard_after_forward]
+    mixed = MixedPrecisionPolicy(
+        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        cast_forward_inputs=False,  # timesteps must stay float32; the model casts patches and latents itself
+    )
     options: dict[str, Any] = {
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
-            reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
-            cast_forward_inputs=False,  # timesteps must stay float32; the model casts patches and latents itself
-        ),
+        "mp_policy": mixed,
         "offload_policy": CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy(),
     }
     dense = {**options, "mesh": data_mesh(parallel_dims)}
+    router = {
+        **dense,
+        "mp_policy": replace(mixed, param_dtype=torch.float32, reduce_dtype=torch.float32),
+    }
     experts = {**options, "mesh": expert_mesh(parallel_dims)}
     experts["shard_placement_fn"] = expert_shard_placement(experts["mesh"].shape[-1])
 
@@ -136,8 +145,8 @@ def apply_fsdp(
     for block in model.layers.values():
         free_block = free_end if block is last else free
         for part in units_inside(block):
-            where = experts if isinstance(part, GroupedExperts) else dense
-            fully_shard(part, reshard_after_forward=free_block, **where)
+            kinds = {GroupedExperts: experts, Router: router}
+            fully_shard(part, reshard_after_forward=free_block, **kinds.get(type(part), dense))
         fully_shard(block, reshard_after_forward=free_block, **dense)
     fully_shard(model, reshard_after_forward=free_end, **dense)
     sum_gradients(model, device_type)

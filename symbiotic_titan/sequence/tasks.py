@@ -14,6 +14,13 @@ _COMMON_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _OTHER_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "jfif", "jp2", "ppm", "pgm", "tga")
 IMAGE_EXTENSIONS = (*_COMMON_EXTENSIONS, *_OTHER_EXTENSIONS)
 
+# Keys of a table that hold or name its image; the first that is there and not empty counts. ``datasets`` has bytes and path, OpenAI
+# image_url and url, Anthropic source and data, mmc4 image_base64, image_name and raw_url.
+IMAGE_KEYS = (
+    *("bytes", "image", "image_url", "source", "base64", "image_base64", "data"),
+    *("path", "image_path", "image_name", "file_name", "url", "raw_url"),
+)
+
 # Numbers of the edits of one sample, in columns of their own: ``instruction_1``, ``edit_image_1`` and so on.
 EDIT_NUMBERS = range(1, 10)
 

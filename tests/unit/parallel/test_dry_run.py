@@ -58,6 +58,17 @@ def test_weights_send_what_does_not_stay():
     assert dry_run.weight_traffic(BY_HAND, BF16, 0).gather_backward == 0
 
 
+def test_routers_travel_in_float32_whatever_the_others_do():
+    name = "layers.0.moe.router.all.weight"
+    router = parameter(name, "layers.0.moe.router", (4, 8), (1, 8), 32, replicate=2)
+    halves = dry_run.Precision(stored=4, computed=2, reduced=2)
+    assert dry_run.weight_traffic([router], halves, 1) == dry_run.Traffic(
+        gather_forward=4 * 24, gather_backward=4 * 24, reduce_scatter=4 * 24, all_reduce=4 * 8
+    )
+    memory = dry_run.gathered_memory([router], halves, "default")
+    assert memory == dry_run.GatheredMemory("layers.0.moe.router", 4 * 32, 4 * 32, 4 * 32)
+
+
 def test_replicas_sum_their_shards():
     replicated = [replace(p, replicate=2) for p in BY_HAND]
     # A ring over two replicas sends each shard once: 96 / 4, 64 / 4, 128 / 2 numbers.
@@ -203,8 +214,9 @@ def test_one_rank_needs_no_traffic_and_gathers_nothing_apart():
     (parameters,) = on_fake_ranks(1)
     assert {(p.shard, p.unit) for p in parameters} == {(1, "")}
     assert dry_run.weight_traffic(parameters, BF16, 1) == dry_run.Traffic()
-    num_weights = sum(prod(p.shape) for p in parameters)
-    assert dry_run.gathered_memory(parameters, BF16, "default").peak == 2 * num_weights
+    # Routers compute with their stored float32, without a copy.
+    num_copied = sum(prod(p.shape) for p in parameters if p.kind != "router")
+    assert dry_run.gathered_memory(parameters, BF16, "default").peak == 2 * num_copied
 
 
 def test_tool_prints_a_table_and_one_line_of_json(capsys):

@@ -1,0 +1,105 @@
+"""Under FSDP2 with bfloat16 the routers compute in float32: tokens go to the experts that one process chooses."""
+
+import pytest
+import torch
+
+from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.moe.experts import PartitionedMoE
+from tests.helpers.debug_model import backward, build, config_of, forward
+from tests.helpers.gloo import run_on_ranks
+
+RANKS = 2
+BF16 = "--training.mixed_precision_param bfloat16"
+CASES = {
+    "plain": BF16,
+    "always": f"{BF16} --parallelism.fsdp_reshard_after_forward always",
+    "expert_parallel": f"{BF16} --parallelism.expert_parallel_degree 2",
+    "full": f"{BF16} --activation_checkpoint.mode full",
+    "per_op": f"{BF16} --activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op",
+    "compiled": f"{BF16} --compile.enable --compile.components model --compile.backend eager",
+}
+
+
+def routers_of(model):
+    layers = [layer for layer in model.modules() if isinstance(layer, PartitionedMoE)]
+    return [layer.router for layer in layers]
+
+
+def watched(model):
+    """A list that each router's (input, choice, weights) is appended to, and its weights' dtypes."""
+    seen, dtypes = [], set()
+
+    def note(router, inputs, routing):
+        dtypes.update(parameter.dtype for parameter in router.parameters())
+        seen.append((inputs[0].detach().clone(), routing.experts_TK, routing.weights_TK.detach()))
+
+    for router in routers_of(model):
+        router.register_forward_hook(note)
+    return seen, dtypes
+
+
+def of_one_process(args, rank):
+    """The same forward by a plain model, whose weights are rounded as FSDP rounds them: all but the routers'."""
+    model = SymbioticModel(args)
+    model.init_weights()
+    model.to(torch.bfloat16)
+    whole = SymbioticModel(args)
+    whole.init_weights()
+    for router, exact in zip(routers_of(model), routers_of(whole), strict=True):
+        router.float().load_state_dict(exact.state_dict())
+    seen, _ = watched(model)
+    output = forward(model, args, rank)
+    backward(output)
+    return seen, {n: p.grad.float() for n, p in model.named_parameters() if ".router." in n}
+
+
+def on_rank(rank, case):
+    model, args = build(config_of(CASES[case]))
+    seen, dtypes = watched(model)
+    output = forward(model, args, rank)
+    chosen = list(seen)
+    backward(output)
+    gradients = {
+        name.replace("_checkpoint_wrapped_module.", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+        if ".router." in name
+    }
+    expected, expected_gradients = of_one_process(args, rank)
+    return {
+        "chosen": chosen,
+        "expected": expected,
+        "dtypes": dtypes,
+        "stream": chosen[0][0].dtype,
+        "gradients": {name: g.full_tensor() for name, g in gradients.items()},
+        "gradient_dtypes": {g.dtype for g in gradients.values()},
+        "expected_gradients": expected_gradients,
+    }
+
+
+def all_cases(rank):
+    return {case: on_rank(rank, case) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_on_ranks(RANKS, all_cases)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_token_goes_to_the_experts_that_one_process_chooses(results, case):
+    for result in (rank[case] for rank in results):
+        assert result["stream"] == torch.bfloat16 and result["dtypes"] == {torch.float32}
+        assert len(result["chosen"]) == len(result["expected"]) == 2
+        for found, expected in zip(result["chosen"], result["expected"], strict=True):
+            assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_routers_are_summed_in_float32(results, case):
+    """They are the sum of the ranks' own, closer than bfloat16 could hold it."""
+    gradients = results[0][case]["gradients"]
+    assert len(gradients) == 4 and results[0][case]["gradient_dtypes"] == {torch.float32}
+    for name, found in gradients.items():
+        expected = sum(rank[case]["expected_gradients"][name] for rank in results)
+        assert not torch.equal(found, found.bfloat16().float())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7, msg=name)
