@@ -20,46 +20,36 @@ none, takes --experimental.custom_import MODULE for an architecture that MODULE 
 
 import argparse
 import os
-import resource
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torchtitan.config import TORCH_DTYPE_MAP
 
 from symbiotic_titan.commands.convert_options import (
-    byte_count,
     check_options,
+    files_of,
     from_hf_options,
+    measured,
     partition_options,
     plan_options,
+    read_config,
+    show_bytes,
     to_hf_options,
+    without_extension,
 )
-from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.commands.convert_to_hf import to_hf
 from symbiotic_titan.config.files import check_file, write_json
-from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.config.saved import saved_config
-from symbiotic_titan.hf.export import (
-    export_understanding,
-    export_whole,
-    find_release_files,
-)
 from symbiotic_titan.hf.import_model import import_model
 from symbiotic_titan.hf.model import (
     HuggingFaceModel,
     check_holds_tensors,
-    open_model,
 )
 from symbiotic_titan.hf.release_files import (
     RELEASE_FILES,
     UNMAPPED,
 )
 from symbiotic_titan.model import model_config
-from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.parallel.ranks import join_ranks
 from symbiotic_titan.partition.apply import (
@@ -85,50 +75,11 @@ from symbiotic_titan.partition.profile import (
     Profile,
     too_few_tokens,
 )
-from symbiotic_titan.process import exit_status, show_progress
+from symbiotic_titan.process import exit_status
 from symbiotic_titan.training.checks import check_job
 from symbiotic_titan.weights.new_folder import check_apart
-from symbiotic_titan.weights.reader import some_of
-
-
-def read_config(path: str, overrides: list[str]) -> JobConfig:
-    return load_job_config(["--job.config_file", path, *overrides])
-
-
-def files_of(config: JobConfig, *paths: str | None) -> list[str | None]:
-    """The files that a command reads: ``paths``, and the model.json that a config names."""
-    flavor = config.model.flavor
-    return [*paths, flavor if flavor.endswith(".json") else None]
-
-
-def show_bytes(done: int, total: int) -> None:
-    """A progress callback."""
-    show_progress(f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB", is_last=done == total)
-
-
-@contextmanager
-def measured() -> Iterator[None]:
-    """Prints the block's time and peak memory, unless it fails."""
-    start = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - start
-    # ru_maxrss is in kilobytes, on macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(f"took {seconds:.1f} s, peak memory {peak / 2**30:.2f} GiB")
-
 
 # ---- from-hf --------------------------------------------------------------------------------------------------------------
-
-
-def without_extension(overrides: list[str]) -> list[str]:
-    """Import the module of ``--experimental.custom_import``, where no config is read; returns the other overrides."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--experimental.custom_import", dest="module", default="")
-    options, others = parser.parse_known_args(overrides)
-    if options.module:
-        import_extension(options.module)
-    return others
 
 
 def check_release(folder: Path) -> None:
@@ -175,56 +126,6 @@ def from_hf(options: argparse.Namespace, overrides: list[str]) -> None:
         f"--checkpoint {options.hf if options.shape_only else options.out} --config CONFIG --out START\n"
         f'where CONFIG has model.flavor = "{flavor}"; it trains from START'
     )
-
-
-# ---- to-hf ----------------------------------------------------------------------------------------------------------------
-
-
-def to_hf(options: argparse.Namespace, overrides: list[str]) -> None:
-    check_holds_tensors(options.checkpoint, "--checkpoint")
-    args, flavor, sources = exported_model(options, overrides)
-    check_apart(options.out, [options.checkpoint, *sources])
-    reader = open_model(options.checkpoint)
-    settings: dict[str, Any] = {
-        "shard_bytes": byte_count(options.shard_size),
-        "dtype": TORCH_DTYPE_MAP[options.dtype] if options.dtype else None,
-        "overwrite": options.overwrite,
-        "progress": show_bytes,
-    }
-    with measured():
-        if options.part == "whole":
-            export = export_whole(reader, args, options.out, **settings)
-        else:
-            release_files = find_release_files(options.checkpoint, flavor)
-            export = export_understanding(reader, args, release_files, options.out, **settings)
-    parameters = sum(spec.num_values for spec in export.written.values())
-    print(f"{len(export.written):,} tensors, {parameters:,} parameters")
-    if export.left_out:
-        print(f"left out:\n{parts_table(export.left_out)}")
-    print(f"written to {options.out}")
-    if export.missing:
-        print(
-            f"warning: the release has {some_of(export.missing)}, which have no part in our network and are not written: they were not "
-            "kept when it was imported, or belong to a layer with another number of experts",
-            file=sys.stderr,
-        )
-
-
-def exported_model(
-    options: argparse.Namespace, overrides: list[str]
-) -> tuple[ModelArgs, str, list[str | None]]:
-    """(ModelArgs, flavor, the files they were read from): of --config, else of the checkpoint's model.json, else of its run's
-    config."""
-    own = options.checkpoint / model_config.FILE_NAME
-    if options.config is None and own.is_file():
-        if others := without_extension(overrides):
-            raise ValueError(
-                f"{own} has the model's shape, so there is no use for {' '.join(others)} without --config"
-            )
-        return model_config.read_model_config(own), "", []
-    path = options.config or str(saved_config(options.checkpoint))
-    config = read_config(path, overrides)
-    return model_args(config), config.model.flavor, files_of(config, path)
 
 
 # ---- plan -----------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,19 @@
-"""The options of each command of symbiotic convert."""
+"""What the commands of symbiotic convert share: their options, reading configs, showing progress."""
 
 import argparse
 import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from symbiotic_titan.config.experts import PARTITION_RULES
+from symbiotic_titan.config.extension import import_extension
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.process import show_progress
 
 _PARTITIONED = "TOML file with [experts.partition]"
 
@@ -77,6 +86,12 @@ def to_hf_options(command: argparse.ArgumentParser) -> None:
         required=True,
         help="what text and ViT tokens use, as a model of the released architecture; or all, for our own loader",
     )
+    command.add_argument(
+        "--release",
+        type=Path,
+        help="the released model, or a checkpoint made from it, with its config, tokenizer and processor; default: the checkpoint, "
+        "the model.json of its flavor, or what its run started from",
+    )
     model_out_options(command, "folder")
     dtype_option(command)
     command.add_argument("--shard-size", default="5GB", help="largest file; default: 5GB")
@@ -96,3 +111,40 @@ def byte_count(text: str) -> int:
     if size == 0:
         raise ValueError(f"--shard-size: must be a size such as 5GB or 500MB, got {text!r}")
     return size
+
+
+def without_extension(overrides: list[str]) -> list[str]:
+    """Import the module of ``--experimental.custom_import``, where no config is read; returns the other overrides."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--experimental.custom_import", dest="module", default="")
+    options, others = parser.parse_known_args(overrides)
+    if options.module:
+        import_extension(options.module)
+    return others
+
+
+def read_config(path: str, overrides: list[str]) -> JobConfig:
+    return load_job_config(["--job.config_file", path, *overrides])
+
+
+def files_of(config: JobConfig, *paths: str | None) -> list[str | None]:
+    """The files that a command reads: ``paths``, and the model.json that a config names."""
+    flavor = config.model.flavor
+    return [*paths, flavor if flavor.endswith(".json") else None]
+
+
+def show_bytes(done: int, total: int) -> None:
+    """A progress callback."""
+    show_progress(f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB", is_last=done == total)
+
+
+@contextmanager
+def measured() -> Iterator[None]:
+    """Prints the block's time and peak memory, unless it fails."""
+    start = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    # ru_maxrss is in kilobytes, on macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(f"took {seconds:.1f} s, peak memory {peak / 2**30:.2f} GiB")

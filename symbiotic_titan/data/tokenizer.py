@@ -143,6 +143,16 @@ class FileTokenizer(BaseTokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return FileTokenizer, self._made_of
 
+    @property
+    def content(self) -> bytes:
+        """The vocabulary file."""
+        return self._made_of[1]
+
+    @property
+    def file_name(self) -> str:
+        """The name by which other libraries know such a file; empty where they know none."""
+        return getattr(self._made_of[3], "file_name", "")
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, where a special token that is spelled out is text. A lone surrogate becomes a question mark."""
         ids = self._file.encode(text.encode("utf-8", errors="replace").decode("utf-8"))

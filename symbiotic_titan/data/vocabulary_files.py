@@ -38,6 +38,8 @@ class HuggingFaceVocabulary:
         ValueError: ``data`` is none.
     """
 
+    file_name = "tokenizer.json"
+
     def __init__(self, data: bytes, declared: Mapping[str, str]) -> None:
         content = json.loads(data)
         model = content.get("model") if isinstance(content, dict) else None
@@ -81,6 +83,8 @@ class SentencePieceVocabulary:
     Raises:
         ValueError: ``data`` is none.
     """
+
+    file_name = "tokenizer.model"
 
     def __init__(self, data: bytes, declared: Mapping[str, str]) -> None:
         del declared  # its own are in the file

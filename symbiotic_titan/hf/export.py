@@ -8,7 +8,6 @@ written as soon as it is read; the folder appears once it is complete.
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +24,15 @@ from symbiotic_titan.hf.converter import (
     ConverterStep,
     TensorConverter,
 )
+from symbiotic_titan.hf.fold import (
+    Folding,
+    FoldingReader,
+    check_foldable,
+    folded,
+)
 from symbiotic_titan.hf.model import (
     CONFIG,
+    OUR_MODEL_TYPE,
     unmapped_names,
 )
 from symbiotic_titan.hf.quantised import without_quantization
@@ -35,8 +41,14 @@ from symbiotic_titan.hf.release_files import (
     copy_release_files,
     read_layout,
     release_files_bytes,
-    small_files,
+    release_files_of,
     unmapped_tensors,
+)
+from symbiotic_titan.hf.tokenizer_files import (
+    RunTokenizer,
+    files_of_export,
+    named_class,
+    tokenizer_note,
 )
 from symbiotic_titan.model import model_config
 from symbiotic_titan.model.args import ModelArgs
@@ -52,6 +64,7 @@ from symbiotic_titan.weights.reader import (
     CastingReader,
     CheckpointReader,
     ProgressCallback,
+    TensorReader,
     TensorSpec,
     no_progress,
     reporting_progress,
@@ -79,27 +92,32 @@ class Export:
     written   tensors by their names in the files.
     left_out  our tensors that were not written.
     missing   unmapped tensors of the release that were not written: the checkpoint lacks them, or their layer has another number
-              of experts.
+              of experts, or wider ones.
+    note      what a user must know of the written tokenizer; None: nothing.
+    folding   how the shared expert was folded into the routed experts; None if it was not.
     """
 
     written: Mapping[str, TensorSpec]
     left_out: Mapping[str, TensorSpec]
     missing: list[str]
+    note: str | None = None
+    folding: Folding | None = None
 
 
-def find_release_files(checkpoint: Path, flavor: str) -> Path:
-    """The folder ``RELEASE_FILES`` of a checkpoint, or the one beside the model.json that ``flavor`` names.
+def find_release_files(checkpoint: Path, flavor: str, *others: Path) -> Path:
+    """Where the files of a checkpoint's release are: with the checkpoint, beside the model.json that ``flavor`` names, or with one of
+    ``others``.
 
     Raises:
         ValueError: there is none: the model does not come from a release.
     """
-    parents = [checkpoint, *([Path(flavor).parent] if flavor.endswith(".json") else [])]
-    for folder in parents:
-        if (folder / RELEASE_FILES / CONFIG).is_file():
-            return folder / RELEASE_FILES
+    parents = [checkpoint, *([Path(flavor).parent] if flavor.endswith(".json") else []), *others]
+    for found in map(release_files_of, parents):
+        if found is not None:
+            return found
     raise ValueError(
         f"no {RELEASE_FILES}/{CONFIG} in {' or '.join(map(str, parents))}: nothing says which released architecture the model has. "
-        f"Use the model.json of symbiotic convert from-hf as model.flavor; {WHOLE_REMEDY}"
+        f"Name the release, or a checkpoint made from it, with --release; {WHOLE_REMEDY}"
     )
 
 
@@ -123,20 +141,19 @@ def exported_groups(args: ModelArgs, released: ModelArgs) -> dict[str, ExpertGro
     ViT tokens as a single pool; where the release has a pool for each, the groups with the names of these pools.
 
     Raises:
-        ValueError: the model has no such groups, or their experts have another width or top_k.
+        ValueError: the model has no such groups; or there are several, and their experts have another width or top_k.
     """
     if len(released.groups) == 1:
-        out = {released.groups[0].name: understanding_group(args.groups)}
-    else:
-        out = {}
-        for m in (TEXT, VIT):
-            group, pool = (next(g for g in a.groups if m in g.modalities) for a in (args, released))
-            if group.name != pool.name:
-                raise ValueError(
-                    f"{MODALITY_NAMES[m]} tokens route in the group {group.name}, in the released model in {pool.name}; only a group of "
-                    f"that name can be written back; {WHOLE_REMEDY}"
-                )
-            out[pool.name] = group
+        return {released.groups[0].name: understanding_group(args.groups)}
+    out = {}
+    for m in (TEXT, VIT):
+        group, pool = (next(g for g in a.groups if m in g.modalities) for a in (args, released))
+        if group.name != pool.name:
+            raise ValueError(
+                f"{MODALITY_NAMES[m]} tokens route in the group {group.name}, in the released model in {pool.name}; only a group of "
+                f"that name can be written back; {WHOLE_REMEDY}"
+            )
+        out[pool.name] = group
     for pool in released.groups:
         has, needs = _sizes(args, out[pool.name]), _sizes(released, pool)
         if has != needs:
@@ -159,12 +176,17 @@ def export_understanding(
     out: Path,
     *,
     shard_bytes: int,
+    tokenizer: RunTokenizer | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> Export:
     """Write the part of the model ``args`` for text and ViT tokens as a model of its released architecture, with its release files.
-    An unpartitioned model is written unchanged. ``dtype``: of all tensors (None: as stored).
+    An unpartitioned model is written unchanged. A shared expert that was made for a release without one is folded into the routed
+    experts, see ``hf.fold``.
+
+    tokenizer  of the run; None: as in the release.
+    dtype      of all tensors; None: as stored.
 
     Raises:
         ValueError: ``reader`` reads another model, the architecture has no such model, or ``out`` exists.
@@ -178,12 +200,16 @@ def export_understanding(
     groups = exported_groups(args, released)
     args = _of_pools(args, released, groups)
     try:
+        released = architecture.model_args(old_config)
+        source, args, folding = _without_shared(reader, args, released, groups)
         config = architecture.config(old_config, args)
     except ValueError as error:
         raise ValueError(f"{error}; {WHOLE_REMEDY}") from None
     layout = read_layout(release_files)
-    mappings = architecture.weight_map(args, layout)
-    converted, used = _to_theirs(reader, mappings, groups, dtype)
+    # The layout tells by the release's shapes how its files hold the experts; wider experts are then held likewise.
+    as_released = replace(args, expert_hidden_dim=released.expert_hidden_dim)
+    mappings = architecture.weight_map(as_released, layout)
+    converted, used = _to_theirs(source, reader.folder, mappings, groups, dtype)
     unmapped = CastingReader(unmapped_tensors(reader, release_files), dtype)
     names = unmapped_names(architecture, args, layout)
     left = _other_expert_layers(released, args, names)
@@ -197,16 +223,36 @@ def export_understanding(
         return converted(name) if name in converted.specs else unmapped.read(name)
 
     with new_folder(out, overwrite=overwrite, num_bytes=total_bytes(specs.values())) as folder:
-        for path in small_files(release_files):
-            shutil.copyfile(path, folder / path.name)
+        files = files_of_export(release_files, tokenizer)
+        _write_files(folder, files)
         _write_config(folder / CONFIG, config, converted.specs)
         write_folder(folder, specs, reporting_progress(value, specs, progress), shard_bytes)
-    left_out = {name: spec for name, spec in reader.tensors.items() if name not in used}
-    return Export(specs, left_out, missing)
+    left_out = {name: spec for name, spec in source.tensors.items() if name not in used}
+    return Export(specs, left_out, missing, tokenizer_note(files, tokenizer), folding)
+
+
+def _without_shared(
+    reader: CheckpointReader,
+    args: ModelArgs,
+    released: ModelArgs,
+    groups: Mapping[str, ExpertGroup],
+) -> tuple[TensorReader, ModelArgs, Folding | None]:
+    """``reader`` and ``args`` with the shared expert folded into the routed experts of ``groups`` where the released architecture has
+    none; unchanged where it has one, or the model has none.
+
+    Raises:
+        ValueError: it cannot be folded.
+    """
+    if not args.shared_hidden_dim or released.shared_hidden_dim:
+        return reader, args, None
+    check_foldable(args)
+    source = FoldingReader(reader, [group.name for group in groups.values()], args.route_scale)
+    return source, folded(args), source.folding
 
 
 def _to_theirs(
-    reader: CheckpointReader,
+    reader: TensorReader,
+    folder: Path,
     mappings: Iterable[WeightMapping],
     groups: Mapping[str, ExpertGroup],
     dtype: torch.dtype | None,
@@ -222,7 +268,7 @@ def _to_theirs(
     ]
     used = {name for step in steps for name in step.inputs}
     if lacking := sorted(used - reader.tensors.keys()):
-        raise ValueError(f"checkpoint {reader.folder} lacks {some_of(lacking)}; {WHOLE_REMEDY}")
+        raise ValueError(f"checkpoint {folder} lacks {some_of(lacking)}; {WHOLE_REMEDY}")
     cast = CastingReader(reader, dtype)
     return TensorConverter(steps, cast.tensors, cast.read), used
 
@@ -230,8 +276,11 @@ def _to_theirs(
 def _other_expert_layers(
     released: ModelArgs, args: ModelArgs, unmapped: Iterable[str]
 ) -> tuple[str, ...]:
-    """Name prefixes of unmapped layers whose number of experts would differ from that of the layers before them."""
-    if args.num_experts == released.num_experts:
+    """Name prefixes of unmapped layers whose experts would differ in number or width from those of the layers before them."""
+    if (args.num_experts, args.expert_hidden_dim) == (
+        released.num_experts,
+        released.expert_hidden_dim,
+    ):
         return ()
     found = [_LAYER.match(name) for name in unmapped if ".experts." in name]
     return tuple({match[0] for match in found if match})
@@ -256,11 +305,17 @@ def export_whole(
     out: Path,
     *,
     shard_bytes: int,
+    release_files: Path | None = None,
+    tokenizer: RunTokenizer | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> Export:
-    """Write all tensors under our names, with model.json; ``open_model`` reads the folder.
+    """Write all tensors under our names, with model.json; ``open_model`` reads the folder. Tokenizer and processor are written as
+    other libraries read them, and a config.json of a type that only we know.
+
+    release_files  see ``release_files_of``; None: with the checkpoint, if anywhere.
+    tokenizer      of the run; None: as in the release.
 
     Raises:
         ValueError, OSError: as ``export_understanding``.
@@ -268,25 +323,51 @@ def export_whole(
     check_is_model(reader, _tensors(args))
     cast = CastingReader(reader, dtype)
     specs = cast.tensors
-    size = total_bytes(specs.values()) + release_files_bytes(reader)
+    release_files = release_files or release_files_of(reader.folder)
+    files = files_of_export(release_files, tokenizer)
+    config = {
+        "model_type": OUR_MODEL_TYPE,
+        "architectures": [SymbioticModel.__name__],
+        "dtype": _main_dtype(specs),
+        **model_config.values_of(args),
+    }
+    size = total_bytes(specs.values()) + release_files_bytes(reader, release_files)
     with new_folder(out, overwrite=overwrite, num_bytes=size) as folder:
         model_config.write_model_config(folder / model_config.FILE_NAME, args)
-        copy_release_files(reader, folder)
+        copy_release_files(reader, folder, release_files)
+        if release_files is not None:
+            _write_files(folder / RELEASE_FILES, files)
+        _write_files(folder, named_class(files))
+        _write_json(folder / CONFIG, config)
         write_folder(folder, specs, reporting_progress(cast.read, specs, progress), shard_bytes)
-    return Export(specs, {}, [])
+    return Export(specs, {}, [], tokenizer_note(files, tokenizer))
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _main_dtype(specs: Mapping[str, TensorSpec]) -> str:
+    """The dtype that most parameters have."""
+    sizes: dict[torch.dtype, int] = {}
+    for spec in specs.values():
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.num_values
+    return str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
 
 
 def _write_config(path: Path, config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> None:
     """Write config.json with the dtype that most parameters have."""
-    sizes: dict[torch.dtype, int] = {}
-    for spec in specs.values():
-        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.num_values
-    dtype = str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
+    dtype = _main_dtype(specs)
     for table in _tables(config):
         for key in ("dtype", "torch_dtype"):  # the latter before transformers 5
             if key in table or (table is config and key == "dtype" and "torch_dtype" not in config):
                 table[key] = dtype
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_json(path, config)
 
 
 def _tensors(args: ModelArgs) -> dict[str, TensorSpec]:
@@ -295,11 +376,19 @@ def _tensors(args: ModelArgs) -> dict[str, TensorSpec]:
 
 
 def _of_pools(args: ModelArgs, released: ModelArgs, groups: Mapping[str, ExpertGroup]) -> ModelArgs:
-    """The model ``args`` with ``groups`` alone, as the pools of the ``released`` model."""
+    """The model ``args`` with ``groups`` alone, as the pools of the ``released`` model. A single pool has no width or top_k of its
+    own: they are the model's."""
     pools = tuple(
         replace(pool, num_experts=groups[pool.name].num_experts) for pool in released.groups
     )
-    return replace(args, num_experts=sum(pool.num_experts for pool in pools), groups=pools)
+    sizes = _sizes(args, groups[pools[0].name]) if len(pools) == 1 else {}
+    return replace(
+        args,
+        num_experts=sum(pool.num_experts for pool in pools),
+        groups=pools,
+        expert_hidden_dim=sizes.get("hidden_dim", args.expert_hidden_dim),
+        top_k=sizes.get("top_k", args.top_k),
+    )
 
 
 def _in_group(name: str, groups: Mapping[str, ExpertGroup]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from symbiotic_titan.hf.architectures.base import (
     Architecture,
+    Config,
     WeightMapping,
     architecture_of,
 )
@@ -55,6 +56,9 @@ from symbiotic_titan.weights.weight_files import has_weights
 
 CONFIG = "config.json"
 
+# ``model_type`` of the models that an export writes whole. No other library knows it, so none loads one as something else.
+OUR_MODEL_TYPE = "symbiotic_titan"
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,6 +80,7 @@ class HuggingFaceModel:
         self.folder = folder
         stated = read_table(folder / CONFIG)
         self.config = without_quantization(stated)
+        _check_is_release(folder, self.config)
         try:
             self.architecture: Architecture = architecture_of(self.config)
             quantization = quantization_of(stated)
@@ -108,6 +113,21 @@ class HuggingFaceModel:
         # In the converter's order, so that every tensor of the files is read once.
         in_order = {name: tensors[name] for name in self.tensors if name in tensors}
         copy_into(in_order, self.read)
+
+
+def _check_is_release(folder: Path, config: Config) -> None:
+    """Refuse a model that to-hf wrote whole."""
+    if config.get("model_type") != OUR_MODEL_TYPE:
+        return
+    flavor = folder / model_config.FILE_NAME
+    if not flavor.is_file():
+        raise ValueError(
+            f"{folder} was written by to-hf --part whole, but has no {flavor.name}; write or copy it again"
+        )
+    raise ValueError(
+        f"{folder} was written by to-hf --part whole and needs no import: it is a checkpoint as it is, with model.flavor = "
+        f'"{flavor}"'
+    )
 
 
 def unmapped_names(

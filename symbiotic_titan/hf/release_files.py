@@ -9,13 +9,15 @@ from typing import Any
 
 from symbiotic_titan.config.files import read_json, write_json
 from symbiotic_titan.config.rows import check_value
-from symbiotic_titan.hf.model import HuggingFaceModel
+from symbiotic_titan.hf.model import CONFIG, HuggingFaceModel
+from symbiotic_titan.model import model_config
 from symbiotic_titan.weights.reader import CheckpointReader, TensorReader, total_bytes
 from symbiotic_titan.weights.safetensors import (
     SliceReader,
     read_slices,
     write_file,
 )
+from symbiotic_titan.weights.weight_files import has_weights
 
 # The folder inside a checkpoint.
 RELEASE_FILES = "hugging_face"
@@ -30,12 +32,27 @@ _NAMES = ("LICENSE", "NOTICE")
 LARGEST = 64 * 2**20
 
 
-def copy_release_files(reader: CheckpointReader, out: Path) -> None:
-    """Copy the release files of ``reader``'s model into the checkpoint ``out``, if the model is, or came from, a release."""
-    if not isinstance(reader, HuggingFaceModel):
-        if (reader.folder / RELEASE_FILES).is_dir():
-            shutil.copytree(reader.folder / RELEASE_FILES, out / RELEASE_FILES)
+def release_files_of(folder: Path) -> Path | None:
+    """The folder with the release files of ``folder``'s model: ``RELEASE_FILES`` inside it, or itself if it is a release; None if it
+    has none."""
+    if (folder / RELEASE_FILES / CONFIG).is_file():
+        return folder / RELEASE_FILES
+    if (folder / model_config.FILE_NAME).is_file():  # the config.json is ours
+        return None
+    return folder if (folder / CONFIG).is_file() and has_weights(folder) else None
+
+
+def copy_release_files(
+    reader: CheckpointReader, out: Path, release_files: Path | None = None
+) -> None:
+    """Copy the release files of ``reader``'s model into the checkpoint ``out``, if the model is, or came from, a release.
+    ``release_files``: where they are, see ``release_files_of``; None: with the checkpoint, if anywhere."""
+    source = _release(reader, release_files)
+    if isinstance(source, Path):
+        if source.is_dir():
+            shutil.copytree(source, out / RELEASE_FILES)
         return
+    reader = source
     (out / RELEASE_FILES).mkdir()
     for path in small_files(reader.folder):
         shutil.copyfile(path, out / RELEASE_FILES / path.name)
@@ -45,20 +62,36 @@ def copy_release_files(reader: CheckpointReader, out: Path) -> None:
         write_file(out / RELEASE_FILES / UNMAPPED, reader.unmapped.tensors, reader.unmapped.read)
 
 
-def release_files_bytes(reader: CheckpointReader) -> int:
+def release_files_bytes(reader: CheckpointReader, release_files: Path | None = None) -> int:
     """How many bytes ``copy_release_files`` writes, without the small files."""
-    if isinstance(reader, HuggingFaceModel):
-        return total_bytes(reader.unmapped.tensors.values())
-    kept = reader.folder / RELEASE_FILES / UNMAPPED
+    source = _release(reader, release_files)
+    if isinstance(source, HuggingFaceModel):
+        return total_bytes(source.unmapped.tensors.values())
+    kept = source / UNMAPPED
     return kept.stat().st_size if kept.is_file() else 0
 
 
-def unmapped_tensors(reader: CheckpointReader, release_files: Path) -> TensorReader:
-    """The unmapped tensors of the release that ``reader`` reads, or else those kept in ``release_files``, a checkpoint's folder
-    ``RELEASE_FILES``. Older versions kept none there."""
+def _release(reader: CheckpointReader, release_files: Path | None) -> HuggingFaceModel | Path:
+    """The release, or the folder of a checkpoint that its files are kept in."""
     if isinstance(reader, HuggingFaceModel):
-        return reader.unmapped
-    kept = release_files / UNMAPPED
+        return reader
+    if release_files is None:
+        return reader.folder / RELEASE_FILES
+    return release_files if _is_kept(release_files) else HuggingFaceModel(release_files)
+
+
+def _is_kept(release_files: Path) -> bool:
+    """Whether they were kept with a checkpoint; else they are a release, with its tensors."""
+    return (release_files / LAYOUT).is_file() or not has_weights(release_files)
+
+
+def unmapped_tensors(reader: CheckpointReader, release_files: Path) -> TensorReader:
+    """The unmapped tensors of the release that ``reader`` reads, or else those with ``release_files``, see ``release_files_of``.
+    Older versions kept none in a checkpoint."""
+    source = _release(reader, release_files)
+    if isinstance(source, HuggingFaceModel):
+        return source.unmapped
+    kept = source / UNMAPPED
     return SliceReader(read_slices(kept) if kept.is_file() else {})
 
 
@@ -76,11 +109,13 @@ def small_files(folder: Path) -> list[Path]:
 
 
 def read_layout(release_files: Path) -> dict[str, tuple[int, ...]]:
-    """Released tensor name -> shape, as a checkpoint's folder ``RELEASE_FILES`` has them.
+    """Released tensor name -> shape, of the release with these files, see ``release_files_of``.
 
     Raises:
         ValueError: the file is missing or damaged.
     """
+    if not _is_kept(release_files):
+        return dict(HuggingFaceModel(release_files).layout)
     path = release_files / LAYOUT
     shapes: dict[str, Any] = read_json(path, _LAYOUT_KIND, ("shapes",))["shapes"]
     check_value(f"{_LAYOUT_KIND}: {path}: shapes", shapes, dict[str, list[int]])

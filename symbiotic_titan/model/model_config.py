@@ -22,13 +22,17 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def write_model_config(path: Path, args: ModelArgs) -> None:
-    """Write every field of ``args``; modalities are written by name."""
+def values_of(args: ModelArgs) -> dict[str, Any]:
+    """Every field of ``args`` as JSON has it; modalities by name."""
     groups = [_group_row(group) for group in args.groups]
     shield = [MODALITY_NAMES[m] for m in args.shield_modalities]
     # A private field of torchtitan's base class is not a hyperparameter.
     values = {key: value for key, value in asdict(args).items() if not key.startswith("_")}
-    write_json(path, KIND, {**values, "groups": groups, "shield_modalities": shield})
+    return {**values, "groups": groups, "shield_modalities": shield}
+
+
+def write_model_config(path: Path, args: ModelArgs) -> None:
+    write_json(path, KIND, values_of(args))
 
 
 def read_model_config(path: Path) -> ModelArgs:

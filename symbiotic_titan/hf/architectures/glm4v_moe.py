@@ -260,7 +260,8 @@ def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMappi
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
     """See ``Architecture``."""
     names = ("n_routed_experts", "num_local_experts")
-    return with_experts(config, model_args(config), args, "text_config", *names)
+    top_k = ("num_experts_per_tok",)
+    return with_experts(config, model_args(config), args, "text_config", *names, top_k=top_k)
 
 
 def unmapped(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:

@@ -183,7 +183,7 @@ def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMappi
 
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
     """See ``Architecture``."""
-    return with_experts(config, model_args(config), args, "", "num_experts")
+    return with_experts(config, model_args(config), args, "", "num_experts", top_k=("moe_topk",))
 
 
 HUNYUAN_V1_MOE = Architecture(model_args, weight_map, config_of)

@@ -114,7 +114,9 @@ def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMappi
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
     """See ``Architecture``."""
     table = tables_of(config).name("text_config")
-    return with_experts(config, model_args(config), args, table, "num_experts")
+    width, top_k = ("moe_intermediate_size",), ("num_experts_per_tok",)
+    expected = model_args(config)
+    return with_experts(config, expected, args, table, "num_experts", width=width, top_k=top_k)
 
 
 def unmapped(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:

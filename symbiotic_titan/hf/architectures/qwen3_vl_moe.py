@@ -333,7 +333,9 @@ def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMappi
 def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
     """See ``Architecture``."""
     names = ("num_experts", "num_local_experts")
-    return with_experts(config, model_args(config), args, "text_config", *names)
+    width, top_k = ("moe_intermediate_size",), ("num_experts_per_tok",)
+    expected = model_args(config)
+    return with_experts(config, expected, args, "text_config", *names, width=width, top_k=top_k)
 
 
 QWEN3_VL_MOE = Architecture(model_args, weight_map, config_of)

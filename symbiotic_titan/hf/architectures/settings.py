@@ -1,7 +1,7 @@
 """Reading config.json: every setting is checked, and one that the network does not support is refused by name."""
 
 import copy
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -196,22 +196,32 @@ def one_value(values: Config, key: str) -> Any:
 
 
 def with_experts(
-    config: Config, expected: ModelArgs, args: ModelArgs, table: str, *names: str
+    config: Config,
+    expected: ModelArgs,
+    args: ModelArgs,
+    table: str,
+    *names: str,
+    width: tuple[str, ...] = (),
+    top_k: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """``config`` with the number of experts in a pool of ``args``, stored under each of ``names`` that its ``table`` has (under the
-    first if it has none).
+    """``config`` with the routed experts of ``args``, each value stored under those of its keys that ``table`` has (under the first
+    if it has none).
+
+    names         keys of the number of experts in a pool.
+    width, top_k  keys of an expert's hidden width and of the experts per token; without any, the architecture cannot state another.
 
     Raises:
-        ValueError: ``args`` differ from ``expected`` (what ``config`` describes) in more than experts and a job's settings, or have
-            pools of different sizes.
+        ValueError: ``args`` differ from ``expected`` (what ``config`` describes) in more than that and a job's settings, or have pools
+            of different sizes.
     """
     sizes = {group.name: group.num_experts for group in args.groups}
     if len(set(sizes.values())) > 1:
         raise ValueError(
             f"the model's groups have {sizes} experts; config.json of the released model has one number for all of its pools"
         )
-    number = args.groups[0].num_experts
-    same = replace(expected, groups=args.groups, num_experts=args.num_experts)
+    other = {"expert_hidden_dim": width, "top_k": top_k}
+    stated: dict[str, Any] = {name: getattr(args, name) for name, keys in other.items() if keys}
+    same = replace(expected, groups=args.groups, num_experts=args.num_experts, **stated)
     for field in fields(ModelArgs):
         has, needs = getattr(args, field.name), getattr(same, field.name)
         if field.name not in _OF_THE_JOB and has != needs:
@@ -221,6 +231,16 @@ def with_experts(
             )
     out: dict[str, Any] = copy.deepcopy(dict(config))
     values: dict[str, Any] = nested(out, table)  # type: ignore[assignment]
-    for name in [name for name in names if name in values] or names[:1]:
-        values[name] = number
+    _state(values, names, args.groups[0].num_experts, expected.groups[0].num_experts)
+    for name, value in stated.items():
+        _state(values, other[name], value, getattr(expected, name))
     return out
+
+
+def _state(values: dict[str, Any], keys: Sequence[str], value: int, before: int) -> None:
+    """Set those of ``keys`` that ``values`` have, or else the first, to ``value`` if it was another ``before``; in each entry where the
+    file has a list with one per layer."""
+    for key in [key for key in keys if key in values] or keys[:1]:
+        old = values.get(key)
+        if value != before:
+            values[key] = [value] * len(old) if isinstance(old, list) else value

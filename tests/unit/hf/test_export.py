@@ -296,19 +296,25 @@ def test_groups_that_no_regular_model_has_are_refused():
         understanding_group(TRIPARTITE)
 
 
-def test_a_model_that_the_backbone_cannot_be_is_refused(tmp_path, imported):
-    """A shared expert that is not the release's: Qwen3-VL has none."""
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shared_gate": True}, "shared_gate = true: .* cannot be folded into the routed experts"),
+        ({"normalize_weights": False}, "normalize_weights = false: .* have no constant sum"),
+        (
+            {"shared_hidden_dim": 0, "qkv_bias": True},
+            "qkv_bias = True, but config.json .* has False",
+        ),
+    ],
+)
+def test_a_model_that_the_backbone_cannot_be_is_refused(tmp_path, imported, changes, message):
     folder, args, _ = imported
-    args = replace(args, shared_hidden_dim=24)
-    model = SymbioticModel(args)
-    state = {**model.state_dict(), **values_of(open_model(folder))}
-    with_shared = save(state, tmp_path / "shared")
+    args = replace(args, **{"shared_hidden_dim": 24, **changes})
+    state = {**SymbioticModel(args).state_dict(), **values_of(open_model(folder))}
+    other = save(state, tmp_path / "other")
     source = find_release_files(folder, "debug")
-    with pytest.raises(
-        ValueError,
-        match="shared_hidden_dim = 24, but config.json .* has 0; .* --part whole writes",
-    ):
-        export_understanding(open_model(with_shared), args, source, tmp_path / "out", **SHARDS)
+    with pytest.raises(ValueError, match=f"{message}.*; --part whole writes"):
+        export_understanding(open_model(other), args, source, tmp_path / "out", **SHARDS)
     assert not (tmp_path / "out").exists()
 
 
@@ -369,12 +375,18 @@ def test_a_damaged_layout_is_named(tmp_path, imported, shapes, message):
 
 def test_an_unfinished_export_is_no_model(tmp_path, split):
     folder, args = split
-    export_whole(open_model(folder), args, tmp_path / "whole", **SHARDS)
-    (tmp_path / "whole" / "model.safetensors.index.json").unlink()  # written last
-    files = sorted((tmp_path / "whole").glob("*.safetensors"))
+    whole = tmp_path / "whole"
+    export_whole(open_model(folder), args, whole, **SHARDS)
+    with pytest.raises(ValueError, match='whole and needs no import: .*flavor = ".*model.json"'):
+        HuggingFaceModel(whole)
+    (whole / "model.safetensors.index.json").unlink()  # written last
+    files = sorted(whole.glob("*.safetensors"))
     assert load_file(files[0])
     files[-1].unlink()
     with pytest.raises(
         ValueError, match=f"whole lacks 1 of the {len(files)} files .*: {files[-1].name}"
     ):
-        open_model(tmp_path / "whole")
+        open_model(whole)
+    (whole / "model.json").unlink()
+    with pytest.raises(ValueError, match="whole, but has no model.json; write or copy it again"):
+        open_model(whole)
