@@ -1,28 +1,32 @@
 """Where a run starts: its own newest complete checkpoint or the step that the config names, another run's weights, or from scratch."""
 
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torchtitan.config.job_config import Checkpoint
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.checkpoint.resume import (
     check_resumable,
     check_start,
     check_weights,
+    holds,
 )
-from symbiotic_titan.config.optimizer import clean_name
+from symbiotic_titan.config.job import Checkpoint
+from symbiotic_titan.config.optimizer import Weights, clean_name
 from symbiotic_titan.process import is_first_process
 from symbiotic_titan.weights.damage import (
     check_complete,
     choose_step,
     rename_damaged,
 )
-from symbiotic_titan.weights.reader import CheckpointReader
+from symbiotic_titan.weights.reader import CheckpointReader, some_of
 from symbiotic_titan.weights.weight_files import has_weights
+
+if TYPE_CHECKING:  # loaded by the runs that use it
+    from symbiotic_titan.optim.ema import EMA
 
 
 def choose_start(config: Checkpoint, folder: Path, model: nn.Module) -> Path | None:
@@ -50,6 +54,8 @@ def choose_start(config: Checkpoint, folder: Path, model: nn.Module) -> Path | N
             held = {name: spec.shape for name, spec in _open(start).tensors.items()}
             wanted = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
             check_weights(start, folder, held, wanted, model_only=model_only)
+        if config.initial_load_weights == "ema":
+            _check_has_average(start)
         return start
     return None
 
@@ -59,16 +65,60 @@ def is_distributed(folder: Path) -> bool:
     return (folder / ".metadata").is_file() or not has_weights(folder)
 
 
-def read_weights(folder: Path, model: nn.Module) -> None:
-    """Fill ``model``, sharded or not, from safetensors. Every rank reads all tensors, one at a time, and keeps its shards."""
-    _open(folder).read_into(_tensors(model))
+def read_weights(folder: Path, model: nn.Module, weights: Weights, ema: "EMA | None") -> None:
+    """Fill ``model``, sharded or not, and start its average from there. Of safetensors every rank reads all tensors, one at a time,
+    and keeps its shards.
+    """
+    logger.info(f"Loading the weights in {folder} ({weights}).")
+    _open(folder, weights).read_into(_tensors(model))
+    if ema is not None:
+        ema.restart()
 
 
-def _open(folder: Path) -> CheckpointReader:
-    # Imported here, because only a run that starts from safetensors needs it.
+def read_beforehand(folder: Path, ema: "EMA | None") -> list[str]:
+    """Read what the checkpointer cannot from the checkpoint ``folder``, which is resumed. Returns the entries that it must leave out."""
+    # It fails on a tensor that the checkpoint lacks, and this run may average other groups than the one before.
+    _restore_average(folder, ema)
+    excluded = [] if ema is None else ["ema"]
+    # Older checkpoints have no record of the parameter groups.
+    return excluded if holds(folder, "param_groups.json") else [*excluded, "param_groups"]
+
+
+def _restore_average(folder: Path, ema: "EMA | None") -> None:
+    """Go on with the average in ``folder``. A parameter that has none there gets its weights as average. Differences from the run before
+    are logged.
+    """
+    if ema is None and not holds(folder, "ema.num_updates"):
+        return
+    from symbiotic_titan.weights.dcp import DistributedCheckpoint
+
+    stored = DistributedCheckpoint(folder)
+    names = set() if ema is None else ema.tensors.keys()
+    if new := sorted(names - stored.averaged):
+        logger.info(
+            f"[ema]: {folder} has no average of {some_of(new)}, which starts from the weights"
+        )
+    if old := sorted(stored.averaged - names):
+        what = "is off" if ema is None else "averages other groups now"
+        logger.info(f"[ema] {what}: the average of {some_of(old)} in {folder} is not used")
+    if ema is not None:
+        reader = DistributedCheckpoint(folder, "ema") if stored.averaged else stored
+        reader.read_into(ema.tensors)
+        ema.load_state_dict({"num_updates": stored.num_updates or 0})
+
+
+def _check_has_average(start: Path) -> None:
+    from symbiotic_titan.weights.dcp import DistributedCheckpoint, check_has_average
+
+    averaged = DistributedCheckpoint(start).averaged if is_distributed(start) else set()
+    check_has_average(start, averaged, "checkpoint.initial_load_weights = 'ema'")
+
+
+def _open(folder: Path, weights: Weights = "trained") -> CheckpointReader:
+    # Imported here, because only a run that starts from initial weights needs it.
     from symbiotic_titan.hf.model import open_model
 
-    return open_model(folder)
+    return open_model(folder, weights)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from symbiotic_titan.config.experts import PARTITION_RULES
 from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.optimizer import WEIGHTS
 from symbiotic_titan.process import show_progress
 
 _PARTITIONED = "TOML file with [experts.partition]"
@@ -91,6 +92,12 @@ def to_hf_options(command: argparse.ArgumentParser) -> None:
         type=Path,
         help="the released model, or a checkpoint made from it, with its config, tokenizer and processor; default: the checkpoint, "
         "the model.json of its flavor, or what its run started from",
+    )
+    command.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="trained",
+        help="ema: the average that the run kept, float32 unless --dtype says otherwise",
     )
     model_out_options(command, "folder")
     dtype_option(command)

@@ -3,6 +3,7 @@
 Examples:
     symbiotic evaluate outputs/mini --suite demo_world
     symbiotic evaluate outputs/mini --suite demo_world --probe none --probe shared_only --compare
+    symbiotic evaluate outputs/mini --suite demo_world --weights trained --weights ema --compare
     symbiotic evaluate outputs/mini/symbiotic outputs/mini/mot --compare --suite demo_world
     symbiotic evaluate --suites
 
@@ -29,6 +30,7 @@ from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.files import write_json
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import import_parts_of, load_job_config
+from symbiotic_titan.config.optimizer import WEIGHTS
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.data.formats.shard import BadSample
 from symbiotic_titan.evaluation.ablation import NONE
@@ -64,6 +66,13 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         action="append",
         default=[],
         help="ablation: none (default), shared_only, or without:GROUP, whose routed experts then output zero; repeatable",
+    )
+    parser.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        choices=WEIGHTS,
+        help="trained (default), or ema: the average that the run kept, see [ema]; repeatable",
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), metavar="FOLDER")
     parser.add_argument("--compare", action="store_true", help="one table, side by side")
@@ -157,8 +166,9 @@ def run(options: argparse.Namespace, sections: list[str]) -> None:
     settings = read_options(suites, of_suites)
     chosen = [ChosenSuite(suite, settings[suite.name]) for suite in suites]
     ablations = list(dict.fromkeys(options.probe)) or [NONE]
+    weights = list(dict.fromkeys(options.weights)) or ["trained"]
     pairs = zip(configs, options.checkpoints, strict=True)
-    targets = labelled([t for pair in pairs for t in Target.find(*pair, ablations)])
+    targets = labelled([t for pair in pairs for t in Target.find(*pair, ablations, weights)])
     columns: dict[str, Scores] = {}
     for label, target in targets.items():
         results = evaluate(target, chosen, options.out, Counter)

@@ -7,7 +7,7 @@ Examples:
 
 --run takes the newest complete checkpoint of a run. The config is the one that the run kept, unless --config names another; with
 --config alone the run is that of its job.dump_folder. Options of the config may follow, as --section.key value. What is drawn for a
-prompt depends on --seed and on its number.
+prompt depends on --seed and on its number. --weights ema generates with the average of the weights that a run kept, see [ema].
 
 torchrun spreads a model that is too large for one device over several processes, as the config says.
 
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from symbiotic_titan.config.optimizer import WEIGHTS
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.data.decoding import DECODE_ERRORS, decode_image
 from symbiotic_titan.data.images import ImageSizeError
@@ -116,6 +117,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         where = part.add_mutually_exclusive_group()
         where.add_argument("--checkpoint", type=Path, help="its folder, .../step-N")
         where.add_argument("--run", type=Path, help="folder of a run; its newest checkpoint")
+        part.add_argument("--weights", choices=WEIGHTS, default="trained", help="ema: see [ema]")
         part.add_argument(
             "--prompt", action="append", default=[], help="may be given several times"
         )
@@ -149,7 +151,11 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
     if trained is None and options.config is None:
         raise ValueError("no model; give --run, --checkpoint or --config")
     generator = Generator.load(
-        options.config or saved_config(trained), trained, overrides, cached=not options.uncached
+        options.config or saved_config(trained),
+        trained,
+        overrides,
+        cached=not options.uncached,
+        weights=options.weights,
     )
     act = generate_images if options.kind == "image" else generate_texts
     act(generator, prompts, options)

@@ -27,6 +27,7 @@ from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
+from symbiotic_titan.optim.ema import averaged_parameters
 from symbiotic_titan.parallel import dry_run, dry_run_activations
 from symbiotic_titan.parallel.parallelize import parallelize
 from symbiotic_titan.parallel.ranks import parallel_dims_of
@@ -100,7 +101,8 @@ def report(config: JobConfig, num_ranks: int) -> dict[str, Any]:
     rows = config.training.local_batch_size * num_ranks
     micro_batches = global_batch_size(config, num_ranks) // rows
     traffic = step_traffic(config, args, parameters, precision)
-    state = dry_run.state_memory(parameters, precision)
+    averaged = averaged_parameters([p.name for p in parameters], config).values()
+    state = dry_run.state_memory(parameters, precision, {n for names in averaged for n in names})
     gathered = dry_run.gathered_memory(
         parameters, precision, config.parallelism.fsdp_reshard_after_forward
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.registry import Registry, choice
 
 # Name -> subclass of ``codecs.codec.Codec``.
@@ -75,6 +76,9 @@ class Sampling:
 
     freq: int = 500
     """Steps from one grid of images to the next"""
+
+    weights: Weights = "trained"
+    """Which weights generate; ``ema``: the average that [ema] keeps"""
 
     prompts: list[str] = field(default_factory=list)
     """Captions; an image is generated for each, with the same noise every time"""

@@ -23,7 +23,7 @@ from symbiotic_titan.config.losses import (
     LossTerm,
     losses_class,
 )
-from symbiotic_titan.config.optimizer import LR_DECAYS, Optimizer
+from symbiotic_titan.config.optimizer import LR_DECAYS, Ema, Optimizer, Weights
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.registry import choice
 
@@ -65,6 +65,9 @@ class Validation(UpstreamValidation):
     steps: int = 4
     """Batches of one validation, each as large as a global batch of training. The same rows, made once, are used every time"""
 
+    weights: Weights = "trained"
+    """Which weights are measured; ``ema``: the average that [ema] keeps"""
+
     sources: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
     """Rows of [[validation.sources]], with the keys of [[data.sources]]; set in TOML. [data] applies to them, except that their
     order does not depend on data.seed and no caption is dropped."""
@@ -95,6 +98,9 @@ class Model(UpstreamModel):
 
 @dataclass
 class Checkpoint(UpstreamCheckpoint):
+    initial_load_weights: Weights = "trained"
+    """Which weights of ``initial_load_path`` a new run starts from; ``ema``: the average that the run before kept, see [ema]"""
+
     last_save_model_only: bool = False
     """Whether the last save holds the model alone; such a run cannot be resumed"""
 
@@ -134,6 +140,7 @@ class JobConfig(UpstreamJobConfig):
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    ema: Ema = field(default_factory=Ema)
     experts: Experts = field(default_factory=Experts)
     shielding: Shielding = field(default_factory=Shielding)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)

@@ -1,4 +1,4 @@
-"""[optimizer] with [[optimizer.param_groups]]: the learning rate, decay and schedule of each group of parameters.
+"""[optimizer] with [[optimizer.param_groups]]: the learning rate, decay and schedule of each group of parameters; [ema].
 
 A group names its parameters by regular expressions over their clean names, which are also those of checkpoints.
 """
@@ -6,7 +6,7 @@ A group names its parameters by regular expressions over their clean names, whic
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from torchtitan.config.job_config import Optimizer as UpstreamOptimizer
@@ -135,6 +135,45 @@ class Optimizer(UpstreamOptimizer):
             raise ValueError(
                 "[[optimizer.param_groups]]: every group is frozen, so nothing would be trained; unfreeze one"
             )
+
+
+Weights = Literal["trained", "ema"]
+"""Which weights of a run are used: those that the optimizer changed last, or their moving average, see ``Ema``."""
+
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+
+
+@dataclass
+class Ema:
+    """[ema]: exponential moving average (EMA) of the weights, in float32, sharded as they are and saved in checkpoints.
+
+    It changes nothing in the training. ``validation.weights``, ``sampling.weights`` and the option ``--weights`` of commands use it.
+    """
+
+    enable: bool = False
+    """Whether to keep an average of the weights; 4 bytes per averaged parameter"""
+
+    decay: float = 0.9999
+    """An update multiplies the average by ``decay`` and adds 1 - ``decay`` times the weights"""
+
+    warmup: bool = True
+    """Whether update number n uses at most (n + 1) / (n + 10) as decay, with n from 0, so that the average forgets the initial weights
+    within a short run. With 0.9999 this ends after 90,000 updates"""
+
+    interval: int = 1
+    """Steps between two updates; ``decay`` is that of an update, not of a step"""
+
+    groups: list[str] = field(default_factory=list)
+    """Groups of [[optimizer.param_groups]] that are averaged; by default all that are trained. Of the other parameters, which have no
+    average, the weights themselves are used"""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.decay < 1.0:
+            raise ValueError(
+                f"ema.decay: must lie between 0 and 1, exclusive, got {self.decay}; 0.999 averages over about 1000 updates"
+            )
+        if self.interval < 1:
+            raise ValueError(f"ema.interval: must be at least 1, got {self.interval}")
 
 
 def _check_names(where: str, row: ParamGroupRow, names: list[str]) -> None:

@@ -67,7 +67,7 @@ def evaluate(
     results = [_finished(item, folder) for item in chosen]
     if all(results):
         return [result for result in results if result]
-    generator = Generator.load(target.config, target.checkpoint)
+    generator = Generator.load(target.config, target.checkpoint, weights=target.weights)
     with ablated(generator.model, target.ablation):
         return [
             old or _run(generator, item, folder, target, progress)

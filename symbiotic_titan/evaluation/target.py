@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.evaluation.ablation import NONE, masked_groups
 from symbiotic_titan.hf.model import open_model
 from symbiotic_titan.model.flavors import model_args
@@ -29,43 +30,56 @@ _SHORT = 8
 
 @dataclass(frozen=True)
 class Target:
-    """``checkpoint`` is its folder; ``ablation`` one of ``evaluation.ablation``."""
+    """``checkpoint`` is its folder; ``ablation`` one of ``evaluation.ablation``; ``weights`` "ema" for the average that its run kept."""
 
     config: JobConfig
     checkpoint: Path
     ablation: str = NONE
+    weights: Weights = "trained"
 
     @classmethod
-    def find(cls, config: JobConfig, path: Path, ablations: Sequence[str]) -> "list[Target]":
-        """The checkpoint ``path``, or the newest complete one of the run ``path``, under each of ``ablations``.
+    def find(
+        cls,
+        config: JobConfig,
+        path: Path,
+        ablations: Sequence[str],
+        weights: Sequence[Weights] = ("trained",),
+    ) -> "list[Target]":
+        """The checkpoint ``path``, or the newest complete one of the run ``path``, with each of ``weights`` under each of ``ablations``.
 
         Raises:
-            ValueError: no complete checkpoint, one of another model, or an ablation that the model does not have.
+            ValueError: no complete checkpoint, one of another model or without such weights, or an ablation that the model does not
+                have.
         """
         folder = find_checkpoint(path, config.checkpoint.folder)
-        stored = open_model(folder)
         with torch.device("meta"):
             model = SymbioticModel(model_args(config))
-        check_is_model(stored, tensors_of_model(model))
+        for which in weights:
+            check_is_model(open_model(folder, which), tensors_of_model(model))
         for ablation in ablations:
             masked_groups(model, ablation)
-        return [cls(config, folder, ablation) for ablation in ablations]
+        return [cls(config, folder, a, which) for which in weights for a in ablations]
 
     @property
     def label(self) -> str:
-        """A short name: ``run/step-N``, or the folder's; with the ablation if there is one."""
+        """A short name: ``run/step-N``, or the folder's; with the weights and the ablation unless these are the defaults."""
         folder = self.checkpoint.absolute()
         name = folder.name
         if step_of(folder) is not None and folder.parent.name == self.config.checkpoint.folder:
             name = f"{folder.parent.parent.name}/{folder.name}"
-        return name if self.ablation == NONE else f"{name} {self.ablation}"
+        variants: list[str] = [self.weights] if self.weights != "trained" else []
+        variants += [self.ablation] if self.ablation != NONE else []
+        return " ".join([name, *variants])
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the checkpoint's files (names, lengths, times), of the config's parts about the model, and of the ablation."""
+        """Hash of the checkpoint's files (names, lengths, times), of the config's parts about the model, of the ablation and of the
+        choice of weights."""
         sections = {name: asdict(getattr(self.config, name)) for name in _SECTIONS}
         sections["training"] = {name: getattr(self.config.training, name) for name in _TRAINING}
         of = [files_hash(self.checkpoint), sections, self.ablation]
+        if self.weights != "trained":  # results from before there was a choice keep their folders
+            of.append(self.weights)
         return sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -83,6 +97,7 @@ class Target:
             "flavor": self.config.model.flavor,
             "config": self.config.job.config_file,
             "probe": self.ablation,
+            "weights": self.weights,
             "identity": self.fingerprint,
         }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.hf.architectures.base import (
     Architecture,
     Config,
@@ -36,7 +37,7 @@ from symbiotic_titan.weights.compatibility import (
     part_of,
     tensors_of_model,
 )
-from symbiotic_titan.weights.dcp import DistributedCheckpoint
+from symbiotic_titan.weights.dcp import DistributedCheckpoint, check_has_average
 from symbiotic_titan.weights.reader import (
     CheckpointReader,
     PartialReader,
@@ -226,18 +227,21 @@ def _check_ours(specs: Mapping[str, TensorSpec], args: ModelArgs) -> None:
     assert specs.keys() <= expected.keys(), "a weight mapping gives a tensor that the model lacks"
 
 
-def open_model(folder: Path) -> CheckpointReader:
-    """A distributed checkpoint, a released model, or safetensors under our names, whichever the folder contains.
+def open_model(folder: Path, weights: Weights = "trained") -> CheckpointReader:
+    """A distributed checkpoint, a released model, or safetensors under our names, whichever the folder contains. Only the first can have
+    other weights than "trained".
 
     Raises:
-        ValueError: it contains none of them, or the model is damaged.
+        ValueError: it contains none of them, lacks the ``weights``, or the model is damaged.
     """
     if not (folder / ".metadata").is_file():
+        if weights == "ema" and (has_weights(folder) or (folder / CONFIG).is_file()):
+            check_has_average(folder, ())
         if has_weights(folder) and (folder / model_config.FILE_NAME).is_file():
             return SafetensorsModel(folder)
         if has_weights(folder) or (folder / CONFIG).is_file():
             return HuggingFaceModel(folder)
-    return DistributedCheckpoint(folder)
+    return DistributedCheckpoint(folder, weights)
 
 
 def check_holds_tensors(folder: Path, option: str) -> None:

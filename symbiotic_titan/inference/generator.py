@@ -23,6 +23,7 @@ from symbiotic_titan.build import build_tokenizer
 from symbiotic_titan.codecs.codec import Codec, build_codec
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.data.documents import Document
 from symbiotic_titan.data.images import aspect_buckets
@@ -118,15 +119,17 @@ class Generator:
         overrides: Sequence[str] = (),
         *,
         cached: bool = True,
+        weights: Weights = "trained",
     ) -> "Generator":
         """The config's model with the weights of ``checkpoint``: a checkpoint's folder, or a run's, for its newest complete one.
         None: the config's own run.
 
         config: a config; a TOML file; or the folder of a run or of one of its checkpoints, which then also gives the weights.
-        ``overrides`` are as on the command line (``--section.key``, value, ...).
+        ``overrides`` are as on the command line (``--section.key``, value, ...). weights: "ema" for the average that the run kept,
+        see [ema].
 
         Raises:
-            ValueError: a bad config, or no complete checkpoint of its model.
+            ValueError: a bad config, or no complete checkpoint of its model with these ``weights``.
         """
         if not isinstance(config, JobConfig):
             path = Path(config)
@@ -138,7 +141,7 @@ class Generator:
         config.model.attention_backend = "sdpa"  # FlexAttention would compile for every new length
         ranks = join_ranks(config)
         folder = find_checkpoint(checkpoint or config.job.dump_folder, config.checkpoint.folder)
-        loaded = LoadedModel(config, folder, ranks)
+        loaded = LoadedModel(config, folder, ranks, weights)
         if not any(name.startswith(_IMAGE_PARTS) for name in loaded.stored.tensors):
             logger.warning(
                 f"checkpoint {folder} has no parts that generate images: its images will be noise"
@@ -151,7 +154,7 @@ class Generator:
             autocast=lambda: loaded.autocast,
             any_of=_any_of(ranks),
             cached=cached,
-            checkpoint=str(folder),
+            checkpoint=str(folder) if weights == "trained" else f"{folder} {weights}",
         )
 
     @property

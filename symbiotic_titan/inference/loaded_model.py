@@ -16,6 +16,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import set_default_dtype
 
 from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.hf.model import open_model
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.initialize import initialize
@@ -31,15 +32,17 @@ from symbiotic_titan.weights.compatibility import (
 
 class LoadedModel:
     """The config's model with the weights of a checkpoint, on this process's device, in ``training.dtype``; computes in
-    ``training.mixed_precision_param`` as in training.
+    ``training.mixed_precision_param`` as in training. ``weights``: "ema" for the average that the run kept.
 
     Raises:
-        ValueError: the folder is not a complete checkpoint of this model.
+        ValueError: the folder is not a complete checkpoint of this model, or lacks the ``weights``.
     """
 
-    def __init__(self, config: JobConfig, folder: Path, ranks: DataRanks) -> None:
+    def __init__(
+        self, config: JobConfig, folder: Path, ranks: DataRanks, weights: Weights = "trained"
+    ) -> None:
         self.args = model_args(config)
-        self.stored = open_model(folder)
+        self.stored = open_model(folder, weights)
         self._ranks = ranks
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model = SymbioticModel(self.args)

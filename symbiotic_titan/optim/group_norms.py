@@ -42,11 +42,11 @@ def sum_over_shards(
 Group = dict[str, Any]
 
 
-def _square(tensor: torch.Tensor) -> torch.Tensor:
+def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
 
 
-def _norms(
+def group_norms(
     groups: list[Group], squares: Callable[[Group, torch.Tensor], torch.Tensor]
 ) -> dict[str, list[float]]:
     """Group name -> norms. ``squares(group, parameter)``: vector of sums of squares over this rank's shard of the parameter."""
@@ -65,9 +65,9 @@ def group_grad_norms(groups: list[Group]) -> dict[str, float]:
     def squares(group: Group, parameter: torch.Tensor) -> torch.Tensor:
         if parameter.grad is None:
             return torch.zeros(1, device=parameter.device)
-        return _square(local_part(parameter.grad)).reshape(1)
+        return squared_norm(local_part(parameter.grad)).reshape(1)
 
-    return {name: norm for name, (norm,) in _norms(groups, squares).items()}
+    return {name: norm for name, (norm,) in group_norms(groups, squares).items()}
 
 
 def adam_update(parameter: torch.Tensor, group: Group, state: dict[str, Any]) -> torch.Tensor:
@@ -102,7 +102,7 @@ def group_update_ratios(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str
     ratios: dict[str, float] = {}
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.Adam) and not optimizer.defaults["amsgrad"]:
-            norms = _norms(optimizer.param_groups, _update_and_weight(optimizer))
+            norms = group_norms(optimizer.param_groups, _update_and_weight(optimizer))
             ratios |= {name: u / w if w else 0.0 for name, (u, w) in norms.items()}
     return ratios
 
@@ -111,10 +111,10 @@ def _update_and_weight(
     optimizer: torch.optim.Optimizer,
 ) -> Callable[[Group, torch.Tensor], torch.Tensor]:
     def squares(group: Group, parameter: torch.Tensor) -> torch.Tensor:
-        weight = _square(local_part(parameter))
+        weight = squared_norm(local_part(parameter))
         if parameter.grad is None:  # Adam skipped it
             return torch.stack([torch.zeros_like(weight), weight])
         update = adam_update(parameter, group, optimizer.state[parameter])
-        return torch.stack([_square(update), weight])
+        return torch.stack([squared_norm(update), weight])
 
     return squares

@@ -7,7 +7,7 @@ computes. In formulas n is the number of ranks of an axis, W the bytes of the ga
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from math import prod
@@ -139,18 +139,25 @@ class StateMemory:
     parameters: int
     gradients: int
     adam: int
+    ema: int = 0
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.adam
+        return self.parameters + self.gradients + self.adam + self.ema
 
 
-def state_memory(parameters: Iterable[ShardedParameter], precision: Precision) -> StateMemory:
-    """Weights, sharded gradients and Adam's two moments, all in the dtype of the stored weights."""
+def state_memory(
+    parameters: Iterable[ShardedParameter],
+    precision: Precision,
+    averaged: Collection[str] = (),
+) -> StateMemory:
+    """Weights, sharded gradients and Adam's two moments, all in the dtype of the stored weights; and the float32 average of the
+    parameters ``averaged``, see [ema]."""
     parameters = list(parameters)
     weights = precision.stored * sum(prod(p.local) for p in parameters)
     trained = precision.stored * sum(prod(p.local) for p in parameters if p.trainable)
-    return StateMemory(weights, trained, 2 * trained)
+    average = 4 * sum(prod(p.local) for p in parameters if p.name in averaged)
+    return StateMemory(weights, trained, 2 * trained, average)
 
 
 def units_of(parameters: Iterable[ShardedParameter]) -> dict[str, list[ShardedParameter]]:

@@ -134,13 +134,22 @@ class Float8Converter(upstream.ModelConverter):
             )
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Compute the scales of all weights that FSDP gathers in float8 with one all-reduce instead of one per weight."""
-        if not self.linear_config.enable_fsdp_float8_all_gather:
-            return
-        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+        if self.linear_config.enable_fsdp_float8_all_gather:
+            for part in model if isinstance(model, list) else [model]:
+                compute_scales(part)
 
-        for part in model if isinstance(model, list) else [model]:
-            precompute_float8_dynamic_scale_for_fsdp(part)
+
+def compute_scales(model: nn.Module) -> None:
+    """Compute the scales of all weights that FSDP gathers in float8 with one all-reduce instead of one per weight."""
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def refresh_scales(model: nn.Module, config: JobConfig) -> None:
+    """To be called after weights were changed by other means than an optimizer step."""
+    if NAME in config.model.converters and config.float8.all_gather:
+        compute_scales(model)
 
 
 def register_float8() -> None:

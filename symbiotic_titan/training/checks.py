@@ -252,9 +252,39 @@ def check_stages(config: JobConfig) -> None:
             )
 
 
+def check_ema(config: JobConfig) -> None:
+    """[ema] averages trained groups, and is on where its average is used."""
+    for name in ("validation", "sampling"):
+        if getattr(config, name).weights == "ema" and not config.ema.enable:
+            raise ValueError(
+                f"{name}.weights = 'ema': no average is kept with ema.enable = false; set it to true, or {name}.weights = 'trained'"
+            )
+    if not config.ema.enable:
+        return
+    from symbiotic_titan.optim.ema import averaged_groups
+
+    averaged_groups(config)  # raises where a group is unknown or not trained
+    if config.checkpoint.last_save_model_only:
+        raise ValueError(
+            "checkpoint.last_save_model_only = true: the last checkpoint would lack the average of [ema]; set it to false (symbiotic "
+            "convert to-hf --weights ema writes the averaged model alone)"
+        )
+
+
 def check_start(config: JobConfig) -> None:
     """The checkpointer reads initial weights, so it must be enabled."""
     path, enabled = config.checkpoint.initial_load_path, config.checkpoint.enable
+    if config.checkpoint.initial_load_weights == "ema":
+        key = "checkpoint.initial_load_weights = 'ema'"
+        if not path:
+            raise ValueError(
+                f"{key} needs checkpoint.initial_load_path; name a checkpoint that has an average, or use 'trained'"
+            )
+        if not config.checkpoint.initial_load_model_only:
+            raise ValueError(
+                f"{key}: the optimizer state of {path} belongs to the trained weights; set checkpoint.initial_load_model_only = true, "
+                "or use 'trained'"
+            )
     if path and not enabled:
         raise ValueError(
             f"checkpoint.initial_load_path = {path!r} has no effect with checkpoint.enable = false; set it to true, or remove "
@@ -330,6 +360,7 @@ def check_job(config: JobConfig) -> None:
     check_stages(config)
     check_validation(config)
     check_start(config)
+    check_ema(config)
     check_converters(config)
     args = FLAVORS[config.model.flavor]
     args.update_from_config(config)

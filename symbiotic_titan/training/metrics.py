@@ -33,6 +33,7 @@ class StepReport:
     update_ratios  L2 norm of each group's last update over that of its weights.
     assignments  (layers, modalities, E) routed assignments of the step; None without MoE layers.
     fill         share of positions that are not padding.
+    ema          of [ema]: ``decay`` of the last update, ``distance/<group>`` of the weights from their average.
     skipped      samples since the start of the run: ``skipped``, ``skipped/<reason>``, ``truncated``; the share ``bad_share``.
     tokens_seen  (modalities,) tokens since the start of training.
     """
@@ -46,6 +47,7 @@ class StepReport:
     assignments: torch.Tensor | None
     shield_scale: float
     fill: float
+    ema: dict[str, float]
     skipped: dict[str, float]
     tokens_seen: torch.Tensor
 
@@ -128,6 +130,7 @@ class SymbioticMetrics(MetricsProcessor):
             f"tokens/{name}": int(count)
             for name, count in zip(MODALITY_NAMES, report.tokens_seen, strict=True)
         }
+        metrics |= {f"ema/{name}": value for name, value in report.ema.items()}
         metrics |= {"shield/scale": report.shield_scale}
         metrics |= {"data/fill": report.fill}
         metrics |= {f"data/weight/{name}": weight for name, weight in report.weights.items()}

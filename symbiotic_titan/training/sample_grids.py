@@ -5,6 +5,8 @@ nothing that the optimizer reads: training with and without it is bitwise equal.
 runs the same number of forwards.
 """
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import cast
@@ -34,7 +36,7 @@ class SampleGrids:
     """Generates the grids of [sampling]. Every process calls it; the one that logs to TensorBoard writes.
 
     autocast: context manager of the model's compute precision. stop_requested: a collective, with the same answer on all processes.
-    codec: that of [latents]; built here if None.
+    codec: that of [latents]; built here if None. weights: gives the model those that generate.
 
     Raises:
         ValueError: the codec's weights are missing.
@@ -51,10 +53,11 @@ class SampleGrids:
         autocast: Autocast,
         stop_requested: Callable[[], bool],
         codec: Codec | None = None,
+        weights: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._model, self._ranks, self._metrics = model, ranks, metrics
         self._settings, self._num_steps = config.sampling, config.training.steps
-        self._stop_requested = stop_requested
+        self._stop_requested, self._weights = stop_requested, weights
         self._generator = Generator(model, config, tokenizer, ranks.device, autocast=autocast)
         if codec is not None:
             self._generator.codec = codec
@@ -69,7 +72,8 @@ class SampleGrids:
         if not self.is_due(step):
             return
         start = time.perf_counter()
-        with paused_training(self._model, self._metrics, f"sampling at step {step}"):
+        activity = f"sampling at step {step}"
+        with paused_training(self._model, self._metrics, activity), self._weights():
             self._write(step, self._pictures())
             color, seconds = self._metrics.color, time.perf_counter() - start
             logger.info(
@@ -135,5 +139,6 @@ def add_sample_grids(trainer: SymbioticTrainer) -> None:
         autocast=lambda: trainer.maybe_enable_amp,
         stop_requested=trainer.stop_requested,
         codec=trainer.encode.codec,
+        weights=functools.partial(trainer.using_weights, trainer.job_config.sampling.weights),
     )
     trainer.step_hooks.append(grids.write_if_due)

@@ -20,11 +20,11 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from symbiotic_titan.checkpoint.resume import holds
-from symbiotic_titan.checkpoint.start import choose_start, is_distributed, read_weights
+from symbiotic_titan.checkpoint.start import choose_start, read_beforehand, read_weights
 from symbiotic_titan.codecs.batch import build_batch_encoder
 from symbiotic_titan.config.data import used_sources
 from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.config.saved import SavedConfig
 from symbiotic_titan.config.stages import rates_by_stage
 from symbiotic_titan.data.latents import generates
@@ -40,6 +40,7 @@ from symbiotic_titan.moe.record import RoutingTotals, routing_totals
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.optim.shield_schedule import shield_scale
+from symbiotic_titan.parallel.float8 import refresh_scales
 from symbiotic_titan.parallel.ranks import data_ranks, gather_over_ranks
 from symbiotic_titan.process import is_first_process
 from symbiotic_titan.sequence.batch import PackedBatch
@@ -52,6 +53,7 @@ from symbiotic_titan.training.step_data import StepData
 from symbiotic_titan.training.stop import StopRequest
 
 if TYPE_CHECKING:  # loaded by the runs that use them
+    from symbiotic_titan.optim.ema import EMA
     from symbiotic_titan.training.validation import SymbioticValidator
 
 
@@ -78,9 +80,18 @@ class SymbioticTrainer(Trainer):
         data, held_out = job_config.data, job_config.validation.sources
         images = generates([*used_sources(data.sources, data.stages), *used_sources(held_out)])
         self.encode = build_batch_encoder(job_config.latents, geometry, self.device, needed=images)
+        self.ema: EMA | None = None
+        if job_config.ema.enable:
+            from symbiotic_titan.optim.ema import build_ema
+
+            self.ema = self.checkpointer.states["ema"] = build_ema(self.model_parts[0], job_config)
         if job_config.validation.enable:
             self.validator.connect(
-                self.to_device, self.maybe_enable_amp, self.sum_over_ranks, self.stop_requested
+                self.to_device,
+                self.maybe_enable_amp,
+                self.sum_over_ranks,
+                self.stop_requested,
+                functools.partial(self.using_weights, job_config.validation.weights),
             )
         self.lr_schedulers.set_stages(rates_by_stage(data.stages))  # type: ignore[attr-defined]
         # Called with the step after each step, and with 0 before the first one of a new run.
@@ -210,6 +221,8 @@ class SymbioticTrainer(Trainer):
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
         ratios = group_update_ratios(self.optimizers) if should_log else {}
+        if self.ema is not None:
+            self.ema.update(self.step)
         self.lr_schedulers.step()
         self.count_tokens(totals)
         if should_log:
@@ -222,6 +235,7 @@ class SymbioticTrainer(Trainer):
                     rates=rates,
                     weights=self.job_config.data.weights_at(self.step),
                     update_ratios=ratios,
+                    ema=self.ema.metrics() if self.ema is not None else {},
                     assignments=self.reduce_routing(routing).counts if routing else None,
                     shield_scale=float(self.shield_scale),
                     fill=float(totals.modality.sum() / totals.positions),
@@ -231,6 +245,19 @@ class SymbioticTrainer(Trainer):
             )
         for hook in self.step_hooks:
             hook(self.step)
+
+    @contextlib.contextmanager
+    def using_weights(self, which: Weights) -> Iterator[None]:
+        """Let the model have these weights for a measurement, then those of the training again, bit for bit."""
+        if self.ema is None or which == "trained":
+            yield
+            return
+        # An asynchronous save may still be copying the weights.
+        self.checkpointer.maybe_wait_for_staging()
+        with self.ema.applied():
+            refresh_scales(self.model_parts[0], self.job_config)
+            yield
+        refresh_scales(self.model_parts[0], self.job_config)
 
     def count_skipped(self) -> dict[str, float]:
         """Samples that all ranks have skipped since the run began: ``skipped``, the number for each reason that occurred, and
@@ -290,14 +317,12 @@ class SymbioticTrainer(Trainer):
             return
         folder = Path(self.job_config.job.dump_folder) / config.folder
         start = choose_start(config, folder, self.model_parts[0])
-        if start is not None and not is_distributed(start):
-            logger.info(f"Loading the weights in {start}, safetensors.")
-            read_weights(start, self.model_parts[0])
+        if start is not None and config.load_step <= 0 and config.initial_load_model_only:
+            read_weights(start, self.model_parts[0], config.initial_load_weights, self.ema)
             self.checkpointer.initial_load_path = None
-        elif start is not None and not holds(start, "param_groups.json"):
-            # An old checkpoint, saved before parameter groups were recorded.
-            excluded = self.checkpointer.exclude_from_loading
-            self.checkpointer.exclude_from_loading = [*excluded, "param_groups"]
+        elif start is not None:
+            excluded = read_beforehand(start, self.ema)
+            self.checkpointer.exclude_from_loading = [*config.exclude_from_loading, *excluded]
 
     def should_continue_training(self) -> bool:
         """Whether to take another step, whose data are read first.

@@ -102,12 +102,16 @@ class SymbioticValidator(BaseValidator):
         autocast: contextlib.AbstractContextManager,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
         stop_requested: Callable[[], bool],
+        weights: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        """Set what only the trainer has. ``stop_requested`` is a collective, with the same answer on all ranks."""
+        """Set what only the trainer has. ``stop_requested`` is a collective, with the same answer on all ranks; ``weights`` gives the
+        model those that are measured.
+        """
         self.to_device = to_device
         self.autocast = autocast
         self.sum_over_ranks = sum_over_ranks
         self.stop_requested = stop_requested
+        self.weights = weights
 
     def should_validate(self, step: int) -> bool:
         """Every ``validation.freq`` steps, step 0 included, and at the last step."""
@@ -116,7 +120,8 @@ class SymbioticValidator(BaseValidator):
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Measure and log. A stop signal ends it after the current batch, without a result."""
         (model,) = model_parts
-        with paused_training(model, self.metrics_processor, f"validation at step {step}"):
+        activity = f"validation at step {step}"
+        with paused_training(model, self.metrics_processor, activity), self.weights():
             start = time.perf_counter()
             losses = held_out_losses(
                 model,

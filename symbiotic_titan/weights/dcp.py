@@ -5,7 +5,7 @@ in it, whether or not it has training state too.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
+from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.weights.damage import damage_of
 from symbiotic_titan.weights.new_folder import new_folder
 from symbiotic_titan.weights.reader import (
@@ -26,7 +27,8 @@ from symbiotic_titan.weights.reader import (
 )
 
 # Prefixes of what a training checkpoint has besides the model.
-_TRAINING_STATE = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
+_TRAINING_STATE = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.", "ema.")
+_AVERAGE = "ema.weights."  # of averaged weights, before their names
 
 
 @contextmanager
@@ -51,11 +53,13 @@ class _CachedReader(FileSystemReader):
 class DistributedCheckpoint:
     """The model in a distributed checkpoint: a ``CheckpointReader``.
 
+    weights: "ema" reads the average that the run kept, see [ema], for the parameters that have one.
+
     Raises:
-        ValueError: the folder is not a distributed checkpoint, or an incomplete one.
+        ValueError: the folder is not a distributed checkpoint, or an incomplete one, or has no average.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: Weights = "trained") -> None:
         if not folder.is_dir():
             raise ValueError(f"checkpoint {folder}: no such folder")
         damage = damage_of(folder)
@@ -65,10 +69,21 @@ class DistributedCheckpoint:
             raise ValueError(f"checkpoint {folder}: {damage}")
         self.folder = folder
         self._reader = _CachedReader(folder)
+        stored = {
+            key: TensorSpec(tuple(entry.size), entry.properties.dtype)
+            for key, entry in self._reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        # Our name -> the checkpoint's.
+        self._keys = {key: key for key in stored if not key.startswith(_TRAINING_STATE)}
+        self.averaged = {
+            key.removeprefix(_AVERAGE) for key in stored if key.startswith(_AVERAGE)
+        } & self._keys.keys()
+        if weights == "ema":
+            check_has_average(folder, self.averaged)
+            self._keys |= {name: f"{_AVERAGE}{name}" for name in self.averaged}
         self.tensors: Mapping[str, TensorSpec] = {
-            name: TensorSpec(tuple(entry.size), entry.properties.dtype)
-            for name, entry in self._reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith(_TRAINING_STATE)
+            name: stored[key] for name, key in self._keys.items()
         }
 
     def read(self, name: str) -> torch.Tensor:
@@ -79,16 +94,24 @@ class DistributedCheckpoint:
 
     def read_into(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """See ``CheckpointReader``. Raises ValueError where a file's bytes are damaged."""
-        self._load(dict(tensors))
+        self._load({self._keys[name]: tensor for name, tensor in tensors.items()})
 
     @property
     def step(self) -> int | None:
         """The training step of the checkpoint; None if it has no training state."""
-        if "train_state.step" not in self._reader.read_metadata().state_dict_metadata:
+        return self._number("train_state.step")
+
+    @property
+    def num_updates(self) -> int | None:
+        """How often the average in it was updated; None if it has none."""
+        return self._number("ema.num_updates")
+
+    def _number(self, key: str) -> int | None:
+        if key not in self._reader.read_metadata().state_dict_metadata:
             return None
-        state = {"train_state.step": 0}
+        state = {key: 0}
         self._load(state)
-        return state["train_state.step"]
+        return state[key]
 
     def _load(self, state: dict[str, Any]) -> None:
         try:
@@ -105,6 +128,20 @@ class DistributedCheckpoint:
                 f"checkpoint {self.folder}: {some_of(sorted(files))} cannot be read, its bytes are damaged "
                 f"({type(cause).__name__}); use another copy of the checkpoint"
             ) from None
+
+
+def check_has_average(
+    folder: Path, averaged: Collection[str], key: str = "weights = 'ema'"
+) -> None:
+    """Pass if the checkpoint in ``folder`` has averages, which are those of the parameters ``averaged``.
+
+    Raises:
+        ValueError: it has none; the message names the ``key`` that asks for them.
+    """
+    if not averaged:
+        raise ValueError(
+            f"{key}: {folder} has no averaged weights; use 'trained', or a checkpoint of a run with ema.enable = true"
+        )
 
 
 class _StreamingPlanner(DefaultSavePlanner):
