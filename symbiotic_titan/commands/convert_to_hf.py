@@ -40,6 +40,7 @@ def to_hf(options: argparse.Namespace, overrides: list[str]) -> None:
     args, config, sources = exported_model(options, overrides)
     check_apart(options.out, [options.checkpoint, options.release, *sources])
     release_files = release_of(options, config)
+    check_apart(options.out, [release_files])
     reader = open_model(options.checkpoint, options.weights)
     settings: dict[str, Any] = {
         "tokenizer": None if config is None else run_tokenizer(config.tokenizer),
