@@ -127,7 +127,9 @@ def run(model: SymbioticModel, batch: PackedBatch) -> tuple[Tensor, list[Tensor]
 
 
 def run_released(
-    model: nn.Module, routers: type[nn.Module], inputs: Mapping[str, Tensor]
+    model: nn.Module,
+    routers: type[nn.Module] | tuple[type[nn.Module], ...],
+    inputs: Mapping[str, Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """The same of transformers' model. ``routers``: its routers return (logits, weights, indices)."""
     choices = []

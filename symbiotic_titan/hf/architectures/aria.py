@@ -182,7 +182,8 @@ def model_args(config: Config) -> ModelArgs:
             rotary_layout="sequence",
             mrope="none",
             mrope_sections=(),
-            tie_embeddings=bool(values["tie_word_embeddings"] or beside.get("tie_word_embeddings")),
+            # transformers reads the setting beside the table, whatever the table says.
+            tie_embeddings=beside.get("tie_word_embeddings", False),
             vit=vit,
             **LATENTS,
         )

@@ -196,7 +196,7 @@ def network(config: Config, tables: Tables) -> ModelArgs:
     values, table = _text_settings(config, tables), tables.name("text_config")
     rotary = rotary_settings(values, table, tables.rotary, tables.rotary_supported)
     width, heads = values["hidden_size"], values["num_attention_heads"]
-    vit = vit_args(config, width, tables)
+    vit, num_dense = vit_args(config, width, tables), num_dense_layers(values, table)
     with described_by(table):
         return ModelArgs(
             vocab_size=values["vocab_size"],
@@ -205,7 +205,7 @@ def network(config: Config, tables: Tables) -> ModelArgs:
             num_heads=heads,
             num_kv_heads=values["num_key_value_heads"],
             head_dim=values.get("head_dim", width // heads),
-            num_dense_layers=num_dense_layers(values, table),
+            num_dense_layers=num_dense,
             dense_hidden_dim=values["intermediate_size"],
             num_experts=values["num_experts"],
             top_k=values["num_experts_per_tok"],

@@ -173,6 +173,8 @@ def described_by(table: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if str(error).startswith("config.json"):
+            raise
         where = f"config.json: {table}" if table else "config.json"
         raise ValueError(f"{where}: {error}") from None
 

@@ -287,6 +287,13 @@ def test_what_is_not_supported_of_the_image_encoder_is_named(changes, message):
         ARIA.model_args({**RELEASED, **changes})
 
 
+def test_embeddings_are_tied_by_the_setting_beside_the_table():
+    """As in transformers 5, whose class for the table has the setting too."""
+    tied = {"text_config": {**RELEASED["text_config"], "tie_word_embeddings": True}}
+    assert not ARIA.model_args({**RELEASED, **tied}).tie_embeddings
+    assert ARIA.model_args({**RELEASED, "tie_word_embeddings": True}).tie_embeddings
+
+
 def test_config_of_a_slice_states_its_experts_and_nothing_else():
     sliced = replace(FLAVORS["Aria"], num_experts=48, groups=())
     config = ARIA.config(RELEASED, sliced)

@@ -30,6 +30,7 @@ from tests.helpers.decoder_parity import (
 )
 from tests.helpers.image_rows import image_row, released_inputs
 from tests.helpers.released_configs import GLM as RELEASED
+from tests.helpers.released_configs import GLM_4_6V
 from tests.helpers.released_models import GLM
 
 PLACEHOLDER = 256
@@ -168,6 +169,11 @@ def test_the_layer_that_predicts_further_tokens_comes_after_the_last(layers):
 
 def test_flavor_is_what_the_released_file_says():
     assert GLM4V_MOE.model_args(RELEASED) == FLAVORS["GLM-4.5V"]
+
+
+def test_glm_4_6v_differs_in_its_rotary_frequencies_only():
+    expected = replace(FLAVORS["GLM-4.5V"], rope_theta=5e5)
+    assert GLM4V_MOE.model_args(GLM_4_6V) == expected
 
 
 def test_silent_settings_are_what_transformers_takes():

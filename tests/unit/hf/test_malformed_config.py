@@ -6,10 +6,12 @@ import pytest
 
 from symbiotic_titan.hf.architectures.base import architecture_of
 from tests.helpers import released_configs
+from tests.helpers.omni_config import OMNI
 
-RELEASED = {
-    name.lower(): getattr(released_configs, name) for name in ("QWEN", "GLM", "ARIA", "HUNYUAN")
-}
+NAMES = ("QWEN", "GLM", "ARIA", "HUNYUAN")
+RELEASED = {"omni": OMNI} | {name.lower(): getattr(released_configs, name) for name in NAMES}
+# Where the decoder's settings are, if not in text_config.
+TABLES = {"hunyuan": (), "omni": ("thinker_config", "text_config")}
 MALFORMED = (None, "x", [], {}, -1, 0, 1.5, True)
 ABSENT = object()
 
@@ -84,8 +86,7 @@ def test_a_table_that_is_no_table_is_named(name, table, value, message):
     ],
 )
 def test_a_setting_of_the_decoder_is_named_as_it_stands(name, key, value, rule):
-    table = () if name == "hunyuan" else ("text_config",)
-    path = (*table, key)
+    path = (*TABLES.get(name, ("text_config",)), key)
     with pytest.raises(ValueError, match=rf"^config.json: {'.'.join(path)}: {rule}$"):
         args_with(name, path, value)
 

@@ -38,7 +38,7 @@ from tests.helpers.decoder_parity import (
     text_row,
 )
 from tests.helpers.image_rows import image_row, released_marked
-from tests.helpers.released_configs import OMNI as RELEASED
+from tests.helpers.omni_config import OMNI as RELEASED
 from tests.helpers.released_models import THINKER
 
 # Two tokens between images: the one that ends an image and the one that begins the next.
