@@ -120,6 +120,12 @@ def from_hf(options: argparse.Namespace, overrides: list[str]) -> None:
         print(
             f"not mapped, as the network has no such part; {RELEASE_FILES}/{UNMAPPED} keeps it for to-hf:\n{parts_table(unmapped)}"
         )
+    if release.z_loss:
+        layers = args.num_layers - args.num_dense_layers
+        print(
+            f"trained with a router z-loss of {release.z_loss:g} in each of {layers} layers; to go on with it: "
+            f"losses.z_loss = {release.z_loss * layers:g} (of the mean over layers)"
+        )
     flavor = options.out / model_config.FILE_NAME
     print(
         f"written to {options.out}; next, as a run needs the latent parts too:\n  symbiotic convert partition "

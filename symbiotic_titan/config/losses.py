@@ -20,6 +20,7 @@ class LossTerm:
             micro-batch's share of the step's value. See ``losses.terms``.
     count   (PackedBatch) -> (J,) float Tensor, targets by task, known before the forward. The step's sums are divided by the step's
             count over all ranks and micro-batches, so accumulation and sharding do not change the loss.
+    only_weighted  while its weight is 0, the term is neither computed nor logged. Others are logged with any weight.
 
     Either function may be given as an address, ``"package.module:function"``, which is imported when it is needed.
     """
@@ -28,6 +29,7 @@ class LossTerm:
     help: str
     value: Callable[..., Any] | str
     count: Callable[..., Any] | str | None = None
+    only_weighted: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
@@ -69,6 +71,16 @@ LOSS_TERMS.register(
 LOSS_TERMS.register(
     "balance",
     LossTerm(0.01, "Weight of the load-balancing loss.", "symbiotic_titan.losses.balance:balance"),
+)
+LOSS_TERMS.register(
+    "z_loss",
+    LossTerm(
+        0.0,
+        "Weight of the z-loss of the routers (ST-MoE, which has 0.001): keeps their logits small, in each group by the mean over its own "
+        "tokens. Needs softmax scores.",
+        "symbiotic_titan.losses.balance:z_loss",
+        only_weighted=True,
+    ),
 )
 
 
@@ -114,7 +126,7 @@ def check_term_name(name: str) -> str:
     taken = {"total", *dir(LossSettings)}
     if not str(name).isidentifier() or keyword.iskeyword(name) or name in taken:
         raise ValueError(
-            f"losses: a term cannot have the name {name!r}; choose an identifier such as 'z_loss' that is no key of [losses]"
+            f"losses: a term cannot have the name {name!r}; choose an identifier such as 'entropy' that is no key of [losses]"
         )
     return name
 

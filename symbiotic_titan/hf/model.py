@@ -107,6 +107,13 @@ class HuggingFaceModel:
     def model_type(self) -> str:
         return str(self.config["model_type"])
 
+    @property
+    def z_loss(self) -> float:
+        """Weight of the router z-loss in each layer of the release's training (``moe_z_loss_coeff``, as Megatron calls it); 0: none."""
+        text = self.config.get("text_config")
+        found = (text if isinstance(text, Mapping) else self.config).get("moe_z_loss_coeff")
+        return float(found) if isinstance(found, (int, float)) and found > 0 else 0.0
+
     def read(self, name: str) -> Tensor:
         return self._ours(name)
 

@@ -1,8 +1,12 @@
-"""Load-balancing loss, computed separately for each group.
+"""Losses of the routers, computed separately for each group: load balancing and the z-loss.
 
-Per group g: E_g * sum over its experts of f_e * P_e, where f_e is the share of the group's assignments that go to expert e
+**Balance.** Per group g: E_g * sum over its experts of f_e * P_e, where f_e is the share of the group's assignments that go to expert e
 (sums to 1 whatever the group's top-k, no gradient) and P_e the router's mean probability for e over the group's tokens. 1.0 when uniform.
 (Switch Transformer, arXiv 2101.03961, eq. 4 to 6, with top-k assignments.)
+
+**z-loss.** Per group g: the mean over its tokens of the squared logsumexp of its own logits, so that logits stay small, where float32
+resolves them and the softmax is not saturated. (ST-MoE, arXiv 2202.08906, eq. 5.) A group's mean is over its own tokens: the larger
+group does not outvote the smaller one. Both losses are means over layers and sums over groups.
 """
 
 from collections.abc import Sequence
@@ -48,3 +52,26 @@ def balance(inputs: StepInputs) -> Tensor:
     if inputs.step_routing is not None:
         return balance_loss(inputs.records, inputs.step_routing)
     return balance_loss(inputs.records) / inputs.num_micro_batches
+
+
+def z_loss(inputs: StepInputs) -> Tensor:
+    """() the micro-batch's share of the step's z-loss; 0 where the routers do not measure it (``Router.measures_z``).
+
+    Its sums are divided by ``group_tokens``, so that the shares of all ranks and micro-batches sum to the loss of the whole step. A
+    group without tokens contributes 0.
+    """
+    sums = [record.z_sum for record in inputs.records if record.z_sum is not None]
+    if not sums or inputs.group_tokens is None:
+        return torch.zeros((), device=inputs.batch.tokens.device)
+    return (torch.stack(sums).mean(0) / inputs.group_tokens.clamp(min=1)).sum()
+
+
+def z_by_group(totals: RoutingTotals, names: Sequence[str]) -> dict[str, float]:
+    """``z_loss/<group>`` of the groups that have tokens, from the totals of the whole step; {} where it is not measured. Their sum is the
+    step's z-loss."""
+    if totals.z_sum is None:
+        return {}
+    means_G = (totals.z_sum / totals.num_tokens.clamp(min=1)).mean(0).tolist()  # device sync
+    tokens_G = totals.num_tokens[0].tolist()
+    found = zip(names, means_G, tokens_G, strict=True)
+    return {f"z_loss/{name}": mean for name, mean, tokens in found if tokens}

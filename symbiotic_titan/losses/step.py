@@ -85,12 +85,21 @@ class LossFunction:
         cross_entropy: Callable[[Tensor, Tensor], Tensor] = text_errors,
     ) -> None:
         settings = settings or Losses()
-        terms = settings.terms()
+        terms = {
+            name: term
+            for name, term in settings.terms().items()
+            if settings.weight(name) or not term.only_weighted
+        }
         self.cross_entropy = cross_entropy
         self.weights = {name: settings.weight(name) for name in terms}
         self._values = {name: term.value_function() for name, term in terms.items()}
         counts = {name: term.count_function() for name, term in terms.items()}
         self._counts = {name: count for name, count in counts.items() if count is not None}
+
+    @property
+    def names(self) -> list[str]:
+        """Terms that are computed."""
+        return list(self._values)
 
     @property
     def counted(self) -> list[str]:

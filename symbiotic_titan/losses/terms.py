@@ -38,6 +38,7 @@ class StepInputs:
     records            one per MoE layer; empty without MoE layers.
     num_micro_batches  of the step, over all data ranks.
     step_routing       expert counts of the whole step with losses.balance_scope = "global"; else None.
+    group_tokens       (G,) tokens of each expert group in the step, over all data ranks and micro-batches; None outside of training.
     cross_entropy      ``text_errors``, possibly compiled.
     """
 
@@ -48,6 +49,7 @@ class StepInputs:
     records: Sequence[RoutingRecord] = ()
     num_micro_batches: int = 1
     step_routing: RoutingTotals | None = None
+    group_tokens: Tensor | None = None
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = text_errors
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from symbiotic_titan.config.experts import ROUTER_SCORES
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
@@ -92,6 +93,12 @@ class MoEArgs:
     def hidden_dims(self) -> tuple[int, ...]:
         """Width of an expert, by group."""
         return tuple(self.hidden_dim if g.hidden_dim is None else g.hidden_dim for g in self.groups)
+
+
+def tokens_of_groups(tokens_M: Tensor, groups: Sequence[ExpertGroup]) -> Tensor:
+    """(G,) float32 tokens of each group, from those of each modality."""
+    counts = [torch.stack([tokens_M[m] for m in group.modalities]).sum() for group in groups]
+    return torch.stack(counts).float()
 
 
 def _check_sizes(args: MoEArgs) -> None:

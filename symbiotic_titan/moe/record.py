@@ -4,7 +4,7 @@ Records are returned, not stored on the module: activation checkpointing runs a 
 added twice. Shape letters: sequence/shapes.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,16 @@ class RoutingRecord:
 
     counts     (M, E) int64         assignments per modality and expert, its group's top_k per token.
     prob_sum   G x (E_g,) float32   sum over the group's tokens of the router's probability for each of its experts
-                                    (softmax score, or sigmoid score normalised to sum 1). The only part with a gradient.
+                                    (softmax score, or sigmoid score normalised to sum 1). It has a gradient.
     num_tokens (G,) int64           tokens routed in each group.
+    z_sum      (G,) float32         squared logsumexp of the logits of a token's group, summed over the group's tokens; with a gradient.
+                                    None unless ``Router.measures_z``.
     """
 
     counts: Tensor
     prob_sum: tuple[Tensor, ...]
     num_tokens: Tensor
+    z_sum: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -33,20 +36,32 @@ class RoutingTotals:
 
     counts     (Y, M, E) int64
     num_tokens (Y, G) int64
+    z_sum      (Y, G) float32, or None
     """
 
     counts: Tensor
     num_tokens: Tensor
+    z_sum: Tensor | None = None
 
     def __add__(self, other: "RoutingTotals") -> "RoutingTotals":
-        return RoutingTotals(self.counts + other.counts, self.num_tokens + other.num_tokens)
+        z_sum = None
+        if self.z_sum is not None and other.z_sum is not None:
+            z_sum = self.z_sum + other.z_sum
+        return RoutingTotals(self.counts + other.counts, self.num_tokens + other.num_tokens, z_sum)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "RoutingTotals":
+        """``function`` of each tensor."""
+        z_sum = None if self.z_sum is None else function(self.z_sum)
+        return RoutingTotals(function(self.counts), function(self.num_tokens), z_sum)
 
 
 def routing_totals(records: Sequence[RoutingRecord]) -> RoutingTotals:
     """The counts of several layers of equal shape, stacked; without gradient."""
+    z_sums = [record.z_sum.detach() for record in records if record.z_sum is not None]
     return RoutingTotals(
         counts=torch.stack([record.counts for record in records]),
         num_tokens=torch.stack([record.num_tokens for record in records]),
+        z_sum=torch.stack(z_sums) if z_sums else None,
     )
 
 

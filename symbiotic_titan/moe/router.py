@@ -156,7 +156,11 @@ class Router(nn.ModuleDict):
 
     All groups are scored in one matmul and masked: this is cheaper than gathering each group's tokens, and makes a token's logits
     independent of the partition.
+
+    measures_z: the record has what the z-loss needs, and the logits are kept for the backward.
     """
+
+    measures_z = False  # ``parallelize`` sets it where losses.z_loss has a weight
 
     def __init__(self, args: MoEArgs) -> None:
         super().__init__(
@@ -189,6 +193,7 @@ class Router(nn.ModuleDict):
             # One vector-matrix product for all groups: a token's probability is 0 outside its group, and padding has weight 0.
             routed_T = (group_T < len(args.groups)).float()
             prob_sum_E = routed_T @ probabilities_TE
+            z_sum_G = self._z_sum(logits_TE, allowed_TE, group_T) if self.measures_z else None
         counts = count_assignments(experts_TK, modality_T, args.num_experts)
         group_counts = counts.sum(0).split(args.group_sizes)
         record = RoutingRecord(
@@ -197,8 +202,15 @@ class Router(nn.ModuleDict):
             num_tokens=torch.stack(
                 [c.sum() // k for c, k in zip(group_counts, args.top_ks, strict=True)]
             ),
+            z_sum=z_sum_G,
         )
         return Routing(experts_TK, weights_TK, group_T, record)
+
+    def _z_sum(self, logits_TE: Tensor, allowed_TE: Tensor, group_T: Tensor) -> Tensor:
+        """(G,) see ``RoutingRecord``. Of a token's own group: the logits of others are noise to it."""
+        z_T = logits_TE.masked_fill(~allowed_TE, float("-inf")).logsumexp(-1).square()
+        groups_G = torch.arange(len(self._args.groups), device=group_T.device)
+        return z_T @ (group_T.unsqueeze(-1) == groups_G).float()
 
     def _choose(self, scores_TE: Tensor, allowed_TE: Tensor) -> Tensor:
         choice_TE = scores_TE.detach()  # top-k has no gradient; weights get theirs in ``_weights``

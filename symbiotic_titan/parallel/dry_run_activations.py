@@ -111,6 +111,8 @@ def activation_memory(
     for layer, is_recomputed in enumerate(recomputed_blocks(checkpoint, args.num_layers)):
         has_experts = layer >= args.num_dense_layers
         everything = tokens * saved_by_block(args, b, length, has_experts=has_experts)
+        if has_experts and config.losses.weight("z_loss"):
+            everything += tokens * 5 * args.num_experts  # masked logits and their mask
         kept = everything
         if is_recomputed:
             kept = tokens * b * args.dim

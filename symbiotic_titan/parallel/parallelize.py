@@ -12,6 +12,7 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.device import device_type
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe import float8_matmul  # noqa: F401 - registers a custom op that is listed below
+from symbiotic_titan.moe.router import Router
 from symbiotic_titan.optim.build import (
     freeze_parameters,
 )
@@ -40,11 +41,15 @@ def parallelize(
 ) -> SymbioticModel:
     """The parallelize function of the train spec. In a single process the model stays as it is, apart from checkpointing and compile.
 
-    Frozen parameter groups are frozen before anything else, since FSDP reads requires_grad when it shards. Expert parallelism comes
+    Frozen parameter groups are frozen before anything else, since FSDP reads requires_grad when it shards; routers measure what the
+    losses need. Expert parallelism comes
     next, because it replaces parameters. Checkpoint wrappers come before compile, which looks inside them,
     and FSDP comes last, because its hooks must stand outside the wrappers and the compiled parts.
     """
     freeze_parameters(model, job_config.optimizer.param_groups)
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.measures_z = job_config.losses.weight("z_loss") > 0
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims.get_mesh("ep"))
     apply_activation_checkpoint(model, job_config.activation_checkpoint, job_config.job.dump_folder)

@@ -339,6 +339,22 @@ def _check_request(config: JobConfig, geometry: ImageGeometry) -> None:
     maker.check_room(captions, [num_tokens] * len(captions), "of its image")
 
 
+def check_z_loss(config: JobConfig, args: ModelArgs) -> None:
+    """Rules of ``losses.z_loss``."""
+    weight = config.losses.weight("z_loss")
+    if not weight:
+        return
+    if args.score_function != "softmax":
+        raise ValueError(
+            f"losses.z_loss = {weight}: is the squared logsumexp that a softmax divides by, and the router's scores are "
+            f"{args.score_function!r}; set it to 0, or experts.score_function = 'softmax'"
+        )
+    if args.num_dense_layers == args.num_layers:
+        raise ValueError(
+            f"losses.z_loss = {weight}: flavor {config.model.flavor!r} has no layer with a router; set it to 0"
+        )
+
+
 def check_job(config: JobConfig) -> None:
     """All rules that span sections.
 
@@ -365,6 +381,7 @@ def check_job(config: JobConfig) -> None:
     args = FLAVORS[config.model.flavor]
     args.update_from_config(config)
     check_score(args.moe_args.score_function)
+    check_z_loss(config, args)
     check_shielding(config, args)
     if config.sampling.enable:
         check_sampling(config, args.geometry)

@@ -31,11 +31,13 @@ from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.flow.noise import draw_noise_and_timesteps
 from symbiotic_titan.flow.path import interpolate, velocity_target
+from symbiotic_titan.losses.balance import z_by_group
 from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTotals
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.symbiotic import ModelOutput
+from symbiotic_titan.moe.partition import tokens_of_groups
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
@@ -98,6 +100,7 @@ class SymbioticTrainer(Trainer):
         self.step_hooks: list[Callable[[int], None]] = []
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.shield_scale = torch.ones((), device=self.device)
+        self.groups = cast(ModelArgs, self.model_args).groups
         seen = job_config.data.seen_pixels
         self.metrics_processor.cost = model_cost(
             self.model_parts[0],
@@ -154,10 +157,7 @@ class SymbioticTrainer(Trainer):
 
     def reduce_routing(self, totals: list[RoutingTotals]) -> RoutingTotals:
         """Counts of several micro-batches, summed over them and over the data ranks."""
-        total = functools.reduce(operator.add, totals)
-        return RoutingTotals(
-            self.sum_over_ranks(total.counts), self.sum_over_ranks(total.num_tokens)
-        )
+        return functools.reduce(operator.add, totals).map(self.sum_over_ranks)
 
     def forward_backward(
         self,
@@ -180,6 +180,9 @@ class SymbioticTrainer(Trainer):
                 records=output.records,
                 num_micro_batches=self.gradient_accumulation_steps * self.ranks.size,
                 step_routing=step_routing,
+                group_tokens=tokens_of_groups(totals.modality, self.groups)
+                if "z_loss" in self.loss_fn.names
+                else None,
                 cross_entropy=self.loss_fn.cross_entropy,
             )
         )
@@ -226,7 +229,10 @@ class SymbioticTrainer(Trainer):
         self.lr_schedulers.step()
         self.count_tokens(totals)
         if should_log:
-            routing = [result.routing for result in results if result.routing is not None]
+            totals_of_ranks = [result.routing for result in results if result.routing is not None]
+            routing = self.reduce_routing(totals_of_ranks) if totals_of_ranks else None
+            if routing is not None:
+                losses |= z_by_group(routing, [group.name for group in self.groups])
             self.metrics_processor.log_step(
                 StepReport(
                     step=self.step,
@@ -236,7 +242,7 @@ class SymbioticTrainer(Trainer):
                     weights=self.job_config.data.weights_at(self.step),
                     update_ratios=ratios,
                     ema=self.ema.metrics() if self.ema is not None else {},
-                    assignments=self.reduce_routing(routing).counts if routing else None,
+                    assignments=None if routing is None else routing.counts,
                     shield_scale=float(self.shield_scale),
                     fill=float(totals.modality.sum() / totals.positions),
                     skipped=self.count_skipped(),

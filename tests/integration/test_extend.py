@@ -59,6 +59,7 @@ def described(tmp_path_factory, demo):
         {
             "experimental.custom_import": "outside_parts",
             "losses.z": 1e-3,
+            "losses.z_loss": 1e-2,
             "lr_scheduler.decay_type": "quadratic",
             "training.steps": 2,
         },
@@ -79,6 +80,15 @@ def test_a_task_from_outside_is_trained_and_logged(described):
 def test_a_loss_term_from_outside_is_weighted_into_the_total(described):
     step = {name: described.scalars(f"loss/{name}")[1] for name in ("text", "flow", "balance", "z")}
     assert step["z"] > 1  # log(320) squared is 33
+    routers = described.scalars("loss/z_loss")[1]
     expected = step["text"] + step["flow"] + 0.01 * step["balance"] + 1e-3 * step["z"]
+    expected += 1e-2 * routers
     assert described.scalars("loss/total")[1] == pytest.approx(expected, rel=1e-5)
     assert described.scalars("loss/by_task/describe_z")[1] > 1
+
+
+def test_the_z_loss_of_routers_is_logged_by_group(described):
+    names = ("z_loss", "z_loss/understanding", "z_loss/generation")
+    total, *groups = (described.scalars(f"loss/{name}")[1] for name in names)
+    assert total == pytest.approx(sum(groups), rel=1e-5)
+    assert all(group > 1 for group in groups)  # log(12) squared and log(4) squared are 6.2 and 1.9

@@ -1,5 +1,6 @@
 """Our network against transformers' AriaForConditionalGeneration, tiny, random, in float32."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from transformers.models.aria.modeling_aria import AriaTextTopKRouter
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
+from symbiotic_titan.commands import convert
 from symbiotic_titan.hf.architectures import aria
 from symbiotic_titan.hf.architectures.aria import ARIA
 from symbiotic_titan.hf.model import HuggingFaceModel
@@ -220,6 +222,17 @@ def test_an_imported_folder_says_what_is_unmapped(pair, tmp_path):
     assert folder.unmapped.tensors.keys() == tensors.keys() - computed_with(tensors).keys()
     name = "layers.1.moe.experts.all.w3"
     assert torch.equal(folder.read(name), ours.state_dict()[name])
+
+
+def test_the_z_loss_of_its_training_is_told_at_import(pair, tmp_path, tmp_path_factory, capsys):
+    *_, config, _ = pair
+    for weight, told in ((1e-5, "losses.z_loss = 3e-05"), (0.0, "")):
+        config["text_config"]["moe_z_loss_coeff"] = weight
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        out = tmp_path_factory.mktemp("imported") / "aria"
+        assert convert.main(["from-hf", "--hf", str(tmp_path), "--out", str(out)]) == 0
+        text = capsys.readouterr().out
+        assert told in text and ("z-loss" in text) == bool(told)
 
 
 def test_names_of_transformers_memory_are_the_same_tensors(pair, tmp_path):
