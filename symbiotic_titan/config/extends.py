@@ -3,8 +3,9 @@
     extends = "base.toml"                            # above the first [section]; relative to the file that says it
     extends = ["symbiotic.toml", "my_data.toml"]     # each with all that it extends itself
 
-Tables merge key by key. Every other value is replaced, arrays too: a file with ``[[data.sources]]`` replaces all of them. In a list
-later files override earlier ones, and the file itself overrides all.
+Tables merge key by key. Every other value is replaced, arrays too: a file with ``[[data.sources]]`` replaces all of them. ``false`` in
+place of a table takes back the table of the files below: ``understanding = false`` in ``[experts.partition]``. In a list later files
+override earlier ones, and the file itself overrides all.
 
 As a program it prints the merged table as one line of JSON:  python -P symbiotic_titan/config/extends.py FILE
 ``run_train.sh`` calls it before torch is imported, so this file uses nothing but the standard library.
@@ -78,10 +79,13 @@ def _paths_of(value: Any, chain: str) -> list[str]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``below`` overridden by ``above``: tables merge key by key, every other value is replaced."""
+    """``below`` overridden by ``above``: tables merge key by key, every other value is replaced; ``false`` removes a table."""
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
+        if isinstance(old, dict) and value is False:
+            del merged[key]
+            continue
         if isinstance(old, dict) and isinstance(value, dict):
             value = merge(old, value)
         merged[key] = value
@@ -100,7 +104,18 @@ def stamp(table: dict[str, Any], text: str) -> dict[str, Any]:
 
 def origins(layers: Iterable[Layer]) -> dict[str, Any]:
     """The merged table with, in place of every value, the path of the file that it comes from."""
-    return merged_table(Layer(layer.path, stamp(layer.table, layer.path)) for layer in layers)
+    layers = list(layers)
+    stamped = merged_table(Layer(layer.path, stamp(layer.table, layer.path)) for layer in layers)
+    return _only(stamped, merged_table(layers))
+
+
+def _only(table: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """``table`` without the keys that ``kept`` lacks."""
+    return {
+        key: _only(value, kept[key]) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if key in kept
+    }
 
 
 def main(arguments: list[str]) -> int:

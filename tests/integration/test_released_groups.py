@@ -112,6 +112,20 @@ def test_the_third_group_begins_as_the_image_experts(study, split):
         assert torch.equal(after.read(name.format("text")), before.read(name.format("text")))
 
 
+def test_groups_that_take_whole_pools_need_no_plan(study, split):
+    third, read = ("--config", study / "third.toml"), ("--checkpoint", study / "release")
+    run(convert.main, "partition", *third, *read, "--out", study / "bare")
+    planned, bare = open_model(split), open_model(study / "bare")
+    assert planned.tensors == bare.tensors
+    assert all(torch.equal(planned.read(name), bare.read(name)) for name in planned.tensors)
+    check = ("check", *third, "--checkpoint", study / "bare", "--original", study / "release")
+    report = study / "report.json"
+    run(convert.main, *check, "--split", "train", "--batches", 1, "--json", report)
+    columns = json.loads(report.read_text())["columns"]
+    assert columns["partitioned"] == pytest.approx(columns["original"], abs=1e-5)
+    assert columns["original"]["text"] > 0
+
+
 def test_all_three_groups_are_trained(split, trained):
     losses = trained.scalars("loss/flow")
     assert list(losses) == [1, 2, 3] and all(map(math.isfinite, losses.values()))

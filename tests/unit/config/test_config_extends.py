@@ -82,6 +82,21 @@ def test_origins_name_the_file_whose_value_counts():
     assert origins == {"t": {"x": "base.toml", "y": "top.toml"}}
 
 
+def test_false_takes_back_a_table_of_the_files_below():
+    write(
+        base="[groups.a]\nsize = 1\n[groups.b]\nsize = 2\n[t]\non = true",
+        top='extends = "base.toml"\n[groups]\na = false\n[groups.c]\nsize = 3\n[t]\non = false',
+    )
+    assert merged("top.toml") == {
+        "groups": {"b": {"size": 2}, "c": {"size": 3}},
+        "t": {"on": False},
+    }
+    assert extends.origins(extends.read_layers("top.toml")) == {
+        "groups": {"b": {"size": "base.toml"}, "c": {"size": "top.toml"}},
+        "t": {"on": "top.toml"},
+    }
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
