@@ -1,5 +1,7 @@
 """Experts spread over ranks give what one rank gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,6 +21,15 @@ ARGS = MoEArgs(
     shared_hidden_dim=8,
     shield_modalities=(VAE,),
 )
+# A width and a top-k of its own in two of three groups; the second has fewer experts than the largest top-k.
+UNEQUAL = replace(
+    ARGS,
+    groups=(
+        ExpertGroup("text", (TEXT,), 8, top_k=6),
+        ExpertGroup("vision", (VIT,), 4, hidden_dim=8, top_k=1),
+        ExpertGroup("gen", (VAE,), 4, hidden_dim=40),
+    ),
+)
 MIXED = (TEXT, VIT, VAE, PADDING)
 # What each rank's tokens are. Ranks without a group, and ranks without anything to route.
 CASES = {
@@ -30,9 +41,9 @@ CASES = {
 }
 
 
-def make_layer(dtype):
+def make_layer(dtype, args=ARGS):
     torch.manual_seed(1)
-    layer = PartitionedMoE(ARGS)
+    layer = PartitionedMoE(args)
     for name, parameter in layer.named_parameters():
         torch.nn.init.normal_(parameter, std=1.0 if "router" in name else 0.3)
     return layer.to(dtype)
@@ -52,10 +63,10 @@ def step(layer, x_TD, modality_T):
     return out_TD.detach(), record.counts
 
 
-def on_rank(rank, degree, modalities, dtype):
+def on_rank(rank, degree, modalities, dtype, args=ARGS):
     """(output, counts, gradient of x, {name: full gradient of each expert weight, own gradient of the rest})."""
     mesh = init_device_mesh("cpu", (degree,), mesh_dim_names=("ep",))
-    layer = make_layer(dtype)
+    layer = make_layer(dtype, args)
     apply_expert_parallel(layer, mesh)
     x_TD, modality_T = make_inputs(modalities, rank, dtype)
     out_TD, counts = step(layer, x_TD, modality_T)
@@ -69,8 +80,15 @@ def on_rank(rank, degree, modalities, dtype):
     return out_TD, counts, x_TD.grad, grads
 
 
+GROUPS = {"equal": ARGS, "unequal": UNEQUAL}
+
+
 def all_cases_on_rank(rank, degree):
-    return {case: on_rank(rank, degree, CASES[case], torch.float32) for case in CASES}
+    return {
+        (groups, case): on_rank(rank, degree, CASES[case], torch.float32, args)
+        for groups, args in GROUPS.items()
+        for case in CASES
+    }
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -80,11 +98,12 @@ def results(request):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_gets_the_output_and_gradients_of_one_process(results, case):
+@pytest.mark.parametrize("groups", GROUPS)
+def test_every_rank_gets_the_output_and_gradients_of_one_process(results, groups, case):
     sums: dict[str, torch.Tensor] = {}
     for rank, result in enumerate(results):
-        out_TD, counts, grad_x_TD, grads = result[case]
-        layer = make_layer(torch.float32)
+        out_TD, counts, grad_x_TD, grads = result[groups, case]
+        layer = make_layer(torch.float32, GROUPS[groups])
         x_TD, modality_T = make_inputs(CASES[case], rank, torch.float32)
         expected_TD, expected_counts = step(layer, x_TD, modality_T)
         assert torch.equal(counts, expected_counts)
@@ -100,7 +119,7 @@ def test_every_rank_gets_the_output_and_gradients_of_one_process(results, case):
     # An expert sees the tokens of all ranks, so its gradient is already their sum.
     for name, expected in sums.items():
         torch.testing.assert_close(
-            results[0][case][3][name], expected, atol=1e-4, rtol=1e-4, msg=name
+            results[0][groups, case][3][name], expected, atol=1e-4, rtol=1e-4, msg=name
         )
 
 
@@ -114,7 +133,7 @@ def test_bfloat16_and_zero_rows_travel_too():
         torch.testing.assert_close(grad_x_TD, x_TD.grad, atol=0.1, rtol=0.05)
 
 
-def two_exchanges(rank):
+def two_exchanges(rank, args):
     """Row counts of every all-to-all of one forward pass, in order."""
     from torch.distributed import _functional_collectives as collectives
 
@@ -127,15 +146,16 @@ def two_exchanges(rank):
 
     collectives.all_to_all_single_autograd = counted
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
-    layer = make_layer(torch.float32)
+    layer = make_layer(torch.float32, args)
     apply_expert_parallel(layer, mesh)
     layer(*make_inputs(CASES["mixed"], rank, torch.float32), torch.tensor(1.0))
     return sizes
 
 
-def test_two_groups_take_one_exchange_out_and_one_back_without_padding():
-    results = run_on_ranks(2, two_exchanges)
-    routed = 3 * TOKENS // 4 * ARGS.top_k
+@pytest.mark.parametrize("groups", GROUPS)
+def test_all_groups_take_one_exchange_out_and_one_back_without_padding(groups):
+    results = run_on_ranks(2, two_exchanges, GROUPS[groups])
+    routed = TOKENS // 4 * {"equal": 3 + 3 + 3, "unequal": 6 + 1 + 3}[groups]
     assert [len(sizes) for sizes in results] == [2, 2]
     assert [sizes[0] for sizes in results] == [routed, routed]
     assert sum(sizes[1] for sizes in results) == 2 * routed

@@ -31,9 +31,14 @@ CASES = {
     # 13 and 3 experts on two ranks: cut inside every expert, and cut between them with padding.
     "odd_experts": "",
     "odd_experts_padded": "",
+    # Groups with a width and a top-k of their own.
+    "unequal": "",
+    "unequal_expert_parallel": "--parallelism.expert_parallel_degree 2 --activation_checkpoint.mode selective "
+    "--activation_checkpoint.selective_ac_option op",
     "deepstack": "",
     "deepstack_per_op": "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op",
 }
+PLAIN = ("default", "unequal", "deepstack")  # compared with one process
 # Features leave the ViT after both of its blocks.
 VIT = {"temporal_patch": 2, "position_grid": 5, "deepstack": (0, 1)}
 
@@ -84,6 +89,10 @@ def on_rank(rank, case, patch):
     if case.startswith("odd"):
         config.experts.partition["understanding"].num_experts = 13
         config.experts.partition["generation"].num_experts = 3
+    if case.startswith("unequal"):
+        config.experts.partition["understanding"].top_k = 3
+        config.experts.partition["generation"].hidden_dim = 40
+        config.experts.partition["generation"].top_k = 1
     if case == "odd_experts_padded":
         patch.setattr(fsdp, "expert_shard_placement", lambda num_ranks: lambda weight: None)
     model, args = build(config, **VIT if case.startswith("deepstack") else {})
@@ -106,7 +115,7 @@ def on_rank(rank, case, patch):
         "ahead": ahead_forward,
         "exchanges": exchanges,
         "norm": float(norm),
-        "plain_norm": norm_in_one_process(args) if case in ("default", "deepstack") else None,
+        "plain_norm": norm_in_one_process(args) if case in PLAIN else None,
     }  # fmt: skip
 
 
@@ -182,7 +191,7 @@ def test_checkpointing_repeats_the_planned_exchanges(results, case):
     assert [rank[case]["exchanges"] for rank in results] == [expected] * RANKS
 
 
-@pytest.mark.parametrize("case", ["default", "deepstack"])
+@pytest.mark.parametrize("case", PLAIN)
 def test_gradients_are_those_of_one_process(results, case):
     for rank in results:
         assert rank[case]["norm"] == pytest.approx(rank[case]["plain_norm"], rel=1e-5)
@@ -191,7 +200,7 @@ def test_gradients_are_those_of_one_process(results, case):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_do_not_depend_on_how_the_model_is_spread(results, case):
     tolerance = 5e-2 if case == "bfloat16" else 1e-5
-    references = {"odd": "odd_experts_padded", "deepstack": "deepstack"}
+    references = {"odd": "odd_experts_padded", "deepstack": "deepstack", "unequal": "unequal"}
     reference = references.get(case.split("_")[0], "default")
     for result in results:
         assert result[case]["norm"] == pytest.approx(results[0][reference]["norm"], rel=tolerance)
