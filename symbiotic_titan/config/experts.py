@@ -56,7 +56,8 @@ class ExpertGroupRow:
     """Width of the group's experts, a multiple of 8 (grouped matmuls read rows of 16 bytes). None: the flavor's."""
 
     top_k: int | None = None
-    """Experts that a token of the group is routed to. None: the flavor's."""
+    """Experts that a token of the group is routed to. None: the flavor's. With 1 and normalized weights the weight is always 1, and the
+    group's router learns from the balancing loss alone."""
 
     source: str | None = None
     """Group of the checkpoint that ``symbiotic convert`` takes the group's experts from; needed where a checkpoint has several. Groups

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from symbiotic_titan.commands import profile_experts
+from symbiotic_titan.commands import convert, profile_experts
 from symbiotic_titan.demo.write import (
     WorldSize,
     write_world,
@@ -15,8 +15,12 @@ from symbiotic_titan.demo.write import (
 from symbiotic_titan.hf.import_model import import_model
 from symbiotic_titan.hf.model import HuggingFaceModel
 from symbiotic_titan.model import model_config
+from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.partition.profile import Profile
+from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from tests.helpers.released_models import write_release
+from tests.helpers.stored_models import make_model, save
+from tests.helpers.stored_models import tiny_args as stored_args
 
 DEBUG = Path(__file__).parents[3] / "train_configs" / "debug.toml"
 # A text model, whose vocabulary holds the bytes.
@@ -89,3 +93,49 @@ def test_an_older_profile_says_nothing_of_the_tokenizer(tmp_path, imported):
         del values["data"][key]
     (tmp_path / "profile.json").write_text(json.dumps(values))
     assert Profile.load(tmp_path / "profile.json").data == values["data"]
+
+
+def test_a_model_of_several_groups_is_profiled_divided_and_copied(tmp_path, capsys, imported):
+    """The config already describes the new model: text keeps its group, input and generated images share out or copy the other."""
+    groups = (
+        ExpertGroup("text", (TEXT,), 8, top_k=3),
+        ExpertGroup("vision", (VIT, VAE), 4, hidden_dim=8),
+    )
+    args = stored_args(vocab_size=320, groups=groups, num_experts=12)
+    shape = tmp_path / "shape.json"
+    model_config.write_model_config(shape, args)
+    source = save(make_model(args).state_dict(), tmp_path / "released")
+    text = (imported[0] / "debug.toml").read_text()
+    start, end = text.index("[experts.partition"), text.index("[shielding]")
+    rows = (
+        '[experts.partition.text]\nmodalities = ["text"]\nnum_experts = 8\ntop_k = 3\nsource = "text"\n'
+        '[experts.partition.vision]\nmodalities = ["vit"]\nnum_experts = 4\nhidden_dim = 8\nsource = "vision"\n'
+        '[experts.partition.generation]\nmodalities = ["vae"]\nnum_experts = 4\nhidden_dim = 8\nsource = "vision"\ncopy = true\n'
+    )
+    copied, divided = tmp_path / "copied.toml", tmp_path / "divided.toml"
+    copied.write_text(text[:start] + rows + text[end:])
+    shared = rows.replace("copy = true\n", "").replace("num_experts = 4", "num_experts = 2")
+    divided.write_text(text[:start] + shared + text[end:])
+
+    def words(config, *more):
+        return [*more, "--config", str(config), "--model.flavor", str(shape)]
+
+    model = ["--checkpoint", str(source)]
+    profile, plan, report = (str(tmp_path / f"{name}.json") for name in ("prof", "plan", "report"))
+    batches = ["--batches", "1"]
+    assert profile_experts.main(words(copied, *model, *batches, "--out", profile)) == 0
+    assert "top-3 of 8 text + top-2 of 4 vision experts" in capsys.readouterr().out
+    assert Profile.load(Path(profile)).model.groups == {"text": 8, "vision": 4}
+    assert convert.main(words(divided, "plan", "--profile", profile, "--out", plan)) == 0
+    given = ["--plan", plan, "--out", str(tmp_path / "divided")]
+    assert convert.main(words(divided, "partition", *model, *given)) == 0
+    to = ["--out", str(tmp_path / "out")]
+    assert convert.main(words(copied, "partition", *model, *to)) == 0
+    compared = ["--checkpoint", to[1], "--original", str(source), *batches, "--json", report]
+    assert convert.main(words(copied, "check", *compared)) == 0
+    inside = json.loads(Path(report).read_text())["inside"]
+    assert inside["text"] == inside["vit"] == [1.0, 1.0]
+    capsys.readouterr()
+    assert convert.main(words(copied, "partition", *model, *given[:2], "--out", to[1] + "2")) == 2
+    error = capsys.readouterr().err
+    assert "the plan is of other groups than the config" in error and error.count("\n") == 1

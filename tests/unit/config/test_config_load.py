@@ -64,6 +64,22 @@ def test_partition_and_groups_survive_the_command_line_parser(tmp_path):
             "experts.partition.a.modalities: must be a list, each item a string, got 'text'",
         ),
         (
+            '[experts.partition.a]\nmodalities = ["text"]\nnum_experts = 4\nhidden_dim = 20',
+            "experts.partition.a.hidden_dim: must be a multiple of 8 (grouped matmuls read rows of 16 bytes), got 20",
+        ),
+        (
+            '[experts.partition.a]\nmodalities = ["text"]\nnum_experts = 4\ntop_k = 0',
+            "experts.partition.a.top_k: must be at least 1, got 0",
+        ),
+        (
+            '[experts.partition.a]\nmodalities = ["text"]\nnum_experts = 4\nhidden_dim = -8',
+            "experts.partition.a.hidden_dim: must be at least 1, got -8",
+        ),
+        (
+            '[experts.partition.a]\nmodalities = ["text"]\nnum_experts = 4\ncopy = 1',
+            "experts.partition.a.copy: must be true or false, got 1",
+        ),
+        (
             "[losses]\nz = 1.0",
             "losses: unknown key 'z'; known keys: balance, balance_scope, flow, text, z_loss; a term of your own is known once "
             "experimental.custom_import names the module that registers it",

@@ -9,6 +9,7 @@ from symbiotic_titan.config.experts import ExpertGroupRow
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.model.args import one_pool, partition_groups
 from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.model_config import write_model_config
 from symbiotic_titan.model.vit_args import VitArgs
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.geometry import ImageGeometry
@@ -81,6 +82,28 @@ def test_the_config_partitions_shields_and_sizes_the_model():
         latent_stride=1,
         latent_patch=8,
     )
+
+
+def test_sizes_of_a_group_and_copies_reach_the_model():
+    rows = {
+        "understanding": ExpertGroupRow(["text", "vit"], 16, top_k=4),
+        "generation": ExpertGroupRow(["vae"], 8, hidden_dim=40, copy=True),
+    }
+    args = FLAVORS["debug"]
+    args.update_from_config(config(rows))
+    assert args.num_experts == 24
+    assert (args.moe_args.top_ks, args.moe_args.hidden_dims) == ((4, 2), (64, 40))
+
+
+def test_an_empty_partition_keeps_the_groups_of_the_flavor(tmp_path):
+    groups = (ExpertGroup("text", (TEXT,), 12, top_k=3), ExpertGroup("image", (VIT, VAE), 4, 32))
+    path = tmp_path / "model.json"
+    write_model_config(path, replace(FLAVORS["debug"], groups=groups))
+    args = FLAVORS[str(path)]
+    args.update_from_config(config(flavor=str(path)))
+    assert args.groups == groups
+    args.update_from_config(config(SPLIT, flavor=str(path)))
+    assert [group.name for group in args.groups] == ["understanding", "generation"]
 
 
 def test_an_empty_partition_is_one_pool_and_no_seed_is_seed_zero():

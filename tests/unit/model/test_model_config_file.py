@@ -31,6 +31,21 @@ def test_groups_and_shield_are_written_by_name(tmp_path):
     assert values["shield_modalities"] == ["vae"] and "_enforced" not in values
 
 
+def test_sizes_of_a_groups_own_are_written_and_older_files_have_none(tmp_path):
+    path = tmp_path / "model.json"
+    own = (replace(SPLIT[0], top_k=4), replace(SPLIT[1], hidden_dim=40))
+    write_model_config(path, replace(FLAVORS["debug"], groups=own))
+    assert read_model_config(path).groups == own
+    rows = json.loads(path.read_text())["groups"]
+    assert [sorted(row.keys() & {"hidden_dim", "top_k"}) for row in rows] == [
+        ["top_k"],
+        ["hidden_dim"],
+    ]
+    write_model_config(path, replace(FLAVORS["debug"], groups=SPLIT))
+    rows = json.loads(path.read_text())["groups"]
+    assert all(row.keys() == {"name", "modalities", "num_experts"} for row in rows)
+
+
 def test_files_that_cannot_be_used_are_named(tmp_path):
     path = tmp_path / "model.json"
 

@@ -30,6 +30,21 @@ def test_active_parameters_counted_by_hand(make_args):
     assert got.active[VAE] == trunk + 2 * expert + 2 * 32 + latent_in + latent_out
 
 
+def test_a_token_pays_for_the_width_and_top_k_of_its_group(make_args):
+    groups = (
+        ExpertGroup("understanding", (TEXT, VIT), 6, top_k=3),
+        ExpertGroup("generation", (VAE,), 2, hidden_dim=8, top_k=1),
+    )
+    equal = (ExpertGroup("understanding", (TEXT, VIT), 6), ExpertGroup("generation", (VAE,), 2))
+    found, before = cost(make_args(groups=groups)), cost(make_args(groups=equal))
+    wide, narrow = 3 * 32 * 24, 3 * 32 * 8
+    more = {TEXT: wide, VIT: wide, VAE: narrow - 2 * wide}
+    for modality, parameters in more.items():
+        assert found.active[modality] - before.active[modality] == parameters
+        assert found.forward_flops[modality] - before.forward_flops[modality] == 2 * parameters
+    assert found.parameters - before.parameters == 2 * (narrow - wide)
+
+
 def test_a_vit_token_pays_for_all_its_patches(make_args):
     """One block more in the encoder, without what patches cost that see each other."""
     one, two = (make_args(vit=replace(make_args().vit, num_layers=n)) for n in (1, 2))

@@ -80,6 +80,22 @@ def test_compiled_model_equals_eager_and_never_compiles_twice():
     assert not counters["graph_break"]
 
 
+def test_unequal_groups_compile_once_and_equal_eager():
+    own = (replace(GROUPS[0], top_k=3), replace(GROUPS[1], hidden_dim=40, top_k=1))
+    args = replace(shielded_args(), groups=own)
+    eager, compiled = tiny_model(args), tiny_model(args)
+    apply_compile(compiled, "aot_eager")
+    num_graphs = 0
+    for batch in (batch_of(MIXED), batch_of(OTHER, seed=3)):
+        loss, gradients = loss_and_gradients(compiled, batch, 0.1)
+        expected_loss, expected = loss_and_gradients(eager, batch, 0.1)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
+        num_graphs = num_graphs or counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == num_graphs > 0
+    assert not counters["graph_break"]
+
+
 def test_deepstack_adds_no_graph():
     """What is added between two blocks must leave the next one's input in the form that the first one's has."""
     counts = []

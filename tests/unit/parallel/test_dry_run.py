@@ -18,6 +18,7 @@ from symbiotic_titan.model.decoder import TransformerBlock
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.layers import RMSNorm
 from symbiotic_titan.model.rope import frequencies, frequency_axes, rotary_tables
+from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.parallel import dry_run, dry_run_activations, fsdp, parallelize
 from tests.helpers.query_models import with_queries
 
@@ -277,10 +278,21 @@ def block_and_inputs(args, layer, monkeypatch):
     return block, (h, rotary, mask, modality, torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "experts"])
-def test_saved_bytes_are_those_that_autograd_saves(layer, monkeypatch):
-    args = FLAVORS["debug"]
+# The estimate is that of the group which saves most: here the one of the wider experts, which chooses fewer of them.
+UNEQUAL = (
+    ExpertGroup("understanding", (0, 1), 12, hidden_dim=16, top_k=3),
+    ExpertGroup("generation", (2,), 4, hidden_dim=192),
+)
+
+
+@pytest.mark.parametrize(
+    ("layer", "groups"), [(0, ()), (1, ()), (1, UNEQUAL)], ids=["dense", "experts", "unequal"]
+)
+def test_saved_bytes_are_those_that_autograd_saves(layer, groups, monkeypatch):
+    args = replace(FLAVORS["debug"], groups=groups)
     block, inputs = block_and_inputs(args, layer, monkeypatch)
+    if groups:
+        inputs[3].fill_(2)
     constant = [*block.parameters(), inputs[2], *inputs[1]]
     known = {t.untyped_storage().data_ptr() for t in constant}
     saved = {}  # kept alive, so that no storage is used twice
@@ -315,10 +327,14 @@ class SavedByPolicy(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "experts"])
-def test_per_op_bytes_are_those_of_the_saved_ops(layer, monkeypatch):
-    args = FLAVORS["debug"]
+@pytest.mark.parametrize(
+    ("layer", "groups"), [(0, ()), (1, ()), (1, UNEQUAL)], ids=["dense", "experts", "unequal"]
+)
+def test_per_op_bytes_are_those_of_the_saved_ops(layer, groups, monkeypatch):
+    args = replace(FLAVORS["debug"], groups=groups)
     block, inputs = block_and_inputs(args, layer, monkeypatch)
+    if groups:
+        inputs[3].fill_(2)
     with SavedByPolicy() as kept:
         block(*inputs)
     estimate = dry_run_activations.saved_per_op(

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ ONE_RANK = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1, "ep": 1
 
 def make_args(**changes):
     sizes = {"expert_hidden_dim": 32, "shared_hidden_dim": 32, "shared_gate": True}
-    return tiny_args(groups=GROUPS, **(sizes | changes))
+    return tiny_args(**({"groups": GROUPS} | sizes | changes))
 
 
 def convert(model, **options):
@@ -116,10 +117,22 @@ def test_names_and_values_of_parameters_stay():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
-def test_loss_and_gradients_stay_near_those_of_float32(recipe):
+UNEQUAL = (replace(GROUPS[0], top_k=3), replace(GROUPS[1], hidden_dim=16))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "groups"),
+    [
+        ("tensorwise", GROUPS),
+        ("rowwise", GROUPS),
+        ("rowwise_with_gw_hp", GROUPS),
+        ("rowwise", UNEQUAL),
+    ],
+    ids=["tensorwise", "rowwise", "rowwise_with_gw_hp", "unequal groups"],
+)
+def test_loss_and_gradients_stay_near_those_of_float32(recipe, groups):
     """Each rounded matmul adds about 4 percent of noise to a tensor; the loss, a mean, moves far less."""
-    model = tiny_model(make_args())
+    model = tiny_model(make_args(groups=groups))
     rounded = copy.deepcopy(model)
     convert(rounded, recipe=recipe)
     loss, gradients = loss_and_gradients(model)

@@ -1,10 +1,13 @@
 """What float8 cannot do is refused before anything is built, with key, value, rule and remedy."""
 
+from dataclasses import replace
+
 import pytest
 
 from symbiotic_titan.config.job import Float8, JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.parallel import float8
 from symbiotic_titan.parallel.float8 import (
     check_converters,
@@ -101,6 +104,17 @@ def test_experts_of_odd_width_are_refused_and_named(name):
     assert refusal(check_float8, config, args, 1) == (
         f"float8.experts: {name} = 72 of flavor 'debug' is not a multiple of 16; "
         "set float8.experts = false or choose another flavor"
+    )
+    check_float8(config_of(*FLOAT8, "--float8.emulate", "--float8.no_experts"), args, 1)
+
+
+def test_a_group_of_odd_width_is_refused_and_named():
+    groups = (ExpertGroup("und", (0, 1), 12), ExpertGroup("gen", (2,), 4, hidden_dim=24))
+    config = config_of(*FLOAT8, "--float8.emulate")
+    args = replace(FLAVORS["debug"], groups=groups)
+    assert refusal(check_float8, config, args, 1) == (
+        "float8.experts: the hidden_dim of expert group 'gen' = 24 of flavor 'debug' is not a multiple of 16; "
+        "set float8.experts = false or choose another width"
     )
     check_float8(config_of(*FLOAT8, "--float8.emulate", "--float8.no_experts"), args, 1)
 
