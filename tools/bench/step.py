@@ -206,6 +206,7 @@ ONE_PROCESS = {
     "eager": NO_AC,
     "compiled": [*NO_AC, "--compile.enable"],
     "ac_full": ["--activation_checkpoint.mode", "full"],
+    "ema": [*NO_AC, "--ema.enable"],
     "ac_per_op": [
         *("--activation_checkpoint.mode", "selective"),
         *("--activation_checkpoint.selective_ac_option", "op"),
@@ -213,8 +214,14 @@ ONE_PROCESS = {
 }
 TWO_PROCESSES = {
     "fsdp2": NO_AC,
+    "fsdp2_ema": [*NO_AC, "--ema.enable"],
     "ep2": [*NO_AC, "--parallelism.expert_parallel_degree", "2"],
 }
+
+
+def chosen(every: dict[str, list[str]], names: list[str]) -> dict[str, list[str]]:
+    """The variants of these ``names``; all where none is named."""
+    return {name: options for name, options in every.items() if not names or name in names}
 
 
 def compare_on_two_processes(arguments: list[str]) -> dict[str, Any]:
@@ -268,8 +275,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
             for part, share in result["share"].items():
                 print(f"  {part:10s} {100 * share:5.1f} %")
         else:
-            several = os.environ["WORLD_SIZE"] != "1"
-            result = compare(path, TWO_PROCESSES if several else ONE_PROCESS, **counts)
+            every = TWO_PROCESSES if os.environ["WORLD_SIZE"] != "1" else ONE_PROCESS
+            result = compare(path, chosen(every, args.variants), **counts)
             print_comparison(path, result)
         results[name] = result
     return results
@@ -285,8 +292,17 @@ def main() -> int:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="ratios instead of shares: compiled, full and per-op activation checkpointing over eager; with two processes, "
-        "expert parallel over FSDP2",
+        help="ratios instead of shares: compiled, [ema], full and per-op activation checkpointing over eager; with two processes, "
+        "[ema] and expert parallel over FSDP2",
+    )
+    known = [*ONE_PROCESS, *TWO_PROCESSES]
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=[],
+        choices=known,
+        help=f"with --compare: the only ones that run, of {', '.join(known)}",
+        metavar="NAME",
     )
     args, overrides = parser.parse_known_args()
     if args.steps < 2:
@@ -300,7 +316,7 @@ def main() -> int:
     results = run(args, overrides)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if args.compare and not is_child:
+    if args.compare and not is_child and chosen(TWO_PROCESSES, args.variants):
         others = compare_on_two_processes(sys.argv[1:])
         for path in args.configs:
             print_comparison(f"{path}, two processes", others[Path(path).stem])

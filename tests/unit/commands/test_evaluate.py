@@ -234,6 +234,7 @@ MISTAKES = [
     (["--suite", "drawn", "--drawn.stepz", "1"], "--drawn: unknown key 'stepz'; did you mean"),
     (["--suite", "drawn", "--drawn.steps", "0"], "--drawn.steps: must be at least 1, got 0"),
     (["--suite", "drawn", "--probe", "half"], "--probe half: unknown for this model; choose"),
+    (["--suite", "drawn", "--weights", "ema"], "step-8 has no averaged weights; use 'trained'"),
     (["--suite", "drawn", "missing"], "checkpoint missing: no such folder"),
     (["--suite", "far"], "--suite far: needs no_such; install it: pip install no-such"),
     (["--suite", "demo_world", "--demo_world.data", "no"], "--demo_world.data: no demo world in"),

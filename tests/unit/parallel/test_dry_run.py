@@ -59,6 +59,13 @@ def test_weights_send_what_does_not_stay():
     assert dry_run.weight_traffic(BY_HAND, BF16, 0).gather_backward == 0
 
 
+def test_an_average_is_counted_in_float32_whatever_the_weights():
+    halves = replace(BF16, stored=2)
+    averaged = dry_run.state_memory(BY_HAND, halves, {"output.weight"})
+    assert averaged == dry_run.StateMemory(2 * 104, 2 * 104, 4 * 104, 4 * 24)
+    assert averaged.total == 8 * 104 + 4 * 24
+
+
 def test_routers_travel_in_float32_whatever_the_others_do():
     name = "layers.0.moe.router.all.weight"
     router = parameter(name, "layers.0.moe.router", (4, 8), (1, 8), 32, replicate=2)
@@ -223,11 +230,13 @@ def test_one_rank_needs_no_traffic_and_gathers_nothing_apart():
 def test_tool_prints_a_table_and_one_line_of_json(capsys):
     path = str(ROOT / "train_configs/debug.toml")
     overrides = ["--training.global_batch_size", "-1", "--parallelism.expert_parallel_degree", "2"]
+    overrides += ["--ema.enable"]
     assert show_parallel.main([path, "--ranks", "2", "4", "--json", *overrides]) == 0
     *text, line = capsys.readouterr().out.splitlines()
     assert any("experts understanding" in row and "6 x 64 x 128" in row for row in text)
     two, four = json.loads(line)["reports"]
     assert two["state"]["parameters"] > four["state"]["parameters"]
+    assert two["state"]["ema"] == two["state"]["parameters"]  # of all, both in float32
     assert two["traffic_of_a_step"]["exchange_forward"] > 0
 
 

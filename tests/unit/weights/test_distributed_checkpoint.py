@@ -53,3 +53,26 @@ def test_a_damaged_step_is_named(tmp_path):
     damage(damaged)
     with pytest.raises(ValueError, match=f"step-12: {damaged.name} cannot be read"):
         _ = DistributedCheckpoint(folder).step
+
+
+def test_averages_are_read_in_place_of_the_weights_that_have_one(tmp_path):
+    average = torch.full((3, 5), 7.5)
+    state = {
+        **{name: tensor.bfloat16() for name, tensor in TENSORS.items()},
+        "ema": {"weights.t1": average, "num_updates": 3},
+    }
+    folder = save(state, tmp_path / "step-3")
+    trained, averaged = DistributedCheckpoint(folder), DistributedCheckpoint(folder, "ema")
+    assert trained.tensors.keys() == averaged.tensors.keys() == TENSORS.keys()
+    assert trained.averaged == averaged.averaged == {"t1"} and trained.num_updates == 3
+    assert trained.tensors["t1"].dtype == torch.bfloat16
+    assert averaged.tensors["t1"].dtype == torch.float32
+    assert torch.equal(trained.read("t1").float(), TENSORS["t1"])
+    assert torch.equal(averaged.read("t1"), average)
+    assert torch.equal(averaged.read("t2").float(), TENSORS["t2"])
+
+
+def test_weights_without_an_average_are_refused(folder):
+    with pytest.raises(ValueError, match=r"weights = 'ema': .*vlm has no averaged weights; use"):
+        DistributedCheckpoint(folder, "ema")
+    assert DistributedCheckpoint(folder).num_updates is None
