@@ -47,7 +47,7 @@ class Architecture:
                 unsupported setting.
     weight_map  (args, shapes of the released tensors by name) -> one mapping for every tensor of the model except the latent
                 parts. The shapes distinguish file layouts with the same names.
-    config      (original config.json, args) -> config.json of the model that ``args`` describe, e.g. with fewer experts.
+    config      (original config.json, args) -> config.json of the model that ``args`` describe, e.g. with fewer or wider experts.
     unmapped    (args, released tensor names) -> regular expressions for the beginnings of names without a counterpart in our
                 network. These tensors are kept in a separate file.
     """
