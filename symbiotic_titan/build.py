@@ -71,12 +71,15 @@ def build_tokenizer(job_config: JobConfig) -> ByteTokenizer | FileTokenizer:
     if tokenizer.vocab_size > num_rows:
         raise ValueError(
             f"[tokenizer]: {tokenizer.vocab_size} ids, among them {len(added)} special tokens that the file lacks, are more "
-            f"than the {num_rows} embeddings of model.flavor = {flavor!r}; choose a larger flavor, or a file with at most "
-            f"{num_rows - len(added)} ids"
+            f"than the {num_rows} embeddings of model.flavor = {flavor!r}; choose a larger flavor (symbiotic convert from-hf "
+            f"--spare-rows {tokenizer.vocab_size - num_rows} makes one of a release), name unused tokens of the file in "
+            f"[tokenizer.special], or use a file with at most {num_rows - len(added)} ids"
         )
+    reserved = ", ".join(f"{token} as {role}" for role, token in tokenizer.reserved.items())
     logger.info(
         f"tokenizer: {tokenizer.fingerprint}, {tokenizer.vocab_size} ids of {num_rows} embeddings"
         + (f"; added after those of the file: {' '.join(added)}" if added else "")
+        + (f"; reserved tokens of the file: {reserved}" if reserved else "")
     )
     return tokenizer
 

@@ -2,6 +2,7 @@
 
 Examples:
   symbiotic convert from-hf --hf Qwen3-VL-30B-A3B-Instruct --out outputs/qwen
+  symbiotic convert tokenizer --vocabulary Hunyuan-A13B-Instruct/hy.tiktoken --out Hunyuan-A13B-Instruct/tokenizer.json
   symbiotic profile-experts --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-400 --out profile.json
   symbiotic convert plan --profile profile.json --config train_configs/mini/symbiotic.toml --out plan.json
   symbiotic convert partition --checkpoint outputs/mini/vlm/checkpoint/step-400 --config train_configs/mini/symbiotic.toml \\
@@ -21,10 +22,7 @@ none, takes --experimental.custom_import MODULE for an architecture that MODULE 
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
-
-from torchtitan.config import TORCH_DTYPE_MAP
 
 from symbiotic_titan.commands.convert_options import (
     check_options,
@@ -36,20 +34,14 @@ from symbiotic_titan.commands.convert_options import (
     read_config,
     show_bytes,
     to_hf_options,
-    without_extension,
+    tokenizer_options,
 )
+from symbiotic_titan.commands.convert_release import from_hf, tokenizer
 from symbiotic_titan.commands.convert_to_hf import to_hf
 from symbiotic_titan.config.files import check_file, write_json
-from symbiotic_titan.hf.import_model import import_model
 from symbiotic_titan.hf.model import (
-    HuggingFaceModel,
     check_holds_tensors,
 )
-from symbiotic_titan.hf.release_files import (
-    RELEASE_FILES,
-    UNMAPPED,
-)
-from symbiotic_titan.model import model_config
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.parallel.ranks import join_ranks
 from symbiotic_titan.partition.apply import (
@@ -58,7 +50,6 @@ from symbiotic_titan.partition.apply import (
 )
 from symbiotic_titan.partition.conversion import (
     conversion_table,
-    parts_table,
 )
 from symbiotic_titan.partition.evaluate import (
     step_zero_report,
@@ -78,61 +69,6 @@ from symbiotic_titan.partition.profile import (
 from symbiotic_titan.process import exit_status
 from symbiotic_titan.training.checks import check_job
 from symbiotic_titan.weights.new_folder import check_apart
-
-# ---- from-hf --------------------------------------------------------------------------------------------------------------
-
-
-def check_release(folder: Path) -> None:
-    """Pass if ``--hf`` is a folder.
-
-    Raises:
-        ValueError: it is a file, does not exist, or is the name of a model on a hub.
-    """
-    if not folder.is_dir():
-        found = "is a file" if folder.is_file() else "no such folder"
-        raise ValueError(
-            f"--hf: {folder}: {found}; give the local folder of a download (nothing is fetched here)"
-        )
-
-
-def from_hf(options: argparse.Namespace, overrides: list[str]) -> None:
-    if others := without_extension(overrides):
-        raise ValueError(f"from-hf reads no config, so it has no use for {' '.join(others)}")
-    check_release(options.hf)
-    check_apart(options.out, [options.hf])
-    with measured():
-        release = HuggingFaceModel(options.hf)
-        import_model(
-            release,
-            options.out,
-            dtype=TORCH_DTYPE_MAP[options.dtype] if options.dtype else None,
-            shape_only=options.shape_only,
-            overwrite=options.overwrite,
-            progress=show_bytes,
-        )
-    args = release.args
-    print(
-        f"{release.model_type}: {args.num_layers} layers, {args.num_experts} experts, top-{args.top_k}, "
-        f"{sum(spec.num_values for spec in release.tensors.values()):,} parameters"
-    )
-    print(parts_table(release.tensors))
-    if unmapped := release.unmapped.tensors:
-        print(
-            f"not mapped, as the network has no such part; {RELEASE_FILES}/{UNMAPPED} keeps it for to-hf:\n{parts_table(unmapped)}"
-        )
-    if release.z_loss:
-        layers = args.num_layers - args.num_dense_layers
-        print(
-            f"trained with a router z-loss of {release.z_loss:g} in each of {layers} layers; to go on with it: "
-            f"losses.z_loss = {release.z_loss * layers:g} (of the mean over layers)"
-        )
-    flavor = options.out / model_config.FILE_NAME
-    print(
-        f"written to {options.out}; next, as a run needs the latent parts too:\n  symbiotic convert partition "
-        f"--checkpoint {options.hf if options.shape_only else options.out} --config CONFIG --out START\n"
-        f'where CONFIG has model.flavor = "{flavor}"; it trains from START'
-    )
-
 
 # ---- plan -----------------------------------------------------------------------------------------------------------------
 
@@ -235,7 +171,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = top.add_subparsers(required=True, metavar="{from-hf,plan,partition,check,to-hf}")
+    commands = top.add_subparsers(
+        required=True, metavar="{from-hf,tokenizer,plan,partition,check,to-hf}"
+    )
 
     def command(function: Any, text: str) -> argparse.ArgumentParser:
         name = function.__name__.replace("_", "-")
@@ -244,6 +182,7 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     from_hf_options(command(from_hf, "write a released model as a checkpoint"))
+    tokenizer_options(command(tokenizer, "make the tokenizer.json of a tiktoken vocabulary"))
     plan_options(command(plan, "which expert of each layer goes to which group, from a profile"))
     partition_options(
         command(

@@ -41,6 +41,30 @@ def from_hf_options(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write model.json without the model's tensors: the other commands read them from the folder",
     )
+    command.add_argument(
+        "--spare-rows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="add at least N embeddings, up to a multiple of 64, for special tokens that the tokenizer lacks; each is the mean of the "
+        "others (default: 0)",
+    )
+
+
+def tokenizer_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--vocabulary",
+        required=True,
+        type=Path,
+        help="tiktoken file: a token in base64 and its rank per line",
+    )
+    command.add_argument("--out", required=True, type=Path, help="tokenizer.json to write")
+    command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    command.add_argument(
+        "--pattern",
+        help="regular expression that splits a text before the merges, which is in the release's Python code; default: by the file's "
+        "name",
+    )
 
 
 def plan_options(command: argparse.ArgumentParser) -> None:

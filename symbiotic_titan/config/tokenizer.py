@@ -35,6 +35,10 @@ class TokenFamily:
     prefers_declared: bool = False
     """Prefer the file's own bos, eos and pad."""
 
+    reserved: str = ""
+    """Regular expression for tokens that the released model was not trained with. The last of them serve the roles whose tokens the
+    file lacks: they have embeddings already, where the vocabulary fills the table."""
+
     @property
     def tokens(self) -> list[str]:
         """Every special token once, in the order in which those that a file lacks get their ids."""
@@ -166,6 +170,8 @@ HUNYUAN = TokenFamily(
     },
     turn_separator="",
     signs=("<|startoftext|>", "<|extra_4|>"),
+    # Of 205, the first few have a use in the released model.
+    reserved=r"<\|extra_\d\d+\|>",
 )
 
 TOKEN_FAMILIES: Registry[TokenFamily] = Registry("tokenizer.family")

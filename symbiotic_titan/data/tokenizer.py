@@ -80,6 +80,7 @@ class ByteTokenizer(BaseTokenizer):
         self.eos_id = eos
         self.vocab_size = NUM_BYTES + len(BYTE_SPECIALS)
         self.added: list[str] = []
+        self.reserved: dict[str, str] = {}
         self._turns = {
             "system": Turn([], []),
             "user": Turn([user], []),
@@ -103,7 +104,8 @@ class ByteTokenizer(BaseTokenizer):
 
 
 class FileTokenizer(BaseTokenizer):
-    """A vocabulary file, and after its ids the special tokens that it lacks.
+    """A vocabulary file, and after its ids the special tokens that it lacks. ``added``: those; ``reserved``: role -> token of the file
+    that the family reserves, used instead of adding one.
 
     Made of the file's content, not of its path: so it travels to worker processes, and they cannot read another file.
     """
@@ -118,7 +120,9 @@ class FileTokenizer(BaseTokenizer):
         super().__init__()
         self._made_of = (section, data, declared, vocabulary)
         self._file = open_vocabulary(section.path, section.kind, data, declared, vocabulary)
-        family = section.adapted(_family(section, self._file))
+        family = _family(section, self._file)
+        self.reserved = _reserved_tokens(family, section, self._file)
+        family = section.adapted(replace(family, special=family.special | self.reserved))
         self.added = [token for token in family.tokens if self._file.id_of(token) is None]
         self.vocab_size = self._file.size + len(self.added)
         self.special_ids = self._file.special | {
@@ -227,6 +231,30 @@ def _family(section: TokenizerSection, file: Vocabulary) -> TokenFamily:
         return family
     declared = {r: token for r, token in file.declared.items() if file.id_of(token) != file.unknown}
     return replace(family, special=family.special | declared)
+
+
+def _reserved_tokens(
+    family: TokenFamily, section: TokenizerSection, file: Vocabulary
+) -> dict[str, str]:
+    """Role -> reserved token of the file, for every role whose token it lacks; empty where it does not have enough of them."""
+    lacking = [
+        role
+        for role, token in family.special.items()
+        if role not in section.special and file.id_of(token) is None
+    ]
+    turns = [*section.turns.values(), *family.turns.values()]
+    used = {*family.special.values(), *family.turn_tokens}
+    used |= {*section.special.values(), *section.turn_tokens}
+    unused = [
+        token
+        for token in sorted(file.special, key=lambda token: file.special[token])
+        if re.fullmatch(family.reserved, token)
+        and token not in used
+        and not any(token in text for turn in turns for text in turn)
+    ]
+    if not lacking or len(unused) < len(lacking):
+        return {}
+    return dict(zip(lacking, unused[-len(lacking) :], strict=True))
 
 
 def open_tokenizer(section: TokenizerSection) -> ByteTokenizer | FileTokenizer:

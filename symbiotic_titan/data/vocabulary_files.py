@@ -8,6 +8,14 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
+from symbiotic_titan.data.tiktoken_files import SUFFIX as TIKTOKEN
+from symbiotic_titan.data.tiktoken_files import is_tiktoken
+
+TIKTOKEN_REMEDY = (
+    "it is a tiktoken vocabulary: make a file that is read with symbiotic convert tokenizer --vocabulary FILE --out "
+    "FOLDER/tokenizer.json"
+)
+
 # Roles that a file may give tokens to by itself.
 DECLARED_ROLES = ("bos", "eos", "pad")
 
@@ -143,10 +151,14 @@ def find_file(path: str, kind: str, name: str, pattern: str = "") -> Path:
 
 
 def _remedy(folder: Path, pattern: str) -> str:
-    if pattern != "*.model" and list(folder.glob("*.model")):
+    if pattern != "*.model" and (models := list(folder.glob("*.model"))):
+        if is_tiktoken(models[0].read_bytes()):
+            return TIKTOKEN_REMEDY
         return "it has a SentencePiece model: set tokenizer.kind = 'sentencepiece'"
     if (folder / "tokenizer.json").is_file():
         return "it has a tokenizer.json: set tokenizer.kind = 'huggingface'"
+    if list(folder.glob(f"*{TIKTOKEN}")):
+        return TIKTOKEN_REMEDY
     if (folder / "vocab.json").is_file() or (folder / "vocab.txt").is_file():
         return "save its vocabulary as tokenizer.json once, with AutoTokenizer and save_pretrained of transformers"
     return "name the file, or the folder that holds it"
@@ -190,7 +202,8 @@ def open_vocabulary(
         if not vocabulary.size:
             raise ValueError("it is empty")
     except ValueError as error:
+        remedy = f"; {TIKTOKEN_REMEDY}" if is_tiktoken(data) else ""
         raise ValueError(
-            f"tokenizer.path: {path!r} is no vocabulary of tokenizer.kind = {kind!r}: {error}"
+            f"tokenizer.path: {path!r} is no vocabulary of tokenizer.kind = {kind!r}: {error}{remedy}"
         ) from error
     return vocabulary

@@ -83,6 +83,8 @@ _LAYER = re.compile(r".*\blanguage_model\.layers\.\d+\.")
 # (part, pool, the rest) of the name of a tensor of experts or routers.
 _POOL = re.compile(r"(layers\.\d+\.moe\.(?:router|experts)\.)(\w+)(\..*)")
 _NUM_FURTHER_LAYERS = "num_nextn_predict_layers"
+# An embedding table and an output projection that such a layer has for itself.
+_TABLES = (".embed_tokens.", ".shared_head.head.")
 
 
 @dataclass(frozen=True)
@@ -205,14 +207,14 @@ def export_understanding(
         config = architecture.config(old_config, args)
     except ValueError as error:
         raise ValueError(f"{error}; {WHOLE_REMEDY}") from None
-    layout = read_layout(release_files)
+    layout = architecture.export_layout(read_layout(release_files))
     # The layout tells by the release's shapes how its files hold the experts; wider experts are then held likewise.
     as_released = replace(args, expert_hidden_dim=released.expert_hidden_dim)
     mappings = architecture.weight_map(as_released, layout)
     converted, used = _to_theirs(source, reader.folder, mappings, groups, dtype)
     unmapped = CastingReader(unmapped_tensors(reader, release_files), dtype)
     names = unmapped_names(architecture, args, layout)
-    left = _other_expert_layers(released, args, names)
+    left = _other_layers(released, args, names)
     back = [name for name in names if name in unmapped.tensors and not name.startswith(left)]
     missing = [name for name in names if name not in back]
     if any(_LAYER.match(name) for name in missing):
@@ -273,16 +275,16 @@ def _to_theirs(
     return TensorConverter(steps, cast.tensors, cast.read), used
 
 
-def _other_expert_layers(
-    released: ModelArgs, args: ModelArgs, unmapped: Iterable[str]
-) -> tuple[str, ...]:
-    """Name prefixes of unmapped layers whose experts would differ in number or width from those of the layers before them."""
-    if (args.num_experts, args.expert_hidden_dim) == (
-        released.num_experts,
-        released.expert_hidden_dim,
-    ):
-        return ()
-    found = [_LAYER.match(name) for name in unmapped if ".experts." in name]
+def _other_layers(released: ModelArgs, args: ModelArgs, unmapped: Iterable[str]) -> tuple[str, ...]:
+    """Name prefixes of unmapped layers whose experts would differ in number or width, or whose embeddings in number, from those of the
+    layers before them."""
+    experts = (args.num_experts, args.expert_hidden_dim)
+    other: tuple[str, ...] = ()
+    if experts != (released.num_experts, released.expert_hidden_dim):
+        other = (".experts.",)
+    if args.vocab_size != released.vocab_size:
+        other += _TABLES
+    found = [_LAYER.match(name) for name in unmapped if any(part in name for part in other)]
     return tuple({match[0] for match in found if match})
 
 

@@ -9,6 +9,7 @@ from symbiotic_titan.hf.release_files import (
     copy_release_files,
     release_files_bytes,
 )
+from symbiotic_titan.hf.spare_rows import SpareRowsReader, with_spare_rows
 from symbiotic_titan.model import model_config
 from symbiotic_titan.weights.dcp import write_model
 from symbiotic_titan.weights.new_folder import new_folder
@@ -26,19 +27,26 @@ def import_model(
     *,
     dtype: torch.dtype | None = None,
     shape_only: bool = False,
+    spare_rows: int = 0,
     overwrite: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> None:
     """Write ``out``: the tensors in ``dtype`` (None: as stored), model.json, and the release files bit for bit. ``shape_only``:
-    without the tensors, which other commands then read from the release.
+    without the tensors, which other commands then read from the release. ``spare_rows``: at least so many rows are added to the
+    embedding table and the output projection.
 
     Raises:
-        ValueError: ``out`` exists, or the disk has no room.
+        ValueError: ``out`` exists, the disk has no room, or ``spare_rows`` is negative or has no tensors to add to.
         OSError: writing failed.
     """
+    if shape_only and spare_rows:
+        raise ValueError(
+            "--spare-rows: adds rows to tensors, which --shape-only does not write; leave one of them out"
+        )
+    args = with_spare_rows(release.args, spare_rows)
 
     def finish(folder: Path) -> None:
-        model_config.write_model_config(folder / model_config.FILE_NAME, release.args)
+        model_config.write_model_config(folder / model_config.FILE_NAME, args)
         copy_release_files(release, folder)
 
     if shape_only:
@@ -46,7 +54,7 @@ def import_model(
         with new_folder(out, overwrite=overwrite, num_bytes=size) as folder:
             finish(folder)
         return
-    tensors = CastingReader(release, dtype)
+    tensors = CastingReader(SpareRowsReader(release, args.vocab_size), dtype)
     write_model(
         out,
         tensors.tensors,

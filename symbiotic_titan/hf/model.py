@@ -91,7 +91,7 @@ class HuggingFaceModel:
             names = _without_tied_output(stored, self.architecture, self.args)
             self.layout = {name: stored.tensors[name].shape for name in names}
             mappings = self.architecture.weight_map(self.args, self.layout)
-            unmapped = unmapped_names(self.architecture, self.args, names)
+            unmapped = dict.fromkeys(unmapped_names(self.architecture, self.args, names))
             self.unmapped = PartialReader(stored, unmapped)
             theirs = PartialReader(stored, [name for name in names if name not in unmapped])
             _check_theirs(theirs.tensors, mappings)

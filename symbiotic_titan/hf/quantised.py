@@ -17,7 +17,7 @@ from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.hf.architectures.base import Config, Shape
 from symbiotic_titan.weights.reader import TensorReader, TensorSpec
 
-_KEYS = ("quantization_config", "compression_config")
+_KEYS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 _REMEDY = "use the release in bfloat16"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # What comes after the name of a weight; the longer ones are of experts in one tensor, whose names do not end in "weight".
@@ -77,8 +77,11 @@ def _read(name: str, stated: Any) -> Quantization:
         return _compressed(name, stated)
     if method == "modelopt" and stated.get("quant_algo") == "FP8":
         return Quantization(None)
-    details = [str(stated[key]) for key in ("quant_algo", "format") if stated.get(key)]
-    raise _refused(name, " ".join([str(method), *details]))
+    details = [
+        f"{key} {stated[key]}" for key in ("quant_algo", "format", "bits") if stated.get(key)
+    ]
+    more = f" ({', '.join(details)})" if details else ""
+    raise _refused(name, f"{method or 'unknown'}{more}")
 
 
 def _refused(name: str, kind: str) -> ValueError:

@@ -38,6 +38,7 @@ from symbiotic_titan.hf.architectures.weight_map import (
     swiglu,
     transpose,
     with_biases,
+    without_single_experts,
 )
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.vit_args import VitArgs
@@ -310,4 +311,4 @@ def unmapped(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
     return (r"(model\.)?vision_tower\.post_layernorm\.",)
 
 
-ARIA = Architecture(model_args, weight_map, config_of, unmapped)
+ARIA = Architecture(model_args, weight_map, config_of, unmapped, without_single_experts)

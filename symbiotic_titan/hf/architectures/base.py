@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from symbiotic_titan.hf.architectures.unknown_settings import refused_together
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.registry import Registry
 
@@ -26,6 +27,11 @@ def unchanged(tensors: list[Tensor]) -> list[Tensor]:
 def all_mapped(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:
     """No unmapped tensors: the default of ``Architecture.unmapped``."""
     return ()
+
+
+def as_released(layout: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """The layout itself: the default of ``Architecture.export_layout``."""
+    return layout
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,19 @@ class Architecture:
     config      (original config.json, args) -> config.json of the model that ``args`` describe, e.g. with fewer or wider experts.
     unmapped    (args, released tensor names) -> regular expressions for the beginnings of names without a counterpart in our
                 network. These tensors are kept in a separate file.
+    export_layout  shapes of the released tensors by name -> those that say in which layout an export is written, where transformers
+                does not load the one that was read.
     """
 
     model_args: Callable[[Config], ModelArgs]
     weight_map: Callable[[ModelArgs, Mapping[str, Shape]], list[WeightMapping]]
     config: Callable[[Config, ModelArgs], dict[str, Any]]
     unmapped: Callable[[ModelArgs, Container[str]], tuple[str, ...]] = all_mapped
+    export_layout: Callable[[Mapping[str, Shape]], Mapping[str, Shape]] = as_released
+
+    def __post_init__(self) -> None:
+        # For every architecture, also those of other modules: all unknown settings in one message.
+        object.__setattr__(self, "model_args", refused_together(self.model_args))
 
 
 ARCHITECTURES: Registry[Architecture] = Registry(

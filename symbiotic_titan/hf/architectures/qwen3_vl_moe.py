@@ -38,6 +38,7 @@ from symbiotic_titan.hf.architectures.weight_map import (
     swiglu,
     transpose,
     with_biases,
+    without_single_experts,
 )
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.vit_args import VitArgs
@@ -338,4 +339,4 @@ def config_of(config: Config, args: ModelArgs) -> dict[str, Any]:
     return with_experts(config, expected, args, "text_config", *names, width=width, top_k=top_k)
 
 
-QWEN3_VL_MOE = Architecture(model_args, weight_map, config_of)
+QWEN3_VL_MOE = Architecture(model_args, weight_map, config_of, export_layout=without_single_experts)

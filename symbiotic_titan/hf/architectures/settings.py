@@ -1,13 +1,14 @@
 """Reading config.json: every setting is checked, and one that the network does not support is refused by name."""
 
 import copy
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
 from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.hf.architectures.base import Config
+from symbiotic_titan.hf.architectures.unknown_settings import check_known
 from symbiotic_titan.model.args import ModelArgs
 
 # Latents of target images, as set by [latents] codec = "flux": a 16-channel autoencoder of stride 8. No release has them.
@@ -17,20 +18,6 @@ LATENTS: dict[str, Any] = {"latent_channels": 16, "latent_stride": 8, "latent_pa
 _OF_THE_JOB = {
     *("num_experts", "groups", "shield_modalities", "shield_mode", "attention_backend"),
     *("latent_channels", "latent_stride", "latent_patch", "timestep_width", "init_seed"),
-}
-
-
-# Settings of a config.json that do not change what the network computes (ids, training and generation options).
-_INERT = {
-    *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id"),
-    *("vision_start_token_id", "vision_end_token_id", "max_position_embeddings"),
-    *("initializer_range", "use_cache", "router_aux_loss_coef", "output_router_logits"),
-    *("output_attentions", "output_hidden_states", "return_dict", "problem_type", "id2label"),
-    *("label2id", "is_encoder_decoder", "chunk_size_feed_forward"),
-    # Of generation, which transformers 4 wrote into every nested table.
-    *("max_length", "num_beams", "num_beam_groups", "num_return_sequences", "temperature"),
-    *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
 }
 
 # Numbers that may be zero; all others must be positive.
@@ -126,7 +113,7 @@ def _checked(
             may_be_zero = kind == list[int] or key in _MAY_BE_ZERO
             _check_type(_name(table, key), out[key], kind, may_be_zero=may_be_zero)
     check_settings(out, table, supported)
-    _check_known(out, table, {*defaults, *supported, *others})
+    check_known(out, _name(table, ""), {*defaults, *supported, *others})
     return out
 
 
@@ -140,17 +127,6 @@ def _check_type(name: str, value: Any, kind: Any, *, may_be_zero: bool) -> None:
     if any(number < 0 or number == 0 and not may_be_zero for number in numbers):
         rule = "zero or positive" if may_be_zero else "positive"
         raise ValueError(f"config.json: {name}: must be {rule}, got {value!r}")
-
-
-def _check_known(values: Config, table: str, known: Container[str]) -> None:
-    """Pass if every setting is ``known``, does not change what the network computes, or is off. An unknown setting is refused, as
-    it may change the network."""
-    for key, value in values.items():
-        if value and key not in known and key not in _INERT and not key.startswith("_"):
-            raise ValueError(
-                f"config.json: {_name(table, key)} = {value!r} is not a setting that this network is known to support; remove it from "
-                "the file if it does not change what is computed"
-            )
 
 
 def check_settings(values: Config, table: str, supported: Mapping[str, Any]) -> None:
@@ -207,7 +183,7 @@ def with_experts(
     top_k: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """``config`` with the routed experts of ``args``, each value stored under those of its keys that ``table`` has (under the first
-    if it has none).
+    if it has none), and with their number of embeddings if rows were added.
 
     names         keys of the number of experts in a pool.
     width, top_k  keys of an expert's hidden width and of the experts per token; without any, the architecture cannot state another.
@@ -221,8 +197,9 @@ def with_experts(
         raise ValueError(
             f"the model's groups have {sizes} experts; config.json of the released model has one number for all of its pools"
         )
-    other = {"expert_hidden_dim": width, "top_k": top_k}
+    other = {"expert_hidden_dim": width, "top_k": top_k, "vocab_size": ("vocab_size",)}
     stated: dict[str, Any] = {name: getattr(args, name) for name, keys in other.items() if keys}
+    stated["vocab_size"] = max(args.vocab_size, expected.vocab_size)
     same = replace(expected, groups=args.groups, num_experts=args.num_experts, **stated)
     for field in fields(ModelArgs):
         has, needs = getattr(args, field.name), getattr(same, field.name)
@@ -236,6 +213,10 @@ def with_experts(
     _state(values, names, args.groups[0].num_experts, expected.groups[0].num_experts)
     for name, value in stated.items():
         _state(values, other[name], value, getattr(expected, name))
+    if (
+        "vocab_size" in out and stated["vocab_size"] != expected.vocab_size
+    ):  # some files have it beside the table too
+        out["vocab_size"] = stated["vocab_size"]
     return out
 
 

@@ -1,5 +1,6 @@
 """Weight mappings that several architectures share: layers, experts, patch embeddings, and how their tensors are rearranged."""
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,6 +13,8 @@ from symbiotic_titan.hf.architectures.base import (
 )
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.vit_args import VitArgs
+
+_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def stack(tensors: list[Tensor]) -> list[Tensor]:
@@ -99,6 +102,12 @@ def experts(
 def has_single_experts(theirs: str, shapes: Mapping[str, Shape]) -> bool:
     """Whether the experts of a layer have a tensor each."""
     return f"{theirs}.0.gate_proj.weight" in shapes
+
+
+def without_single_experts(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """An ``Architecture.export_layout``: experts are written in one tensor, also where they had a tensor each. transformers merges
+    those of some architectures only; it would give the others new random experts, with a warning."""
+    return {name: shape for name, shape in shapes.items() if not _SINGLE_EXPERT.search(name)}
 
 
 def single_experts(

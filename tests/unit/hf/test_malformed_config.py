@@ -148,3 +148,68 @@ def test_an_architecture_that_is_not_registered_is_named(value):
 def test_of_some_settings_there_may_be_none(name, key):
     args = args_with(name, ("text_config", key), 0)
     assert 0 in (args.num_dense_layers, args.shared_hidden_dim)
+
+
+# ---- settings that are not known --------------------------------------------------------------------------------------------
+
+NOTES = {
+    "unsloth_version": "2026.4.1",
+    "unsloth_fixed": True,
+    "_name_or_path": "somewhere/else",
+    "_attn_implementation": "sdpa",
+    "attn_implementation": "flash_attention_2",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    "ms_swift": {"version": 3},
+    "swift_version": "3.9.0.dev0",
+    "trainer_version": "v1.2+cu128",
+    "temperature": 0.7,
+    "top_k": 50,
+    "processor_class": "Qwen3VLProcessor",
+    "off": False,
+    "none": None,
+}
+
+
+def tables_of(config):
+    """The file's top level and its tables of settings."""
+    inner = [config[key] for key in ("text_config", "vision_config") if key in config]
+    return [config, *inner]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_notes_in_any_table_change_nothing(name):
+    config = copy.deepcopy(RELEASED[name])
+    expected = architecture_of(config).model_args(config)
+    for table in tables_of(config):
+        table |= NOTES
+    assert architecture_of(config).model_args(config) == expected
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_all_unknown_settings_are_named_in_one_line(name):
+    """A version that is none, a note's name within another, and what belongs to no table."""
+    config = copy.deepcopy(RELEASED[name])
+    stated = []
+    unknown = {"rope_version": "yarn", "version": 2, "my_unsloth": 1, "gate_kind": "x" * 300}
+    for table, prefix in zip(
+        tables_of(config), ("", "text_config.", "vision_config."), strict=False
+    ):
+        table |= unknown
+        stated += [prefix + key for key in unknown]
+    with pytest.raises(ValueError) as caught:
+        architecture_of(config).model_args(config)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 1000
+    names = [part.split(" = ")[0] for part in text.removeprefix("config.json: ").split(", ")]
+    assert names == stated
+    assert text.endswith(
+        "are not settings that this network is known to support; remove from the "
+        "file those that do not change what is computed"
+    )
+
+
+def test_one_unknown_setting_is_named_alone():
+    with pytest.raises(
+        ValueError, match=r"^config.json: vision_config.twist = 3 is not a setting that"
+    ):
+        args_with("qwen", ("vision_config", "twist"), 3)

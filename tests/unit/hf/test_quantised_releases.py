@@ -109,7 +109,9 @@ def test_what_comes_back_of_an_fp8_release_is_a_plain_one(tmp_path, layout, caps
     words = ["to-hf", "--checkpoint", str(tmp_path / "imported"), "--part", "understanding"]
     assert convert.main([*words, "--out", str(tmp_path / "back")]) == 0
     back = slices_in(tmp_path / "back")
-    assert_equal({name: piece.read() for name, piece in back.items()}, values)
+    write_release(tmp_path / "plain", QWEN, tensors=values)
+    assert_equal(values_of(tmp_path / "back"), values_of(tmp_path / "plain"))
+    assert back.keys() == PLAIN.keys()
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     expected = copy.deepcopy(QWEN)
     expected["dtype"] = expected["text_config"]["dtype"] = "bfloat16"
@@ -174,12 +176,12 @@ def channel_weights(**changes):
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantised release of kind gptq; .*; use the release in bfloat16"),
+        ({"quant_method": "gptq", "bits": 4}, "quantised release of kind gptq .bits 4.; .*; use the release in bfloat16"),
         ({"quant_method": "awq"}, "of kind awq; "),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "of kind bitsandbytes; "),
         ({"quant_method": "mxfp4"}, "of kind mxfp4; "),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "of kind modelopt NVFP4; "),
-        ({"load_in_8bit": True}, "of kind None; "),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "of kind modelopt .quant_algo NVFP4.; "),
+        ({"load_in_8bit": True}, "of kind unknown; "),
         (channel_weights(num_bits=4, type="int", strategy="group"), r"group_0: .*\(4-bit int per group\)"),
         (channel_weights(type="int"), r"compressed-tensors float-quantized \(8-bit int per channel\)"),
         ({**per_channel_fp8(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),

@@ -160,7 +160,10 @@ def one_tensor_per_expert(tensors, gate_up_end, down_end):
     [(QWEN, (".gate_up_proj", ".down_proj")), (ARIA, (".fc1.weight", ".fc2.weight"))],
     ids=["qwen", "aria"],
 )
-def test_one_tensor_per_expert_is_read_and_written_back_as_it_was(tmp_path, config, ends, prefix):
+def test_one_tensor_per_expert_is_read_and_written_as_transformers_loads_it(
+    tmp_path, config, ends, prefix
+):
+    """In the one tensor of the release: of these two architectures, transformers would give a model new experts otherwise."""
     fused = random_tensors(config, {}, torch.float32)
     single = one_tensor_per_expert(fused, *ends)
     assert len(single) == len(fused) + 2 * (3 * 8 - 2)
@@ -168,7 +171,24 @@ def test_one_tensor_per_expert_is_read_and_written_back_as_it_was(tmp_path, conf
     write_release(tmp_path / "single", config, tensors=renamed)
     write_release(tmp_path / "fused", config, tensors=fused)
     assert_equal(values_of(tmp_path / "single"), values_of(tmp_path / "fused"))
-    assert_equal(there_and_back(tmp_path / "single"), single)
+    assert_equal(there_and_back(tmp_path / "single"), fused)
+
+
+def test_transformers_loads_what_had_one_tensor_per_expert(tmp_path):
+    from transformers import Qwen3VLMoeForConditionalGeneration
+
+    single = one_tensor_per_expert(TENSORS, ".gate_up_proj", ".down_proj")
+    write_release(tmp_path / "single", QWEN, tensors=single)
+    there_and_back(tmp_path / "single")
+    theirs, report = Qwen3VLMoeForConditionalGeneration.from_pretrained(
+        tmp_path / "single_out" / "back", output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not report[problem]
+    experts = theirs.model.language_model.layers[1].mlp.experts
+    down = single["model.language_model.layers.1.mlp.experts.6.down_proj.weight"]
+    found = experts.down_proj[6]
+    assert torch.equal(found if found.shape == down.shape else found.T, down)
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from symbiotic_titan.commands.convert import check_release
+from symbiotic_titan.commands.convert_release import check_release
 from symbiotic_titan.hf.model import check_holds_tensors, open_model
 from symbiotic_titan.partition.apply import check_original, partition_checkpoint
 from symbiotic_titan.weights.dcp import write_model
