@@ -1,5 +1,6 @@
 """A release that is partitioned itself: its pools go out as they came in, also from a model with a third group."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from symbiotic_titan.weights.safetensors import slices_in
 from tests.helpers.decoder_parity import assert_equal_tensors, make_random, run
 from tests.helpers.image_rows import image_row, released_inputs
-from tests.helpers.released_models import ERNIE, args_of
+from tests.helpers.released_models import ERNIE, args_of, write_release
 from tests.helpers.stored_models import save
 
 DOCUMENT = [3, (2, 3), 2, (1, 4), 4]
@@ -138,3 +139,33 @@ def test_groups_of_other_names_or_sizes_cannot_be_written_back():
     together = replace(text, modalities=(TEXT, VIT))
     with pytest.raises(ValueError, match="vit tokens route in the group text, in the released"):
         exported_groups(model(together, replace(generation, num_experts=8)), released)
+
+
+def test_a_flat_release_comes_back_in_its_own_form(tmp_path):
+    """With code of its own: one table, the image encoder beside the decoder."""
+    text = ERNIE["text_config"]
+    flat = {key: value for key, value in text.items() if key not in ("dtype", "rope_parameters")}
+    flat |= {
+        "model_type": "ernie4_5_moe_vl",
+        "moe_num_experts": [8, 8],
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": [1, 1],
+        "moe_layer_end_index": [3, 2],
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "type": "default"},
+        "rope_theta": 500_000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "vision_config": {"embed_dim": 24, "hidden_size": 24, "depth": 2, "num_heads": 2}
+        | {"patch_size": 4, "mlp_ratio": 2},
+    }
+    written = write_release(tmp_path / "flat", flat, layout={"vision_model.ln.weight": (24,)})
+    assert "vision_model.patch_embed.proj.weight" in written
+    stored = HuggingFaceModel(tmp_path / "flat")
+    nested = copy.deepcopy(ERNIE)
+    nested["vision_config"]["intermediate_size"] = 48
+    assert stored.args == args_of(nested)
+    import_model(stored, tmp_path / "imported")
+    export(tmp_path / "imported", stored.args, tmp_path / "back")
+    assert_equal_tensors(tensors_in(tmp_path / "back"), written)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == flat
