@@ -117,18 +117,25 @@ def ours_of(theirs: nn.Module) -> tuple[Architecture, nn.Module]:
     return architecture, loaded(architecture, replace(args, vit=NEW_VIT), tensors, new=("vit",))
 
 
+def rows_of(
+    one: Case, args: ModelArgs, seed: int
+) -> dict[str, tuple[PackedBatch, dict[str, Tensor]]]:
+    """Text, and text with images if the model sees any: what our network, and what transformers' is called with."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(10, 80, (2, NUM_TOKENS), generator=generator)
+    rows = {"text": (text_row(args, tokens_BT), {"input_ids": tokens_BT})}
+    if one.inputs is not None:
+        row = image_row(args, one.document, one.placeholder, generator, one.opening)
+        rows["image"] = row, one.inputs(args, one.document, row)
+    return rows
+
+
 def compared(one: Case, seed: int) -> Iterator[tuple[str, float, float, float]]:
     """(which inputs, largest difference, largest logit, share of equal choices) of text, then of text with images."""
     theirs = random_release(one.config, seed)
     _, ours = ours_of(theirs)
     routers = tuple({type(m) for m in theirs.modules() if type(m).__name__ == one.router})
-    generator = torch.Generator().manual_seed(seed)
-    tokens_BT = torch.randint(10, 80, (2, NUM_TOKENS), generator=generator)
-    rows = {"text": (text_row(ours.args, tokens_BT), {"input_ids": tokens_BT})}
-    if one.inputs is not None:
-        row = image_row(ours.args, one.document, one.placeholder, generator, one.opening)
-        rows["image"] = row, one.inputs(ours.args, one.document, row)
-    for name, (row, inputs) in rows.items():
+    for name, (row, inputs) in rows_of(one, ours.args, seed).items():
         logits, choices = run(ours, row)
         expected, expected_choices = run_released(theirs, routers, inputs)
         if len(ours.args.groups) > 1:
