@@ -54,6 +54,7 @@ def report(step):
         losses={"text": 1.0, "flow": 2.0, "balance": 3.0},
         grad_norms={"all": 1.0},
         update_ratios={},
+        ema={},
         rates={},
         weights={"mine": 2.0},
         assignments=COUNTS,
