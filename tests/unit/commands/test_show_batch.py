@@ -24,7 +24,7 @@ from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.model.masks import build_dense_mask
 from symbiotic_titan.sequence.geometry import ImageGeometry, patchify
-from symbiotic_titan.sequence.modality import IGNORE_INDEX
+from symbiotic_titan.sequence.modality import IGNORE_INDEX, VIT
 
 ROOT = Path(__file__).parents[3]
 GEOMETRY = ImageGeometry(
@@ -100,6 +100,16 @@ def images_of(page):
     """Alternative text -> picture."""
     found = re.findall(r'<img alt="([^"]*)"[^>]*src="data:image/png;base64,([^"]*)"', page)
     return {label: Image.open(io.BytesIO(base64.b64decode(data))) for label, data in found}
+
+
+def test_a_token_around_an_image_is_shown_as_text_also_where_it_is_routed_with_the_image():
+    row = make_row()
+    special = TOKENIZER.special
+    is_around = (row.tokens == special.vit_start) | (row.tokens == special.vit_end)
+    own = replace(row, modality=row.modality.masked_fill(is_around, VIT))
+    assert is_around.sum() == 2
+    assert images_of(page_of(own)).keys() == images_of(page_of(row)).keys()
+    assert "<vit_start>" in Structure(page_of(own)).text
 
 
 def test_no_text_of_a_sample_acts_as_html():
