@@ -95,6 +95,9 @@ def test_the_profile_gives_the_plan_it_gave(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert plan_from(FIXTURE / "profile.json", tmp_path / "plan.json") == 0
     made, kept = (json.loads((f / "plan.json").read_text()) for f in (tmp_path, FIXTURE))
+    # Keys of groups with a top-k and sources of their own, which are younger.
+    assert made["model"].pop("top_ks") == {}
+    assert [(g.pop("pool"), g.pop("copy")) for g in made["groups"].values()] == [("all", False)] * 2
     assert made | {"profile": kept["profile"]} == kept
 
 
