@@ -173,8 +173,8 @@ def test_mistakes_name_key_rule_and_remedy():
     assert "ema.groups: the group 'generation' is frozen, so" in refused(named, freeze)
     assert "'generation' has the learning rate 0, so an average" in refused(named, stop_all)
     assert "no parameter group is trained, so there is nothing" in refused(ON, stop_all)
-    unknown = refused(f"{ON} --ema.groups generaton")
-    assert "has no group 'generaton'; choose from generation, understanding" in unknown
+    unknown = refused(f"{ON} --ema.groups generations")
+    assert "has no group 'generations'; choose from generation, understanding" in unknown
     for name in ("validation", "sampling"):
         message = refused(f"--{name}.weights ema")
         assert (
