@@ -97,11 +97,6 @@ class LossFunction:
         self._counts = {name: count for name, count in counts.items() if count is not None}
 
     @property
-    def names(self) -> list[str]:
-        """Terms that are computed."""
-        return list(self._values)
-
-    @property
     def counted(self) -> list[str]:
         """Terms that are sums over targets, in order of registration."""
         return list(self._counts)

@@ -10,9 +10,11 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.losses.balance import z_by_group
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import ModelCost
 from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.moe.record import RoutingTotals
 from symbiotic_titan.moe.routing_metrics import (
     layer_statistics,
     means_over_layers,
@@ -26,12 +28,12 @@ from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
 class StepReport:
     """The numbers of one logged step, over all ranks.
 
-    losses       by name; ``total``, ``text``, ``flow``, ``balance`` and ``by_task/*``.
+    losses       by name; ``total``, those of the terms and ``by_task/*``.
     grad_norms   before clipping; ``all`` and one per parameter group.
     rates        learning rate of each parameter group.
     weights      weight of each data source in this step.
     update_ratios  L2 norm of each group's last update over that of its weights.
-    assignments  (layers, modalities, E) routed assignments of the step; None without MoE layers.
+    routing      totals of the step; None without MoE layers.
     fill         share of positions that are not padding.
     ema          of [ema]: ``decay`` of the last update, ``distance/<group>`` of the weights from their average.
     skipped      samples since the start of the run: ``skipped``, ``skipped/<reason>``, ``truncated``; the share ``bad_share``.
@@ -44,7 +46,7 @@ class StepReport:
     rates: dict[str, float]
     weights: dict[str, float]
     update_ratios: dict[str, float]
-    assignments: torch.Tensor | None
+    routing: RoutingTotals | None
     shield_scale: float
     fill: float
     ema: dict[str, float]
@@ -124,8 +126,10 @@ class SymbioticMetrics(MetricsProcessor):
         metrics |= {f"grad_norm/{name}": value for name, value in report.grad_norms.items()}
         metrics |= {f"lr/{name}": value for name, value in report.rates.items()}
         metrics |= {f"update_ratio/{name}": value for name, value in report.update_ratios.items()}
-        if report.assignments is not None:
-            metrics |= self.routing(report.step, report.assignments)
+        if report.routing is not None:
+            by_group = z_by_group(report.routing, [group.name for group in self.groups])
+            metrics |= {f"loss/{name}": value for name, value in by_group.items()}
+            metrics |= self.routing(report.step, report.routing.counts)
         metrics |= {
             f"tokens/{name}": int(count)
             for name, count in zip(MODALITY_NAMES, report.tokens_seen, strict=True)

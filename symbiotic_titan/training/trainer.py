@@ -31,7 +31,6 @@ from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.flow.noise import draw_noise_and_timesteps
 from symbiotic_titan.flow.path import interpolate, velocity_target
-from symbiotic_titan.losses.balance import z_by_group
 from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTotals
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.args import ModelArgs
@@ -180,9 +179,7 @@ class SymbioticTrainer(Trainer):
                 records=output.records,
                 num_micro_batches=self.gradient_accumulation_steps * self.ranks.size,
                 step_routing=step_routing,
-                group_tokens=tokens_of_groups(totals.modality, self.groups)
-                if "z_loss" in self.loss_fn.names
-                else None,
+                group_tokens=tokens_of_groups(totals.modality, self.groups),
                 cross_entropy=self.loss_fn.cross_entropy,
             )
         )
@@ -229,10 +226,7 @@ class SymbioticTrainer(Trainer):
         self.lr_schedulers.step()
         self.count_tokens(totals)
         if should_log:
-            totals_of_ranks = [result.routing for result in results if result.routing is not None]
-            routing = self.reduce_routing(totals_of_ranks) if totals_of_ranks else None
-            if routing is not None:
-                losses |= z_by_group(routing, [group.name for group in self.groups])
+            routing = [result.routing for result in results if result.routing is not None]
             self.metrics_processor.log_step(
                 StepReport(
                     step=self.step,
@@ -242,7 +236,7 @@ class SymbioticTrainer(Trainer):
                     weights=self.job_config.data.weights_at(self.step),
                     update_ratios=ratios,
                     ema=self.ema.metrics() if self.ema is not None else {},
-                    assignments=None if routing is None else routing.counts,
+                    routing=self.reduce_routing(routing) if routing else None,
                     shield_scale=float(self.shield_scale),
                     fill=float(totals.modality.sum() / totals.positions),
                     skipped=self.count_skipped(),

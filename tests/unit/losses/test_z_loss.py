@@ -116,9 +116,9 @@ def test_without_a_weight_nothing_is_measured_and_nothing_else_changes():
     assert all(map(torch.equal, record.prob_sum, measured.prob_sum))
     assert record.z_sum is None and routing_totals([record]).z_sum is None
     assert z_by_group(routing_totals([record]), ["und", "gen"]) == {}
-    assert "z_loss" not in LossFunction(Losses()).names
+    assert "z_loss" not in LossFunction(Losses()).weights
     weighted = LossFunction(Losses(z_loss=1e-3))
-    assert weighted.names == [*LossFunction(Losses()).names, "z_loss"]
+    assert list(weighted.weights) == [*LossFunction(Losses()).weights, "z_loss"]
     assert weighted.weights["z_loss"] == 1e-3
 
 

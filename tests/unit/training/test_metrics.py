@@ -12,6 +12,7 @@ from torchtitan.distributed import ParallelDims
 from symbiotic_titan.config.job import JobConfig, Metrics
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.moe.record import RoutingTotals
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from symbiotic_titan.training.metrics import (
     StepReport,
@@ -57,7 +58,7 @@ def report(step):
         ema={},
         rates={},
         weights={"mine": 2.0},
-        assignments=COUNTS,
+        routing=RoutingTotals(COUNTS, torch.zeros(2, 2, dtype=torch.int64)),
         shield_scale=1.0,
         fill=1.0,
         skipped={"skipped": 0},
