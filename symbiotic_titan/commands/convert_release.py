@@ -7,7 +7,7 @@ from pathlib import Path
 from torchtitan.config import TORCH_DTYPE_MAP
 
 from symbiotic_titan.commands.convert_options import measured, show_bytes, without_extension
-from symbiotic_titan.config.files import check_file
+from symbiotic_titan.config.files import check_file, replacing
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.data.tiktoken_files import tokenizer_json
 from symbiotic_titan.data.tokenizer import open_tokenizer
@@ -110,7 +110,8 @@ def tokenizer(options: argparse.Namespace, overrides: list[str]) -> None:
         made = tokenizer_json(options.vocabulary, options.pattern)
     except ValueError as error:
         raise ValueError(f"--vocabulary: {options.vocabulary}: {error}") from None
-    options.out.write_text(made.text, encoding="utf-8")
+    with replacing(options.out) as unfinished:
+        unfinished.write_text(made.text, encoding="utf-8")
     print(
         f"{made.num_ranks:,} tokens and {len(made.special):,} special ones, written to {options.out}; "
         f'tokenizer.kind = "huggingface" reads it'

@@ -202,7 +202,6 @@ def export_understanding(
     groups = exported_groups(args, released)
     args = _of_pools(args, released, groups)
     try:
-        released = architecture.model_args(old_config)
         source, args, folding = _without_shared(reader, args, released, groups)
         config = architecture.config(old_config, args)
     except ValueError as error:

@@ -38,8 +38,7 @@ def names_by_architecture(names: Collection[str], expected: Iterable[str]) -> di
             raise ValueError(
                 f"holds {taken[new]} and {name}, which differ in their prefix only; keep one of them"
             )
-        out[name] = taken[new] = new
-        taken[new] = name
+        out[name], taken[new] = new, name
     return out
 
 

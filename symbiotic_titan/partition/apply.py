@@ -4,7 +4,7 @@ Experts keep their weights, router rows and selection biases, so the output is u
 its group (arXiv 2604.07753, "knowledge-inherited initialisation"). Peak memory is two to three times the largest tensor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -77,12 +77,7 @@ def check_plan(plan: Plan, reader: CheckpointReader, args: ModelArgs, rows: Rows
             f"the plan is of other groups than the config: it has {_describe(plan.groups)}, "
             f"[experts.partition] has {_describe(args.groups)}; make a plan with this config"
         )
-    check_sources_named(
-        f"checkpoint {reader.folder} is already",
-        pools,
-        rows,
-        "start from the checkpoint before that",
-    )
+    _check_sources_named(reader, pools, rows)
     if plan.model.routers != router_hash(reader):
         raise ValueError(
             f"the plan is of another model: its routers have hash {plan.model.routers} (flavor {plan.model.flavor}, step "
@@ -107,12 +102,7 @@ def plan_without_profile(reader: CheckpointReader, args: ModelArgs, rows: Rows) 
     pools = pool_sizes(reader.tensors)
     if not rows and pools.keys() == {group.name for group in args.groups}:
         return None
-    check_sources_named(
-        f"checkpoint {reader.folder} is already",
-        pools,
-        rows,
-        "start from the checkpoint before that",
-    )
+    _check_sources_named(reader, pools, rows)
     if _is_one_pool(args):
         return None
     identity = ModelIdentity("", reader.step, router_hash(reader), pools, args.top_k)
@@ -124,6 +114,11 @@ def plan_without_profile(reader: CheckpointReader, args: ModelArgs, rows: Rows) 
             "the config partitions the experts: --plan must say which expert goes where (symbiotic convert plan makes one)"
         )
     return plan
+
+
+def _check_sources_named(reader: CheckpointReader, pools: Iterable[str], rows: Rows) -> None:
+    remedy = "start from the checkpoint before that"
+    check_sources_named(f"checkpoint {reader.folder} is already", pools, rows, remedy)
 
 
 def _is_one_pool(args: ModelArgs) -> bool:

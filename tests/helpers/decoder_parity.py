@@ -78,12 +78,6 @@ def stored(architecture: Architecture, model: SymbioticModel, shapes: Shapes) ->
     return out
 
 
-def assert_equal_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype, name
-
-
 def text_row(args: ModelArgs, tokens_BT: Tensor) -> PackedBatch:
     """Rows of one document of text each, without any image."""
     rows, length = tokens_BT.shape

@@ -1,10 +1,12 @@
 """Tiny models as checkpoints on disk, for the tests of this folder."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from symbiotic_titan.hf.model import open_model
 from symbiotic_titan.model.args import ModelArgs
@@ -17,11 +19,24 @@ from symbiotic_titan.partition.profile import (
     router_hash,
 )
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
+from symbiotic_titan.weights.reader import CheckpointReader
 
 BIMODAL = (
     ExpertGroup("understanding", (TEXT, VIT), 5),
     ExpertGroup("generation", (VAE,), 3),
 )
+
+
+def values_of(reader: CheckpointReader) -> dict[str, Tensor]:
+    """Every tensor that ``reader`` reads."""
+    return {name: reader.read(name) for name in reader.tensors}
+
+
+def assert_equal_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names, dtypes and values."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype, name
 
 
 def tiny_args(**changes) -> ModelArgs:

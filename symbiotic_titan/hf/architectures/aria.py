@@ -26,7 +26,7 @@ from symbiotic_titan.hf.architectures.settings import (
     with_experts,
 )
 from symbiotic_titan.hf.architectures.weight_map import (
-    attention,
+    attention_half,
     chain,
     decoder,
     has_single_experts,
@@ -283,14 +283,8 @@ def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMappi
     output = "lm_head.weight" if in_memory else "language_model.lm_head.weight"
 
     def layer(number: int, theirs: str, ours: str) -> list[WeightMapping]:
-        out = same(
-            theirs,
-            ours,
-            ("input_layernorm.weight", "attention_norm.weight"),
-            ("post_attention_layernorm.weight", "ffn_norm.weight"),
-            ("mlp.router.weight", "moe.router.all.weight"),
-        )
-        out += attention(f"{theirs}self_attn", f"{ours}attention", args)
+        out = attention_half(theirs, ours, args)
+        out += same(theirs, ours, ("mlp.router.weight", "moe.router.all.weight"))
         out += _experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", args.num_experts, shapes)
         out += swiglu(f"{theirs}mlp.shared_experts", f"{ours}moe.shared_experts")
         return out

@@ -28,7 +28,7 @@ from symbiotic_titan.hf.architectures.settings import (
     with_experts,
 )
 from symbiotic_titan.hf.architectures.weight_map import (
-    attention,
+    attention_half,
     decoder,
     experts,
     same,
@@ -270,13 +270,7 @@ def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMappi
         encoder = "vision_model."
 
     def layer(number: int, theirs: str, ours: str) -> list[WeightMapping]:
-        out = same(
-            theirs,
-            ours,
-            ("input_layernorm.weight", "attention_norm.weight"),
-            ("post_attention_layernorm.weight", "ffn_norm.weight"),
-        )
-        out += attention(f"{theirs}self_attn", f"{ours}attention", args)
+        out = attention_half(theirs, ours, args)
         if number < args.num_dense_layers:
             return out + swiglu(f"{theirs}mlp", f"{ours}feed_forward")
         if in_memory:

@@ -24,7 +24,7 @@ from symbiotic_titan.hf.architectures.settings import (
     with_experts,
 )
 from symbiotic_titan.hf.architectures.weight_map import (
-    attention,
+    attention_half,
     decoder,
     experts,
     same,
@@ -164,16 +164,14 @@ def weight_map(args: ModelArgs, shapes: Mapping[str, Shape]) -> list[WeightMappi
     """See ``Architecture``."""
 
     def layer(number: int, theirs: str, ours: str) -> list[WeightMapping]:
-        out = same(
+        out = attention_half(
             theirs,
             ours,
-            ("input_layernorm.weight", "attention_norm.weight"),
+            args,
             ("self_attn.query_layernorm.weight", "attention.q_norm.weight"),
             ("self_attn.key_layernorm.weight", "attention.k_norm.weight"),
-            ("post_attention_layernorm.weight", "ffn_norm.weight"),
-            ("mlp.gate.wg.weight", "moe.router.all.weight"),
         )
-        out += attention(f"{theirs}self_attn", f"{ours}attention", args)
+        out += same(theirs, ours, ("mlp.gate.wg.weight", "moe.router.all.weight"))
         out += experts(f"{theirs}mlp.experts", f"{ours}moe.experts.all", args.num_experts, shapes)
         out += swiglu(f"{theirs}mlp.shared_mlp", f"{ours}moe.shared_experts")
         return out

@@ -26,7 +26,7 @@ from symbiotic_titan.hf.architectures.settings import (
     with_experts,
 )
 from symbiotic_titan.hf.architectures.weight_map import (
-    attention,
+    attention_half,
     chain,
     decoder,
     has_single_experts,
@@ -300,15 +300,13 @@ def vision(
 
 def decoder_layer(theirs: str, ours: str, args: ModelArgs, number: int) -> list[WeightMapping]:
     """The mappings of one layer, but for the experts themselves."""
-    out = same(
+    out = attention_half(
         theirs,
         ours,
-        ("input_layernorm.weight", "attention_norm.weight"),
+        args,
         ("self_attn.q_norm.weight", "attention.q_norm.weight"),
         ("self_attn.k_norm.weight", "attention.k_norm.weight"),
-        ("post_attention_layernorm.weight", "ffn_norm.weight"),
     )
-    out += attention(f"{theirs}self_attn", f"{ours}attention", args)
     if number < args.num_dense_layers:
         return out + swiglu(f"{theirs}mlp", f"{ours}feed_forward")
     return out + same(theirs, ours, ("mlp.gate.weight", "moe.router.all.weight"))

@@ -73,14 +73,28 @@ def swiglu(theirs: str, ours: str) -> list[WeightMapping]:
 
 
 def attention(theirs: str, ours: str, args: ModelArgs) -> list[WeightMapping]:
-    """The four projections, with biases where ``args`` say so. Each architecture maps the norms of queries and keys itself, as their
-    names differ between releases."""
+    """The four projections, with biases where ``args`` say so."""
     mappings = []
     for their, our in (("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv"), ("o_proj", "wo")):
         mappings += same(f"{theirs}.{their}", f"{ours}.{our}", (".weight", ".weight"))
         if args.o_bias if our == "wo" else args.qkv_bias:
             mappings += same(f"{theirs}.{their}", f"{ours}.{our}", (".bias", ".bias"))
     return mappings
+
+
+def attention_half(
+    theirs: str, ours: str, args: ModelArgs, *norms: tuple[str, str]
+) -> list[WeightMapping]:
+    """The attention of a decoder layer, and the layer's two norms. ``norms``: (their name, our name) of those of queries and keys, whose
+    names differ between releases."""
+    out = same(
+        theirs,
+        ours,
+        ("input_layernorm.weight", "attention_norm.weight"),
+        *norms,
+        ("post_attention_layernorm.weight", "ffn_norm.weight"),
+    )
+    return out + attention(f"{theirs}self_attn", f"{ours}attention", args)
 
 
 def experts(

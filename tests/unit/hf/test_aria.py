@@ -19,7 +19,6 @@ from symbiotic_titan.hf.model import HuggingFaceModel
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.vit import table_entries
 from tests.helpers.decoder_parity import (
-    assert_equal_tensors,
     loaded,
     make_random,
     moved_by,
@@ -32,6 +31,7 @@ from tests.helpers.decoder_parity import (
 )
 from tests.helpers.image_rows import image_row, released_squares
 from tests.helpers.released_configs import ARIA as RELEASED
+from tests.helpers.stored_models import assert_equal_tensors
 
 PLACEHOLDER = 9
 # Patches along a side of the square -> queries; and documents of images in either, with and without an edge of padding.

@@ -22,7 +22,6 @@ from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.sequence.modality import TEXT, VIT
 from tests.helpers.decoder_parity import (
-    assert_equal_tensors,
     loaded,
     make_random,
     moved_by,
@@ -38,6 +37,7 @@ from tests.helpers.image_rows import image_row, released_inputs
 from tests.helpers.released_configs import ERNIE as RELEASED
 from tests.helpers.released_configs import ERNIE_FLAT
 from tests.helpers.released_models import ERNIE
+from tests.helpers.stored_models import assert_equal_tensors
 
 PLACEHOLDER = 256
 DOCUMENT = [3, (2, 3), 2, (1, 4), 3, (3, 1), 4, (1, 1), 2]

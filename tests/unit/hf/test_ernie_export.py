@@ -19,10 +19,10 @@ from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from symbiotic_titan.weights.safetensors import slices_in
-from tests.helpers.decoder_parity import assert_equal_tensors, make_random, run
+from tests.helpers.decoder_parity import make_random, run
 from tests.helpers.image_rows import image_row, released_inputs
 from tests.helpers.released_models import ERNIE, args_of, write_release
-from tests.helpers.stored_models import save
+from tests.helpers.stored_models import assert_equal_tensors, save
 
 DOCUMENT = [3, (2, 3), 2, (1, 4), 4]
 THREE = (

@@ -48,7 +48,7 @@ from tests.helpers.released_models import (
     random_besides,
     write_release,
 )
-from tests.helpers.stored_models import plan_for, save
+from tests.helpers.stored_models import assert_equal_tensors, plan_for, save, values_of
 
 GROUPS = (ExpertGroup("understanding", (TEXT, VIT), 5), ExpertGroup("generation", (VAE,), 3))
 TRIPARTITE = (
@@ -61,16 +61,6 @@ SHARDS = {"shard_bytes": 10_000}
 
 def tensors_in(folder) -> dict[str, torch.Tensor]:
     return {name: place.read() for name, place in slices_in(folder).items()}
-
-
-def values_of(stored) -> dict[str, torch.Tensor]:
-    return {name: stored.read(name) for name in stored.tensors}
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +115,7 @@ def test_a_release_comes_back_bit_for_bit(tmp_path, release, layout, besides, dt
     import_model(stored, tmp_path / "imported")
     done = export(tmp_path / "imported", stored.args, tmp_path / "back")
     assert stored.unmapped.tensors.keys() == more.keys() <= done.written.keys() and not done.missing
-    assert_equal(tensors_in(tmp_path / "back"), theirs)
+    assert_equal_tensors(tensors_in(tmp_path / "back"), theirs)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     expected, name = copy.deepcopy(release), str(dtype).removeprefix("torch.")
     text = expected.get("thinker_config", expected)["text_config"]
@@ -156,7 +146,7 @@ def test_a_training_checkpoint_is_exported_beside_the_flavor_it_was_trained_with
         find_release_files(step, "debug")
     source = find_release_files(step, str(folder / "model.json"))
     done = export_understanding(open_model(step), args, source, tmp_path / "back", **SHARDS)
-    assert_equal(tensors_in(tmp_path / "back"), theirs)
+    assert_equal_tensors(tensors_in(tmp_path / "back"), theirs)
     assert done.left_out and all(name.startswith("flow_head.") for name in done.left_out)
 
 
@@ -164,7 +154,7 @@ def test_another_dtype_is_told_in_the_config(tmp_path, imported):
     folder, args, theirs = imported
     export(folder, args, tmp_path / "back", dtype=torch.bfloat16)
     expected = {name: tensor.bfloat16() for name, tensor in theirs.items()}
-    assert_equal(tensors_in(tmp_path / "back"), expected)
+    assert_equal_tensors(tensors_in(tmp_path / "back"), expected)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
 
@@ -177,7 +167,7 @@ def test_a_release_that_was_not_imported_comes_back_too(tmp_path, release, layou
     import_model(stored, tmp_path / "shape", shape_only=True)
     source = find_release_files(tmp_path / "release", str(tmp_path / "shape" / "model.json"))
     done = export_understanding(stored, stored.args, source, tmp_path / "back", **SHARDS)
-    assert_equal(tensors_in(tmp_path / "back"), theirs)
+    assert_equal_tensors(tensors_in(tmp_path / "back"), theirs)
     assert not done.missing
 
 
@@ -229,7 +219,7 @@ def test_the_understanding_half_of_aria_is_one_too(tmp_path):
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not report[problem]
     found = theirs.model.vision_tower.post_layernorm.state_dict()
-    assert_equal(found, {name.split(".")[-1]: tensor for name, tensor in norm.items()})
+    assert_equal_tensors(found, {name.split(".")[-1]: tensor for name, tensor in norm.items()})
     assert theirs.config.text_config.moe_num_experts == 5
     ours = SymbioticModel(args)
     open_model(tmp_path / "split").read_into(ours.state_dict())
@@ -259,14 +249,16 @@ def test_the_whole_comes_back_bit_for_bit_through_our_own_loader(tmp_path, split
     done = export_whole(stored, args, tmp_path / "whole", **SHARDS)
     back = open_model(tmp_path / "whole")
     assert isinstance(back, SafetensorsModel) and not done.left_out
-    assert_equal(values_of(back), values_of(stored))
+    assert_equal_tensors(values_of(back), values_of(stored))
     assert find_release_files(tmp_path / "whole", "debug").is_dir()
     model = SymbioticModel(args)
     back.read_into(model.state_dict())
     assert torch.equal(model.flow_head.output.weight, stored.read("flow_head.output.weight"))
     export(tmp_path / "whole", args, tmp_path / "half")
     export(folder, args, tmp_path / "half of the checkpoint")
-    assert_equal(tensors_in(tmp_path / "half"), tensors_in(tmp_path / "half of the checkpoint"))
+    assert_equal_tensors(
+        tensors_in(tmp_path / "half"), tensors_in(tmp_path / "half of the checkpoint")
+    )
 
 
 def test_selection_biases_stay_in_float32(tmp_path):

@@ -17,7 +17,6 @@ from symbiotic_titan.hf.architectures.glm4v_moe import GLM4V_MOE
 from symbiotic_titan.hf.model import unmapped_names
 from symbiotic_titan.model.flavors import FLAVORS
 from tests.helpers.decoder_parity import (
-    assert_equal_tensors,
     loaded,
     make_random,
     moved_by,
@@ -32,6 +31,7 @@ from tests.helpers.image_rows import image_row, released_inputs
 from tests.helpers.released_configs import GLM as RELEASED
 from tests.helpers.released_configs import GLM_4_6V
 from tests.helpers.released_models import GLM
+from tests.helpers.stored_models import assert_equal_tensors
 
 PLACEHOLDER = 256
 # Images wider, higher and smaller than the table of positions, which is 3 x 3 patches.

@@ -28,7 +28,7 @@ from tests.helpers.released_models import (
     TRANSPOSED,
     write_release,
 )
-from tests.helpers.stored_models import plan_for
+from tests.helpers.stored_models import assert_equal_tensors, plan_for, values_of
 
 GROUPS = (ExpertGroup("understanding", (TEXT, VIT), 5), ExpertGroup("generation", (VAE,), 3))
 
@@ -37,16 +37,6 @@ GROUPS = (ExpertGroup("understanding", (TEXT, VIT), 5), ExpertGroup("generation"
 def release(tmp_path):
     """(folder, its tensors)."""
     return tmp_path / "qwen", write_release(tmp_path / "qwen")
-
-
-def values_of(stored) -> dict[str, torch.Tensor]:
-    return {name: stored.read(name) for name in stored.tensors}
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------------
@@ -119,7 +109,9 @@ def test_imported_tensors_are_those_of_the_release(tmp_path, release, dtype):
     imported = open_model(tmp_path / "out")
     assert isinstance(imported, DistributedCheckpoint)
     expected = values_of(stored)
-    assert_equal(values_of(imported), {n: t.to(dtype or t.dtype) for n, t in expected.items()})
+    assert_equal_tensors(
+        values_of(imported), {n: t.to(dtype or t.dtype) for n, t in expected.items()}
+    )
     assert router_hash(imported) == router_hash(open_model(folder)) or dtype
     sizes = [done for done, _ in watched]
     assert sizes == sorted(sizes) and watched[-1][0] == watched[-1][1]
@@ -168,7 +160,9 @@ def test_partition_from_the_release_equals_partition_from_its_import(tmp_path, r
         assert (tmp_path / out / "hugging_face" / "layout.json").is_file()
         assert FLAVORS[str(tmp_path / out / "model.json")] == args
         assert conversion.totals()["new"] > 0 == conversion.totals()["dropped"]
-    assert_equal(values_of(open_model(tmp_path / "a")), values_of(open_model(tmp_path / "b")))
+    assert_equal_tensors(
+        values_of(open_model(tmp_path / "a")), values_of(open_model(tmp_path / "b"))
+    )
 
 
 def test_a_plan_of_other_layers_is_refused(tmp_path, release):

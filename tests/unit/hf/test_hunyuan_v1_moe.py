@@ -13,7 +13,6 @@ from symbiotic_titan.hf.architectures.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.vit_args import VitArgs
 from tests.helpers.decoder_parity import (
-    assert_equal_tensors,
     loaded,
     make_random,
     moved_by,
@@ -26,6 +25,7 @@ from tests.helpers.decoder_parity import (
 )
 from tests.helpers.released_configs import HUNYUAN as RELEASED
 from tests.helpers.released_configs import HUNYUAN_SIZES as SIZES
+from tests.helpers.stored_models import assert_equal_tensors
 
 VIT = VitArgs(dim=16, num_layers=1, num_heads=2, hidden_dim=24, patch=2, merge=2)
 ALPHA = RELEASED["rope_scaling"]

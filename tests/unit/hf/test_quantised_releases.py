@@ -23,6 +23,7 @@ from tests.helpers.released_models import (
     random_tensors,
     write_release,
 )
+from tests.helpers.stored_models import assert_equal_tensors, values_of
 
 BF16 = torch.bfloat16
 PLAIN = random_tensors(QWEN, {}, BF16)
@@ -32,17 +33,6 @@ def with_quantization(config, stated, table=None):
     out = copy.deepcopy(config)
     (out[table] if table else out)["quantization_config"] = stated
     return out
-
-
-def values_of(folder) -> dict[str, torch.Tensor]:
-    stored = open_model(folder)
-    return {name: stored.read(name) for name in stored.tensors}
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 def of_block(shape):
@@ -89,9 +79,11 @@ def test_an_fp8_release_is_its_values_in_bfloat16(tmp_path, case):
     assert len(stored) - len(values) > 10 and any(t.dtype.itemsize == 1 for t in stored.values())
     write_release(tmp_path / "fp8", with_quantization(config, stated), tensors=stored)
     write_release(tmp_path / "plain", config, tensors=values)
-    assert_equal(values_of(tmp_path / "fp8"), values_of(tmp_path / "plain"))
+    assert_equal_tensors(
+        values_of(open_model(tmp_path / "fp8")), values_of(open_model(tmp_path / "plain"))
+    )
     besides = HuggingFaceModel(tmp_path / "fp8").unmapped
-    assert_equal(
+    assert_equal_tensors(
         {name: besides.read(name) for name in besides.tensors},
         {name: values[name] for name in more},
     )
@@ -110,7 +102,9 @@ def test_what_comes_back_of_an_fp8_release_is_a_plain_one(tmp_path, layout, caps
     assert convert.main([*words, "--out", str(tmp_path / "back")]) == 0
     back = slices_in(tmp_path / "back")
     write_release(tmp_path / "plain", QWEN, tensors=values)
-    assert_equal(values_of(tmp_path / "back"), values_of(tmp_path / "plain"))
+    assert_equal_tensors(
+        values_of(open_model(tmp_path / "back")), values_of(open_model(tmp_path / "plain"))
+    )
     assert back.keys() == PLAIN.keys()
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     expected = copy.deepcopy(QWEN)
@@ -124,14 +118,18 @@ def test_what_comes_back_of_an_fp8_release_is_a_plain_one(tmp_path, layout, caps
 def test_a_setting_without_fp8_weights_changes_nothing(tmp_path, stated, table):
     write_release(tmp_path / "plain", QWEN, tensors=PLAIN)
     write_release(tmp_path / "noted", with_quantization(QWEN, stated, table), tensors=PLAIN)
-    assert_equal(values_of(tmp_path / "noted"), values_of(tmp_path / "plain"))
+    assert_equal_tensors(
+        values_of(open_model(tmp_path / "noted")), values_of(open_model(tmp_path / "plain"))
+    )
 
 
 def test_scales_are_found_without_the_setting_where_their_shape_tells_what_they_are_for(tmp_path):
     stored, values = quantise(PLAIN, of_channel)
     write_release(tmp_path / "channels", QWEN, tensors=stored)
     write_release(tmp_path / "plain", QWEN, tensors=values)
-    assert_equal(values_of(tmp_path / "channels"), values_of(tmp_path / "plain"))
+    assert_equal_tensors(
+        values_of(open_model(tmp_path / "channels")), values_of(open_model(tmp_path / "plain"))
+    )
     stored, _ = quantise(PLAIN, of_block)
     write_release(tmp_path / "blocks", QWEN, tensors=stored)
     with pytest.raises(

@@ -27,7 +27,6 @@ from symbiotic_titan.hf.model import HuggingFaceModel
 from symbiotic_titan.hf.release_files import RELEASE_FILES, UNMAPPED
 from symbiotic_titan.model.flavors import FLAVORS
 from tests.helpers.decoder_parity import (
-    assert_equal_tensors,
     loaded,
     make_random,
     run,
@@ -40,6 +39,7 @@ from tests.helpers.decoder_parity import (
 from tests.helpers.image_rows import image_row, released_marked
 from tests.helpers.omni_config import OMNI as RELEASED
 from tests.helpers.released_models import THINKER
+from tests.helpers.stored_models import assert_equal_tensors
 
 # Two tokens between images: the one that ends an image and the one that begins the next.
 DOCUMENT = [3, (2, 3), 2, (1, 4), 2, (3, 1), 4]

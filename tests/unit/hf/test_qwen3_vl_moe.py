@@ -16,7 +16,6 @@ from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup
 from tests.helpers.decoder_parity import (
-    assert_equal_tensors,
     loaded,
     make_random,
     moved_by,
@@ -30,6 +29,7 @@ from tests.helpers.decoder_parity import (
 from tests.helpers.image_rows import image_row, released_inputs
 from tests.helpers.released_configs import QWEN as RELEASED
 from tests.helpers.released_models import QWEN
+from tests.helpers.stored_models import assert_equal_tensors
 
 PLACEHOLDER = 120
 DOCUMENT = [3, (2, 3), 2, (1, 4), 1, (3, 1), 4]

@@ -21,21 +21,11 @@ from tests.helpers.released_models import (
     random_tensors,
     write_release,
 )
+from tests.helpers.stored_models import assert_equal_tensors, values_of
 
 TENSORS = random_tensors(QWEN, {}, torch.float32)
 DECODER, VISION = "model.language_model.", "model.visual."
 OUTPUT = "lm_head.weight"
-
-
-def values_of(folder) -> dict[str, torch.Tensor]:
-    stored = open_model(folder)
-    return {name: stored.read(name) for name in stored.tensors}
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 def there_and_back(folder):
@@ -79,7 +69,9 @@ def test_only_another_prefix_is_read(tmp_path, prefix):
     assert len(renamed) == len(TENSORS) and renamed.keys() != TENSORS.keys()
     write_release(tmp_path / "renamed", QWEN, tensors=renamed)
     write_release(tmp_path / "plain", QWEN, tensors=TENSORS)
-    assert_equal(values_of(tmp_path / "renamed"), values_of(tmp_path / "plain"))
+    assert_equal_tensors(
+        values_of(open_model(tmp_path / "renamed")), values_of(open_model(tmp_path / "plain"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +81,7 @@ def test_every_architecture_reads_them_and_writes_its_own(tmp_path, config, besi
     plain = random_tensors(config, {}, torch.float32) | random_besides(besides, torch.float32)
     renamed = {f"base_model.model.{name}": tensor for name, tensor in plain.items()}
     write_release(tmp_path / "renamed", config, tensors=renamed)
-    assert_equal(there_and_back(tmp_path / "renamed"), plain)
+    assert_equal_tensors(there_and_back(tmp_path / "renamed"), plain)
 
 
 def test_the_layout_that_transformers_holds_aria_in_stays_as_it_is(tmp_path):
@@ -97,7 +89,7 @@ def test_the_layout_that_transformers_holds_aria_in_stays_as_it_is(tmp_path):
     plain = random_tensors(ARIA, shapes, torch.float32)
     assert "model.language_model.norm.weight" in plain
     write_release(tmp_path / "aria", ARIA, tensors=plain)
-    assert_equal(there_and_back(tmp_path / "aria"), plain)
+    assert_equal_tensors(there_and_back(tmp_path / "aria"), plain)
 
 
 def test_names_of_other_parts_are_left_alone():
@@ -130,7 +122,7 @@ def test_what_is_computed_from_the_config_is_not_read(tmp_path):
     more = {f"{DECODER}layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
     more[f"{VISION}embeddings.position_ids"] = torch.arange(4)
     write_release(tmp_path / "older", QWEN, tensors=TENSORS | more)
-    assert_equal(there_and_back(tmp_path / "older"), TENSORS)
+    assert_equal_tensors(there_and_back(tmp_path / "older"), TENSORS)
 
 
 # ---- one tensor per expert --------------------------------------------------------------------------------------------------
@@ -170,8 +162,10 @@ def test_one_tensor_per_expert_is_read_and_written_as_transformers_loads_it(
     renamed = {prefix + name: tensor for name, tensor in single.items()}
     write_release(tmp_path / "single", config, tensors=renamed)
     write_release(tmp_path / "fused", config, tensors=fused)
-    assert_equal(values_of(tmp_path / "single"), values_of(tmp_path / "fused"))
-    assert_equal(there_and_back(tmp_path / "single"), fused)
+    assert_equal_tensors(
+        values_of(open_model(tmp_path / "single")), values_of(open_model(tmp_path / "fused"))
+    )
+    assert_equal_tensors(there_and_back(tmp_path / "single"), fused)
 
 
 def test_transformers_loads_what_had_one_tensor_per_expert(tmp_path):
@@ -216,10 +210,10 @@ def test_a_copy_of_the_embeddings_as_tied_output_is_accepted(tmp_path, config):
     del tensors[output]
     write_release(tmp_path / "plain", tied(config), tensors=tensors)
     write_release(tmp_path / "twice", tied(config), tensors=tensors | {output: tensors[table] + 0})
-    expected = values_of(tmp_path / "plain")
+    expected = values_of(open_model(tmp_path / "plain"))
     assert torch.equal(expected["output.weight"], tensors[table])
-    assert_equal(values_of(tmp_path / "twice"), expected)
-    assert_equal(there_and_back(tmp_path / "twice"), tensors)
+    assert_equal_tensors(values_of(open_model(tmp_path / "twice")), expected)
+    assert_equal_tensors(there_and_back(tmp_path / "twice"), tensors)
 
 
 def test_a_tied_output_with_values_of_its_own_is_refused(tmp_path, capsys):
