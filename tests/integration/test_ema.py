@@ -192,7 +192,8 @@ def test_weights_that_a_checkpoint_lacks_are_refused_in_one_line(
     image = ["image", "--run", str(reference.folder), "--weights", "ema", *prompt]
     assert generate.main(image) == 2
     assert "step-20 has no averaged weights; use 'trained'" in capsys.readouterr().err
-    scores = ["--suite", "demo_world", "--weights", "ema", "--out", str(tmp_path / "scores")]
+    scores = ["--suite", "demo_world", "--demo_world.data", str(demo), "--weights", "ema"]
+    scores += ["--out", str(tmp_path / "scores")]
     assert evaluate.main([str(reference.folder), *scores]) == 2
     assert "has no averaged weights" in capsys.readouterr().err
     config = ["--config", str(reference.folder / "job.toml"), "--part", "whole"]
