@@ -1,6 +1,6 @@
 """Layers that decoder and image encoder share: RMSNorm, SwiGLU feed-forward, and attention over a mask.
 
-Attention runs over a dense mask (SDPA) or a block mask (FlexAttention). Shape letters: sequence/shapes.py.
+Attention runs over a dense mask or by segments (both SDPA), or over a block mask (FlexAttention). Shape letters: sequence/shapes.py.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from symbiotic_titan.model.masks import AttentionMask
+from symbiotic_titan.model.masks import AttentionMask, Segment, SegmentMask
 
 
 class RMSNorm(nn.RMSNorm):
@@ -42,6 +42,43 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention)
 
 
+def _attend_in_segments(
+    q_BUTC: torch.Tensor, k_BuNC: torch.Tensor, v_BuNC: torch.Tensor, mask: SegmentMask
+) -> torch.Tensor:
+    """(B, U, T, C), without meaning for padding. Only pairs of tokens inside a segment are computed, and a segment's output does not
+    depend on the others."""
+    if not any(s.num_queries and s.num_keys for segments in mask.rows for s in segments):
+        # Padding only, in a batch without images: the layer's parameters get a gradient, of zero, as the other ranks' do.
+        return F.scaled_dot_product_attention(
+            q_BUTC, k_BuNC[:, :, :1], v_BuNC[:, :, :1], enable_gqa=True
+        )
+    rows = []
+    for b, segments in enumerate(mask.rows):
+        queries = [segment.num_queries for segment in segments]
+        keys = [segment.num_keys for segment in segments]
+        # Split, not sliced: the backward is then one concatenation instead of a full-size tensor of zeros per segment.
+        parts = zip(
+            q_BUTC[b : b + 1].split(queries, dim=2),
+            k_BuNC[b : b + 1].split(keys, dim=2),
+            v_BuNC[b : b + 1].split(keys, dim=2),
+            segments,
+            strict=True,
+        )
+        rows.append(torch.cat([_segment_output(*part) for part in parts], dim=2))
+    return torch.cat(rows)
+
+
+def _segment_output(
+    q_1UTC: torch.Tensor, k_1uNC: torch.Tensor, v_1uNC: torch.Tensor, segment: Segment
+) -> torch.Tensor:
+    if not segment.num_queries or not segment.num_keys:
+        return torch.zeros_like(q_1UTC)
+    grouped = q_1UTC.shape[1] != k_1uNC.shape[1]
+    return F.scaled_dot_product_attention(
+        q_1UTC, k_1uNC, v_1uNC, attn_mask=segment.visible, enable_gqa=grouped
+    )
+
+
 def attend(
     q_BUTC: torch.Tensor, k_BuTC: torch.Tensor, v_BuTC: torch.Tensor, mask: AttentionMask
 ) -> torch.Tensor:
@@ -50,7 +87,9 @@ def attend(
     In cross-attention and with a cache, keys and values have another length than the queries.
     """
     grouped = q_BUTC.shape[1] != k_BuTC.shape[1]
-    if isinstance(mask, BlockMask):
+    if isinstance(mask, SegmentMask):
+        out_BUTC = _attend_in_segments(q_BUTC, k_BuTC, v_BuTC, mask)
+    elif isinstance(mask, BlockMask):
         assert q_BUTC.is_cuda or not q_BUTC.requires_grad, "FlexAttention has no backward on CPU"
         # Under an outer torch.compile flex_attention joins that graph; otherwise it is compiled by itself.
         compiled_alone = q_BUTC.is_cuda and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""Attention masks: one rule, a function of indices, from which both the dense mask and the block mask are built.
+"""Attention masks: one rule, a function of indices, from which all forms of the mask are built: dense, by segments, by blocks.
 
 A packed sequence with documents 0 and 1, ``v`` an input (ViT) image, ``g`` a target (VAE) image, ``.`` padding; one line per query,
 one column per key:
@@ -21,7 +21,7 @@ one column per key:
 Shape letters: sequence/shapes.py. N are keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -33,7 +33,26 @@ from symbiotic_titan.sequence.modality import VAE, VIT
 
 # (batch, head, query, key) -> whether the query attends to the key; index tensors that broadcast.
 MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-AttentionMask = torch.Tensor | BlockMask
+
+
+class Segment(NamedTuple):
+    """Adjacent queries of a sequence, and the adjacent keys which hold all that they attend to. Queries without keys are padding.
+
+    visible: (1, 1, queries, keys) bool; None where every query attends to every key.
+    """
+
+    num_queries: int
+    num_keys: int
+    visible: torch.Tensor | None = None
+
+
+class SegmentMask(NamedTuple):
+    """The segments of each sequence in order. Together they hold all its queries and all its keys."""
+
+    rows: tuple[tuple[Segment, ...], ...]
+
+
+AttentionMask = torch.Tensor | BlockMask | SegmentMask
 
 VitAttention = Literal["bidirectional", "causal"]
 
@@ -105,6 +124,41 @@ def dense_mask(
     index_B = torch.arange(rows, device=device)
     head = torch.zeros((), dtype=torch.long, device=device)
     return rule(index_B[:, None, None], head, query_T[:, None], key_N[None, :]).unsqueeze(1)
+
+
+def _runs(index_N: torch.Tensor) -> list[tuple[int, int]]:
+    """(value, length) of each run of equal values."""
+    values, lengths = torch.unique_consecutive(index_N, return_counts=True)
+    return list(zip(values.tolist(), lengths.tolist(), strict=True))
+
+
+def _row_segments(
+    rule: MaskRule, row: int, query_T: torch.Tensor, key_N: torch.Tensor
+) -> Iterator[Segment]:
+    index, head, first_query, first_key = torch.tensor(row), torch.tensor(0), 0, 0
+    keys = iter(_runs(key_N))
+    for value, num_queries in _runs(query_T):
+        query_S = torch.arange(first_query, first_query + num_queries)
+        first_query += num_queries
+        if value < 0:
+            yield Segment(num_queries, 0)
+            continue
+        for key_value, num_keys in keys:
+            first_key += num_keys
+            if key_value == value:
+                break
+            yield Segment(0, num_keys)
+        key_S = torch.arange(first_key - num_keys, first_key)
+        visible = rule(index, head, query_S[:, None], key_S[None, :])
+        yield Segment(num_queries, num_keys, None if visible.all() else visible[None, None])
+    yield from (Segment(0, num_keys) for _, num_keys in keys)
+
+
+def segment_mask(rule: MaskRule, query_BT: torch.Tensor, key_BN: torch.Tensor) -> SegmentMask:
+    """The mask of ``rule`` by runs of the document, or image, of each query and key. A query attends to keys of its own run only; the
+    runs of queries and of keys are in the same order, and -1 is padding. The host reads the indices, so they are on the CPU."""
+    pairs = zip(query_BT, key_BN, strict=True)
+    return SegmentMask(tuple(tuple(_row_segments(rule, b, *pair)) for b, pair in enumerate(pairs)))
 
 
 @cache

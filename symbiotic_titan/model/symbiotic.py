@@ -23,6 +23,7 @@ from symbiotic_titan.model.masks import (
     dense_mask,
     patch_rule,
     query_rule,
+    segment_mask,
     sequence_rule,
 )
 from symbiotic_titan.model.rope import RotaryTables, frequencies, frequency_axes, rotary_tables
@@ -86,6 +87,10 @@ class SymbioticModel(ModelProtocol):
 
     Noise and timesteps are arguments: the model draws no random numbers and knows no device mesh.
     """
+
+    is_compiled = False
+    """Set by ``parallel.compile``. Attention is then over dense masks: the lengths of segments differ from batch to batch, and each
+    would be compiled anew."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
@@ -167,7 +172,7 @@ class SymbioticModel(ModelProtocol):
         image_BI = F.pad(batch.span, (0, 1), value=-1).gather(1, batch.vit_index)
         query_BI = index_within_image(image_BI).clamp(max=self.args.vit.queries[-1] - 1)
         rule = query_rule(image_BI, batch.vit_image)
-        return QueryIndices(query_BI, self._mask(rule, image_BI, batch.vit_image.shape[1]))
+        return QueryIndices(query_BI, self._mask(rule, image_BI, batch.vit_image))
 
     def _embed(
         self,
@@ -190,19 +195,22 @@ class SymbioticModel(ModelProtocol):
         """The mask of ``masks.sequence_rule``; with a cache, for the queries of ``batch`` only."""
         # A chunk has few queries, so its mask is dense for every backend.
         if cache is None:
-            return self._mask(sequence_rule(batch, self.args.vit_attention), batch.tokens)
+            return self._mask(sequence_rule(batch, self.args.vit_attention), batch.document)
         columns = cache.columns_with(batch)
         rule = sequence_rule(columns, self.args.vit_attention)
         return dense_mask(rule, columns.document.shape, columns.document.device, cache.length)
 
     def _mask(
-        self, rule: MaskRule, like: torch.Tensor, num_keys: int | None = None
+        self, rule: MaskRule, query_BT: torch.Tensor, key_BN: torch.Tensor | None = None
     ) -> AttentionMask:
-        """The mask of ``rule`` in the backend's form, for queries of the shape of ``like``. ``num_keys``: by default the number of
-        queries."""
-        blocks = self.args.attention_backend == "flex" and like.shape[1] > 0
-        make = block_mask if blocks else dense_mask
-        return make(rule, like.shape, like.device, num_keys=num_keys)
+        """The mask of ``rule`` in the backend's form, for queries and keys of these documents or images; by default keys are queries."""
+        key_BN = query_BT if key_BN is None else key_BN
+        shape, num_keys, device = query_BT.shape, key_BN.shape[1], query_BT.device
+        if self.args.attention_backend == "flex" and shape[1] > 0:
+            return block_mask(rule, shape, device, num_keys)
+        if device.type == "cpu" and not self.is_compiled:
+            return segment_mask(rule, query_BT, key_BN)
+        return dense_mask(rule, shape, device, num_keys=num_keys)
 
     def _rotary(self, positions_BTA: torch.Tensor) -> RotaryTables:
         args, device = self.args, positions_BTA.device

@@ -4,11 +4,14 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
+from symbiotic_titan.model.layers import attend
 from symbiotic_titan.model.masks import (
     build_block_mask,
     build_dense_mask,
     dense_mask,
     patch_rule,
+    query_rule,
+    segment_mask,
     sequence_rule,
 )
 from symbiotic_titan.sequence.modality import PADDING, VAE, VIT
@@ -93,8 +96,67 @@ def test_flex_and_sdpa_give_the_same_model_output(
         expected = forward(model, mixed_batch)
         model.args.attention_backend = "flex"
         got = forward(model, mixed_batch)
-    torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    used = mixed_batch.document >= 0
+    torch.testing.assert_close(got.logits[used], expected.logits[used], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got.velocity, expected.velocity, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vit_attention", ["bidirectional", "causal"])
+def test_attention_by_segments_equals_the_dense_mask(mixed_batch, vit_attention):
+    """Outputs and all gradients; padding gives 0 and takes no gradient."""
+    document_BT = mixed_batch.document
+    rows, length = document_BT.shape
+    rule = sequence_rule(mixed_batch, vit_attention)
+    used_B1T1 = (document_BT >= 0)[:, None, :, None]
+    torch.manual_seed(0)
+    shapes = [(rows, heads, length, 8) for heads in (4, 2, 2)]
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    weight_BTS = torch.randn(rows, length, 32) * used_B1T1[:, 0]
+    results = {}
+    for name, mask in {
+        "dense": dense_mask(rule, document_BT.shape, document_BT.device),
+        "segments": segment_mask(rule, document_BT, document_BT),
+    }.items():
+        output_BTS = attend(*tensors, mask)
+        gradients = torch.autograd.grad((output_BTS * weight_BTS).sum(), tensors)
+        results[name] = (output_BTS * used_B1T1[:, 0], *gradients)
+    assert not used_B1T1.all() and not output_BTS[~(document_BT >= 0)].any()
+    for got, expected in zip(results["segments"], results["dense"], strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_unused_patches_and_image_tokens_have_segments_of_their_own():
+    """Cross attention of image tokens to patches: two images, unused tokens and patches at the end and in between."""
+    token_image_BI = torch.tensor([[0, 0, 3, 3, 3, -1], [-1] * 6])
+    patch_image_BP = torch.tensor([[0, 0, 0, -1, 3, 3, -1], [-1] * 7])
+    rule = query_rule(token_image_BI, patch_image_BP)
+    mask = segment_mask(rule, token_image_BI, patch_image_BP)
+    sizes = [[(s.num_queries, s.num_keys) for s in row] for row in mask.rows]
+    assert sizes == [[(2, 3), (0, 1), (3, 2), (1, 0), (0, 1)], [(6, 0), (0, 7)]]
+    assert all(segment.visible is None for row in mask.rows for segment in row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_of_a_document_do_not_depend_on_its_neighbours(pack, args, dtype):
+    """Output and gradients of one document alone in a sequence, and among others in another."""
+    document = [("text", 29), ("vit", 2, 2), ("text", 7), ("vae", 2, 2)]
+    others = [[("text", 14)], [("text", 33), ("vae", 2, 3)]]
+    results = []
+    for documents, number in (([document], 0), ([*others, document, [("text", 5)]], 2)):
+        batch = pack(documents, args, length=160)
+        own_T = batch.document[0] == number
+        torch.manual_seed(0)
+        own = [torch.randn(1, heads, int(own_T.sum()), 16, dtype=dtype) for heads in (4, 2, 2)]
+        tensors = [torch.randn(1, heads, 160, 16, dtype=dtype) for heads in (4, 2, 2)]
+        for whole, part in zip(tensors, own, strict=True):
+            whole[:, :, own_T] = part
+            whole.requires_grad_()
+        mask = segment_mask(sequence_rule(batch), batch.document, batch.document)
+        output_BTS = attend(*tensors, mask)
+        gradients = torch.autograd.grad(output_BTS[:, own_T].square().sum(), tensors)
+        results.append([output_BTS[:, own_T], *(g[:, :, own_T] for g in gradients)])
+    for alone, among in zip(*results, strict=True):
+        assert torch.equal(alone, among)
 
 
 def test_flex_without_a_gpu_refuses_to_train(mixed_batch, make_args, make_model, forward):
