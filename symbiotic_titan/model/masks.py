@@ -127,9 +127,14 @@ def dense_mask(
 
 
 def _runs(index_N: torch.Tensor) -> list[tuple[int, int]]:
-    """(value, length) of each run of equal values."""
+    """(value, length) of each run of equal values; padding (-1) between two equal runs makes them one."""
     values, lengths = torch.unique_consecutive(index_N, return_counts=True)
-    return list(zip(values.tolist(), lengths.tolist(), strict=True))
+    runs: list[tuple[int, int]] = []
+    for value, length in zip(values.tolist(), lengths.tolist(), strict=True):
+        if len(runs) > 1 and runs[-1][0] < 0 and runs[-2][0] == value:
+            length += runs.pop()[1] + runs.pop()[1]
+        runs.append((value, length))
+    return runs
 
 
 def _row_segments(
