@@ -50,9 +50,17 @@ def train_here(arguments: Sequence[str], environment: Mapping[str, str], log: st
     train.leave(train.main(list(arguments)))
 
 
-def script_here(path: str, arguments: Sequence[str], folder: str, log: str) -> None:
-    """``python PATH ARGUMENTS`` in this process, started in ``folder``, which writes to the file ``log``."""
+def script_here(
+    path: str,
+    arguments: Sequence[str],
+    folder: str,
+    log: str,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """``python PATH ARGUMENTS`` in this process, started in ``folder``, which writes to the file ``log``. ``environment``: variables
+    besides; a benchmark that finds those it needs does not start itself again."""
     _begin_as_program(log)
+    os.environ.update(environment or {})
     os.chdir(folder)
     # What a program started elsewhere does not find: the root, and what was imported from it before the fork.
     sys.path[:] = [str(Path(path).parent), *(p for p in sys.path if p not in ("", str(ROOT)))]

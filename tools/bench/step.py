@@ -19,17 +19,16 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_timing import interleave, machine, ratio, restart_with, summary
+from step_child import make_trainer, register, stepper
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.training.checks import check_job
-from symbiotic_titan.training.train_spec import register
+from symbiotic_titan.process import MISTAKE, raised_by_us
 from symbiotic_titan.training.trainer import SymbioticTrainer
 
 PARTS = ("data", "vit", "attention", "routing", "experts", "optimizer", "other")
@@ -86,9 +85,8 @@ def time_module(module: nn.Module, part: str, clock: Clock) -> None:
             x = x.detach().requires_grad_()
         result = forward(_Mark.apply(x, end_backward), *args, **kwargs)
         clock.seconds[part] += clock.now() - begin
-        if isinstance(result, tuple):
-            return (_Mark.apply(result[0], begin_backward), *result[1:])
-        return _Mark.apply(result, begin_backward)
+        leaves, structure = tree_flatten(result)
+        return tree_unflatten([_Mark.apply(leaves[0], begin_backward), *leaves[1:]], structure)
 
     module.forward = timed  # type: ignore[method-assign]
 
@@ -120,32 +118,6 @@ def instrument(trainer: SymbioticTrainer, clock: Clock) -> None:
             time_module(block.moe.shared_experts, "experts", clock)
     time_module(model.vit, "vit", clock)  # type: ignore[arg-type]
     time_call(trainer.optimizers, "step", "optimizer", clock)
-
-
-def make_trainer(
-    config_file: str, folder: str, steps: int, overrides: list[str]
-) -> SymbioticTrainer:
-    """The config's trainer without checkpoints and logs; nothing has run yet."""
-    config = load_job_config(
-        [
-            *("--job.config_file", config_file, "--job.dump_folder", folder),
-            *("--training.steps", str(steps), "--checkpoint.no_enable"),
-            *("--metrics.no_enable_tensorboard", "--metrics.log_freq", "1000000", *overrides),
-        ]
-    )
-    check_job(config)
-    return SymbioticTrainer(config)
-
-
-def stepper(trainer: SymbioticTrainer) -> Callable[[], None]:
-    """One training step per call."""
-    batches = trainer.batch_generator(trainer.dataloader)  # type: ignore[arg-type]
-
-    def step() -> None:
-        trainer.step += 1
-        trainer.train_step(batches)
-
-    return step
 
 
 def measure(config_file: str, *, steps: int, warmup: int, overrides: list[str]) -> dict[str, Any]:
@@ -309,13 +281,17 @@ def main() -> int:
         parser.error(f"--steps must be at least 2 to have a spread, got {args.steps}")
     restart_with({"OMP_WAIT_POLICY": "PASSIVE"})
     is_child = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in (defaults | {"MASTER_PORT": "0"}).items():
-        os.environ.setdefault(name, value)
     register()
-    results = run(args, overrides)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    try:
+        results = run(args, overrides)
+    except ValueError as error:
+        if not raised_by_us(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     if args.compare and not is_child and chosen(TWO_PROCESSES, args.variants):
         others = compare_on_two_processes(sys.argv[1:])
         for path in args.configs:
