@@ -10,7 +10,7 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 from symbiotic_titan.losses.step import LossFunction
-from symbiotic_titan.losses.terms import text_errors
+from symbiotic_titan.losses.terms import plain_text_errors
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.parallel.ranks import gather_over_ranks
 
@@ -90,7 +90,9 @@ def build_loss(job_config: JobConfig, **kwargs: Any) -> LossFunction:
     if not (settings.enable and "loss" in settings.components):
         return LossFunction(job_config.losses)
     # Compiled, the float32 copy of the logits and the softmax are never written to memory.
-    compiled = torch.compile(text_errors, backend=settings.backend, fullgraph=True, dynamic=False)
+    compiled = torch.compile(
+        plain_text_errors, backend=settings.backend, fullgraph=True, dynamic=False
+    )
     return LossFunction(job_config.losses, cross_entropy=compiled)
 
 

@@ -4,28 +4,75 @@ A term returns sums by task over one micro-batch, and counts its targets before 
 over all ranks and micro-batches (``losses.step``). ``config.losses`` registers the terms and their weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from symbiotic_titan.moe.record import RoutingRecord, RoutingTotals
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK
 from symbiotic_titan.sequence.tasks import TASKS
 
+# Logits that are converted to float32 at a time: on a CPU as many as stay in the cache of every thread, elsewhere 64 MiB.
+CHUNK_OF_A_THREAD, LARGEST_CHUNK = 1 << 20, 1 << 24
 
-def text_errors(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """(B, T) float32 next-token cross entropy in nats; 0 at positions without a label."""
-    errors = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(),
-        labels_BT.flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="none",
+
+def plain_text_errors(logits: Tensor, labels: Tensor) -> Tensor:
+    """The formula of ``text_errors``. It copies all logits to float32, except where ``torch.compile`` makes one kernel of it."""
+    errors_N = F.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
-    return errors.view_as(labels_BT)
+    return errors_N.view_as(labels)
+
+
+def text_errors(logits: Tensor, labels: Tensor) -> Tensor:
+    """Float32 next-token cross entropy in nats, of the shape of ``labels``; 0 where there is no label. ``logits`` have the
+    vocabulary as one more dim.
+
+    Rows are computed in chunks, so neither the errors nor the gradient, which has the logits' dtype, need a float32 tensor of the
+    logits' size.
+    """
+    return _ChunkedCrossEntropy.apply(logits.flatten(0, -2), labels.flatten()).view_as(labels)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+        ctx.save_for_backward(logits_NV, labels_N)
+        errors_N = torch.empty(labels_N.shape, dtype=torch.float32, device=labels_N.device)
+        for rows in _chunks(logits_NV):
+            errors_N[rows] = plain_text_errors(logits_NV[rows], labels_N[rows])
+        return errors_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+        logits_NV, labels_N = ctx.saved_tensors
+        scale_N1 = grad_N.masked_fill(labels_N == IGNORE_INDEX, 0.0).unsqueeze(1)
+        index_N1 = labels_N.clamp(min=0).unsqueeze(1)
+        grad_NV = torch.empty_like(logits_NV)
+        for rows in _chunks(logits_NV):
+            # The gradient of a row is softmax - one_hot(label).
+            p_NV = logits_NV[rows].softmax(-1, dtype=torch.float32)
+            p_NV.scatter_(1, index_N1[rows], p_NV.gather(1, index_N1[rows]) - 1.0)
+            grad_NV[rows] = p_NV.mul_(scale_N1[rows])
+        return grad_NV, None
+
+
+def _chunks(logits_NV: Tensor) -> Iterator[slice]:
+    """Ranges of rows that together are all rows."""
+    num_rows, vocab_size = logits_NV.shape
+    numbers = LARGEST_CHUNK
+    if logits_NV.device.type == "cpu":
+        numbers = min(CHUNK_OF_A_THREAD * torch.get_num_threads(), LARGEST_CHUNK)
+    step = max(1, numbers // vocab_size)
+    for first in range(0, num_rows, step):
+        yield slice(first, first + step)
 
 
 @dataclass(frozen=True)

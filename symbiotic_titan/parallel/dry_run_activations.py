@@ -22,7 +22,7 @@ Saved per token; b bytes per number, D width, UC query and uC key/value channels
   selective  op: b(2D + 2UC + uC + f) + 4U, with routed experts bK(2F + D) + 4E more, under expert parallelism 2bKD more, and one
              block of `none`; a number N: every N-th block as `full`, the others as `none`
   ViT        b(11S + 2F) per patch and block, S the width of the ViT; with sdpa b for every patch of the sequence more
-  heads      logits bV, and 12V more while the loss is differentiated
+  heads      logits bV, and bV more for their gradient, while the loss is differentiated
   masks      with sdpa one byte for every pair of positions, and of patches, of a row, and for every patch that a query may read"""
 
 
@@ -33,7 +33,7 @@ class ActivationMemory:
     decoder:    saved between forward and backward by all blocks of the decoder.
     vit, masks: the same for the image encoder and for dense masks.
     logits:     held from the forward to the end of the backward.
-    loss:       in addition, while the loss is differentiated.
+    loss:       the gradient of the logits, in addition while the loss is differentiated.
     recomputed: in addition, while one block is recomputed.
     """
 
@@ -137,6 +137,6 @@ def activation_memory(
         vit=rows * patches * b * vit_numbers * args.vit.num_layers,
         masks=masks,
         logits=tokens * b * args.vocab_size,
-        loss=tokens * 12 * args.vocab_size,
+        loss=tokens * b * args.vocab_size,
         recomputed=recomputed,
     )
