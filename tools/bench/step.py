@@ -1,147 +1,53 @@
 #!/usr/bin/env python3
-"""Tokens per second of a training config on this machine, and the share of a step's time that each part takes.
+"""Tokens per second of a training config on this machine, the share of a step's time that each part takes, and comparisons of steps.
 
-Example: tools/bench/step.py train_configs/debug.toml train_configs/mini.toml --steps 10
+    tools/bench/step.py train_configs/debug.toml train_configs/mini.toml --steps 10
+    tools/bench/step.py train_configs/mini.toml --compare
+    tools/bench/step.py train_configs/debug.toml train_configs/mini.toml --against d603279 --against transformers
 
-The real trainer runs on the config's data; parts are timed by hooks in the forward and the backward pass, so a part's time is
-forward plus backward. ``routing`` is the MoE layers without their experts: router, dispatch and combine. ``other`` is what no
-hook covers: embeddings, heads, norms, losses. One table per config, then one JSON line.
+The real trainer runs on the config's data, without checkpoints, logs, validation and sample grids. Options of the config may follow, as
+for training: --training.mixed_precision_param float32.
 
-With --compare several trainers of one config take their steps in turn, and ratios of step times are printed.
+Without --compare and --against parts are timed by hooks in the forward and the backward pass, so a part's time is forward plus
+backward. ``routing`` is the MoE layers without their experts: router, dispatch and combine. ``other`` is what no hook covers:
+embeddings, heads, norms, losses. With --compare several trainers of one config take their steps in turn.
+
+--against GITREF: the step of this checkout against that of another commit (step_commits.py). --against transformers: a step of the
+whole model against transformers' with equal weights, at three shapes (step_transformers.py).
+
+Tables, then one JSON line. Results of a config are under its name. Beside them, as far as they were asked for:
+  step_speedup_NAME  seconds of the other commit's step of this config / ours
+  share_of_dense     config -> seconds of plain matmuls with the FLOPs of the step / the step's seconds (step_dense.py)
+  over_transformers  shape -> seconds of transformers' step / ours; ``transformers`` has the details
+Ratios are medians over rounds of the ratio within a round.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_timing import interleave, machine, ratio, restart_with, summary
 from step_child import make_trainer, register, stepper
-from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from step_commits import Rounds, commit_of, compare_commits, print_commits
+from step_shares import measure, print_shares
+from step_transformers import (
+    ENVIRONMENT,
+    SHAPES,
+    check_installed,
+    compare_transformers,
+    print_transformers,
+    shape_of,
+)
 
 from symbiotic_titan.process import MISTAKE, raised_by_us
-from symbiotic_titan.training.trainer import SymbioticTrainer
 
-PARTS = ("data", "vit", "attention", "routing", "experts", "optimizer", "other")
-
-
-class Clock:
-    """Seconds per part, summed since the last ``take``."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    def now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # device sync
-        return time.perf_counter()
-
-    def take(self) -> dict[str, float]:
-        seconds, self.seconds = self.seconds, defaultdict(float)
-        return seconds
-
-
-class _Mark(torch.autograd.Function):
-    """Identity that calls back when its gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, callback: Any) -> torch.Tensor:
-        ctx.callback = callback
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        ctx.callback()
-        return grad, None
-
-
-def time_module(module: nn.Module, part: str, clock: Clock) -> None:
-    """Add the module's forward and backward seconds to ``part``; its first argument and (first) result are tensors."""
-    forward = module.forward
-
-    def timed(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        started: dict[str, float] = {}
-
-        def end_backward() -> None:
-            if "backward" in started:
-                clock.seconds[part] += clock.now() - started.pop("backward")
-
-        def begin_backward() -> None:
-            started["backward"] = clock.now()
-
-        begin = clock.now()
-        if (
-            not x.requires_grad
-        ):  # an input of the model: without a gradient its backward would have no end
-            x = x.detach().requires_grad_()
-        result = forward(_Mark.apply(x, end_backward), *args, **kwargs)
-        clock.seconds[part] += clock.now() - begin
-        leaves, structure = tree_flatten(result)
-        return tree_unflatten([_Mark.apply(leaves[0], begin_backward), *leaves[1:]], structure)
-
-    module.forward = timed  # type: ignore[method-assign]
-
-
-def time_call(owner: Any, name: str, part: str, clock: Clock) -> None:
-    """Add the seconds of a method's calls to ``part``."""
-    method = getattr(owner, name)
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        begin = clock.now()
-        result = method(*args, **kwargs)
-        clock.seconds[part] += clock.now() - begin
-        return result
-
-    setattr(owner, name, timed)
-
-
-def instrument(trainer: SymbioticTrainer, clock: Clock) -> None:
-    """Put timers on the parts of the trainer's model."""
-    (model,) = trainer.model_parts
-    for block in model.layers.values():  # type: ignore[operator, union-attr]
-        time_module(block.attention, "attention", clock)
-        if not block.moe_enabled:
-            continue
-        time_module(block.moe, "moe", clock)
-        for bank in block.moe.experts.values():
-            time_module(bank, "experts", clock)
-        if block.moe.shared_experts is not None:
-            time_module(block.moe.shared_experts, "experts", clock)
-    time_module(model.vit, "vit", clock)  # type: ignore[arg-type]
-    time_call(trainer.optimizers, "step", "optimizer", clock)
-
-
-def measure(config_file: str, *, steps: int, warmup: int, overrides: list[str]) -> dict[str, Any]:
-    """Medians over ``steps`` steps after ``warmup`` steps that are not counted."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(config_file, folder, steps + warmup, overrides)
-        clock = Clock()
-        instrument(trainer, clock)
-        run = stepper(trainer)
-        rows: list[dict[str, float]] = []
-        for step in range(steps + warmup):
-            clock.take()
-            tokens = int(trainer.tokens_seen.sum())
-            begin = clock.now()
-            run()
-            row = dict(clock.take())
-            row["step"] = clock.now() - begin
-            row["tokens"] = int(trainer.tokens_seen.sum()) - tokens
-            row["data"] = sum(trainer.metrics_processor.data_loading_times)
-            trainer.metrics_processor.data_loading_times.clear()
-            if step >= warmup:
-                rows.append(row)
-        trainer.close()
-    return summarize(rows)
+TRANSFORMERS = "transformers"
 
 
 def compare(
@@ -207,23 +113,6 @@ def compare_on_two_processes(arguments: list[str]) -> dict[str, Any]:
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
-def summarize(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Tokens per second and the parts' shares, from medians."""
-
-    def median(part: str) -> float:
-        return statistics.median(row.get(part, 0.0) for row in rows)
-
-    step = median("step")
-    seconds = {part: median(part) for part in ("data", "vit", "attention", "experts", "optimizer")}
-    seconds["routing"] = median("moe") - seconds["experts"]
-    seconds["other"] = step - sum(seconds.values())
-    return {
-        "tokens_per_second": round(statistics.median(r["tokens"] / r["step"] for r in rows)),
-        "step_seconds": round(step, 4),
-        "share": {part: round(seconds[part] / step, 3) for part in PARTS},
-    }
-
-
 def print_comparison(path: str, result: dict[str, Any]) -> None:
     print(f"{path}: ratios of step times, steps taken in turn")
     for name, row in result["times"].items():
@@ -233,34 +122,53 @@ def print_comparison(path: str, result: dict[str, Any]) -> None:
     print("  " + "  ".join(f"{k} {v}" for k, v in result.items() if k != "times"))
 
 
-def run(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+def run_configs(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     """Result of every config, by its name; printed as it comes."""
+    register()
     counts = {"steps": args.steps, "warmup": args.warmup, "overrides": overrides}
+    every = TWO_PROCESSES if os.environ["WORLD_SIZE"] != "1" else ONE_PROCESS
+    variants = chosen(every, args.variants)
     results = {}
     for path in args.configs:
         name = Path(path).stem
-        if not args.compare:
-            result = measure(path, **counts)
-            print(
-                f"{path}: {result['tokens_per_second']:,} tokens/s, {result['step_seconds']:.3f} s a step"
-            )
-            for part, share in result["share"].items():
-                print(f"  {part:10s} {100 * share:5.1f} %")
+        if args.compare:
+            results[name] = compare(path, variants, **counts) if variants else {"times": {}}
+            print_comparison(path, results[name])
         else:
-            every = TWO_PROCESSES if os.environ["WORLD_SIZE"] != "1" else ONE_PROCESS
-            result = compare(path, chosen(every, args.variants), **counts)
-            print_comparison(path, result)
-        results[name] = result
+            results[name] = measure(path, **counts)
+            print_shares(path, results[name])
     return results
 
 
-def main() -> int:
+def run_against(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    """The comparisons of --against, and their figures under the names of the JSON line; printed as they come."""
+    found: dict[str, Any] = {}
+    rounds = Rounds(args.steps, args.warmup, args.threads, overrides)
+    for reference in args.against:
+        if reference == TRANSFORMERS:
+            rows = found[TRANSFORMERS] = {}
+            for name, shape in args.shapes or SHAPES.items():
+                rows[name] = compare_transformers(name, shape, steps=args.steps, warmup=args.warmup)
+                print_transformers(name, rows[name])
+            found["over_transformers"] = {n: row["over_transformers"] for n, row in rows.items()}
+            continue
+        found["against"] = reference
+        for path in args.configs:
+            name = Path(path).stem
+            found[name] = compare_commits(path, reference, rounds)
+            print_commits(path, reference, found[name])
+            found[f"step_speedup_{name}"] = found[name]["speedup"]
+    return found
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("configs", nargs="+", help="TOML files of training configs")
+    parser.add_argument("configs", nargs="*", help="TOML files of training configs")
     parser.add_argument("--steps", type=int, default=10, help="steps that are counted")
     parser.add_argument("--warmup", type=int, default=3, help="steps before that")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
     parser.add_argument(
         "--compare",
         action="store_true",
@@ -276,14 +184,67 @@ def main() -> int:
         help=f"with --compare: the only ones that run, of {', '.join(known)}",
         metavar="NAME",
     )
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="GITREF",
+        help="a commit, branch or tag of this repository, or transformers; may be given twice, for both",
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape_of,
+        metavar="SHAPE",
+        help=f"with --against transformers: of {', '.join(SHAPES)} (default: all), or KEY=VALUE,... for what differs from "
+        f"{next(iter(SHAPES))}, such as length=256,dtype=bfloat16",
+    )
+    return parser
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, overrides: list[str]) -> None:
+    """Refuse what cannot be run or would have no effect, in one line, before anything is built."""
+    commits = [reference for reference in args.against if reference != TRANSFORMERS]
+    needs_configs = bool(commits) or not args.against
+    wrong = {
+        f"--steps must be at least 2 to have a spread, got {args.steps}": args.steps < 2,
+        f"--warmup must be at least 0, got {args.warmup}": args.warmup < 0,
+        f"--threads must be at least 1, got {args.threads}": args.threads is not None
+        and args.threads < 1,
+        "name the TOML file of at least one config": needs_configs and not args.configs,
+        f"--against {TRANSFORMERS} has shapes of its own; leave out {' '.join([*args.configs, *overrides])}": not needs_configs
+        and bool(args.configs or overrides),
+        "--variants has no effect without --compare": bool(args.variants) and not args.compare,
+        f"--shapes has no effect without --against {TRANSFORMERS}": bool(args.shapes)
+        and TRANSFORMERS not in args.against,
+        "--compare and --against are two benchmarks; choose one": args.compare
+        and bool(args.against),
+        f"--against takes one commit at a time, got {' and '.join(commits)}": len(commits) > 1,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            parser.error(message)
+    for reference in commits:
+        if commit_of(reference) is None:
+            parser.error(
+                f"--against {reference}: no commit, branch or tag of this repository, and not '{TRANSFORMERS}'"
+            )
+    if TRANSFORMERS in args.against:
+        check_installed()
+
+
+def main() -> int:
+    parser = make_parser()
     args, overrides = parser.parse_known_args()
-    if args.steps < 2:
-        parser.error(f"--steps must be at least 2 to have a spread, got {args.steps}")
-    restart_with({"OMP_WAIT_POLICY": "PASSIVE"})
+    check(parser, args, overrides)
+    restart_with(
+        {"OMP_WAIT_POLICY": "PASSIVE", **(ENVIRONMENT if TRANSFORMERS in args.against else {})}
+    )
+    if args.threads:
+        torch.set_num_threads(args.threads)
     is_child = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    register()
     try:
-        results = run(args, overrides)
+        results = (run_against if args.against else run_configs)(args, overrides)
     except ValueError as error:
         if not raised_by_us(error):
             raise
@@ -297,7 +258,12 @@ def main() -> int:
         for path in args.configs:
             print_comparison(f"{path}, two processes", others[Path(path).stem])
         results = {name: {**results[name], "two_processes": others[name]} for name in results}
-    print(json.dumps({**machine(), **results}))
+    shares = {
+        name: row["share_of_dense"]
+        for name, row in results.items()
+        if isinstance(row, dict) and "share_of_dense" in row
+    }
+    print(json.dumps({**machine(), **results, **({"share_of_dense": shares} if shares else {})}))
     return 0
 
 

@@ -1,13 +1,28 @@
-"""The trainer of a config as a bench drives it, step by step, on data and checks of its own and without what runs beside training."""
+"""The trainer of a config as a bench drives it; and a program that takes a training step for every line it reads.
 
+``step.py --against GITREF`` starts this program once for each checkout, with that checkout on PYTHONPATH. It names only those modules
+of the package that every layout since commit d603279 has; some have moved from the package itself into the room ``training``.
+
+Its argument is JSON: ``root``, the checkout; ``configs``, in order of preference: the first that this checkout accepts is trained;
+``folder``, ``steps`` and ``overrides`` as in ``make_trainer``; ``threads``, those of torch, or null; ``dense``, whether it will be asked
+for the dense limit.
+
+Its answers are JSON too, one line each. First ``config``, the one it trains, or ``refused``, the reason. Then to ``step``: ``seconds``,
+``cpu_seconds`` over all threads, and the step's ``loss``; to ``dense``: ``step_dense.DenseLimit.measure`` of the last step.
+"""
+
+import json
 import os
+import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-# Newest first. The package itself was the home of all of these until it got rooms.
-HOMES = ("symbiotic_titan.training", "symbiotic_titan")
+import torch
+
+HOMES = ("symbiotic_titan.training", "symbiotic_titan")  # newest first
 ONE_PROCESS = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -17,29 +32,37 @@ ONE_PROCESS = {
 }
 
 
+def checkout() -> Path:
+    """The checkout that the package is imported from."""
+    return Path(str(import_module("symbiotic_titan").__file__)).parents[1]
+
+
 def part(module: str, name: str) -> Any:
-    """``name`` of ``module``, wherever this layout of the package keeps it.
+    """``name`` of ``module``, wherever this checkout keeps it.
 
     Raises:
         ValueError: it has no such module.
     """
+    # Looked for as files: where another checkout is installed as editable, its import hook offers what this one lacks.
     for home in HOMES:
-        if find_spec(home) and find_spec(f"{home}.{module}"):
+        if (checkout() / home.replace(".", "/") / f"{module}.py").is_file():
             return getattr(import_module(f"{home}.{module}"), name)
     places = " or ".join(f"{home}.{module}" for home in HOMES)
-    raise ValueError(f"this checkout has no {places}, so its trainer cannot be driven")
+    raise ValueError(f"there is no {places} in it, as there is since commit d603279")
 
 
 def register() -> None:
-    """Make the model known to torchtitan; the environment becomes that of a single process unless torchrun set another."""
+    """Make the model known to torchtitan. The process is the only one unless torchrun says otherwise."""
     for name, value in ONE_PROCESS.items():
         os.environ.setdefault(name, value)
+    import_module(
+        "symbiotic_titan.device"
+    ).prepare()  # before torchtitan; not every layout does it by itself
     part("train_spec", "register")()
 
 
 def load_config(config_file: str, folder: str, steps: int, overrides: list[str]) -> Any:
-    """The checked config of a run of ``steps`` steps that writes nothing and does nothing but train: no checkpoints, logs, validation
-    or sample grids.
+    """The checked config of a run of ``steps`` steps that only trains: without checkpoints, logs, validation and sample grids.
 
     Raises:
         ValueError: a mistake in the config or in the ``overrides``.
@@ -72,3 +95,80 @@ def stepper(trainer: Any) -> Callable[[], None]:
         trainer.train_step(batches)
 
     return step
+
+
+def wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # device sync
+
+
+def timed_stepper(trainer: Any) -> Callable[[], dict[str, float]]:
+    """Takes a step and returns its ``seconds``, ``cpu_seconds`` and ``loss``."""
+    step, check = stepper(trainer), trainer.check_finite
+    losses: list[float] = []
+
+    def note_loss(values: dict[str, float], *args: Any) -> None:
+        losses.append(values["total"])
+        check(values, *args)
+
+    trainer.check_finite = note_loss  # every step passes its losses to it before the weights change
+
+    def timed() -> dict[str, float]:
+        wait_for_device()
+        cpu, begin = time.process_time(), time.perf_counter()
+        step()
+        wait_for_device()
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": losses[-1]}
+
+    return timed
+
+
+def accepted(configs: list[str], folder: str, steps: int, overrides: list[str]) -> str:
+    """The first of the ``configs`` that this checkout accepts.
+
+    Raises:
+        ValueError: it accepts none; the message is that for the first.
+    """
+    reasons = []
+    for config in configs:
+        try:
+            load_config(config, folder, steps, overrides)
+        except (ValueError, SystemExit) as error:
+            reasons.append(str(error))
+        else:
+            return config
+    raise ValueError(reasons[0])
+
+
+def serve(request: dict[str, Any]) -> None:
+    """Answer the lines of standard input, as the head of this file says."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what the libraries print is no answer
+
+    def answer(values: dict[str, Any]) -> None:
+        answers.write(json.dumps(values) + "\n")
+
+    assert str(checkout()) == request["root"], checkout()
+    run = request["folder"], request["steps"], request["overrides"]
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    try:
+        register()
+        config = accepted(request["configs"], *run)
+        trainer = make_trainer(config, *run)
+    except ValueError as error:
+        answer({"refused": str(error)})
+        return
+    answers_to = {"step": timed_stepper(trainer)}
+    if request["dense"]:
+        from step_dense import DenseLimit
+
+        answers_to["dense"] = DenseLimit(trainer).measure
+    answer({"config": config})
+    for line in sys.stdin:
+        answer(answers_to[line.strip()]())
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))

@@ -1,10 +1,14 @@
-"""The benchmark of a training step runs the shipped configs as they are, at toy size, and prints finite figures."""
+"""The benchmark of a training step runs the shipped configs at toy size, and every comparison prints finite figures."""
 
 import json
 import math
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import step_child
+import step_commits
 
 from symbiotic_titan.demo.write import WorldSize, write_world
 from symbiotic_titan.model.flavors import FLAVORS
@@ -72,12 +76,14 @@ def numbers(value):
 @pytest.mark.parametrize("name", ["debug", "mini"])
 def test_shares_of_a_step_of_a_shipped_config(folder, name):
     found = last_line(folder, *toy(name, folder), "--steps", "2", "--warmup", "1")
-    assert found.keys() == {*MACHINE, name}
+    assert found.keys() == {*MACHINE, name, "share_of_dense"}
     result = found[name]
-    assert result.keys() == {"tokens_per_second", "step_seconds", "share"}
+    assert result.keys() == {"tokens_per_second", "step_seconds", "share", "share_of_dense"}
     assert result["tokens_per_second"] > 0 and result["step_seconds"] > 0
     assert result["share"].keys() == PARTS
     assert sum(result["share"].values()) == pytest.approx(1, abs=0.01)
+    assert found["share_of_dense"] == {name: result["share_of_dense"]}
+    assert 0 < result["share_of_dense"] < 1
 
 
 @pytest.mark.parametrize("name", ["debug", "mini"])
@@ -90,6 +96,58 @@ def test_variants_of_a_shipped_config_side_by_side(folder, name):
     assert found[name].keys() == {"ema_over_eager", "times"}
     assert found[name]["ema_over_eager"] > 0
     assert found[name]["times"].keys() == {"eager", "ema"}
+
+
+def check_commits(found, reference, name):
+    assert found.keys() == {*MACHINE, "against", name, f"step_speedup_{name}", "share_of_dense"}
+    assert found["against"] == reference and found[f"step_speedup_{name}"] > 0
+    result = found[name]
+    assert result["quartile_1"] <= result["speedup"] <= result["quartile_3"]
+    assert result["times"].keys() == {"this", "other", "dense"}
+    assert 0 < result["share_of_dense_in_documents"] < result["share_of_dense"] < 1
+    assert result["config"] == "the same"
+    # Of steps on the same data: those of different data differ by tenths.
+    assert result["largest_loss_difference"] < 1e-4 and min(result["last_losses"]) > 1
+
+
+def test_the_step_against_that_of_the_last_commit(folder):
+    counts = ["--steps", "2", "--warmup", "0", "--threads", "1"]
+    found = last_line(folder, *toy("debug", folder), "--against", "HEAD", *counts)
+    check_commits(found, "HEAD", "debug")
+    assert found["debug"]["times"]["this"]["median_ms"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["debug", "mini"])
+def test_the_step_against_that_of_a_commit_with_another_layout(folder, name):
+    if step_commits.commit_of("d603279") is None:
+        pytest.skip("this clone does not reach back to d603279")
+    counts = ["--steps", "2", "--warmup", "0"]
+    found = last_line(folder, *toy(name, folder), "--against", "d603279", *counts)
+    check_commits(found, "d603279", name)
+
+
+def test_a_trainer_is_found_where_older_layouts_had_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_child, "checkout", lambda: tmp_path)
+    (tmp_path / "symbiotic_titan").mkdir()
+    with pytest.raises(ValueError, match=r"there is no symbiotic_titan\.training\.trainer or"):
+        step_child.part("trainer", "SymbioticTrainer")
+    (tmp_path / "symbiotic_titan" / "trainer.py").touch()
+    older = SimpleNamespace(SymbioticTrainer="the trainer")
+    monkeypatch.setitem(sys.modules, "symbiotic_titan.trainer", older)
+    assert step_child.part("trainer", "SymbioticTrainer") == "the trainer"
+
+
+def test_a_config_that_neither_of_the_files_is_accepted_for_is_refused_with_its_reason(monkeypatch):
+    def load(config, *run):
+        if config != "old.toml":
+            raise ValueError(f"{config}: no")
+
+    monkeypatch.setattr(step_child, "load_config", load)
+    run = ("folder", 2, [])
+    assert step_child.accepted(["new.toml", "old.toml"], *run) == "old.toml"
+    with pytest.raises(ValueError, match="new.toml: no"):
+        step_child.accepted(["new.toml"], *run)
 
 
 def test_a_mistake_in_a_config_is_told_in_one_line(folder):
