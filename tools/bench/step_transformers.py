@@ -7,7 +7,7 @@ activation checkpointing is used. The image encoders are as small as they can be
 
 transformers runs with ``experts_implementation = "grouped_mm"`` and SDPA, its fastest on a CPU, without a cache.
 
-In bfloat16 ours is what the trainer runs on one process: float32 weights under autocast. transformers runs in two ways: ``autocast``, the
+In bfloat16 ours is what the trainer runs on one process: float32 weights under autocast. transformers runs twice: ``autocast``, the
 same, where its experts stay in float32 because torch's grouped matmul has no autocast; and ``weights``, with weights and optimizer
 in bfloat16, which is all in bfloat16 and moves half the memory. The figure of a shape is that against the faster of the two.
 
