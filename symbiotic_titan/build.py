@@ -90,10 +90,16 @@ def build_loss(job_config: JobConfig, **kwargs: Any) -> LossFunction:
     if not (settings.enable and "loss" in settings.components):
         return LossFunction(job_config.losses)
     # Compiled, the float32 copy of the logits and the softmax are never written to memory.
-    compiled = torch.compile(
-        plain_text_errors, backend=settings.backend, fullgraph=True, dynamic=False
-    )
-    return LossFunction(job_config.losses, cross_entropy=compiled)
+    compiled = torch.compile(plain_text_errors, backend=settings.backend, fullgraph=True)
+
+    def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # Batches differ in their number of rows alone; a graph for any number needs no second compilation.
+        rows_NV, labels_N = logits.flatten(0, -2), labels.flatten()
+        for rows in (rows_NV, labels_N):
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
+        return compiled(rows_NV, labels_N).view_as(labels)
+
+    return LossFunction(job_config.losses, cross_entropy=cross_entropy)
 
 
 def global_batch_size(config: JobConfig, num_data_ranks: int) -> int:

@@ -147,12 +147,17 @@ def register_lr_decay(name: str) -> Callable[[LRDecay], LRDecay]:
 
 
 def register_loss_term(
-    name: str, *, weight: float, help: str = "", count: Callable[..., Any] | None = None
+    name: str,
+    *,
+    weight: float,
+    help: str = "",
+    count: Callable[..., Any] | None = None,
+    all_logits: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function is a term of the loss, with the weight ``losses.<name>``, the metric ``loss/<name>`` and, where
     ``count`` is given, ``loss/by_task/<task>_<name>``.
 
-    weight: the default. help: the sentence in --help. The function and ``count``: see ``config.losses.LossTerm``.
+    weight: the default. help: the sentence in --help. The function, ``count`` and ``all_logits``: see ``config.losses.LossTerm``.
     """
 
     check_term_name(name)
@@ -161,7 +166,7 @@ def register_loss_term(
         for part in (function, count):
             if part is not None and not callable(part):
                 raise ValueError(f"losses.{name}: must be a function, got {part!r}")
-        LOSS_TERMS.register(name, LossTerm(weight, help, function, count))
+        LOSS_TERMS.register(name, LossTerm(weight, help, function, count, all_logits=all_logits))
         return function
 
     return register

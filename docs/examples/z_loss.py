@@ -8,10 +8,14 @@ from symbiotic_titan.sequence.modality import IGNORE_INDEX
 
 
 @register_loss_term(
-    "z", weight=1e-4, help="Weight of the z-loss of the logits.", count=label_counts
+    "z",
+    weight=1e-4,
+    help="Weight of the z-loss of the logits.",
+    count=label_counts,
+    all_logits=False,
 )
 def z_loss(inputs: StepInputs) -> Tensor:
     """(J,) squared log of the normaliser, summed over labelled tokens."""
-    squares_BT = inputs.logits.float().logsumexp(-1).square()
-    squares_BT = squares_BT.masked_fill(inputs.batch.labels == IGNORE_INDEX, 0.0)
-    return sum_by_task(squares_BT, inputs.batch.task)
+    squares_N = inputs.logits.float().logsumexp(-1).square()
+    squares_N = squares_N.masked_fill(inputs.labels == IGNORE_INDEX, 0.0)
+    return sum_by_task(squares_N, inputs.tasks)

@@ -21,6 +21,8 @@ class LossTerm:
     count   (PackedBatch) -> (J,) float Tensor, targets by task, known before the forward. The step's sums are divided by the step's
             count over all ranks and micro-batches, so accumulation and sharding do not change the loss.
     only_weighted  while its weight is 0, the term is neither computed nor logged. Others are logged with any weight.
+    all_logits  ``value`` reads the logits of all tokens. If no term does, only those of labelled tokens are computed, which saves time and
+            memory: ``StepInputs.logits`` are then (N, V), to be used with ``StepInputs.labels`` and ``StepInputs.tasks``.
 
     Either function may be given as an address, ``"package.module:function"``, which is imported when it is needed.
     """
@@ -30,6 +32,7 @@ class LossTerm:
     value: Callable[..., Any] | str
     count: Callable[..., Any] | str | None = None
     only_weighted: bool = False
+    all_logits: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
@@ -57,6 +60,7 @@ LOSS_TERMS.register(
         "Weight of the next-token cross entropy.",
         f"{_TERMS}:text_sums",
         f"{_TERMS}:label_counts",
+        all_logits=False,
     ),
 )
 LOSS_TERMS.register(
@@ -66,11 +70,17 @@ LOSS_TERMS.register(
         "Weight of the flow-matching error.",
         f"{_TERMS}:flow_sums",
         f"{_TERMS}:latent_counts",
+        all_logits=False,
     ),
 )
 LOSS_TERMS.register(
     "balance",
-    LossTerm(0.01, "Weight of the load-balancing loss.", "symbiotic_titan.losses.balance:balance"),
+    LossTerm(
+        0.01,
+        "Weight of the load-balancing loss.",
+        "symbiotic_titan.losses.balance:balance",
+        all_logits=False,
+    ),
 )
 LOSS_TERMS.register(
     "z_loss",
@@ -80,6 +90,7 @@ LOSS_TERMS.register(
         "tokens. Needs softmax scores.",
         "symbiotic_titan.losses.balance:z_loss",
         only_weighted=True,
+        all_logits=False,
     ),
 )
 

@@ -12,7 +12,7 @@ import hashlib
 import torch
 
 from symbiotic_titan.config.losses import Flow
-from symbiotic_titan.flow.path import draw_timesteps
+from symbiotic_titan.flow.path import draw_timesteps, interpolate, velocity_target
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
@@ -56,6 +56,22 @@ def draw_noise_and_timesteps(
     drawn_BL = torch.stack(timesteps).to(device)
     timesteps_BL = drawn_BL.gather(1, first_token_of_image(vae_image_BL))
     return torch.stack(noises).to(device), timesteps_BL.masked_fill(vae_image_BL < 0, 0.0)
+
+
+def noised_latents(
+    latents_BLZ: torch.Tensor,
+    vae_image_BL: torch.Tensor,
+    *,
+    config: Flow,
+    step: int,
+    first_row: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x_t (B, L, Z), timesteps (B, L), velocity target (B, L, Z)) of freshly drawn noise, see ``draw_noise_and_timesteps``."""
+    noise_BLZ, timesteps_BL = draw_noise_and_timesteps(
+        vae_image_BL, latents_BLZ.shape[-1], config=config, step=step, first_row=first_row
+    )
+    noised_BLZ = interpolate(latents_BLZ, noise_BLZ, timesteps_BL)
+    return noised_BLZ, timesteps_BL, velocity_target(latents_BLZ, noise_BLZ)
 
 
 def noise_of_image(seed: int, index: int, num_tokens: int, num_values: int) -> torch.Tensor:

@@ -19,8 +19,7 @@ from symbiotic_titan.build import (
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.losses import Flow
-from symbiotic_titan.flow.noise import draw_noise_and_timesteps
-from symbiotic_titan.flow.path import interpolate, velocity_target
+from symbiotic_titan.flow.noise import noised_latents
 from symbiotic_titan.losses.step import (
     LossFunction,
     accuracies,
@@ -96,18 +95,17 @@ def _sums_of_batch(
     autocast: contextlib.AbstractContextManager | None,
 ) -> torch.Tensor:
     """(2 * terms + 1, J) float64: sums and counts of the terms that are means over targets, then correct tokens."""
-    noise_BLZ, timesteps_BL = draw_noise_and_timesteps(
+    noised_BLZ, timesteps_BL, target_BLZ = noised_latents(
+        batch.latents,
         batch.vae_image,
-        batch.latents.shape[-1],
         config=replace(flow, seed=SEED),
         step=NOISE_STEP,
         first_row=first_row,
     )
-    noised_BLZ = interpolate(batch.latents, noise_BLZ, timesteps_BL)
     shield_scale = torch.ones((), device=batch.tokens.device)  # acts on gradients alone
+    index_N = loss_fn.logit_index(batch, batch.tokens.device)  # device sync
     with autocast or contextlib.nullcontext():
-        output = model(batch, noised_BLZ, timesteps_BL, shield_scale)
-    target_BLZ = velocity_target(batch.latents, noise_BLZ)
+        output = model(batch, noised_BLZ, timesteps_BL, shield_scale, logit_index_N=index_N)
     inputs = StepInputs(
         batch=batch,
         logits=output.logits,
@@ -115,11 +113,12 @@ def _sums_of_batch(
         target_velocity=target_BLZ,
         records=output.records,
         cross_entropy=loss_fn.cross_entropy,
+        logit_index=index_N,
     )
     values, counts = loss_fn.values(inputs), loss_fn.counts(batch)
     # Sums and counts, not means: only these add up over batches and ranks with different numbers of tokens.
     parts = [*(values[name] for name in counts), *counts.values()]
-    return torch.stack([*parts, correct_tokens(output.logits, batch)]).double()
+    return torch.stack([*parts, correct_tokens(inputs)]).double()
 
 
 def held_out_data(config: JobConfig) -> Data:

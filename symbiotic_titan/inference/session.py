@@ -6,6 +6,7 @@ N here: the columns of a chunk whose logits are wanted.
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
@@ -72,6 +73,8 @@ class Session:
         if self._past is not None:
             logit_index_BN = logit_index_BN + self._past.tokens.shape[1]
             batch = joined(self._past, chunk)
+        num_rows, length = batch.tokens.shape
+        first_B1 = length * torch.arange(num_rows, device=batch.tokens.device).unsqueeze(1)
         timesteps_BL = torch.full(chunk.vae_image.shape, timestep, device=chunk.tokens.device)
         no_shield = torch.ones((), device=chunk.tokens.device)  # acts on gradients alone
         # Not compiled, even if the model was for training: its graphs are for one shape, and chunks have many.
@@ -82,10 +85,10 @@ class Session:
                 timesteps_BL,
                 no_shield,
                 cache=self._cache,
-                logit_index_BN=logit_index_BN,
+                logit_index_N=(first_B1 + logit_index_BN).flatten(),
             )
         if append and self._cache is not None:
             self._cache.append(chunk)
         elif append:
             self._past = batch
-        return output
+        return replace(output, logits=output.logits.unflatten(0, logit_index_BN.shape))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from symbiotic_titan.config.losses import Losses, LossSettings
-from symbiotic_titan.losses.terms import StepInputs, sum_by_task, text_errors
+from symbiotic_titan.losses.terms import StepInputs, label_index, sum_by_task, text_errors
 from symbiotic_titan.moe.record import RoutingTotals
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
@@ -92,6 +92,7 @@ class LossFunction:
         }
         self.cross_entropy = cross_entropy
         self.weights = {name: settings.weight(name) for name in terms}
+        self._reads_all_logits = any(term.all_logits for term in terms.values())
         self._values = {name: term.value_function() for name, term in terms.items()}
         counts = {name: term.count_function() for name, term in terms.items()}
         self._counts = {name: count for name, count in counts.items() if count is not None}
@@ -100,6 +101,12 @@ class LossFunction:
     def counted(self) -> list[str]:
         """Terms that are sums over targets, in order of registration."""
         return list(self._counts)
+
+    def logit_index(self, batch: PackedBatch, device: torch.device) -> Tensor | None:
+        """(N,) on ``device``: the tokens whose logits the terms read; None: all. No device sync for a ``batch`` on the host."""
+        if self._reads_all_logits:
+            return None
+        return label_index(batch.labels).to(device, non_blocking=True)
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Term -> (J,) targets of ``batch`` by task, known before the forward."""
@@ -165,10 +172,10 @@ class LossFunction:
         return {n: v for n, v in values.items() if not torch.isfinite(torch.tensor(v))}
 
 
-def correct_tokens(logits_BTV: Tensor, batch: PackedBatch) -> Tensor:
+def correct_tokens(inputs: StepInputs) -> Tensor:
     """(J,) labelled tokens whose most likely next token is the label, by task."""
     # IGNORE_INDEX is negative, so no token equals it.
-    return sum_by_task((logits_BTV.argmax(-1) == batch.labels).float(), batch.task)
+    return sum_by_task((inputs.logits.argmax(-1) == inputs.labels).float(), inputs.tasks)
 
 
 def accuracies(correct_J: Tensor, count_J: Tensor) -> dict[str, float]:

@@ -79,7 +79,7 @@ def _chunks(logits_NV: Tensor) -> Iterator[slice]:
 class StepInputs:
     """Inputs of a loss term: one micro-batch and the model's output on it.
 
-    logits             (B, T, V).
+    logits             (N, V) of the tokens ``logit_index``; (B, T, V), of all tokens, without it.
     velocity           (B, L, Z) predicted velocity.
     target_velocity    (B, L, Z).
     records            one per MoE layer; empty without MoE layers.
@@ -87,6 +87,7 @@ class StepInputs:
     step_routing       expert counts of the whole step with losses.balance_scope = "global"; else None.
     group_tokens       (G,) tokens of each expert group in the step, over all data ranks and micro-batches; None outside of training.
     cross_entropy      ``text_errors``, possibly compiled.
+    logit_index        (N,) see ``label_index``; None where a term reads ``all_logits``.
     """
 
     batch: PackedBatch
@@ -98,6 +99,22 @@ class StepInputs:
     step_routing: RoutingTotals | None = None
     group_tokens: Tensor | None = None
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = text_errors
+    logit_index: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of every row of ``logits``; IGNORE_INDEX where there is none."""
+        return self._of_logits(self.batch.labels)
+
+    @property
+    def tasks(self) -> Tensor:
+        """The task of every row of ``logits``."""
+        return self._of_logits(self.batch.task)
+
+    def _of_logits(self, values_BT: Tensor) -> Tensor:
+        if self.logit_index is None:
+            return values_BT
+        return values_BT.flatten().index_select(0, self.logit_index)
 
 
 def sum_by_task(values: Tensor, tasks: Tensor) -> Tensor:
@@ -114,6 +131,16 @@ def latent_tasks(batch: PackedBatch) -> Tensor:
     return tasks_BL.masked_fill(batch.vae_image < 0, NO_TASK)
 
 
+def label_index(labels_BT: Tensor) -> Tensor:
+    """(N,) int64 indices into the B * T tokens: all labelled ones, then others up to a size that recurs. No token comes twice."""
+    # At most 32 sizes, because kernels are compiled and memory is cached by size. And never none: under FSDP every rank takes part in
+    # the reduction of the output layer's gradient.
+    is_label = labels_BT.flatten() != IGNORE_INDEX
+    multiple = 16 * -(-is_label.numel() // 512)
+    num_labels = max(1, int(is_label.sum()))  # device sync, unless the labels are on the host
+    return is_label.argsort(descending=True, stable=True)[: -(-num_labels // multiple) * multiple]
+
+
 def label_counts(batch: PackedBatch) -> Tensor:
     """(J,) float32: labelled tokens by task."""
     return sum_by_task((batch.labels != IGNORE_INDEX).float(), batch.task)
@@ -127,7 +154,7 @@ def latent_counts(batch: PackedBatch) -> Tensor:
 
 def text_sums(inputs: StepInputs) -> Tensor:
     """(J,) cross entropy in nats, summed over labelled tokens."""
-    return sum_by_task(inputs.cross_entropy(inputs.logits, inputs.batch.labels), inputs.batch.task)
+    return sum_by_task(inputs.cross_entropy(inputs.logits, inputs.labels), inputs.tasks)
 
 
 def flow_sums(inputs: StepInputs) -> Tensor:

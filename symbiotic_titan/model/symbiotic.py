@@ -36,7 +36,7 @@ from symbiotic_titan.sequence.batch import PackedBatch
 class ModelOutput:
     """Output of one forward.
 
-    logits   (B, T, V) in the dtype of the computation, meaningless at padding; (B, N, V) with ``logit_index``.
+    logits   (B, T, V) in the dtype of the computation, meaningless at padding; (N, V) with ``logit_index``.
     velocity (B, L, Z) float32; exactly 0 for unused latent tokens.
     records  one per MoE layer, in the order of the layers.
     """
@@ -124,12 +124,12 @@ class SymbioticModel(ModelProtocol):
         shield_scale: torch.Tensor,
         *,
         cache: KeyValueCache | None = None,
-        logit_index_BN: torch.Tensor | None = None,
+        logit_index_N: torch.Tensor | None = None,
     ) -> ModelOutput:
         """``noised`` are the latents at ``timesteps`` (float32 in [0, 1], one per latent token); see ``flow.path``.
 
         cache: the earlier tokens of the same sequences; ``batch`` then holds their next T tokens only.
-        logit_index: the tokens whose logits are needed; all of them by default.
+        logit_index: the tokens whose logits are needed, as indices into the B * T tokens of the batch; all of them by default.
         """
         # Every part runs on every batch, also without an image: under FSDP a rank that skipped one would leave its peers waiting in
         # the all-gather.
@@ -150,11 +150,12 @@ class SymbioticModel(ModelProtocol):
         velocity_BLZ = self.flow_head(read_tokens(h_BTD, batch.vae_index), condition_BLD)
         # Unused latent tokens got noise too; with velocity exactly 0, sums over L need no mask.
         used_BL1 = (batch.vae_image >= 0).unsqueeze(-1)
-        if logit_index_BN is not None:
-            # Selected before the output layer, whose (T, V) logits are the largest tensor of a forward.
-            h_BTD = read_tokens(h_BTD, logit_index_BN)
+        h = h_BTD
+        if logit_index_N is not None:
+            # Selected before the output layer, whose (B, T, V) logits are the largest tensor of a forward.
+            h = h_BTD.flatten(0, 1).index_select(0, logit_index_N)
         return ModelOutput(
-            logits=self.output(self.norm(h_BTD)),
+            logits=self.output(self.norm(h)),
             velocity=torch.where(used_BL1, velocity_BLZ, 0.0),
             records=tuple(records),
         )

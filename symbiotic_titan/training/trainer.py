@@ -29,8 +29,7 @@ from symbiotic_titan.config.saved import SavedConfig
 from symbiotic_titan.config.stages import rates_by_stage
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
-from symbiotic_titan.flow.noise import draw_noise_and_timesteps
-from symbiotic_titan.flow.path import interpolate, velocity_target
+from symbiotic_titan.flow.noise import noised_latents
 from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTotals
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.args import ModelArgs
@@ -46,10 +45,7 @@ from symbiotic_titan.parallel.ranks import data_ranks, gather_over_ranks
 from symbiotic_titan.process import is_first_process
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
-from symbiotic_titan.training.metrics import (
-    StepReport,
-    SymbioticMetrics,
-)
+from symbiotic_titan.training.metrics import StepReport, SymbioticMetrics
 from symbiotic_titan.training.step_data import StepData
 from symbiotic_titan.training.stop import StopRequest
 
@@ -132,25 +128,29 @@ class SymbioticTrainer(Trainer):
         index = self.ranks.rank * self.gradient_accumulation_steps + micro_batch
         return index * self.job_config.training.local_batch_size
 
-    def forward(self, batch: PackedBatch, micro_batch: int) -> tuple[ModelOutput, torch.Tensor]:
+    def forward(
+        self, batch: PackedBatch, micro_batch: int, logit_index_N: torch.Tensor | None
+    ) -> tuple[ModelOutput, torch.Tensor]:
         """(the model's output on a freshly noised batch, its (B, L, Z) velocity target)."""
-        noise_BLZ, timesteps_BL = draw_noise_and_timesteps(
+        noised_BLZ, timesteps_BL, target_BLZ = noised_latents(
+            batch.latents,
             batch.vae_image,
-            batch.latents.shape[-1],
             config=self.job_config.flow,
             step=self.step,
             first_row=self.first_row(micro_batch),
         )
-        noised_BLZ = interpolate(batch.latents, noise_BLZ, timesteps_BL)
         with self.train_context(), self.maybe_enable_amp:
-            output = self.model_parts[0](batch, noised_BLZ, timesteps_BL, self.shield_scale)
-        return output, velocity_target(batch.latents, noise_BLZ)
+            output = self.model_parts[0](
+                batch, noised_BLZ, timesteps_BL, self.shield_scale, logit_index_N=logit_index_N
+            )
+        return output, target_BLZ
 
     def routing_of_step(self, batches: list[PackedBatch]) -> RoutingTotals:
         """Expert counts of the whole step over all ranks, by a forward without gradients."""
         with torch.no_grad():
             totals = [
-                routing_totals(self.forward(batch, i)[0].records) for i, batch in enumerate(batches)
+                routing_totals(self.forward(batch, i, batch.tokens.new_empty(0))[0].records)
+                for i, batch in enumerate(batches)
             ]
         return self.reduce_routing(totals)
 
@@ -164,9 +164,10 @@ class SymbioticTrainer(Trainer):
         micro_batch: int,
         totals: StepTotals,
         step_routing: RoutingTotals | None,
+        logit_index_N: torch.Tensor | None,
     ) -> MicroBatchResult:
         """Forward and backward of one micro-batch."""
-        output, target_BLZ = self.forward(batch, micro_batch)
+        output, target_BLZ = self.forward(batch, micro_batch, logit_index_N)
         routing = routing_totals(output.records) if output.records else None
         if self.job_config.losses.balance_scope == "global" and step_routing is None and routing:
             step_routing = self.reduce_routing([routing])
@@ -181,6 +182,7 @@ class SymbioticTrainer(Trainer):
                 step_routing=step_routing,
                 group_tokens=tokens_of_groups(totals.modality, self.groups),
                 cross_entropy=self.loss_fn.cross_entropy,
+                logit_index=logit_index_N,
             )
         )
         self.loss_fn.loss(values, totals).backward()
@@ -195,14 +197,17 @@ class SymbioticTrainer(Trainer):
                 hook(0)
         self.optimizers.zero_grad()
         self.shield_scale.fill_(shield_scale(self.job_config.shielding, self.step))
-        batches = [self.to_device(batch) for batch in next(data_iterator)]
+        on_host = next(data_iterator)
+        batches = [self.to_device(batch) for batch in on_host]
         # Counted before the first backward: every micro-batch can then divide by the step's totals, and gradients need no rescaling.
         totals = self.loss_fn.totals(self.sum_over_ranks(self.loss_fn.count_step(batches)))
         # The first backward already needs the routing of the last micro-batch, hence the extra forward.
         needs_routing = self.job_config.losses.balance_scope == "global" and len(batches) > 1
         step_routing = self.routing_of_step(batches) if needs_routing else None
+        indices = [self.loss_fn.logit_index(batch, self.device) for batch in on_host]
         results = [
-            self.forward_backward(batch, i, totals, step_routing) for i, batch in enumerate(batches)
+            self.forward_backward(batch, i, totals, step_routing, index_N)
+            for i, (batch, index_N) in enumerate(zip(batches, indices, strict=True))
         ]
         should_log = self.metrics_processor.should_log(self.step)
         # Before clipping scales the gradients.

@@ -15,6 +15,7 @@ from symbiotic_titan.config.losses import LOSS_TERMS, TIMESTEP_DISTRIBUTIONS, Fl
 from symbiotic_titan.config.optimizer import LR_DECAYS
 from symbiotic_titan.data.documents import Document, TextSegment
 from symbiotic_titan.data.packing import SequenceSize
+from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.sequence.modality import IGNORE_INDEX, NO_TASK
 from symbiotic_titan.sequence.tasks import TASKS, task_names, task_number
 from tests.helpers.users_parts import users_parts
@@ -98,7 +99,11 @@ def test_the_z_loss_is_the_squared_normaliser_of_labelled_tokens():
     task_BT[1] = 1
     task_BT[1, 4], labels_BT[1, 4] = NO_TASK, IGNORE_INDEX
     batch = SimpleNamespace(labels=labels_BT, task=task_BT)
-    sums_J = term.value_function()(SimpleNamespace(logits=logits_BTV, batch=batch))
+    index_N = torch.tensor([9, 8, 2, 7, 6, 3, 5, 4, 0])  # of the labelled tokens and two others
+    logits_NV = logits_BTV.flatten(0, 1)[index_N]
+    inputs = StepInputs(batch, logits_NV, logits_NV, logits_NV, logit_index=index_N)
+    assert not term.all_logits
+    sums_J = term.value_function()(inputs)
     squares_BT = logits_BTV.exp().sum(-1).log() ** 2
     torch.testing.assert_close(
         sums_J[:2], torch.stack([squares_BT[0, 2:].sum(), squares_BT[1, :4].sum()])

@@ -7,6 +7,7 @@ from symbiotic_titan.losses.step import (
     correct_tokens,
     mean_losses,
 )
+from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.sequence.modality import IGNORE_INDEX
 from symbiotic_titan.sequence.tasks import TASKS
 from tests.unit.losses.test_losses import random_batch
@@ -56,6 +57,7 @@ def test_correct_tokens_are_counted_by_task_where_there_is_a_label():
     for row, place in (batch.labels != IGNORE_INDEX).nonzero().tolist():
         wrong = row == 0 and place < 3 and batch.labels[row, place] != 0
         expected[batch.task[row, place]] += not wrong
-    assert correct_tokens(logits, batch).tolist() == expected
+    inputs = StepInputs(batch, logits, batch.latents, batch.latents)
+    assert correct_tokens(inputs).tolist() == expected
     shares = accuracies(torch.tensor([1.0, 0, 3, 0, 0]), torch.tensor([4.0, 0, 3, 0, 0]))
     assert shares == {"accuracy/lm": 0.25, "accuracy/t2i": 1.0}

@@ -92,9 +92,10 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, batch, noised_BLZ, timesteps_BL, shield_scale):
+    def forward(self, batch, noised_BLZ, timesteps_BL, shield_scale, logit_index_N):
         known = (batch.labels >= 0) & (batch.task == 0)
-        logits = F.one_hot(torch.where(known, batch.labels, 271), 272) * 50.0 + self.weight
+        answers = torch.where(known, batch.labels, 271).flatten()[logit_index_N]
+        logits = F.one_hot(answers, 272) * 50.0 + self.weight
         t = timesteps_BL.unsqueeze(-1).clamp(min=1e-3)
         return ModelOutput(logits, (noised_BLZ - batch.latents) / t, ())
 
