@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
+from symbiotic_titan.process import loading
+
 COMMANDS = {
     "make-demo-data": "write the demo world",
     "train": "train the model of a config in one process; run_train.sh starts several",
@@ -77,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load(module: str) -> ModuleType:
-    return import_module(f"symbiotic_titan.{module}")
+    with loading():
+        return import_module(f"symbiotic_titan.{module}")
 
 
 def train(arguments: list[str]) -> int:

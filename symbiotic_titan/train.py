@@ -1,29 +1,25 @@
 """Entry point: read the config, check it, run the trainer.
 
-``run_train.sh`` and torchrun call it: ``-m symbiotic_titan.train --job.config_file FILE [--section.key value]``.
+``run_train.sh`` and torchrun call it: ``-m symbiotic_titan.train --job.config_file FILE [--section.key value]``. What a run needs,
+which takes nearly all of the time until its first step, is imported when it starts.
 """
 
 import gc
 import logging
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
-from torch.distributed.elastic.multiprocessing.errors import record
-from torchtitan.tools.logging import init_logger, logger
+from symbiotic_titan.process import MISTAKE, loading, raised_by_us
 
-from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.load import load_job_config
-from symbiotic_titan.config.saved import check_extension
-from symbiotic_titan.process import raised_by_us
-from symbiotic_titan.training.checks import check_job
-from symbiotic_titan.training.train_spec import register
-from symbiotic_titan.training.trainer import SymbioticTrainer
+if TYPE_CHECKING:
+    from symbiotic_titan.config.job import JobConfig
 
 
-def train(config: JobConfig) -> None:
+def train(config: "JobConfig") -> None:
     """Train a checked config. A function of its own, so that the model and its process groups are freed when it returns."""
+    from symbiotic_titan.training.trainer import SymbioticTrainer
+
     trainer = None
     try:
         trainer = SymbioticTrainer(config)
@@ -39,13 +35,20 @@ def train(config: JobConfig) -> None:
             trainer.close()
 
 
-@record
 def run(args: list[str]) -> None:
     """Read the config from ``args``, check it, train.
 
     Raises:
         ValueError: a user's mistake, raised before anything is built wherever possible.
     """
+    with loading():
+        import torch
+
+        from symbiotic_titan.config.load import load_job_config
+        from symbiotic_titan.config.saved import check_extension
+        from symbiotic_titan.training.checks import check_job
+        from symbiotic_titan.training.train_spec import register
+        from symbiotic_titan.training.trainer import SymbioticTrainer  # noqa: F401 - for train()
     if "LOCAL_RANK" not in os.environ and "--help" not in args:
         raise ValueError(
             "no rank is set: start training with symbiotic train, ./run_train.sh or torchrun"
@@ -64,14 +67,17 @@ def run(args: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when the run ended or was stopped by a signal, 2 on a user's mistake, reported in one line."""
+    with loading():
+        from torch.distributed.elastic.multiprocessing.errors import record
+        from torchtitan.tools.logging import init_logger, logger
     init_logger()
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        record(run)(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
         if not raised_by_us(error):
             raise
         logger.error(f"{error}")
-        return 2
+        return MISTAKE
     return 0
 
 

@@ -1,15 +1,24 @@
 """What all tests share: the same seeds every time, marks that follow from the folder, GPU tests only where there is one."""
 
 import random
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import symbiotic_titan  # noqa: F401 - prepares the device, which must come before any import of torchtitan
+# Importing the package prepares the device, which must come before any import of torchtitan.
+from symbiotic_titan.process import loading
 
 DISTRIBUTED = Path(__file__).parent / "distributed"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collection imports everything, as a program does when it starts."""
+    with loading():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ shows (the command line of the interpreter, torchrun) is tested by ``test_entry_
 and by .ci/run.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -18,12 +19,16 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 _SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+_PRELOADED = [
+    *(f"symbiotic_titan.training.{name}" for name in ("checks", "train_spec", "trainer")),
+    "symbiotic_titan.data.pipeline",
+]
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def ensure_server() -> None:
     """Start the process that others are forked from, once in this process; it keeps the environment of this moment."""
-    forkserver.set_forkserver_preload(["symbiotic_titan.train", "symbiotic_titan.data.pipeline"])
+    forkserver.set_forkserver_preload(_PRELOADED)
     with mock.patch.dict(os.environ, _SERVER_ENVIRONMENT):
         forkserver.ensure_running()
 
@@ -71,6 +76,7 @@ def script_here(
 
 
 def _begin_as_program(log: str) -> None:
+    gc.freeze()  # as process.loading does for a program that has imported all this itself
     # A child of a fork server would start its own children, such as the loader's workers, from another server, which outlives it.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -152,7 +152,7 @@ def test_a_weight_that_means_nothing_is_refused_before_anything_is_built(
 ):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr("symbiotic_titan.train.init_logger", lambda: None)
+    monkeypatch.setattr("torchtitan.tools.logging.init_logger", lambda: None)
     folder = f"--job.dump_folder={tmp_path / 'run'}"
     words = ["--job.config_file", str(DEBUG), "--losses.z_loss=0.001", *options, folder]
     with caplog.at_level("ERROR"):
