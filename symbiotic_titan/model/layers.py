@@ -75,7 +75,12 @@ def _segment_output(
         return torch.zeros_like(q_1UTC)
     grouped = q_1UTC.shape[1] != k_1uNC.shape[1]
     return F.scaled_dot_product_attention(
-        q_1UTC, k_1uNC, v_1uNC, attn_mask=segment.visible, enable_gqa=grouped
+        q_1UTC,
+        k_1uNC,
+        v_1uNC,
+        attn_mask=segment.visible,
+        is_causal=segment.causal,
+        enable_gqa=grouped,
     )
 
 

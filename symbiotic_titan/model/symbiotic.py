@@ -1,6 +1,6 @@
 """SymbioticModel: embed three modalities, decode, two heads. Shape letters: sequence/shapes.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -88,9 +88,9 @@ class SymbioticModel(ModelProtocol):
     Noise and timesteps are arguments: the model draws no random numbers and knows no device mesh.
     """
 
-    is_compiled = False
-    """Set by ``parallel.compile``. Attention is then over dense masks: the lengths of segments differ from batch to batch, and each
-    would be compiled anew."""
+    static_shapes = False
+    """Set by ``parallel.compile``: shapes that differ from batch to batch would be compiled anew. A GPU has them always, since it would
+    have to wait for the host to read the sizes; see ``forward``."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
@@ -130,7 +130,39 @@ class SymbioticModel(ModelProtocol):
 
         cache: the earlier tokens of the same sequences; ``batch`` then holds their next T tokens only.
         logit_index: the tokens whose logits are needed, as indices into the B * T tokens of the batch; all of them by default.
+
+        A CPU computes the batch as one sequence without unused image tokens: ViT and heads then cost what the images need, and attention,
+        by segments, what the documents need.
         """
+        if cache is not None or self._has_static_shapes(batch.tokens.device):
+            return self._compute(
+                batch, noised_BLZ, timesteps_BL, shield_scale, cache, logit_index_N
+            )
+        one, latent = batch.as_one_sequence()
+        noised, timesteps = (
+            x.flatten(0, 1)[latent].unsqueeze(0) for x in (noised_BLZ, timesteps_BL)
+        )
+        output = self._compute(one, noised, timesteps, shield_scale, None, logit_index_N)
+        velocity = output.velocity.new_zeros(noised_BLZ.flatten(0, 1).shape)
+        logits = output.logits
+        if logit_index_N is None:
+            logits = logits.view(*batch.tokens.shape, logits.shape[-1])
+        return replace(
+            output,
+            logits=logits,
+            velocity=velocity.index_copy(0, latent, output.velocity[0]).view(noised_BLZ.shape),
+        )
+
+    def _compute(
+        self,
+        batch: PackedBatch,
+        noised_BLZ: torch.Tensor,
+        timesteps_BL: torch.Tensor,
+        shield_scale: torch.Tensor,
+        cache: KeyValueCache | None,
+        logit_index_N: torch.Tensor | None,
+    ) -> ModelOutput:
+        """``forward`` of a batch as it is."""
         # Every part runs on every batch, also without an image: under FSDP a rank that skipped one would leave its peers waiting in
         # the all-gather.
         vit = self._encode(batch)
@@ -209,9 +241,12 @@ class SymbioticModel(ModelProtocol):
         shape, num_keys, device = query_BT.shape, key_BN.shape[1], query_BT.device
         if self.args.attention_backend == "flex" and shape[1] > 0:
             return block_mask(rule, shape, device, num_keys)
-        if device.type == "cpu" and not self.is_compiled:
+        if not self._has_static_shapes(device):
             return segment_mask(rule, query_BT, key_BN)
         return dense_mask(rule, shape, device, num_keys=num_keys)
+
+    def _has_static_shapes(self, device: torch.device) -> bool:
+        return self.static_shapes or device.type != "cpu"
 
     def _rotary(self, positions_BTA: torch.Tensor) -> RotaryTables:
         args, device = self.args, positions_BTA.device

@@ -63,7 +63,7 @@ def _eager_when_tiny(
 
 def apply_compile(model: SymbioticModel, backend: str) -> None:
     """Compile the units of ``model`` in place, with ``fullgraph``, so that a graph break is an error instead of a slowdown."""
-    model.is_compiled = True
+    model.static_shapes = True
     for owner, attribute, dynamic in compile_units(model):
         eager = getattr(owner, attribute)
         # Static shapes give faster kernels; only the experts' rows change from batch to batch.

@@ -67,6 +67,49 @@ class PackedBatch:
         """Called by torch's DataLoader when ``pin_memory`` is on."""
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
+    def as_one_sequence(self) -> tuple["PackedBatch", torch.Tensor]:
+        """(one sequence of length B * T with the documents of all sequences, and with only those image tokens that are used; the
+        (L',) latent tokens that it kept, of 0 to B * L - 1).
+
+        Where no image is used, one of its unused tokens is kept. The sizes depend on the data, and the host reads them.
+        """
+        rows, length = self.tokens.shape
+        start_B1 = length * torch.arange(rows, device=self.tokens.device).unsqueeze(1)
+        num_patches, num_vit_tokens = self.vit_image.shape[1], self.vit_index.shape[1]
+        patch = _used(self.vit_image >= 0, at_least=num_patches // max(num_vit_tokens, 1))
+        vit_token, latent = _used(self.vit_index < length), _used(self.vae_image >= 0)
+
+        def joined(values: torch.Tensor, kept: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+            return values.flatten(0, 1)[kept].unsqueeze(0)
+
+        def renumbered(
+            numbers: torch.Tensor, kept: torch.Tensor | slice = slice(None)
+        ) -> torch.Tensor:
+            # A sequence has fewer documents, and fewer images, than tokens.
+            return joined(torch.where(numbers >= 0, numbers + start_B1, numbers), kept)
+
+        def moved(index: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+            return joined(torch.where(index < length, index + start_B1, rows * length), kept)
+
+        one = PackedBatch(
+            tokens=joined(self.tokens),
+            modality=joined(self.modality),
+            document=renumbered(self.document),
+            span=renumbered(self.span),
+            positions=joined(self.positions),
+            labels=joined(self.labels),
+            task=joined(self.task),
+            vit_patches=joined(self.vit_patches, patch),
+            vit_coords=joined(self.vit_coords, patch),
+            vit_image=renumbered(self.vit_image, patch),
+            vit_index=moved(self.vit_index, vit_token),
+            latents=joined(self.latents, latent),
+            vae_coords=joined(self.vae_coords, latent),
+            vae_image=renumbered(self.vae_image, latent),
+            vae_index=moved(self.vae_index, latent),
+        )
+        return one, latent
+
     def num_tokens(self) -> torch.Tensor:
         """(NUM_MODALITIES,) int64: positions of each modality in this batch."""
         # A comparison with arange, because bincount syncs with the device for the size of its result.
@@ -82,6 +125,12 @@ class PackedBatch:
     def num_latent_tokens(self) -> torch.Tensor:
         """() int64: positions with a flow loss."""
         return (self.vae_image >= 0).sum()
+
+
+def _used(is_used: torch.Tensor, at_least: int = 1) -> torch.Tensor:
+    """Indices of the tokens that are used; of the first ``at_least`` where none is."""
+    used = is_used.flatten().nonzero().squeeze(1)
+    return used if used.numel() else torch.arange(min(at_least, is_used.numel()))
 
 
 def stack_rows(rows: list[PackedBatch]) -> PackedBatch:

@@ -120,12 +120,13 @@ def test_attention_by_segments_equals_the_dense_mask(mixed_batch, vit_attention,
     results = {}
     for name, mask in {
         "dense": dense_mask(rule, document_BT.shape, document_BT.device),
-        "segments": segment_mask(rule, document_BT, document_BT),
+        "segments": (by_segments := segment_mask(rule, document_BT, document_BT)),
     }.items():
         output_BTS = attend(*tensors, mask)
         gradients = torch.autograd.grad((output_BTS * weight_BTS).sum(), tensors)
         results[name] = (output_BTS * used_B1T1[:, 0], *gradients)
     assert not used_B1T1.all() and output_BTS.isfinite().all()
+    assert {s.causal for row in by_segments.rows for s in row} == {False, vit_attention == "causal"}
     for got, expected in zip(results["segments"], results["dense"], strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 

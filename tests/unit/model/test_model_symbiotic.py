@@ -46,6 +46,36 @@ def test_a_document_reads_the_same_alone_and_packed(model, args, pack, forward):
     assert start == (packed_batch.document >= 0).sum() and vae_start == 7
 
 
+@pytest.mark.parametrize("kind", ["plain", "deep", "queries"])
+def test_one_sequence_without_unused_image_tokens_is_the_whole_batch(
+    mixed_batch, pack, args, deep, query_args, make_model, kind
+):
+    """What a CPU computes against static shapes and dense masks: losses' inputs, records and the gradient of every parameter; also
+    for a batch without images."""
+    model = make_model({"plain": args, "deep": deep, "queries": query_args}[kind])
+    no_images = stack_rows([pack([[("text", 9)]], args), pack([[("text", 20)]], args)])
+    queried = pack([[("text", 3), ("vit", 4, 4), ("vae", 2, 2)], [("vit", 2, 2)]], query_args)
+    images = stack_rows([queried, pack([[("text", 9)]], query_args)])
+    for batch in (images if kind == "queries" else mixed_batch, no_images):
+        used_BT, index_N = batch.document >= 0, torch.tensor([0, 3, 8, 60, 53, 2])
+        timesteps_BL = torch.linspace(0.1, 0.9, batch.vae_image.numel()).view(batch.vae_image.shape)
+        results = []
+        for model.static_shapes in (False, True):
+            inputs = (batch, batch.latents, timesteps_BL, torch.tensor(1.0))
+            output, chosen = model(*inputs), model(*inputs, logit_index_N=index_N)
+            loss = output.logits[used_BT].square().mean() + output.velocity.square().sum()
+            loss += sum(share.square().sum() for r in output.records for share in r.prob_sum)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            counts = [r.counts for r in output.records]
+            shapes = (output.logits.shape, output.velocity.shape, chosen.logits.shape)
+            logits = (output.logits[used_BT], chosen.logits)
+            results.append((shapes, [*logits, output.velocity, *counts, *gradients]))
+        (shapes, got), (expected_shapes, expected) = results
+        assert shapes == expected_shapes == ((2, 48, 272), batch.latents.shape, (6, 272))
+        for some, others in zip(got, expected, strict=True):
+            torch.testing.assert_close(some, others, atol=2e-5, rtol=1e-4)
+
+
 def test_text_is_causal(model, args, pack, forward):
     batch = pack([[("text", 12)]], args)
     tokens = batch.tokens.clone()
