@@ -1,8 +1,9 @@
 """What the model costs: parameters, and FLOPs per token of each modality.
 
 A multiply-add is two FLOPs. A token counts the parameters it passes through: the decoder with its top-k experts, and the embedding
-and head of its own modality (text: embedding table and output; vit: the encoder; vae: latent embedding and flow head). Attention
-counts the whole sequence for every query, as torchtitan does, so that MFU is comparable.
+and head of its own modality (text: embedding table and output; vit: the encoder; vae: latent embedding and flow head). Text without a
+label has no logits in training, and pays for none. Attention counts the whole sequence for every query, as torchtitan does, so that
+MFU is comparable.
 """
 
 import re
@@ -41,18 +42,24 @@ class ModelCost:
     parameters:    number of all parameters.
     active:        parameters that one token passes through.
     forward_flops: FLOPs of one token's forward.
+    logit_flops:   those of a text token's logits, which are part of its ``forward_flops``.
     """
 
     parameters: int
     active: tuple[int, ...]
     forward_flops: tuple[int, ...]
+    logit_flops: int
 
-    def training_flops_per_token(self, shares: tuple[float, ...] | None = None) -> int:
+    def training_flops_per_token(
+        self, shares: tuple[float, ...] | None = None, labelled: float | None = None
+    ) -> int:
         """Forward and backward (twice the forward), mean over the modalities weighted by their ``shares`` of the tokens, which are
-        equal by default."""
+        equal by default. ``labelled``: the share of tokens with a label; by default all text has one."""
         shares = shares or (1.0,) * NUM_MODALITIES
-        mean = sum(f * s for f, s in zip(self.forward_flops, shares, strict=True)) / sum(shares)
-        return round(3 * mean)
+        total = sum(f * s for f, s in zip(self.forward_flops, shares, strict=True))
+        if labelled is not None:
+            total -= self.logit_flops * (shares[TEXT] - labelled)
+        return round(3 * total / sum(shares))
 
 
 def model_cost(
@@ -90,6 +97,7 @@ def model_cost(
         parameters=sum(p.numel() for p in model.parameters()),
         active=tuple(round(a) for a in active),
         forward_flops=tuple(round(f) for f in forward),
+        logit_flops=2 * args.vocab_size * args.dim,
     )
 
 

@@ -75,7 +75,8 @@ class SymbioticMetrics(MetricsProcessor):
         self.capacity_factor = job_config.experts.capacity_factor
         self.last_logged_step: int | None = None
         self.cost: ModelCost | None = None  # set by the trainer, which has the model
-        self.tokens_at_last_log = torch.zeros(NUM_MODALITIES, dtype=torch.int64)
+        self.labels_since_last_log = 0
+        self.tokens_since_last_log = torch.zeros(NUM_MODALITIES, dtype=torch.int64)
 
     def should_log(self, step: int) -> bool:
         """Besides upstream's steps: the last one, and those with a full routing report."""
@@ -87,21 +88,29 @@ class SymbioticMetrics(MetricsProcessor):
             return False
         return step % self.routing_freq == 0 or step in (1, self.num_steps)
 
-    def flops_per_token(self, tokens_seen: torch.Tensor) -> float:
-        """Training FLOPs per token, weighted by the modalities' shares of tokens since the last call."""
-        assert self.cost is not None
-        shares = (tokens_seen - self.tokens_at_last_log).tolist()
-        self.tokens_at_last_log = tokens_seen.clone()
-        return self.cost.training_flops_per_token(tuple(float(share) for share in shares))
+    def count(self, tokens: torch.Tensor, num_labels: int) -> None:
+        """Add a step's (modalities,) tokens and its labels to those since the last log."""
+        self.ntokens_since_last_log += int(tokens.sum())
+        self.tokens_since_last_log += tokens
+        self.labels_since_last_log += num_labels
 
-    def performance(self, step: int, tokens_seen: torch.Tensor) -> dict[str, float]:
+    def flops_per_token(self) -> float:
+        """Training FLOPs per token, weighted by the modalities' and the labels' shares of tokens since the last call."""
+        assert self.cost is not None
+        shares = tuple(map(float, self.tokens_since_last_log))
+        flops = self.cost.training_flops_per_token(shares, float(self.labels_since_last_log))
+        self.tokens_since_last_log.zero_()
+        self.labels_since_last_log = 0
+        return flops
+
+    def performance(self, step: int) -> dict[str, float]:
         """Throughput since the last call; MFU only if the peak FLOPS of the device are known."""
         elapsed = time.perf_counter() - self.time_last_log
         num_steps = max(step - (self.last_logged_step or step - 1), 1)
         tokens_per_second = self.ntokens_since_last_log / elapsed
         loading = sum(self.data_loading_times)
         per_device = tokens_per_second / self.parallel_dims.world_size
-        flops = self.flops_per_token(tokens_seen) * per_device
+        flops = self.flops_per_token() * per_device
         utilisation = 100 * flops / self.gpu_peak_flops
         memory = self.device_memory_monitor.get_peak_stats()
         metrics = {
@@ -139,7 +148,7 @@ class SymbioticMetrics(MetricsProcessor):
         metrics |= {"data/fill": report.fill}
         metrics |= {f"data/weight/{name}": weight for name, weight in report.weights.items()}
         metrics |= {f"data/{name}": count for name, count in report.skipped.items()}
-        metrics |= self.performance(report.step, report.tokens_seen)
+        metrics |= self.performance(report.step)
         self.logger.log(metrics, report.step)
         self.log_console(report, metrics)
 

@@ -283,7 +283,7 @@ class SymbioticTrainer(Trainer):
         tokens = totals.modality.to("cpu", torch.int64)
         self.tokens_seen += tokens
         self.ntokens_seen = int(self.tokens_seen.sum())
-        self.metrics_processor.ntokens_since_last_log += int(tokens.sum())
+        self.metrics_processor.count(tokens, num_labels=int(totals.counts["text"].sum()))
 
     def check_finite(
         self, losses: dict[str, float], grad_norm: float, results: list[MicroBatchResult]

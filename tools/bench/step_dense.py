@@ -1,10 +1,10 @@
 """The dense limit of a training step: the time of plain matmuls with as many FLOPs as the step.
 
-The FLOPs of a step are those of ``model/flops.py``: of every token of the step, by its modality, forward and backward; padding
-counts nothing, recomputation neither. That counts attention as torchtitan does, every query with its whole row. The matmuls
-are one linear layer of the model's width D, without anything around it: (T, D) by (D, 4 D), T the positions of a micro-batch, and both
-gradients, in the dtype of ``training.mixed_precision_param``, as often as the step's FLOPs ask for. Share of the dense limit:
-their seconds / the step's.
+The FLOPs of a step are those of ``model/flops.py``: of every token of the step, by its modality, and of the logits of every label,
+forward and backward; padding counts nothing, recomputation neither. Attention counts as torchtitan does, every query with its whole
+row. The matmuls are one linear layer of the model's width D, without anything around it: (T, D) by (D, 4 D), T the positions of a
+micro-batch, and both gradients, in the dtype of ``training.mixed_precision_param``, as often as the step's FLOPs ask for. Share of the
+dense limit: their seconds / the step's.
 """
 
 import time
@@ -54,8 +54,9 @@ class DenseLimit:
     def flops(self) -> float:
         """Of the last step, forward and backward."""
         tokens = self._tokens()
+        labelled = float(sum(batch.num_labels() for batch in self._batches))
         cost = self._trainer.metrics_processor.cost
-        return cost.training_flops_per_token(tuple(map(float, tokens))) * sum(tokens)
+        return cost.training_flops_per_token(tuple(map(float, tokens)), labelled) * sum(tokens)
 
     def share_in_documents(self) -> float:
         """The share of ``flops`` that is left where attention counts, for every query, its own document only."""

@@ -86,6 +86,18 @@ def test_training_flops_are_three_forwards_weighted_by_the_tokens(make_args):
     assert got.training_flops_per_token() == pytest.approx(sum(got.forward_flops), abs=1)
 
 
+def test_text_without_a_label_pays_for_no_logits(make_args):
+    got = cost(make_args())
+    head = 2 * 272 * 32
+    assert got.training_flops_per_token((1.0, 0.0, 0.0), 1.0) == 3 * got.forward_flops[TEXT]
+    assert got.training_flops_per_token((1.0, 0.0, 0.0), 0.0) == 3 * (
+        got.forward_flops[TEXT] - head
+    )
+    everything = 300 * got.forward_flops[TEXT] + 500 * got.forward_flops[VAE]
+    expected = 3 * (everything - 180 * head) / 800
+    assert got.training_flops_per_token((300.0, 0.0, 500.0), 120.0) == round(expected)
+
+
 def test_flops_agree_with_the_matrix_products_that_torch_counts(
     make_args, make_model, forward, pack
 ):

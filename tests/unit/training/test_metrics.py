@@ -27,7 +27,7 @@ COUNTS = torch.tensor([[[4, 4, 2, 2, 0, 0], [0] * 6, [0, 0, 0, 0, 6, 2]]]).repea
 class NoCost:
     """Stands in for the model's cost."""
 
-    def training_flops_per_token(self, shares):
+    def training_flops_per_token(self, shares, labelled):
         return 1.0
 
 
@@ -121,6 +121,22 @@ def test_without_tensorboard_other_loggers_get_the_scalars(make_metrics):
     metrics.logger = sink = Sink()
     metrics.log_step(report(1))
     assert sink.seen["routing_by_layer/imbalance/text/layer_01"] == pytest.approx(4 / 3)
+
+
+def test_flops_are_those_of_the_tokens_and_labels_since_the_last_log(make_metrics):
+    class Cost(NoCost):
+        def training_flops_per_token(self, shares, labelled):
+            asked.append((shares, labelled))
+            return 1.0
+
+    metrics, asked = make_metrics(), []
+    metrics.cost = Cost()
+    for step, num_labels in ((1, 3), (2, 4), (3, 5)):
+        metrics.count(torch.tensor([7, 0, 2]), num_labels)
+        if step != 1:
+            metrics.log_step(report(step))
+    assert asked == [((14.0, 0.0, 4.0), 7.0), ((7.0, 0.0, 2.0), 5.0)]
+    assert metrics.ntokens_since_last_log == 0
 
 
 def test_first_signal_is_remembered_and_a_second_interrupt_is_not_held_back():
