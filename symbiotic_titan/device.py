@@ -46,6 +46,15 @@ def supports_flex_attention() -> bool:
     return torch.cuda.is_available()
 
 
+def has_slow_bfloat16() -> bool:
+    """Whether a CPU multiplies matrices much faster in float32: 7 times on one with AVX2, whose kernels for bfloat16 are plain loops."""
+    import torch
+
+    if device_type() != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def cuda_capability() -> tuple[int, int] | None:
     """Compute capability of this process's CUDA device; None without one."""
     import torch

@@ -16,7 +16,7 @@ from symbiotic_titan.config.optimizer import OPTIMIZER_BUILDERS
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.tokenizer import open_tokenizer
-from symbiotic_titan.device import device_type, supports_flex_attention
+from symbiotic_titan.device import device_type, has_slow_bfloat16, supports_flex_attention
 from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
@@ -151,7 +151,7 @@ def _check_finite(where: str, value: Any) -> None:
 
 
 def check_device(config: JobConfig, args: ModelArgs) -> None:
-    """Refuse now what would fail on this device only at the first backward."""
+    """Refuse now what would fail on this device only at the first backward; say now what is slow on it."""
     if args.attention_backend == "flex" and not supports_flex_attention():
         raise ValueError(
             "attention_backend = 'flex' needs a CUDA device: FlexAttention has no backward on this one; use 'sdpa'"
@@ -170,6 +170,11 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
     if config.checkpoint.async_mode == "async_with_pinned_mem":
         raise ValueError(
             "checkpoint.async_mode = 'async_with_pinned_mem' needs an accelerator; use 'async'"
+        )
+    if config.training.mixed_precision_param == "bfloat16" and has_slow_bfloat16():
+        logger.warning(
+            "training.mixed_precision_param = 'bfloat16': this CPU has no instructions for it (AVX512, AMX), and steps take several times "
+            "as long as with 'float32'"
         )
 
 

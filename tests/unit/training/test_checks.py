@@ -215,3 +215,16 @@ def test_a_shield_needs_a_flavor_with_a_shared_expert_or_a_new_one(tmp_path):
         check_shielding(config, args)
     args.shared_hidden_dim = args.expert_hidden_dim
     check_shielding(config, args)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slow", "warnings"),
+    [("bfloat16", True, 1), ("bfloat16", False, 0), ("float32", True, 0)],
+)
+def test_bfloat16_on_a_cpu_that_has_no_instructions_for_it_is_reported(
+    tmp_path, monkeypatch, caplog, dtype, slow, warnings
+):
+    monkeypatch.setattr(checks, "has_slow_bfloat16", lambda: slow)
+    check_job(config_of(tmp_path, "--training.mixed_precision_param", dtype))
+    messages = [r.message for r in caplog.records if "as long as with 'float32'" in r.message]
+    assert len(messages) == warnings
