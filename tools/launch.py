@@ -8,13 +8,13 @@ line what is wrong; the status is passed on, and the line is repeated only if no
 import os
 import sys
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-from symbiotic_titan.process import MISTAKE
+from symbiotic_titan.process import MISTAKE, loading
 
 
 def main() -> int:
+    with loading():
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     try:
         run.main(sys.argv[1:])
     except ChildFailedError as error:
