@@ -44,11 +44,13 @@ def part(module: str, name: str) -> Any:
         ValueError: it has no such module.
     """
     # Looked for as files: where another checkout is installed as editable, its import hook offers what this one lacks.
-    for home in HOMES:
-        if (checkout() / home.replace(".", "/") / f"{module}.py").is_file():
-            return getattr(import_module(f"{home}.{module}"), name)
-    places = " or ".join(f"{home}.{module}" for home in HOMES)
-    raise ValueError(f"there is no {places} in it, as there is since commit d603279")
+    places = [f"{home}.{module}" for home in HOMES]
+    for place in places:
+        if (checkout() / f"{place.replace('.', '/')}.py").is_file():
+            return getattr(import_module(place), name)
+    raise ValueError(
+        f"it has no {' or '.join(places)}; commits before d603279 cannot be compared with"
+    )
 
 
 def register() -> None:
@@ -67,7 +69,7 @@ def load_config(config_file: str, folder: str, steps: int, overrides: list[str])
     Raises:
         ValueError: a mistake in the config or in the ``overrides``.
     """
-    config = import_module("symbiotic_titan.config.load").load_job_config(
+    config = part("config.load", "load_job_config")(
         [
             *("--job.config_file", config_file, "--job.dump_folder", folder),
             *("--training.steps", str(steps), "--checkpoint.no_enable"),
@@ -149,11 +151,12 @@ def serve(request: dict[str, Any]) -> None:
     def answer(values: dict[str, Any]) -> None:
         answers.write(json.dumps(values) + "\n")
 
-    assert str(checkout()) == request["root"], checkout()
     run = request["folder"], request["steps"], request["overrides"]
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     try:
+        if str(checkout()) != request["root"]:
+            raise ValueError("it has no package symbiotic_titan")
         register()
         config = accepted(request["configs"], *run)
         trainer = make_trainer(config, *run)

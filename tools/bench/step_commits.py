@@ -15,8 +15,8 @@ import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +47,9 @@ def commit_of(reference: str) -> str | None:
 
 def unpack(commit: str, folder: Path) -> None:
     """Write the files of ``commit`` to ``folder``."""
-    command = ["git", "-C", str(ROOT), "archive", "--format=tar", commit]
+    command = ["git", "-C", str(ROOT), "archive", "--format=zip", commit]
     packed = subprocess.run(command, capture_output=True, check=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        archive.extractall(folder, filter="data")
+    zipfile.ZipFile(io.BytesIO(packed)).extractall(folder)
 
 
 class Child:

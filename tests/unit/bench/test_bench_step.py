@@ -9,11 +9,19 @@ from types import SimpleNamespace
 import pytest
 import step_child
 import step_commits
+import step_dense
 
+from symbiotic_titan.data.documents import Document, TextSegment
+from symbiotic_titan.data.packing import SequenceSize
+from symbiotic_titan.data.sequence_builder import SequenceBuilder
+from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.demo.write import WorldSize, write_world
 from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.model_config import write_model_config
+from symbiotic_titan.sequence.modality import TEXT
 from tests.helpers.forked import script_here, start
+from tests.helpers.stored_models import make_model, tiny_args
 from tests.helpers.structure import ROOT
 
 STEP = ROOT / "tools" / "bench" / "step.py"
@@ -123,14 +131,17 @@ def test_the_step_against_that_of_a_commit_with_another_layout(folder, name):
     if step_commits.commit_of("d603279") is None:
         pytest.skip("this clone does not reach back to d603279")
     counts = ["--steps", "2", "--warmup", "0"]
-    found = last_line(folder, *toy(name, folder), "--against", "d603279", *counts)
+    config = str(
+        ROOT / "train_configs" / f"{name}.toml"
+    )  # whole: it knows not every key of a flavor
+    found = last_line(folder, config, *TOY, "--against", "d603279", *counts)
     check_commits(found, "d603279", name)
 
 
 def test_a_trainer_is_found_where_older_layouts_had_it(tmp_path, monkeypatch):
     monkeypatch.setattr(step_child, "checkout", lambda: tmp_path)
     (tmp_path / "symbiotic_titan").mkdir()
-    with pytest.raises(ValueError, match=r"there is no symbiotic_titan\.training\.trainer or"):
+    with pytest.raises(ValueError, match=r"it has no symbiotic_titan\.training\.trainer or"):
         step_child.part("trainer", "SymbioticTrainer")
     (tmp_path / "symbiotic_titan" / "trainer.py").touch()
     older = SimpleNamespace(SymbioticTrainer="the trainer")
@@ -148,6 +159,53 @@ def test_a_config_that_neither_of_the_files_is_accepted_for_is_refused_with_its_
     assert step_child.accepted(["new.toml", "old.toml"], *run) == "old.toml"
     with pytest.raises(ValueError, match="new.toml: no"):
         step_child.accepted(["new.toml"], *run)
+
+
+def limit_of(lengths, seq_len):
+    """(the dense limit of a step with a row that is packed with documents of these lengths, its cost)."""
+    model = make_model(tiny_args())
+    cost = model_cost(model, model.args, seq_len)
+    trainer = SimpleNamespace(
+        model_parts=[model],
+        model_args=model.args,
+        metrics_processor=SimpleNamespace(cost=cost),
+        job_config=SimpleNamespace(
+            training=SimpleNamespace(
+                local_batch_size=1, seq_len=seq_len, mixed_precision_param="float32"
+            )
+        ),
+        gradient_accumulation_steps=1,
+        device="cpu",
+        to_device=lambda batch: batch,
+    )
+    limit = step_dense.DenseLimit(trainer)
+    builder = SequenceBuilder(
+        SequenceSize(seq_len, 0, 0), model.args.geometry, "grid", ByteTokenizer().special
+    )
+    for step in ([5], lengths):  # the first no longer counts
+        trainer.to_device(builder.build([Document(0, (TextSegment([1] * n),)) for n in step]))
+    return limit, cost
+
+
+def test_the_dense_limit_counts_the_flops_of_the_last_steps_tokens(monkeypatch):
+    limit, cost = limit_of([24, 24], 64)
+    assert limit.flops() == pytest.approx(3 * 48 * cost.forward_flops[TEXT])
+    clock = iter([10.0, 16.0])
+    monkeypatch.setattr(step_dense.time, "perf_counter", lambda: next(clock))
+    calls = []
+    monkeypatch.setattr(
+        step_dense.torch, "mm", lambda a, b: calls.append(2 * a.numel() * b.shape[1])
+    )
+    assert limit.seconds() == pytest.approx(6.0 * limit.flops() / sum(calls))
+    assert sum(calls) == pytest.approx(limit.flops(), rel=0.5)
+
+
+def test_attention_within_documents_is_what_rows_of_their_length_would_cost():
+    limit, cost = limit_of([24, 24], 64)
+    model = make_model(tiny_args())
+    short = model_cost(model, model.args, 24)
+    expected = short.forward_flops[TEXT] / cost.forward_flops[TEXT]
+    assert limit.share_in_documents() == pytest.approx(expected) and expected < 0.95
 
 
 def test_a_mistake_in_a_config_is_told_in_one_line(folder):
