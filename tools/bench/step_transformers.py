@@ -31,7 +31,7 @@ from symbiotic_titan.data.sequence_builder import SequenceBuilder
 from symbiotic_titan.data.tokenizer import NUM_BYTES, ByteTokenizer
 from symbiotic_titan.device import device_type
 from symbiotic_titan.hf.architectures.qwen3_vl_moe import QWEN3_VL_MOE
-from symbiotic_titan.losses.terms import StepInputs, text_sums
+from symbiotic_titan.losses.terms import StepInputs, label_index, text_sums
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
@@ -218,11 +218,15 @@ def make_batch(shape: Shape, seed: int) -> PackedBatch:
 
 
 def our_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """As the trainer computes it: logits where there are labels, and the cross entropy outside of autocast."""
+    index_N = label_index(batch.labels)  # device sync
     timesteps_BL = torch.zeros(batch.vae_image.shape, device=batch.tokens.device)
     no_shield = torch.ones((), device=batch.tokens.device)
-    out = model(batch, batch.latents, timesteps_BL, no_shield)
-    with torch.autocast(device_type(), enabled=False):  # as the trainer's, which is outside of it
-        inputs = StepInputs(batch, out.logits, out.velocity, batch.latents, out.records)
+    out = model(batch, batch.latents, timesteps_BL, no_shield, logit_index_N=index_N)
+    with torch.autocast(device_type(), enabled=False):
+        inputs = StepInputs(
+            batch, out.logits, out.velocity, batch.latents, out.records, logit_index=index_N
+        )
         return text_sums(inputs).sum() / batch.num_labels()
 
 
