@@ -44,7 +44,8 @@ def loss_and_gradients(model, batch, scale):
     model.zero_grad()
     timesteps_BL = torch.linspace(0.1, 0.9, batch.vae_image.shape[1]).expand(batch.vae_image.shape)
     output = model(batch, batch.latents, timesteps_BL, torch.tensor(scale))
-    loss = output.logits.square().mean() + output.velocity.square().mean()
+    used_BT = batch.document >= 0  # logits of padding have no meaning
+    loss = output.logits[used_BT].square().mean() + output.velocity.square().mean()
     loss = loss + sum(p.square().sum() for r in output.records for p in r.prob_sum) / 100
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
