@@ -67,7 +67,8 @@ def loss_and_gradients(model):
     timesteps_BL = torch.linspace(0.1, 0.9, batch.vae_image.shape[1]).expand(batch.vae_image.shape)
     model.zero_grad()
     output = model(batch, batch.latents, timesteps_BL, torch.tensor(0.5))
-    loss = output.logits.square().mean() + output.velocity.square().mean()
+    used_BT = batch.document >= 0  # logits of padding have no meaning
+    loss = output.logits[used_BT].square().mean() + output.velocity.square().mean()
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
