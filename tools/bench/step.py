@@ -242,6 +242,7 @@ def main() -> int:
     )
     if args.threads:
         torch.set_num_threads(args.threads)
+    facts = machine()  # now: the checkout may go on to another commit in the meantime
     is_child = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         results = (run_against if args.against else run_configs)(args, overrides)
@@ -263,7 +264,7 @@ def main() -> int:
         for name, row in results.items()
         if isinstance(row, dict) and "share_of_dense" in row
     }
-    print(json.dumps({**machine(), **results, **({"share_of_dense": shares} if shares else {})}))
+    print(json.dumps({**facts, **results, **({"share_of_dense": shares} if shares else {})}))
     return 0
 
 

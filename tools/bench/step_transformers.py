@@ -41,7 +41,7 @@ from symbiotic_titan.sequence.tasks import task_number
 ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
 
 # Relative difference of loss and gradient norm at the first step. In bfloat16 rounding makes some tokens choose other experts.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 MULTIPLE = 8  # of dim and hidden: torch's grouped matmul takes rows of whole 16 bytes
 
 
