@@ -183,13 +183,19 @@ def limit_of(lengths, seq_len):
         SequenceSize(seq_len, 0, 0), model.args.geometry, "grid", ByteTokenizer().special
     )
     for step in ([5], lengths):  # the first no longer counts
-        trainer.to_device(builder.build([Document(0, (TextSegment([1] * n),)) for n in step]))
+        opening, texts = TextSegment([1]), [TextSegment([1] * (n - 1), trained=True) for n in step]
+        trainer.to_device(builder.build([Document(0, (opening, text)) for text in texts]))
     return limit, cost
+
+
+def flops_of_two_texts(cost):
+    """Of 48 tokens of text, all labels but the first of each of two documents."""
+    return 3 * (48 * cost.forward_flops[TEXT] - 2 * cost.logit_flops)
 
 
 def test_the_dense_limit_counts_the_flops_of_the_last_steps_tokens(monkeypatch):
     limit, cost = limit_of([24, 24], 64)
-    assert limit.flops() == pytest.approx(3 * 48 * cost.forward_flops[TEXT])
+    assert limit.flops() == pytest.approx(flops_of_two_texts(cost))
     clock = iter([10.0, 16.0])
     monkeypatch.setattr(step_dense.time, "perf_counter", lambda: next(clock))
     calls = []
@@ -204,7 +210,7 @@ def test_attention_within_documents_is_what_rows_of_their_length_would_cost():
     limit, cost = limit_of([24, 24], 64)
     model = make_model(tiny_args())
     short = model_cost(model, model.args, 24)
-    expected = short.forward_flops[TEXT] / cost.forward_flops[TEXT]
+    expected = flops_of_two_texts(short) / flops_of_two_texts(cost)
     assert limit.share_in_documents() == pytest.approx(expected) and expected < 0.95
 
 
