@@ -1,23 +1,28 @@
 #!/usr/bin/env python3
 """Forward + backward of the partitioned MoE layer against other implementations, on a CPU.
 
-Example: tools/bench/moe.py --repeats 20 --threads 2
+Example: tools/bench/moe.py --experts 16 128 --top-k 2 8 --repeats 20 --threads 2
 
 Contenders, all with the same tokens, FLOPs and weight shapes:
-  partitioned   this layer, 96 experts for text and ViT tokens, 32 for VAE tokens; 3/4 of the tokens are text, 1/4 VAE, mixed
-  standard      this layer, one pool of 128 experts
+  partitioned   this layer, 3/4 of the experts for text and ViT tokens, the rest for VAE tokens; 3/4 of the tokens are text,
+                1/4 VAE, mixed. If a quarter of the experts is fewer than --top-k, VAE tokens have --top-k experts
+  standard      this layer, one pool of all experts
   loop          nn.ModuleList of experts, boolean masks, index_add: usual research code
   transformers  Qwen3MoeSparseMoeBlock of the transformers package with its grouped_mm experts (its default in a model)
   dense         the limit: three matrices on all T*K rows and their backward, nothing else (no routing, no activation)
 Routers are random, not balanced. Gradients of the input and of all parameters are computed and thrown away.
+
+Shapes: large T=4096 D=F=512, small T=1024 D=F=256, toy T=64 D=F=16. Each is measured in each of --dtypes with each number of
+--experts and each --top-k.
 
 Times are medians over interleaved rounds; a ratio is the median of the rounds' ratios. Every contender sees one batch, so
 that kernels compiled for its row counts are reused. --fresh gives a new batch in each round, as in training: then bf16 loops
 compile kernels for new row counts all the time.
 
 The last line is JSON. partitioned_over_standard, loop_over_partitioned and transformers_over_partitioned are quotients of
-times, at the large shape in bf16; partitioned_over_dense there is dense time / partitioned time, the share of the limit that is
-reached (0.72: 72 %). ``all`` has the same for every shape and dtype, ``times`` the milliseconds.
+times; partitioned_over_dense is dense time / partitioned time, the share of the limit that is reached (0.72: 72 %). All four
+are those of the first case (by default the large shape in bf16); ``worst`` has the worst over all cases, ``all`` those of
+every case, ``times`` the milliseconds.
 """
 
 import argparse
@@ -25,6 +30,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -36,10 +42,6 @@ from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import ExpertGroup, MoEArgs
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 
-NUM_EXPERTS, TOP_K = 128, 8
-PARTITION = (ExpertGroup("und", (TEXT, VIT), 96), ExpertGroup("gen", (VAE,), 32))
-POOL = (ExpertGroup("all", (TEXT, VIT, VAE), NUM_EXPERTS),)
-
 # Read when OpenMP and oneDNN are loaded. Spinning threads make every contender slower as soon as anything else uses a core;
 # with the default cache oneDNN forgets the kernels of one contender while it runs the next.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
@@ -47,13 +49,49 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 
 
 @dataclass(frozen=True)
 class Shape:
-    name: str
     tokens: int
     dim: int
     hidden_dim: int
 
 
-SHAPES = (Shape("large", 4096, 512, 512), Shape("small", 1024, 256, 256))
+SHAPES = {"large": Shape(4096, 512, 512), "small": Shape(1024, 256, 256), "toy": Shape(64, 16, 16)}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: its size, the dtype of weights and tokens, and how many experts a token visits of how many."""
+
+    shape: Shape
+    dtype: torch.dtype
+    num_experts: int
+    top_k: int
+
+    @property
+    def partition(self) -> tuple[ExpertGroup, ...]:
+        gen = max(self.num_experts // 4, self.top_k)
+        return (
+            ExpertGroup("und", (TEXT, VIT), self.num_experts - gen),
+            ExpertGroup("gen", (VAE,), gen),
+        )
+
+    @property
+    def pool(self) -> tuple[ExpertGroup, ...]:
+        return (ExpertGroup("all", (TEXT, VIT, VAE), self.num_experts),)
+
+
+def impossible(num_experts: int, top_k: int) -> str | None:
+    """Why no layer can be built with these values, or None."""
+    if num_experts < 4 or num_experts % 4:
+        return f"--experts must be positive multiples of 4, a quarter for VAE tokens, got {num_experts}"
+    if top_k < 1:
+        return f"--top-k must be at least 1, got {top_k}"
+    if 2 * top_k > num_experts:
+        return (
+            f"--top-k must be at most half of --experts, because a token visits experts of one of two groups, "
+            f"got {top_k} of {num_experts}"
+        )
+    return None
 
 
 class Expert(nn.Module):
@@ -70,13 +108,15 @@ class Expert(nn.Module):
 class LoopMoE(nn.Module):
     """The baseline ``loop``."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, case: Case) -> None:
         super().__init__()
-        self.router = nn.Linear(dim, NUM_EXPERTS, bias=False)
-        self.experts = nn.ModuleList(Expert(dim, hidden_dim) for _ in range(NUM_EXPERTS))
+        dim, hidden_dim = case.shape.dim, case.shape.hidden_dim
+        self.top_k = case.top_k
+        self.router = nn.Linear(dim, case.num_experts, bias=False)
+        self.experts = nn.ModuleList(Expert(dim, hidden_dim) for _ in range(case.num_experts))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        weights_TK, experts_TK = self.router(x_TD).float().softmax(-1).topk(TOP_K, dim=-1)
+        weights_TK, experts_TK = self.router(x_TD).float().softmax(-1).topk(self.top_k, dim=-1)
         weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).to(x_TD.dtype)
         out_TD = torch.zeros_like(x_TD)
         for index, expert in enumerate(self.experts):
@@ -100,7 +140,7 @@ class DenseLimit(nn.Module):
         return (x_RD @ self.w1.t()) @ self.w2.t(), x_RD @ self.w3.t()
 
 
-def transformers_block(shape: Shape) -> nn.Module:
+def transformers_block(case: Case) -> nn.Module:
     """The baseline ``transformers``."""
     try:
         from transformers import Qwen3MoeConfig
@@ -111,18 +151,18 @@ def transformers_block(shape: Shape) -> nn.Module:
             "pip install 'transformers>=5,<6', or leave it out with --skip transformers"
         ) from error
     settings: dict[str, Any] = {
-        "hidden_size": shape.dim,
-        "moe_intermediate_size": shape.hidden_dim,
-        "num_experts": NUM_EXPERTS,
-        "num_experts_per_tok": TOP_K,
+        "hidden_size": case.shape.dim,
+        "moe_intermediate_size": case.shape.hidden_dim,
+        "num_experts": case.num_experts,
+        "num_experts_per_tok": case.top_k,
         "norm_topk_prob": True,
         "experts_implementation": "grouped_mm",
     }
     return Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**settings))
 
 
-def our_layer(shape: Shape, groups: tuple[ExpertGroup, ...]) -> PartitionedMoE:
-    return PartitionedMoE(MoEArgs(shape.dim, shape.hidden_dim, groups, TOP_K))
+def our_layer(case: Case, groups: tuple[ExpertGroup, ...]) -> PartitionedMoE:
+    return PartitionedMoE(MoEArgs(case.shape.dim, case.shape.hidden_dim, groups, case.top_k))
 
 
 def step(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor | tuple]) -> None:
@@ -134,15 +174,14 @@ def step(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor | tupl
     torch.autograd.grad(outs, [x, *module.parameters()], grads)
 
 
-def contenders(
-    shape: Shape, dtype: torch.dtype, skip: list[str], fresh: bool
-) -> dict[str, Callable[[], None]]:
+def contenders(case: Case, skip: list[str], fresh: bool) -> dict[str, Callable[[], None]]:
     """Name -> one forward and backward pass."""
+    shape = case.shape
     makers: dict[str, Callable[[], nn.Module]] = {
-        "partitioned": lambda: our_layer(shape, PARTITION),
-        "standard": lambda: our_layer(shape, POOL),
-        "loop": lambda: LoopMoE(shape.dim, shape.hidden_dim),
-        "transformers": lambda: transformers_block(shape),
+        "partitioned": lambda: our_layer(case, case.partition),
+        "standard": lambda: our_layer(case, case.pool),
+        "loop": lambda: LoopMoE(case),
+        "transformers": lambda: transformers_block(case),
         "dense": lambda: DenseLimit(shape.dim, shape.hidden_dim),
     }
     modality_T = torch.where(torch.randperm(shape.tokens) % 4 == 0, VAE, TEXT)
@@ -152,9 +191,9 @@ def contenders(
         module = makers[name]()
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.02)
-        module.to(dtype)
-        rows = shape.tokens * TOP_K if name == "dense" else shape.tokens
-        batch = torch.randn(rows, shape.dim).to(dtype)
+        module.to(case.dtype)
+        rows = shape.tokens * case.top_k if name == "dense" else shape.tokens
+        batch = torch.randn(rows, shape.dim).to(case.dtype)
 
         def forward(x: Tensor) -> Tensor | tuple:
             if isinstance(module, PartitionedMoE):
@@ -170,7 +209,7 @@ def contenders(
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, float]:
-    """The quotients of the last line, for one shape and dtype."""
+    """The quotients of the last line, for one case."""
     pairs = {
         "partitioned_over_standard": ("partitioned", "standard"),
         "loop_over_partitioned": ("loop", "partitioned"),
@@ -184,10 +223,23 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def main() -> int:
+def worst(all_ratios: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The worst value of each ratio over all cases."""
+    every = list(all_ratios.values())
+    return {
+        key: (max if key == "partitioned_over_standard" else min)(row[key] for row in every)
+        for key in every[0]
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["large", "small"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--experts", nargs="+", type=int, default=[128], help="default 128")
+    parser.add_argument("--top-k", nargs="+", type=int, default=[8], help="default 8")
     parser.add_argument("--repeats", type=int, default=11, help="rounds that count (default 11)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
     parser.add_argument("--fresh", action="store_true", help="a new batch in every round")
@@ -198,32 +250,42 @@ def main() -> int:
         choices=["standard", "loop", "transformers", "dense"],
         help="leave a contender out; may be given several times",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.repeats < 2:
         parser.error(f"--repeats must be at least 2 to have a spread, got {args.repeats}")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
+    for num_experts, top_k in product(args.experts, args.top_k):
+        problem = impossible(num_experts, top_k)
+        if problem is not None:
+            parser.error(problem)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     restart_with(ENVIRONMENT)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     times, all_ratios = {}, {}
-    for shape in SHAPES:
-        for dtype in (torch.bfloat16, torch.float32):
-            case = f"{shape.name}_{str(dtype).removeprefix('torch.')}"
-            measured = interleave(
-                contenders(shape, dtype, args.skip, args.fresh), repeats=args.repeats
+    for choice in product(args.shapes, args.dtypes, args.experts, args.top_k):
+        shape, dtype, num_experts, top_k = choice
+        case = Case(SHAPES[shape], DTYPES[dtype], num_experts, top_k)
+        name = f"{shape}_{dtype}_E{num_experts}_K{top_k}"
+        measured = interleave(contenders(case, args.skip, args.fresh), repeats=args.repeats)
+        times[name] = {contender: summary(seconds) for contender, seconds in measured.items()}
+        all_ratios[name] = ratios(measured)
+        print(f"{name}: {case.shape}")
+        for contender, row in times[name].items():
+            print(
+                f"  {contender:13s} {row['median_ms']:9.1f} ms  "
+                f"({row['quartile_1_ms']:.1f} to {row['quartile_3_ms']:.1f})"
             )
-            times[case] = {name: summary(seconds) for name, seconds in measured.items()}
-            all_ratios[case] = ratios(measured)
-            print(f"{case}: T={shape.tokens} D={shape.dim} F={shape.hidden_dim} E=128 K=8")
-            for name, row in times[case].items():
-                print(
-                    f"  {name:13s} {row['median_ms']:9.1f} ms  "
-                    f"({row['quartile_1_ms']:.1f} to {row['quartile_3_ms']:.1f})"
-                )
-            print("  " + "  ".join(f"{key} {value}" for key, value in all_ratios[case].items()))
-    print(
-        json.dumps({**machine(), **all_ratios["large_bfloat16"], "all": all_ratios, "times": times})
-    )
+        print("  " + "  ".join(f"{key} {value}" for key, value in all_ratios[name].items()))
+    first, *_ = all_ratios.values()
+    result = {**machine(), **first, "worst": worst(all_ratios), "all": all_ratios, "times": times}
+    print(json.dumps(result))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Benchmarks take turns, and their baselines compute the same thing."""
 
 import json
+import re
 import statistics
 import time
 
@@ -8,8 +9,6 @@ import bench_timing as timing
 import pytest
 import torch
 
-from symbiotic_titan.moe.experts import PartitionedMoE
-from symbiotic_titan.moe.partition import MoEArgs
 from tests.helpers.forked import script_here, start
 from tests.helpers.structure import ROOT
 from tools.bench import moe
@@ -60,12 +59,9 @@ def test_machine_says_what_a_number_depends_on():
     assert set(timing.machine()) == {"torch", "threads", "device", "commit"}
 
 
-def test_the_loop_baseline_computes_what_the_layer_computes(monkeypatch):
-    monkeypatch.setattr(moe, "NUM_EXPERTS", 6)
-    monkeypatch.setattr(moe, "TOP_K", 2)
-    loop = moe.LoopMoE(8, 12)
-    groups = tuple(type(g)(g.name, g.modalities, 6) for g in moe.POOL)
-    layer = PartitionedMoE(MoEArgs(8, 12, groups, 2))
+def test_the_loop_baseline_computes_what_the_layer_computes():
+    case = moe.Case(moe.Shape(20, 8, 12), torch.float32, num_experts=8, top_k=2)
+    loop, layer = moe.LoopMoE(case), moe.our_layer(case, case.pool)
     with torch.no_grad():
         layer.router["all"].weight.copy_(loop.router.weight)
         for index, expert in enumerate(loop.experts):
@@ -74,6 +70,53 @@ def test_the_loop_baseline_computes_what_the_layer_computes(monkeypatch):
     x_TD = torch.randn(20, 8)
     out_TD, _ = layer(x_TD, torch.zeros(20, dtype=torch.int64), torch.tensor(1.0))
     torch.testing.assert_close(out_TD, loop(x_TD))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "sizes"), [(128, 8, [96, 32]), (16, 2, [12, 4]), (16, 8, [8, 8])]
+)
+def test_a_group_of_the_moe_bench_has_at_least_as_many_experts_as_a_token_visits(
+    num_experts, top_k, sizes
+):
+    case = moe.Case(moe.SHAPES["toy"], torch.float32, num_experts, top_k)
+    assert [group.num_experts for group in case.partition] == sizes
+    assert [group.num_experts for group in case.pool] == [num_experts]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--experts", "6"], "--experts must be positive multiples of 4, .* got 6"),
+        (["--experts", "16", "8"], "--top-k must be at most half of --experts, .* got 8 of 8"),
+        (["--top-k", "2", "0"], "--top-k must be at least 1, got 0"),
+        (["--repeats", "1"], "--repeats must be at least 2 to have a spread, got 1"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+    ],
+)
+def test_impossible_layers_are_refused_in_one_line(options, problem, capsys):
+    with pytest.raises(SystemExit):
+        moe.parse(["--top-k", "8", *options] if "--top-k" not in options else options)
+    assert re.search(f"error: {problem}.*$", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_the_moe_bench_prints_a_ratio_for_every_case(tmp_path, monkeypatch):
+    for key, value in moe.ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)  # or it starts itself again
+    log = tmp_path / "output.log"
+    sizes = ["--shapes", "toy", "--experts", "8", "16", "--top-k", "2", "4", "--repeats", "2"]
+    options = [*sizes, "--skip", "transformers", "--threads", "1"]
+    process = start(script_here, str(BENCH / "moe.py"), options, str(tmp_path), str(log))
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    found = json.loads(log.read_text().splitlines()[-1])
+    cases = [f"toy_{dtype}_E{e}_K{k}" for dtype in moe.DTYPES for e in (8, 16) for k in (2, 4)]
+    keys = {"partitioned_over_standard", "loop_over_partitioned", "partitioned_over_dense"}
+    assert list(found["all"]) == list(found["times"]) == cases
+    assert all(set(row) == keys and min(row.values()) > 0 for row in found["all"].values())
+    for key in keys:
+        worst = max if key == "partitioned_over_standard" else min
+        assert found["worst"][key] == worst(row[key] for row in found["all"].values())
+        assert found[key] == found["all"][cases[0]][key]
 
 
 def test_ratios_name_their_direction():
