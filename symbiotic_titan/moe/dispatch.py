@@ -106,7 +106,7 @@ def lay_out_rows(
     # Stable: equal slots keep the order of their tokens, so sums over an expert's rows always run in the same order.
     order_N = torch.argsort(slots_TK.flatten(), stable=True)
     rank_N = torch.empty_like(order_N)  # inverse of the permutation
-    rank_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    rank_N.scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
     rank_TK = rank_N.view_as(slots_TK)
     token_by_group_T = torch.argsort(group_T, stable=True)
     layouts, copy, token = [], 0, 0
@@ -163,20 +163,25 @@ def _blocks(
 
 def _weights_of(weights_TK: Tensor, block: TokenBlock, dtype: torch.dtype) -> Tensor:
     """(t, K): the weights of a block's copies."""
-    return weights_TK[:, : block.row_tK.shape[1]][block.token_t].to(dtype)
+    return weights_TK[:, : block.row_tK.shape[1]].index_select(0, block.token_t).to(dtype)
 
 
 def _dots(rows_ND: Tensor, row_tK: Tensor, grad_tD: Tensor) -> Tensor:
     """(t, K): dot products of each token's gradient with its rows, summed over D in float32 and rounded once."""
-    # On a CPU in chunks that fit a core's cache: gathering all rows at once takes 4 times as long.
-    chunk = row_tK.shape[0] if rows_ND.device.type == "cuda" else _TOKENS_PER_CHUNK
-    dots = [
-        torch.bmm(rows_ND[index_tK], grad_part_tD.unsqueeze(-1)).squeeze(-1)
-        for index_tK, grad_part_tD in zip(
-            row_tK.split(max(chunk, 1)), grad_tD.split(max(chunk, 1)), strict=True
+    if rows_ND.is_cuda:
+        return torch.bmm(rows_ND[row_tK], grad_tD.unsqueeze(-1)).squeeze(-1)
+    # In chunks that fit a core's cache: gathering all rows at once takes 4 times as long. A product and a sum take a third of the time
+    # of a batch of matrix-vector products, and ``index_select`` of plain indexing.
+    dtype = torch.promote_types(rows_ND.dtype, torch.float32)
+    dots_tK = grad_tD.new_empty(row_tK.shape)
+    chunks = (t.split(_TOKENS_PER_CHUNK) for t in (row_tK, grad_tD, dots_tK))
+    for index_tK, grad_part_tD, out_tK in zip(*chunks, strict=True):
+        rows_nD = rows_ND.index_select(0, index_tK.flatten()).to(dtype)
+        products_tKD = rows_nD.view(*index_tK.shape, rows_nD.shape[1]).mul_(
+            grad_part_tD.unsqueeze(1)
         )
-    ]
-    return torch.cat(dots)
+        out_tK.copy_(products_tKD.sum(-1))
+    return dots_tK
 
 
 class _Permute(torch.autograd.Function):
@@ -220,7 +225,7 @@ class _Unpermute(torch.autograd.Function):
             weight_N = rows_ND.new_zeros(rows_ND.shape[0])
             for block in layout.blocks:
                 weight_N[block.row_tK] = _weights_of(weights_TK, block, rows_ND.dtype)
-                dots_tK = _dots(rows_ND, block.row_tK, grad_TD[block.token_t])
+                dots_tK = _dots(rows_ND, block.row_tK, grad_TD.index_select(0, block.token_t))
                 copies = block.row_tK.shape[1]
                 grad_weights_TK[:, :copies][block.token_t] = dots_tK.to(weights_TK.dtype)
             grads.append(_gather(grad_TD, layout, weight_N[layout.row_n]))

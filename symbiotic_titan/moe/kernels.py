@@ -15,6 +15,7 @@ Shape letters: sequence/shapes.py. N are rows sorted by expert, E the experts on
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -93,6 +94,12 @@ _CPU_TILE_ROWS = 32
 # last bit of an expert's result would depend on its neighbours' counts.
 _RUN_ROWS = 1024
 
+# Elements of a (rows, F) intermediate that several small experts share: three of 128 KiB in float32 fit a core's cache.
+_BLOCK_ELEMENTS = 1 << 15
+
+# A multiple of what every CPU's vectorised kernels compute at once: two vectors of 64 bytes, at least 2 bytes an element.
+_VECTOR_ELEMENTS = 64
+
 
 def row_multiple(device: torch.device, dtype: torch.dtype) -> int:
     """Each expert's number of rows must be a multiple of this."""
@@ -161,13 +168,13 @@ class _Run:
     rows: int  # of each expert
 
     @property
-    def total_rows(self) -> int:
-        return (self.last - self.first) * self.rows
+    def is_single(self) -> bool:
+        """One expert, whose operands are matrices: ``mm`` is faster than a batched matmul of one."""
+        return self.last == self.first + 1
 
     @property
-    def experts(self) -> int | slice:
-        """Index into stacked weights; an int for a single expert, because ``mm`` is faster than a batched matmul of one."""
-        return self.first if self.last == self.first + 1 else slice(self.first, self.last)
+    def total_rows(self) -> int:
+        return (self.last - self.first) * self.rows
 
 
 def _equal_runs(counts: list[int], dtype: torch.dtype) -> list[_Run]:
@@ -183,19 +190,66 @@ def _equal_runs(counts: list[int], dtype: torch.dtype) -> list[_Run]:
     return runs
 
 
+def _blocks(runs: list[_Run], hidden_dim: int) -> list[list[_Run]]:
+    """Consecutive runs whose intermediates fit a core's cache together, so that elementwise kernels are called once for all of them."""
+    # Vectorised kernels compute the elements that do not fill their last vectors with other, scalar code. Where an expert can have
+    # such elements, it is a block of its own, or bits would depend on its neighbours.
+    most_rows = _BLOCK_ELEMENTS // hidden_dim if hidden_dim % _VECTOR_ELEMENTS == 0 else 0
+    blocks: list[list[_Run]] = []
+    rows = 0
+    for run in runs:
+        if blocks and rows + run.total_rows <= most_rows:
+            blocks[-1].append(run)
+            rows += run.total_rows
+        else:
+            blocks.append([run])
+            rows = run.total_rows
+    return blocks
+
+
 def _by_run(x_ND: Tensor, runs: list[_Run]) -> list[Tensor]:
     """One view per run: (rows, D) for a single expert, else (experts of the run, rows, D)."""
-    parts = x_ND.split([run.total_rows for run in runs])
+    parts = x_ND.split_with_sizes([run.total_rows for run in runs])
     return [
-        part if isinstance(run.experts, int) else part.unflatten(0, (-1, run.rows))
+        part if run.is_single else part.unflatten(0, (-1, run.rows))
         for part, run in zip(parts, runs, strict=True)
     ]
 
 
-def _scratch(like_NF: Tensor, runs: list[_Run]) -> Tensor:
-    """A flat buffer for the (rows, F) intermediates of the largest of ``runs``."""
-    most_rows = max((run.total_rows for run in runs), default=0)
-    return like_NF.new_empty(most_rows * like_NF.shape[1])
+def _of_run(w_EFD: Tensor, runs: list[_Run]) -> list[Tensor]:
+    """Stacked weights, one view per run: (F, D) for a single expert, else (experts of the run, F, D)."""
+    experts = w_EFD.unbind(0)  # all at once: indexing a tensor from Python takes microseconds
+    return [experts[r.first] if r.is_single else w_EFD[r.first : r.last] for r in runs]
+
+
+def _block_rows(blocks: list[list[_Run]]) -> list[int]:
+    return [sum(run.total_rows for run in block) for block in blocks]
+
+
+def _per_block(
+    blocks: list[list[_Run]],
+    before: tuple[list[Tensor], ...],
+    after: tuple[list[Tensor], ...],
+    *whole_NF: Tensor,
+) -> list[tuple[Any, ...]]:
+    """(runs, operands of each run before its block's elementwise pass, those after it, the block's rows of each of ``whole_NF``)."""
+
+    def cut(columns: tuple[list[Tensor], ...]) -> list[list[tuple[Tensor, ...]]]:
+        runs = zip(*columns, strict=True)
+        return [list(islice(runs, len(block))) for block in blocks]
+
+    rows = _block_rows(blocks)
+    split = (t_NF.split_with_sizes(rows) for t_NF in whole_NF)
+    return list(zip(blocks, cut(before), cut(after), *split, strict=True))
+
+
+def _weight_gradients(weights: tuple[Tensor, ...], counts: list[int]) -> list[Tensor]:
+    """Uninitialised, but for the zeros of experts without rows: no run computes those."""
+    grads = [torch.empty_like(w) for w in weights]
+    for expert in [e for e, rows in enumerate(counts) if rows == 0]:
+        for grad_w in grads:
+            grad_w[expert].zero_()
+    return grads
 
 
 # Custom ops, so that torch.compile sees one call instead of a data-dependent loop over experts and threads, and per-op activation
@@ -206,27 +260,29 @@ def swiglu_loop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out (N, D), gate = w1 x (N, F), up = w3 x (N, F)); the last two are saved for the backward."""
     counts = counts_E.tolist()  # device sync, except on a CPU
-    runs = _equal_runs(counts, rows_ND.dtype)
     out_ND = torch.empty_like(rows_ND)
     gate_NF = rows_ND.new_empty(rows_ND.shape[0], w1_EFD.shape[1])
     up_NF = torch.empty_like(gate_NF)
-    per_run = list(
-        zip(runs, *(_by_run(t, runs) for t in (rows_ND, out_ND, gate_NF, up_NF)), strict=True)
-    )
-    w1_EDF, w2_EFD, w3_EDF = (w.transpose(1, 2) for w in (w1_EFD, w2_EDF, w3_EFD))
+    runs = _equal_runs(counts, rows_ND.dtype)
+    blocks = _blocks(runs, gate_NF.shape[1])
+    rows = _block_rows(blocks)
+    x, gate, up, out = (_by_run(t, runs) for t in (rows_ND, gate_NF, up_NF, out_ND))
+    w1, w2, w3 = (_of_run(w.mT, runs) for w in (w1_EFD, w2_EDF, w3_EFD))
+    per_block = _per_block(blocks, (x, gate, up, w1, w3), (w2, out), gate_NF, up_NF)
 
     def work(first: int, last: int) -> None:
         # One scratch buffer per thread instead of one for all N rows: it stays in the core's cache.
-        scratch = _scratch(gate_NF, runs[first:last])
-        for run, x, out, gate, up in per_run[first:last]:
-            experts = run.experts
-            hidden = scratch[: gate.numel()].view_as(gate)
-            torch.matmul(x, w1_EDF[experts], out=gate)
-            torch.matmul(x, w3_EDF[experts], out=up)
-            torch.ops.aten.silu.out(gate, out=hidden).mul_(up)
-            torch.matmul(hidden, w2_EFD[experts], out=out)
+        scratch = gate_NF.new_empty(max(rows[first:last], default=0), gate_NF.shape[1])
+        for block, before, after, gate_nF, up_nF in per_block[first:last]:
+            for x, gate, up, w1, w3 in before:
+                torch.matmul(x, w1, out=gate)
+                torch.matmul(x, w3, out=up)
+            hidden_nF = scratch[: gate_nF.shape[0]]
+            torch.ops.aten.silu.out(gate_nF, out=hidden_nF).mul_(up_nF)
+            for hidden, (w2, out) in zip(_by_run(hidden_nF, block), after, strict=True):
+                torch.matmul(hidden, w2, out=out)
 
-    in_threads(work, [x.numel() * w1_EFD.shape[1] for _, x, *_ in per_run], rows_ND.device)
+    in_threads(work, [n * rows_ND.shape[1] * gate_NF.shape[1] for n in rows], rows_ND.device)
     return out_ND, gate_NF, up_NF
 
 
@@ -250,43 +306,51 @@ def swiglu_loop_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, w1, w2 and w3; the last three are empty unless ``weights_need_grad``."""
     counts = counts_E.tolist()  # device sync, except on a CPU
-    runs = _equal_runs(counts, rows_ND.dtype)
     grad_rows_ND = torch.empty_like(rows_ND)
-    grad_weights = [
-        torch.empty_like(w) if weights_need_grad else w.new_empty(0)
-        for w in (w1_EFD, w2_EDF, w3_EFD)
-    ]
-    # Runs leave out experts without rows, so zero their part of the uninitialised gradients.
-    for expert in [e for e, rows in enumerate(counts) if rows == 0 and weights_need_grad]:
-        for grad_w in grad_weights:
-            grad_w[expert].zero_()
-    by_row = (grad_ND, rows_ND, grad_rows_ND, gate_NF, up_NF)
-    per_run = list(zip(runs, *(_by_run(t, runs) for t in by_row), strict=True))
+    weights = (w1_EFD, w2_EDF, w3_EFD)
+    if weights_need_grad:
+        grad_weights = _weight_gradients(weights, counts)
+    else:
+        grad_weights = [w.new_empty(0) for w in weights]
+    runs = _equal_runs(counts, rows_ND.dtype)
+    blocks = _blocks(runs, gate_NF.shape[1])
+    rows = _block_rows(blocks)
+    grad, x, grad_x = (_by_run(t, runs) for t in (grad_ND, rows_ND, grad_rows_ND))
+    w1, w2, w3 = (_of_run(w, runs) for w in weights)
+    grad_w1, grad_w2, grad_w3 = (
+        _of_run(g, runs) if weights_need_grad else [g] * len(runs) for g in grad_weights
+    )
+    after = (x, grad_x, w1, w3, grad_w1, grad_w3)
+    per_block = _per_block(blocks, (grad, w2, grad_w2), after, gate_NF, up_NF)
 
     def work(first: int, last: int) -> None:
-        buffers = [_scratch(gate_NF, runs[first:last]) for _ in range(3)]
-        for run, grad, x, grad_x, gate, up in per_run[first:last]:
-            experts = run.experts
-            activated, hidden, grad_hidden = (b[: gate.numel()].view_as(gate) for b in buffers)
-            torch.matmul(grad, w2_EDF[experts], out=grad_hidden)
-            torch.ops.aten.silu.out(gate, out=activated)
+        scratch = gate_NF.new_empty(3, max(rows[first:last], default=0), gate_NF.shape[1])
+        for block, before, after, gate_nF, up_nF in per_block[first:last]:
+            activated_nF, hidden_nF, grad_hidden_nF = scratch[:, : gate_nF.shape[0]].unbind(0)
+            hiddens = _by_run(hidden_nF, block)
+            for (grad, w2, _), out in zip(before, _by_run(grad_hidden_nF, block), strict=True):
+                torch.matmul(grad, w2, out=out)
+            torch.ops.aten.silu.out(gate_nF, out=activated_nF)
             if weights_need_grad:
-                torch.mul(activated, up, out=hidden)
-                torch.matmul(grad.mT, hidden, out=grad_weights[1][experts])
+                torch.mul(activated_nF, up_nF, out=hidden_nF)
+                for (grad, _, grad_w2), hidden in zip(before, hiddens, strict=True):
+                    torch.matmul(grad.mT, hidden, out=grad_w2)
             # In place from here: the buffer ``activated`` becomes grad_up, and ``hidden`` grad_gate.
-            grad_up = activated.mul_(grad_hidden)
-            grad_gate = torch.ops.aten.silu_backward.grad_input(
-                grad_hidden.mul_(up), gate, grad_input=hidden
+            grad_ups = _by_run(activated_nF.mul_(grad_hidden_nF), block)
+            torch.ops.aten.silu_backward.grad_input(
+                grad_hidden_nF.mul_(up_nF), gate_nF, grad_input=hidden_nF
             )
-            if weights_need_grad:
-                torch.matmul(grad_gate.mT, x, out=grad_weights[0][experts])
-                torch.matmul(grad_up.mT, x, out=grad_weights[2][experts])
-            torch.matmul(grad_gate, w1_EFD[experts], out=grad_x)
-            # One kernel adds the second product in place instead of allocating (rows, D) for it.
-            add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
-            add_product(grad_x, grad_up, w3_EFD[experts], out=grad_x)
+            for operands, grad_gate, grad_up in zip(after, hiddens, grad_ups, strict=True):
+                x, grad_x, w1, w3, grad_w1, grad_w3 = operands
+                if weights_need_grad:
+                    torch.matmul(grad_gate.mT, x, out=grad_w1)
+                    torch.matmul(grad_up.mT, x, out=grad_w3)
+                torch.matmul(grad_gate, w1, out=grad_x)
+                # One kernel adds the second product in place instead of allocating (rows, D) for it.
+                add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
+                add_product(grad_x, grad_up, w3, out=grad_x)
 
-    in_threads(work, [2 * x.numel() * w1_EFD.shape[1] for _, _, x, *_ in per_run], rows_ND.device)
+    in_threads(work, [2 * n * rows_ND.shape[1] * gate_NF.shape[1] for n in rows], rows_ND.device)
     return grad_rows_ND, grad_weights[0], grad_weights[1], grad_weights[2]
 
 

@@ -67,6 +67,33 @@ def test_gradients_equal_those_of_plain_indexing():
     assert found[0][2].count_nonzero() == 0 and found[1][2].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_weights_are_sums_in_float32_rounded_once(dtype):
+    num_tokens, dim = 300, 256  # several chunks, the last one not full
+    experts_TK = torch.stack([torch.randperm(5)[:2] for _ in range(num_tokens)])
+    counts_E = torch.bincount(experts_TK.flatten(), minlength=5)
+    x_TD = torch.randn(num_tokens, dim, dtype=dtype)
+    group_T = torch.zeros(num_tokens, dtype=torch.int64)
+    dispatcher = LocalDispatcher()
+    dispatched, layout = dispatcher.dispatch(x_TD, experts_TK, group_T, counts_E, (5,), (2,))
+    rows = (torch.randn_like(dispatched.rows[0]),)
+    weights_TK = torch.rand(num_tokens, 2, requires_grad=True)
+    direction_TD = torch.randn_like(x_TD)
+    out_TD = dispatcher.combine(rows, weights_TK, layout)
+    (found_TK,) = torch.autograd.grad((out_TD * direction_TD).sum(), weights_TK)
+    (block,) = layout[0].blocks
+    wanted_TK = torch.einsum(
+        "tkd,td->tk", rows[0].double()[block.row_tK], direction_TD.double()[block.token_t]
+    )
+    wanted_TK = torch.zeros_like(wanted_TK).index_copy(0, block.token_t, wanted_TK)
+    torch.testing.assert_close(
+        found_TK,
+        wanted_TK.float(),
+        atol=1e-4,
+        rtol=torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-4,
+    )
+
+
 def test_dispatcher_keeps_nothing_between_calls():
     dispatcher, _, first, first_layout = dispatch()
     x_TD = torch.zeros(1, 4, dtype=torch.float64)

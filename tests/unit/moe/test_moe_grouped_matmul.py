@@ -42,8 +42,8 @@ def plain(x, w1, w2, w3, counts):
     return torch.cat([swiglu(p, w1[e], w2[e], w3[e]) for e, p in enumerate(pieces)])
 
 
-def assert_one_after_the_other(counts, dtype=torch.float32, **tolerance):
-    *tensors, counts = operands(counts, dtype)
+def assert_one_after_the_other(counts, dtype=torch.float32, hidden_dim=24, **tolerance):
+    *tensors, counts = operands(counts, dtype, hidden_dim=hidden_dim)
     out, expected = grouped_swiglu(*tensors, counts), plain(*tensors, counts)
     torch.testing.assert_close(out, expected, **tolerance)
     direction = torch.randn_like(out)
@@ -60,6 +60,11 @@ def test_float32_equals_one_expert_after_the_other(counts):
     assert_one_after_the_other(counts)
 
 
+@pytest.mark.parametrize("counts", [[3, 0, 7, 1], [500, 20, 30, 1], [0, 300, 300, 300, 0, 5]])
+def test_experts_that_share_elementwise_passes_equal_one_after_the_other(counts):
+    assert_one_after_the_other(counts, hidden_dim=64, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("counts", [[32, 0, 64], [0, 32], [32, 32, 32, 64, 64, 0, 0]])
 def test_bfloat16_equals_one_expert_after_the_other(counts):
     assert_one_after_the_other(counts, torch.bfloat16, atol=0.05, rtol=0.05)
@@ -70,13 +75,22 @@ def test_threads_change_nothing(counts, two_threads):
     assert_one_after_the_other(counts)
 
 
-def test_float32_bits_of_an_expert_do_not_depend_on_the_others():
-    *tensors, _ = operands([5, 5, 5, 7])
-    tensors = [t.detach() for t in tensors]
-    together = grouped_swiglu(*tensors, torch.tensor([5, 5, 5, 7]))
+# With 64, small experts share elementwise passes; with 23 they must not, because each has elements outside of whole vectors.
+@pytest.mark.parametrize("hidden_dim", [23, 64])
+def test_float32_bits_of_an_expert_do_not_depend_on_the_others(hidden_dim):
+    *tensors, counts = operands([9] * 8 + [4], hidden_dim=hidden_dim)
     rows, *weights = tensors
-    alone = grouped_swiglu(rows[5:10], *(w[1:2] for w in weights), torch.tensor([5]))
-    assert torch.equal(together[5:10], alone)
+    together = grouped_swiglu(*tensors, counts)
+    grads = torch.autograd.grad(together.square().sum(), tensors)
+    for e in range(8):
+        of_e = slice(9 * e, 9 * e + 9)
+        operands_e = [rows[of_e], *(w[e : e + 1] for w in weights)]
+        alone = grouped_swiglu(*operands_e, torch.tensor([9]))
+        grads_alone = torch.autograd.grad(alone.square().sum(), operands_e)
+        assert torch.equal(together[of_e], alone)
+        assert torch.equal(grads[0][of_e], grads_alone[0])
+        for grad, grad_alone in zip(grads[1:], grads_alone[1:], strict=True):
+            assert torch.equal(grad[e : e + 1], grad_alone)
 
 
 def test_threads_give_the_same_bits(two_threads):
