@@ -3,7 +3,7 @@
 
 Examples:
     symbiotic cache-latents train_configs/mini.toml --out latents --latents.codec flux --latents.path ae.safetensors
-    torchrun --nproc-per-node 8 -m symbiotic_titan.cli cache-latents CONFIG --out latents       each process encodes shards of its own
+    torchrun --nproc-per-node 8 -m symbiotic_titan.cli cache-latents train_configs/mini.toml --out latents    # by shards
 
 Then train with the same config and --latents.cache latents. What is encoded follows from [latents], data.vae_pixels,
 data.max_aspect and the flavor; training refuses a cache that was made with others. Call it again after an interruption: shards

@@ -139,7 +139,7 @@ def check(options: argparse.Namespace, overrides: list[str]) -> None:
             options.json, files_of(config, options.config, options.original_config), "--json"
         )
         check_file(options.json, "--json")
-    check_job(config)
+    check_job(config, is_training=False)
     ranks = join_ranks(config)
     report = step_zero_report(
         config,

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> Profile | None:
     reader = open_model(options.checkpoint)
     if router_groups(reader.tensors) == {g.name for g in FLAVORS[config.model.flavor].groups}:
         config = unpartitioned(config)  # --config may already describe the partitioned model
-    check_job(config)
+    check_job(config, is_training=False)
     ranks = join_ranks(config)
     data = understanding_data(config, options.split)
     for warning in warnings_for(config, reader, data) if ranks.rank == 0 else ():

@@ -360,8 +360,8 @@ def check_z_loss(config: JobConfig, args: ModelArgs) -> None:
         )
 
 
-def check_job(config: JobConfig) -> None:
-    """All rules that span sections.
+def check_job(config: JobConfig, *, is_training: bool = True) -> None:
+    """All rules that span sections. A single process that does not train holds the whole model, whatever ``[parallelism]`` says.
 
     Raises:
         ValueError: names key, value, rule and remedy.
@@ -392,5 +392,8 @@ def check_job(config: JobConfig) -> None:
         check_sampling(config, args.geometry)
     check_device(config, args)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_parallelism(config, args, world_size)
+    if is_training or world_size > 1:
+        check_parallelism(config, args, world_size)
+    else:
+        check_batch(config, num_data_ranks=1)
     check_float8(config, args, world_size)

@@ -11,8 +11,10 @@ import os
 import runpy
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +81,58 @@ def script_here(
         del sys.modules[name]
     sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")
+
+
+def commands_here(requests: Connection, environment: Mapping[str, str], folder: str) -> None:
+    """``symbiotic ARGUMENTS`` for every (arguments, log) that comes, in this process and in ``folder``; answers with exit statuses."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path[:0] = [folder]
+    import torchtitan.train
+
+    from symbiotic_titan import cli
+
+    if environment["WORLD_SIZE"] == "1":  # torchtitan sleeps at the end for other ranks
+        torchtitan.train.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    while (request := requests.recv()) is not None:
+        arguments, log = request
+        _begin_as_program(log)
+        try:
+            status = cli.main(arguments)
+        except SystemExit as end:
+            status = end.code
+        except BaseException:  # noqa: BLE001 - the traceback of a command belongs into its log
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        requests.send(status)
+
+
+class Commands:
+    """A process in ``folder`` that runs one command after the other, since starting takes longer than most of them."""
+
+    def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
+        self._requests, theirs = _CONTEXT.Pipe()
+        self._process = start(commands_here, theirs, dict(environment), str(folder))
+
+    def begin(self, arguments: Sequence[str], log: Path) -> None:
+        self._requests.send((list(arguments), str(log)))
+
+    def status(self, seconds: float) -> int:
+        """Of the command that was begun; 1 where it does not end in time. One of several ranks ends with its process."""
+        try:
+            return self._requests.recv() if self._requests.poll(seconds) else 1
+        except EOFError:
+            self._process.join(5)
+            return self._process.exitcode
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._requests.send(None)
+            self._process.join(5)
+        self._process.kill()
 
 
 def _begin_as_program(log: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from symbiotic_titan.codecs.flux import autoencoder_module
 from symbiotic_titan.hf.architectures.base import architecture_of
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.symbiotic import SymbioticModel
@@ -290,3 +291,13 @@ def write_release(
     index = {"metadata": {"total_size": 0}, "weight_map": file_of}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return tensors
+
+
+def write_flux(path: Path, seed: int = 0, **sizes: Any) -> None:
+    """A tiny autoencoder of the Flux kind with random weights: 4 channels, stride 2, so that its tests take milliseconds."""
+    module = autoencoder_module()
+    sizes = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 4} | sizes
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        weights = module.AutoEncoder(module.AutoEncoderParams(**sizes)).state_dict()
+    save_file(weights, path)

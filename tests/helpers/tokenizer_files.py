@@ -1,5 +1,6 @@
 """Tiny vocabulary files, trained on a few sentences."""
 
+import base64
 import io
 import json
 
@@ -102,3 +103,10 @@ def write(folder, tokenizer, **declared):
     if declared:
         (folder / "tokenizer_config.json").write_text(json.dumps(declared))
     return str(folder)
+
+
+def write_vocabulary(path):
+    """A tiktoken vocabulary of the single bytes and two merges."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"re", b"red"]
+    lines = [b"%b %d" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    path.write_bytes(b"\n".join(lines) + b"\n")

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Time and memory of importing a released model: symbiotic convert from-hf on a synthetic checkpoint of some gigabytes.
 
-Example: tools/bench/convert.py --gigabytes 4 --scratch /tmp/bench_convert
+Example: tools/bench/convert.py --gigabytes 4 --scratch outputs/bench_convert
 
 The checkpoint is a Qwen3-VL with experts in bfloat16, made on the spot: layers of the released model's shape, as many as are asked
 for, in files of --shard-gigabytes. Import and the making run in processes of their own, so that the import's peak of memory is its
 own; what importing torch alone takes is measured beside it. --scratch must have room for twice the gigabytes and is removed.
+A layer takes 1.2 GB: --narrow makes a smaller checkpoint of several, for a try.
 
 The last line is JSON. ``peak_over_shard``: peak memory of the import, less that of torch alone, over the largest file (the bar: 2).
 """
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BAR = 2.0
 
 # Qwen3-VL-30B-A3B, with a smaller vocabulary and image encoder: what is large are the experts.
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 2048,
     "intermediate_size": 6144,
@@ -41,7 +42,7 @@ _TEXT = {
         "mrope_interleaved": True,
     },
 }
-_VISION = {
+_VISION: dict[str, Any] = {
     "depth": 2,
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -50,15 +51,22 @@ _VISION = {
 }
 
 
-def config_of(num_layers: int) -> dict[str, Any]:
+def config_of(num_layers: int, narrow: int) -> dict[str, Any]:
+    """Of layers whose widths are a ``narrow``-th of the released ones; the image encoder has a multiple of four values a head."""
+    hidden = _TEXT["hidden_size"] // narrow
+    text = {name: _TEXT[name] // narrow for name in ("intermediate_size", "moe_intermediate_size")}
+    vision = {
+        "hidden_size": max(1, _VISION["hidden_size"] // 64 // narrow) * 64,
+        "intermediate_size": _VISION["intermediate_size"] // narrow,
+    }
     return {
         "model_type": "qwen3_vl_moe",
-        "text_config": {**_TEXT, "num_hidden_layers": num_layers},
-        "vision_config": _VISION,
+        "text_config": {**_TEXT, **text, "hidden_size": hidden, "num_hidden_layers": num_layers},
+        "vision_config": {**_VISION, **vision, "out_hidden_size": hidden},
     }
 
 
-def make(folder: Path, gigabytes: float, shard_gigabytes: float) -> None:
+def make(folder: Path, gigabytes: float, shard_gigabytes: float, narrow: int) -> None:
     """Write the checkpoint, in the layout of the released files; its numbers are patterns of bytes."""
     import torch
 
@@ -79,8 +87,9 @@ def make(folder: Path, gigabytes: float, shard_gigabytes: float) -> None:
     from symbiotic_titan.weights.safetensors import write_folder
 
     def specs_of(num_layers: int) -> dict[str, TensorSpec]:
-        architecture = architecture_of(config_of(num_layers))
-        args = architecture.model_args(config_of(num_layers))
+        config = config_of(num_layers, narrow)
+        architecture = architecture_of(config)
+        args = architecture.model_args(config)
         with torch.device("meta"):
             ours = {
                 name: TensorSpec(spec.shape, torch.bfloat16)
@@ -102,7 +111,7 @@ def make(folder: Path, gigabytes: float, shard_gigabytes: float) -> None:
         return pattern.repeat(-(-spec.num_values // 251))[: spec.num_values].view(spec.shape)
 
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config_of(num_layers)))
+    (folder / "config.json").write_text(json.dumps(config_of(num_layers, narrow)))
     write_folder(folder, specs, value, int(shard_gigabytes * 1e9))
 
 
@@ -126,7 +135,7 @@ def run(*words: str) -> tuple[float, int]:
     return time.perf_counter() - start, usage.ru_maxrss * unit
 
 
-def bench(scratch: Path, gigabytes: float, shard_gigabytes: float) -> dict[str, Any]:
+def bench(scratch: Path, gigabytes: float, shard_gigabytes: float, narrow: int) -> dict[str, Any]:
     """What the import took. ``scratch`` is made, and removed at the end."""
     scratch.mkdir(parents=True)
     try:
@@ -136,7 +145,7 @@ def bench(scratch: Path, gigabytes: float, shard_gigabytes: float) -> dict[str, 
                 f"--scratch: {free / 1e9:.1f} GB are free, twice --gigabytes is needed"
             )
         source, out = scratch / "release", scratch / "checkpoint"
-        run(__file__, "--make", str(source), *_sizes(gigabytes, shard_gigabytes))
+        run(__file__, "--make", str(source), *_sizes(gigabytes, shard_gigabytes, narrow))
         convert = str(ROOT / "tools" / "convert.py")
         _, idle = run(convert, "--help")
         seconds, peak = run(convert, "from-hf", "--hf", str(source), "--out", str(out))
@@ -157,8 +166,9 @@ def bench(scratch: Path, gigabytes: float, shard_gigabytes: float) -> dict[str, 
     }
 
 
-def _sizes(gigabytes: float, shard_gigabytes: float) -> tuple[str, ...]:
-    return ("--gigabytes", str(gigabytes), "--shard-gigabytes", str(shard_gigabytes))
+def _sizes(gigabytes: float, shard_gigabytes: float, narrow: int) -> tuple[str, ...]:
+    sizes = {"gigabytes": gigabytes, "shard-gigabytes": shard_gigabytes, "narrow": narrow}
+    return tuple(word for name, size in sizes.items() for word in (f"--{name}", str(size)))
 
 
 def main() -> int:
@@ -167,17 +177,23 @@ def main() -> int:
     )
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--shard-gigabytes", type=float, default=2.0, help="of a file, at most")
+    parser.add_argument(
+        "--narrow", type=int, default=1, help="divides the widths of layers (default 1)"
+    )
     parser.add_argument("--scratch", type=Path, help="folder to make and to remove")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not 1 <= options.narrow <= 64:
+        parser.error(f"--narrow must be from 1 to 64, got {options.narrow}")
     if options.make is not None:
-        make(options.make, options.gigabytes, options.shard_gigabytes)
+        make(options.make, options.gigabytes, options.shard_gigabytes, options.narrow)
         return 0
     if options.scratch is None or options.scratch.exists():
         print("error: --scratch must name a folder that does not exist yet", file=sys.stderr)
         return 2
     try:
-        result = bench(options.scratch, options.gigabytes, options.shard_gigabytes)
+        sizes = (options.gigabytes, options.shard_gigabytes, options.narrow)
+        result = bench(options.scratch, *sizes)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,6 @@ from bench_timing import interleave, machine, ratio, summary
 
 from symbiotic_titan import device
 from symbiotic_titan.build import build_tokenizer
-from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.flow.solver import SolverOptions
@@ -112,7 +111,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--batch, --steps and --tokens must be at least 1")
     try:
         config = load_job_config(["--job.config_file", options.config, *overrides])
-        import_extension(config)
         entries = contenders(config, options)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

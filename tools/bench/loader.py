@@ -71,7 +71,7 @@ from symbiotic_titan.sequence.tasks import IMAGE_EXTENSIONS
 BAR = 0.9
 POINTS = 10
 WORKERS = (0, 1, 2)
-PHOTO_SHARDS, PHOTOS = 4, 250  # of each of two sources
+PHOTO_SHARDS = 4  # of each of two sources
 
 
 # ---- this project's stages --------------------------------------------------------------------------------------------
@@ -352,6 +352,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", default="train_configs/debug.toml", help="whose mixture")
     parser.add_argument("--case", choices=("config", "photos"), help="only this one")
+    parser.add_argument(
+        "--photos",
+        type=int,
+        default=250,
+        help=f"in each of {2 * PHOTO_SHARDS} shards (default 250)",
+    )
     parser.add_argument("--samples", type=int, default=1000, help="samples of each round")
     parser.add_argument("--rows", type=int, default=200, help="rows of each round of the workers")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5)")
@@ -359,8 +365,10 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if options.repeats < 2:
         parser.error(f"--repeats must be at least 2 to have a spread, got {options.repeats}")
-    if min(options.samples, options.rows, options.memory_samples // POINTS) < 1:
-        parser.error(f"--samples and --rows must be at least 1, --memory-samples at least {POINTS}")
+    if min(options.photos, options.samples, options.rows, options.memory_samples // POINTS) < 1:
+        parser.error(
+            f"--photos, --samples and --rows must be at least 1, --memory-samples at least {POINTS}"
+        )
     torch.set_num_threads(1)  # as in a worker process
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -372,7 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name in [options.case] if options.case else list(cases):
                 print(name)
                 if name == "photos":
-                    write_photos(Path(folder), PHOTO_SHARDS, PHOTOS)
+                    write_photos(Path(folder), PHOTO_SHARDS, options.photos)
                 results[name] = measure(cases[name], options)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -132,16 +132,3 @@ def test_a_benchmark_is_started_by_its_path_from_anywhere(script, tmp_path):
     process = start(script_here, str(BENCH / script), ["--help"], str(tmp_path), str(log))
     process.join()
     assert process.exitcode == 0 and f"tools/bench/{script}" in log.read_text(), log.read_text()
-
-
-def test_the_bench_of_indexes_prints_its_figures(tmp_path):
-    log = tmp_path / "output.log"
-    sizes = ["--samples", "40", "--small", "30", "--large", "60", "--repeats", "2"]
-    process = start(script_here, str(BENCH / "index.py"), sizes, str(tmp_path), str(log))
-    process.join()
-    assert process.exitcode == 0, log.read_text()
-    found = json.loads(log.read_text().splitlines()[-1])
-    assert found["us_per_sample"] > 0 and found["tarfile_us_per_sample"] > 0
-    assert found["over"].keys() == {"tar", "walk"} and min(found["over"].values()) > 0
-    assert {"30", "60"} == found["private_mb_per_process"]["tar"].keys()
-    assert all(seconds > 0 for seconds in found["cached_open_s_10m"].values())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from symbiotic_titan.commands import convert, run_study
+from tests.helpers.documented import documented
 
 ROOT = Path(__file__).parents[3]
 VLM = "outputs/mini/vlm/checkpoint/step-400"
@@ -133,3 +134,17 @@ def test_a_stage_that_fails_ends_the_study(study, monkeypatch, capsys):
     monkeypatch.setattr(run_study, "call", fail)
     assert main("symbiotic") == 2
     assert "error: it failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", sorted({str(c) for c in documented() if c.words[:2] == ("symbiotic", "run-study")})
+)
+def test_a_documented_study_calls_documented_commands(study, line):
+    """Which are run: tests/integration/test_documented_commands.py."""
+    main, commands = study
+    assert main(*line.split()[2:]) == 0
+    named = {" ".join(c.words[1:3]) for c in documented() if c.words[0] == "symbiotic"}
+    called = {" ".join(words[3:5]) for words in commands if words[0] == sys.executable}
+    conversions = {name for name in called if name.startswith("convert")}
+    assert "convert check" in conversions and conversions <= named
+    assert commands.of("./run_train.sh") and commands.of("profile-experts")
