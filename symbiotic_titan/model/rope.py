@@ -6,7 +6,7 @@ head. The variants of multimodal rotary differ only in the axis that each freque
 Shape letters: sequence/shapes.py.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -64,16 +64,44 @@ def rotate(x_BUTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> tor
 
     Channel i is paired with channel i + R; with ``interleaved``, channel 2i with 2i + 1.
     """
-    num = tables.cos.shape[-1]
     cos, sin = tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)
-    # In float32, because bfloat16 cos and sin would not distinguish nearby positions.
-    rotated, rest = x_BUTC[..., : 2 * num].float(), x_BUTC[..., 2 * num :]
+    if torch.compiler.is_compiling():
+        return _rotated(x_BUTC, cos, sin, interleaved)
+    return _Rotation.apply(x_BUTC, cos, sin, interleaved)
+
+
+def _pairs(x: torch.Tensor, num: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second channel of each of ``num`` pairs; views."""
     if interleaved:
-        a, b = rotated[..., 0::2], rotated[..., 1::2]
-        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    else:
-        a, b = rotated[..., :num], rotated[..., num:]
-        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    rotated = rotated.to(x_BUTC.dtype)
-    # Without partial rotary, skip the copy that cat would make.
-    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+        return x[..., 0 : 2 * num : 2], x[..., 1 : 2 * num : 2]
+    return x[..., :num], x[..., num : 2 * num]
+
+
+def _rotated(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    num = cos.shape[-1]
+    # In float32, because bfloat16 cos and sin would not distinguish nearby positions.
+    out = x.float() if x.dtype != torch.float32 else x.clone()
+    first, second = _pairs(x, num, interleaved)
+    out_first, out_second = _pairs(out, num, interleaved)
+    out_first.mul_(cos).addcmul_(second, sin, value=-1)
+    out_second.mul_(cos).addcmul_(first, sin)
+    return out.to(x.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: half the passes over memory that autograd needs for its parts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _rotated(x, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin, ctx.interleaved), None, None, None
