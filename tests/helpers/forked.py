@@ -53,13 +53,9 @@ def train_here(arguments: Sequence[str], environment: Mapping[str, str], log: st
     # The paths that a program started with this PYTHONPATH would search before the installed packages.
     sys.path[:0] = [path for path in environment["PYTHONPATH"].split(":") if path not in sys.path]
     sys.argv = ["symbiotic_titan/train.py", *arguments]
-    from torchtitan import train as upstream
-
     from symbiotic_titan import train
 
-    if environment.get("WORLD_SIZE", "1") == "1":
-        # Its trainer ends with two seconds of sleep, for the other ranks.
-        upstream.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
+    _wait_for_no_rank(environment)
     train.leave(train.main(list(arguments)))
 
 
@@ -89,12 +85,9 @@ def commands_here(requests: Connection, environment: Mapping[str, str], folder: 
     os.environ.update(environment)
     os.chdir(folder)
     sys.path[:0] = [folder]
-    import torchtitan.train
-
     from symbiotic_titan import cli
 
-    if environment["WORLD_SIZE"] == "1":  # torchtitan sleeps at the end for other ranks
-        torchtitan.train.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    _wait_for_no_rank(environment)
     while (request := requests.recv()) is not None:
         arguments, log = request
         _begin_as_program(log)
@@ -133,6 +126,14 @@ class Commands:
             self._requests.send(None)
             self._process.join(5)
         self._process.kill()
+
+
+def _wait_for_no_rank(environment: Mapping[str, str]) -> None:
+    """torchtitan's trainer ends with two seconds of sleep, for the other ranks: none where there are no others."""
+    from torchtitan import train as upstream
+
+    if environment.get("WORLD_SIZE", "1") == "1":
+        upstream.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
 
 
 def _begin_as_program(log: str) -> None:
