@@ -57,8 +57,9 @@ else
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     threads=$((cores / NGPU))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-    # Threads that spin while they wait make a shared machine 10 times slower.
-    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+    # Threads that spin while they wait make a shared machine 10 times slower; threads that sleep at once need longer to wake than most
+    # operations of a small model take. So they spin for a few microseconds.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 fi
 
 if [ "$NNODES" -eq 1 ] && [ ! -e demo_data ]; then

@@ -21,7 +21,10 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
-_SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+_SERVER_ENVIRONMENT = {
+    **{"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
+    **{"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"},
+}
 _PRELOADED = [
     *(f"symbiotic_titan.training.{name}" for name in ("checks", "train_spec", "trainer")),
     "symbiotic_titan.data.pipeline",

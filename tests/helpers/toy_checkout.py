@@ -299,7 +299,7 @@ class ToyCheckout:
         return Result(1, f"no document says what makes {self.missing(command)}", [*command.words])
 
     def _start(self, environment: Mapping[str, str]) -> forked.Commands:
-        return forked.Commands({**environment, "OMP_WAIT_POLICY": "PASSIVE"}, self.folder)
+        return forked.Commands(environment, self.folder)
 
     def close(self) -> None:
         self._worker.close()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_timing import interleave, machine, ratio, restart_with, summary
+from bench_timing import WAITING, interleave, machine, ratio, restart_with, summary
 from torch.nn.attention.flex_attention import BlockMask
 
 from symbiotic_titan.device import device_type, supports_flex_attention
@@ -119,7 +119,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error(f"--repeats must be at least 2 to have a spread, got {args.repeats}")
-    restart_with({"OMP_WAIT_POLICY": "PASSIVE"})
+    restart_with(WAITING)
     torch.manual_seed(0)
     device = device_type()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+# As run_train.sh sets them: threads that wait spin for a few microseconds, then sleep.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+
 
 def restart_with(settings: Mapping[str, str]) -> None:
     """Start this program again with environment variables that libraries read when they are loaded.

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_timing import interleave, machine, ratio, restart_with, summary
+from bench_timing import WAITING, interleave, machine, ratio, restart_with, summary
 from torch import Tensor, nn
 
 from symbiotic_titan.moe.experts import PartitionedMoE
@@ -44,7 +44,7 @@ from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 
 # Read when OpenMP and oneDNN are loaded. Spinning threads make every contender slower as soon as anything else uses a core;
 # with the default cache oneDNN forgets the kernels of one contender while it runs the next.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
+ENVIRONMENT = {**WAITING, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
 
 
 @dataclass(frozen=True)

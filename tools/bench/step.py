@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_timing import interleave, machine, ratio, restart_with, summary
+from bench_timing import WAITING, interleave, machine, ratio, restart_with, summary
 from step_child import make_trainer, register, stepper
 from step_commits import Rounds, commit_of, compare_commits, print_commits
 from step_shares import measure, print_shares
@@ -143,7 +143,7 @@ def run_configs(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
 def run_against(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     """The comparisons of --against, and their figures under the names of the JSON line; printed as they come."""
     found: dict[str, Any] = {}
-    rounds = Rounds(args.steps, args.warmup, args.threads, overrides)
+    rounds = Rounds(args.steps, args.warmup, args.threads, overrides, args.own_config)
     for reference in args.against:
         if reference == TRANSFORMERS:
             rows = found[TRANSFORMERS] = {}
@@ -192,6 +192,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="a commit, branch or tag of this repository, or transformers; may be given twice, for both",
     )
     parser.add_argument(
+        "--own-config",
+        action="store_true",
+        help="with --against GITREF: that commit trains its own file of each config, as it was",
+    )
+    parser.add_argument(
         "--shapes",
         nargs="+",
         type=shape_of,
@@ -219,6 +224,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, overrides: 
         and TRANSFORMERS not in args.against,
         "--compare and --against are two benchmarks; choose one": args.compare
         and bool(args.against),
+        "--own-config has no effect without --against GITREF": args.own_config and not commits,
         f"--against takes one commit at a time, got {' and '.join(commits)}": len(commits) > 1,
     }
     for message, is_wrong in wrong.items():
@@ -237,9 +243,7 @@ def main() -> int:
     parser = make_parser()
     args, overrides = parser.parse_known_args()
     check(parser, args, overrides)
-    restart_with(
-        {"OMP_WAIT_POLICY": "PASSIVE", **(ENVIRONMENT if TRANSFORMERS in args.against else {})}
-    )
+    restart_with({**WAITING, **(ENVIRONMENT if TRANSFORMERS in args.against else {})})
     if args.threads:
         torch.set_num_threads(args.threads)
     facts = machine()  # now: the checkout may go on to another commit in the meantime

@@ -5,7 +5,8 @@ The commit is unpacked into a temporary folder, which is removed at the end. Eac
 one that begins changes from round to round. While one works the other waits.
 
 Both train the config file that is named, with the same overrides and number of threads. If the commit does not accept the file, for
-it has settings that were not there yet, it trains its own file of that path instead, and the result says so under ``config``.
+it has settings that were not there yet, it trains its own file of that path instead, and the result says so under ``config``. With
+--own-config it always trains its own file: what the config of that name cost there.
 """
 
 import contextlib
@@ -30,12 +31,16 @@ ROOT = HERE.parents[2]
 
 @dataclass(frozen=True)
 class Rounds:
-    """What is run: ``steps`` rounds that count after ``warmup`` that do not, with torch's ``threads`` (None: its choice)."""
+    """What is run: ``steps`` rounds that count after ``warmup`` that do not, with torch's ``threads`` (None: its choice).
+
+    own_config: each commit trains its own file of the config's path.
+    """
 
     steps: int
     warmup: int
     threads: int | None
     overrides: list[str]
+    own_config: bool = False
 
 
 def commit_of(reference: str) -> str | None:
@@ -118,6 +123,7 @@ def children(
         if ours.is_relative_to(ROOT):
             own = folder / "commit" / ours.relative_to(ROOT)
             theirs += [own] if own.is_file() else []
+            theirs = theirs[-1:] if rounds.own_config else theirs
         pair: list[tuple[Child, str]] = []
         for root, configs, whose in (
             (ROOT, [ours], "this checkout"),

@@ -57,8 +57,7 @@ def run_step(folder, *arguments):
     """(exit status, output) of step.py, started in ``folder``."""
     log = folder / "output.log"
     log.write_text("")
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
-    process = start(script_here, str(STEP), list(arguments), str(folder), str(log), environment)
+    process = start(script_here, str(STEP), list(arguments), str(folder), str(log))
     process.join()
     return process.exitcode, log.read_text()
 

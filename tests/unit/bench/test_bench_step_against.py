@@ -13,8 +13,8 @@ PAIR = {"transformers_autocast", "transformers_weights"}
 
 
 def run(monkeypatch, *arguments):
-    for name in ("OMP_WAIT_POLICY", *step_transformers.ENVIRONMENT):
-        monkeypatch.setenv(name, "PASSIVE" if name == "OMP_WAIT_POLICY" else "1024")
+    for name, value in (step.WAITING | step_transformers.ENVIRONMENT).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["step.py", *arguments])
     return step.main()
 
@@ -81,6 +81,7 @@ def test_the_shapes_of_the_comparison_are_those_of_its_figures():
         (["--against", "HEAD", "debug.toml", "--compare"], "two benchmarks; choose one"),
         (["debug.toml", "--shapes", "mini_float32"], "--shapes has no effect without --against transformers"),
         (["debug.toml", "--variants", "ema"], "--variants has no effect without --compare"),
+        (["debug.toml", "--own-config"], "--own-config has no effect without --against GITREF"),
         (["debug.toml", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["debug.toml", "--warmup", "-1"], "--warmup must be at least 0, got -1"),
         (["debug.toml", "--steps", "1"], "--steps must be at least 2 to have a spread, got 1"),

@@ -98,7 +98,7 @@ def run(folder: Path, script: str, arguments: list[str]) -> str:
     log = folder / "output.log"
     log.write_text("")
     # The variables that benchmarks would start themselves again with.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
+    environment = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
     process = start(script_here, str(ROOT / script), arguments, str(folder), str(log), environment)
     process.join()
     assert process.exitcode == 0, log.read_text()
