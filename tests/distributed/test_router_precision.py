@@ -38,9 +38,12 @@ def watched(model):
     return seen, dtypes
 
 
-def of_one_process(args, rank):
+def of_one_process(args, rank, static_shapes):
     """The same forward by a plain model, whose weights are rounded as FSDP rounds them: all but the routers'."""
     model = SymbioticModel(args)
+    model.static_shapes = (
+        static_shapes  # a compiled model has them, and other kernels for attention
+    )
     model.init_weights()
     model.to(torch.bfloat16)
     whole = SymbioticModel(args)
@@ -64,7 +67,7 @@ def on_rank(rank, case):
         for name, parameter in model.named_parameters()
         if ".router." in name
     }
-    expected, expected_gradients = of_one_process(args, rank)
+    expected, expected_gradients = of_one_process(args, rank, model.static_shapes)
     return {
         "chosen": chosen,
         "expected": expected,
@@ -102,4 +105,6 @@ def test_gradients_of_routers_are_summed_in_float32(results, case):
     for name, found in gradients.items():
         expected = sum(rank[case]["expected_gradients"][name] for rank in results)
         assert not torch.equal(found, found.bfloat16().float())
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7, msg=name)
+        # Compiled, autograd differentiates a rotation part by part, and bfloat16 rounds some of its gradients another way.
+        error = 2e-3 * expected.abs().max().item() if case == "compiled" else 1e-7
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=error, msg=name)

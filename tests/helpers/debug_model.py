@@ -54,7 +54,9 @@ def forward(
     batch = stack_rows([pack_row(MIXED, args), pack_row(OTHER, args, seed=10 + rank)])
     shape = batch.vae_image.shape
     timesteps_BL = torch.linspace(0.1, 0.9, shape[1]).expand(shape)
-    return model(batch, batch.latents, timesteps_BL, torch.tensor(shield_scale))
+    output = model(batch, batch.latents, timesteps_BL, torch.tensor(shield_scale))
+    used_BT1 = (batch.document >= 0).unsqueeze(-1)  # logits of padding have no meaning
+    return replace(output, logits=output.logits.where(used_BT1, 0.0))
 
 
 def backward(output: ModelOutput) -> None:

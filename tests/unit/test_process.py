@@ -92,7 +92,7 @@ def launch_ending_with(monkeypatch, tmp_path, statuses):
         if failures:
             raise ChildFailedError("train", failures)
 
-    monkeypatch.setattr(launch.run, "main", main)
+    monkeypatch.setattr("torch.distributed.run.main", main)
     return launch.main()
 
 
