@@ -54,7 +54,13 @@ def unpack(commit: str, folder: Path) -> None:
     """Write the files of ``commit`` to ``folder``."""
     command = ["git", "-C", str(ROOT), "archive", "--format=zip", commit]
     packed = subprocess.run(command, capture_output=True, check=True).stdout
-    zipfile.ZipFile(io.BytesIO(packed)).extractall(folder)
+    with zipfile.ZipFile(io.BytesIO(packed)) as files:
+        files.extractall(folder)
+        for file in files.infolist():
+            if (
+                mode := file.external_attr >> 16
+            ):  # extractall leaves out that a script can be executed
+                (folder / file.filename).chmod(mode)
 
 
 class Child:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import startup
+import step_commits
 
 from symbiotic_titan.demo.write import WorldSize, write_world
 from tests.helpers.structure import ROOT
@@ -109,3 +110,9 @@ def test_a_mistake_is_one_line(arguments, message, capsys, monkeypatch):
         startup.main(arguments)
     assert end.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_scripts_of_an_unpacked_commit_can_be_executed(tmp_path):
+    step_commits.unpack("HEAD", tmp_path)
+    for script in ("run_train.sh", "tools/setup_env.sh"):
+        assert os.access(tmp_path / script, os.X_OK)
