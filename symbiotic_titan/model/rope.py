@@ -65,8 +65,6 @@ def rotate(x_BUTC: torch.Tensor, tables: RotaryTables, interleaved: bool) -> tor
     Channel i is paired with channel i + R; with ``interleaved``, channel 2i with 2i + 1.
     """
     cos, sin = tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)
-    if torch.compiler.is_compiling():
-        return _rotated(x_BUTC, cos, sin, interleaved)
     return _Rotation.apply(x_BUTC, cos, sin, interleaved)
 
 
@@ -85,8 +83,9 @@ def _rotated(
     out = x.float() if x.dtype != torch.float32 else x.clone()
     first, second = _pairs(x, num, interleaved)
     out_first, out_second = _pairs(out, num, interleaved)
-    out_first.mul_(cos).addcmul_(second, sin, value=-1)
-    out_second.mul_(cos).addcmul_(first, sin)
+    # Rounded as in the released models' code: addcmul would round once where two products and a sum round three times.
+    out_first.mul_(cos).sub_(second * sin)
+    out_second.mul_(cos).add_(first * sin)
     return out.to(x.dtype)
 
 

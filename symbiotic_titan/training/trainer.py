@@ -145,8 +145,11 @@ class SymbioticTrainer(Trainer):
             )
         return output, target_BLZ
 
-    def routing_of_step(self, batches: list[PackedBatch]) -> RoutingTotals:
-        """Expert counts of the whole step over all ranks, by a forward without gradients."""
+    def routing_of_step(self, batches: list[PackedBatch]) -> RoutingTotals | None:
+        """Expert counts of the whole step over all ranks, by a forward without gradients; None unless the first backward needs those of
+        the last micro-batch."""
+        if self.job_config.losses.balance_scope != "global" or len(batches) == 1:
+            return None
         with torch.no_grad():
             totals = [
                 routing_totals(self.forward(batch, i, batch.tokens.new_empty(0))[0].records)
@@ -201,9 +204,7 @@ class SymbioticTrainer(Trainer):
         batches = [self.to_device(batch) for batch in on_host]
         # Counted before the first backward: every micro-batch can then divide by the step's totals, and gradients need no rescaling.
         totals = self.loss_fn.totals(self.sum_over_ranks(self.loss_fn.count_step(batches)))
-        # The first backward already needs the routing of the last micro-batch, hence the extra forward.
-        needs_routing = self.job_config.losses.balance_scope == "global" and len(batches) > 1
-        step_routing = self.routing_of_step(batches) if needs_routing else None
+        step_routing = self.routing_of_step(batches)
         indices = [self.loss_fn.logit_index(batch, self.device) for batch in on_host]
         results = [
             self.forward_backward(batch, i, totals, step_routing, index_N)

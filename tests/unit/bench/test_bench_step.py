@@ -135,6 +135,7 @@ def test_the_step_against_that_of_a_commit_with_another_layout(folder, name):
     )  # whole: it knows not every key of a flavor
     found = last_line(folder, config, *TOY, "--against", "d603279", *counts)
     check_commits(found, "d603279", name)
+    assert found[name]["times"]["other"]["median_ms"] > 0
 
 
 def test_a_trainer_is_found_where_older_layouts_had_it(tmp_path, monkeypatch):
