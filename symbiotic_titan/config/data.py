@@ -188,8 +188,9 @@ class Data:
 
     num_lanes: int = 0
     """Independent streams of packed rows that the ranks share out; fixed for the life of a run. 0 means the global batch size.
-    Every data rank takes an equal share. Where the number divides the global batch size, a global batch holds the same rows on any
-    number of ranks."""
+    Every data rank takes an equal share, so the number must be a multiple of that of the ranks, now and whenever the run is resumed;
+    a rank starts no more loader workers than it has streams. Where the number divides the global batch size, a global batch holds the
+    same rows on any number of ranks. Every stream holds its own ``lookahead`` in memory."""
 
     mixture_by: MixtureBy = "samples"
     """Whether the weights of the sources are shares of the samples or of the tokens; images and long texts have more tokens. Either
@@ -350,6 +351,11 @@ class Data:
         """Pixel budget of input images; None where no source has any."""
         used = used_sources(self.sources, self.stages)
         return self.vit_pixels if any(TASKS[s.task].input_images for s in used) else None
+
+    def num_streams(self, global_batch_size: int) -> int:
+        """Number of streams of a run with batches of that many rows."""
+        # One stream per row of the global batch: each batch then takes one row of every stream on any number of ranks.
+        return self.num_lanes or global_batch_size
 
     def row_tokens_of(self, task: str, seq_len: int) -> int:
         """Positions of a row of ``seq_len`` that samples of ``task`` may take."""

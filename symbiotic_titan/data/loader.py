@@ -1,7 +1,7 @@
 """The data loader: streams divided among ranks and worker processes, with a state that is independent of their numbers.
 
     rank k of N                streams [k L/N, (k+1) L/N) of the L streams
-    worker w of W on a rank    every W-th of the rank's streams
+    worker w of W on a rank    every W-th of the rank's streams; a rank starts no more workers than it has streams
     main process               restores the order: the next row is that of the stream with the fewest rows, ties to the lowest
 
 So rows come round robin over the streams for any N and W, also after a resume in the middle of a round. The state covers the rows
@@ -77,11 +77,31 @@ class SerializedRow:
         return PackedBatch(**values)
 
 
-# Stream number -> state; and what a stream yields: its number, a row, and the state after that row.
+# Stream number -> state; and what a stream yields: its number, a row, and the state after that row. In place of a row: an error, or
+# None for a turn of a worker that has one stream fewer than the first worker.
 States = dict[int, StreamState]
 StreamRow = tuple[int, PackedBatch, StreamState]
 # All-gather of ``States`` over the data ranks.
 Gather = Callable[[States], list[States]]
+
+
+def streams_of_rank(num_streams: int, rank: int, num_ranks: int) -> range:
+    """The streams that data rank ``rank`` of ``num_ranks`` reads, the same number on every rank.
+
+    Raises:
+        ValueError: the streams cannot be shared evenly.
+    """
+    # Consecutive streams, as the trainer numbers the rows of a global batch: with one stream per row, a row keeps its noise, which is
+    # seeded by that number, on any number of ranks.
+    per_rank, rest = divmod(num_streams, num_ranks)
+    if rest or not per_rank:
+        nearest = num_ranks * max(1, round(num_streams / num_ranks))
+        raise ValueError(
+            f"data.num_lanes: {num_streams} streams cannot be shared evenly by {num_ranks} data "
+            f"ranks; set it to {nearest} (it is fixed for the life of a run), or use a number of "
+            f"ranks that divides it"
+        )
+    return range(rank * per_rank, (rank + 1) * per_rank)
 
 
 class PackedLoader(BaseDataLoader):
@@ -108,7 +128,7 @@ class PackedLoader(BaseDataLoader):
         self._begin = (0, 0)
         self._saved: dict[str, Any] | None = None  # fingerprint of the state that was loaded
         self._local_batch_size = local_batch_size
-        self._num_workers = num_workers
+        self._num_workers = min(num_workers, len(streams))
         self._pin_memory = pin_memory
         self._prefetch_factor = prefetch_factor
         self._gather = gather
@@ -224,7 +244,7 @@ class PackedLoader(BaseDataLoader):
             return _checked(iter(dataset))
         return _in_stream_order(_checked(self._worker_rows(dataset)), self._states)
 
-    def _worker_rows(self, dataset: "StreamDataset") -> Iterator["StreamRow | WorkerError"]:
+    def _worker_rows(self, dataset: "StreamDataset") -> Iterator["StreamRow | WorkerError | None"]:
         """Rows of the workers in turn. The workers exit with this generator or with the interpreter."""
         running = [
             iter(
@@ -245,7 +265,8 @@ class PackedLoader(BaseDataLoader):
         try:
             while True:
                 item = next(running[0])
-                yield item if isinstance(item, WorkerError) else (item[0], item[1].row(), item[2])
+                is_row = not (item is None or isinstance(item, WorkerError))
+                yield (item[0], item[1].row(), item[2]) if is_row else item
         finally:
             running.clear()
             atexit.unregister(running.clear)
@@ -266,18 +287,24 @@ class StreamDataset(IterableDataset):
         self._states = states
         self._begin = step, rows
 
-    def __iter__(self) -> Iterator[StreamRow | WorkerError]:
+    def __iter__(self) -> Iterator[StreamRow | WorkerError | None]:
+        numbers, idle = sorted(self._states), False
         worker = get_worker_info()
-        numbers = sorted(self._states)
         if worker is not None:
-            numbers = numbers[worker.id :: worker.num_workers]
+            most, numbers = numbers[:: worker.num_workers], numbers[worker.id :: worker.num_workers]
+            idle = len(numbers) < len(most)
         spec, mixture = self._spec, open_mixture(self._spec, *self._begin)
         # Files are opened here, in the worker: processes that inherit an open file share its position.
         sources = [OpenSource(spec, i) for i in range(len(spec.sources))]
         try:
             streams = {n: Stream(spec, sources, mixture, n, self._states[n]) for n in numbers}
-            for n in _round_robin({n: self._states[n]["rows"] for n in numbers}):
-                yield n, streams[n].next_row(), streams[n].state()
+            rows = {n: self._states[n]["rows"] for n in numbers}
+            if idle:
+                # DataLoader polls all workers equally often. Without turns in which it has nothing to give, this worker's streams
+                # would run ahead of the others and fill the buffer that restores the order.
+                rows[spec.num_streams] = min(rows.values())
+            for n in _round_robin(rows):
+                yield (n, streams[n].next_row(), streams[n].state()) if n in streams else None
         except ValueError as error:
             if not raised_by_us(error):
                 raise  # by a user's layout or packing, whose author needs the traceback
@@ -293,11 +320,12 @@ def _round_robin(rows: dict[int, int]) -> Iterator[int]:
         yield stream
 
 
-def _checked(rows: Iterator[StreamRow | WorkerError]) -> Iterator[StreamRow]:
+def _checked(rows: Iterator[StreamRow | WorkerError | None]) -> Iterator[StreamRow]:
     for row in rows:
         if isinstance(row, WorkerError):
             raise ValueError(row.message)
-        yield row
+        if row is not None:
+            yield row
 
 
 def _in_stream_order(rows: Iterator[StreamRow], states: States) -> Iterator[StreamRow]:
@@ -316,7 +344,8 @@ def _in_stream_order(rows: Iterator[StreamRow], states: States) -> Iterator[Stre
 
 def _serialized(item: Any) -> Any:
     """Runs in the worker."""
-    return item if isinstance(item, WorkerError) else (item[0], SerializedRow.of(item[1]), item[2])
+    is_row = not (item is None or isinstance(item, WorkerError))
+    return (item[0], SerializedRow.of(item[1]), item[2]) if is_row else item
 
 
 def _ignore_signals(worker: int) -> None:

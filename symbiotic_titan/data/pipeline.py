@@ -14,7 +14,7 @@ from symbiotic_titan.data.image_files import check_image_folder
 from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latent_cache import cached_sources, encoded_shards
 from symbiotic_titan.data.latents import TargetImages
-from symbiotic_titan.data.loader import Gather, PackedLoader
+from symbiotic_titan.data.loader import Gather, PackedLoader, streams_of_rank
 from symbiotic_titan.data.packing import SequenceSize
 from symbiotic_titan.data.readers import Reader, check_names, index_source
 from symbiotic_titan.data.samples import DocumentMaker, image_document_overhead
@@ -56,8 +56,8 @@ def build_loader(
     table:           where the user wrote the sources of ``config``, for messages.
 
     Raises:
-        ValueError: shards are missing, empty or unreadable, an image cannot fit a packed sequence, or streams, ranks and workers
-            do not divide.
+        ValueError: shards are missing, empty or unreadable, an image cannot fit a packed sequence, or the ranks cannot share the
+            streams evenly.
     """
     logger = logging.getLogger(__name__)
     spec = build_spec(
@@ -72,8 +72,7 @@ def build_loader(
     if pin_memory and not torch.accelerator.is_available():
         logger.warning("training.dataloader.pin_memory: ignored, there is no accelerator here")
         pin_memory = False
-    streams = _streams_of_rank(spec.num_streams, dp_rank, dp_world_size)
-    _check_workers(num_workers, len(streams))
+    streams = streams_of_rank(spec.num_streams, dp_rank, dp_world_size)
     assert gather is not None or dp_world_size == 1
     return PackedLoader(
         spec,
@@ -84,31 +83,6 @@ def build_loader(
         prefetch_factor=prefetch_factor,
         gather=gather or (lambda states: [states]),
     )
-
-
-def _streams_of_rank(num_streams: int, dp_rank: int, dp_world_size: int) -> range:
-    # Consecutive streams, as the trainer numbers the rows of a global batch: with one stream per row, a row keeps its noise, which is
-    # seeded by that number, on any number of ranks.
-    per_rank, rest = divmod(num_streams, dp_world_size)
-    if rest or not per_rank:
-        nearest = dp_world_size * max(1, round(num_streams / dp_world_size))
-        raise ValueError(
-            f"data.num_lanes: {num_streams} streams cannot be shared evenly by {dp_world_size} data "
-            f"ranks; set it to {nearest} (it is fixed for the life of a run), or use a number of "
-            f"ranks that divides it"
-        )
-    return range(dp_rank * per_rank, (dp_rank + 1) * per_rank)
-
-
-def _check_workers(num_workers: int, num_streams: int) -> None:
-    # DataLoader polls all workers equally often: with unequal shares some streams would run ahead and fill the reorder buffer.
-    if num_workers and num_streams % num_workers:
-        fitting = max(w for w in range(1, num_workers) if num_streams % w == 0)
-        raise ValueError(
-            f"training.dataloader.num_workers: {num_workers} workers cannot share the {num_streams} "
-            f"streams of a rank evenly; set it to {fitting}, or data.num_lanes to a multiple of "
-            f"ranks x workers"
-        )
 
 
 def build_spec(
@@ -139,8 +113,7 @@ def build_spec(
         sources=[source for _, source in rows],
         shards=[shards for shards, _ in found],
         listed=[listed for _, listed in found],
-        # One stream per row of the global batch: each batch then takes one row of every stream on any number of ranks.
-        num_streams=config.num_lanes or global_batch_size,
+        num_streams=config.num_streams(global_batch_size),
         rows_per_step=global_batch_size,
         tokenizer=tokenizer.fingerprint,
         size=size,

@@ -53,7 +53,7 @@ LEGS = st.lists(
         Leg,
         num_batches=st.integers(0, 12),
         ranks=st.sampled_from([1, 2, 4]),
-        workers=st.sampled_from([0, 2, 4]),
+        workers=st.sampled_from([0, 2, 3, 5]),
         ahead=st.integers(1, 5),
         lookahead=st.integers(1, 9),
         packing=st.sampled_from(["longest_first", "fullest"]),
@@ -265,6 +265,14 @@ def test_one_two_four_and_one_ranks_with_worker_processes(make_loader, sources, 
 def test_workers_in_this_process_make_the_rows_that_worker_processes_make(make_loader, sources):
     leg = Leg(20, workers=4, ahead=3)
     assert run(make_loader, sources, leg) == run_in_process(make_loader, sources, leg)
+
+
+def test_a_worker_with_fewer_streams_does_not_run_ahead(make_loader, sources):
+    """Of 16 streams three workers have 6, 5 and 5. Rows that are made and not yet due wait in the main process."""
+    num_made = mock.Mock(wraps=loader_module.SerializedRow.of)
+    with mock.patch.object(loader_module.SerializedRow, "of", num_made):
+        run_in_process(make_loader, sources, Leg(150, workers=3))
+    assert 150 <= num_made.call_count <= 150 + 3  # one that each has made ahead
 
 
 def test_state_stays_below_a_kilobyte_a_stream(make_loader, sources):

@@ -228,17 +228,6 @@ def test_bad_samples_of_all_streams_of_a_rank_are_added_up(make_loader, tmp_path
             {},
             "data.num_lanes: 4 streams cannot be shared evenly by 8 data ranks; set it to 8",
         ),
-        (
-            {"num_workers": 3},
-            {},
-            "training.dataloader.num_workers: 3 workers cannot share the 4 streams of a rank evenly; "
-            "set it to 2",
-        ),
-        (
-            {"num_workers": 8},
-            {"num_lanes": 6},
-            "8 workers cannot share the 6 streams of a rank evenly; set it to 6",
-        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_training(
