@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.layers import RMSNorm
+from symbiotic_titan.model.layers import RMSNorm, compute_dtype
 
 _PERIOD = 10_000.0
 
@@ -41,7 +41,7 @@ class LatentEmbedding(nn.Module):
         self, noised_BLZ: torch.Tensor, coords_BLA: torch.Tensor, timesteps_BL: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """((B, L, D) tokens, (B, L, D) timestep condition for the flow head). ``timesteps`` are float32 in [0, 1]."""
-        dtype = self.patch_embedding.weight.dtype
+        dtype = compute_dtype(self.patch_embedding.weight)
         # Scaled to diffusion steps 0 to 1000, the range that the frequencies are designed for.
         time_BLN = sinusoids(1000.0 * timesteps_BL, self.timestep_width).to(dtype)
         condition_BLD = self.timestep_w2(F.silu(self.timestep_w1(time_BLN)))

@@ -14,13 +14,34 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from symbiotic_titan.model.masks import AttentionMask, Segment, SegmentMask
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of the residual stream: autocast's, in a single process with mixed precision; else that of ``x``.
+
+    What begins the stream is cast to it: the embeddings of tokens and of latents. From there on every layer computes in the dtype of
+    its input, and a loss does not depend on whether autocast or FSDP gives the weights that dtype.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight in the dtype of ``x``; the mean square is taken in float32 (arXiv 1910.07467)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.weight is not None
-        # Under autocast queries and keys arrive in bfloat16 while the weight is float32; the fused kernel needs one dtype.
+        # Under autocast ``x`` arrives in bfloat16 while the weight is float32; the fused kernel needs one dtype.
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of ``x``, computed in float32 (arXiv 1607.06450)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Weights rounded as FSDP rounds them. On CUDA autocast would return float32, which the next layer's matmul casts back.
+        weight, bias = (p if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class FeedForward(nn.Module):

@@ -15,7 +15,7 @@ from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.initialize import initialize
 from symbiotic_titan.model.kv_cache import KeyValueCache
 from symbiotic_titan.model.latents import FlowHead, LatentEmbedding
-from symbiotic_titan.model.layers import RMSNorm
+from symbiotic_titan.model.layers import RMSNorm, compute_dtype
 from symbiotic_titan.model.masks import (
     AttentionMask,
     MaskRule,
@@ -219,6 +219,7 @@ class SymbioticModel(ModelProtocol):
             noised_BLZ, batch.vae_coords, timesteps_BL
         )
         h_BTD = self.tok_embeddings(batch.tokens)
+        h_BTD = h_BTD.to(compute_dtype(h_BTD))  # a look-up is not autocast
         h_BTD = write_tokens(h_BTD, batch.vit_index, vit_BID)
         h_BTD = write_tokens(h_BTD, batch.vae_index, latents_BLD)
         # The same strides as the other blocks' inputs; others would recompile the attention for the first block.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.layers import FeedForward, RMSNorm, attend
+from symbiotic_titan.model.layers import FeedForward, LayerNorm, RMSNorm, attend
 from symbiotic_titan.model.masks import AttentionMask
 from symbiotic_titan.model.rope import RotaryTables, frequencies, rotary_tables, rotate
 from symbiotic_titan.model.vit_args import PositionReading, VitArgs
@@ -85,7 +85,7 @@ def table_entries(
 
 def block_norm(args: VitArgs) -> nn.Module:
     """A norm of the kind that the blocks have."""
-    norm = nn.LayerNorm if args.norm == "layer" else RMSNorm
+    norm = LayerNorm if args.norm == "layer" else RMSNorm
     return norm(args.dim, eps=args.norm_eps)
 
 
@@ -134,7 +134,7 @@ class PatchMerger(nn.Module):
         self.num_patches = vit.merge**2
         self.norm_joined = norm_joined
         joined = vit.dim * self.num_patches
-        self.norm = nn.LayerNorm(joined if norm_joined else vit.dim, eps=vit.norm_eps)
+        self.norm = LayerNorm(joined if norm_joined else vit.dim, eps=vit.norm_eps)
         self.w1 = nn.Linear(joined, joined)
         self.w2 = nn.Linear(joined, dim)
 
@@ -156,7 +156,7 @@ class GatedMerger(nn.Module):
         self.num_patches = vit.merge**2
         self.join = nn.Linear(vit.dim * self.num_patches, dim)
         self.project = nn.Linear(dim, dim, bias=False)
-        self.norm = nn.LayerNorm(dim, eps=vit.norm_eps)
+        self.norm = LayerNorm(dim, eps=vit.norm_eps)
         self.feed_forward = FeedForward(dim, vit.projector_hidden_dim)
 
     def forward(self, x_BPS: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ class ResamplerStage(nn.Module):
         super().__init__()
         self.w1 = nn.Linear(width, dim)
         self.w2 = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = LayerNorm(dim, eps=eps)
 
     def forward(self, x_BIN: torch.Tensor) -> torch.Tensor:
         return self.norm(self.w2(F.gelu(self.w1(x_BIN))))
@@ -216,20 +216,20 @@ class QueryProjector(nn.Module):
         width, self.head_dim = vit.dim, vit.head_dim
         self.queries = nn.Embedding(vit.queries[-1], width)
         # eps 1e-5 whatever vit.norm_eps is, as in the released model.
-        self.query_norm, self.patch_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_norm, self.patch_norm = LayerNorm(width), LayerNorm(width)
         # Two linear layers in a row, mathematically one, because the released weights store both.
         self.wq, self.wk, self.wv = (
             nn.Sequential(nn.Linear(width, width, bias=False), nn.Linear(width, width))
             for _ in range(3)
         )
         self.wo = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
-        self.last_norm = nn.LayerNorm(width)
+        self.last_norm = LayerNorm(width)
         self.w1 = nn.Linear(width, dim, bias=False)
         self.w2 = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x_BPS: torch.Tensor, indices: QueryIndices) -> torch.Tensor:
         x_BPS = self.patch_norm(x_BPS)
-        q_BIS = self.wq(self.query_norm(self.queries(indices.query)))
+        q_BIS = self.wq(self.query_norm(self.queries(indices.query).to(x_BPS.dtype)))
         q_BUIC, k_BUPC, v_BUPC = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projected in (q_BIS, self.wk(x_BPS), self.wv(x_BPS))
@@ -323,5 +323,8 @@ class VisionTransformer(nn.Module):
         entries_BPN, weights_BPN = table_entries(coords_BPA, sizes_BPA, side, reading)
         entries = zip(entries_BPN.unbind(-1), weights_BPN.unbind(-1), strict=True)
         # One entry after the other: together their embeddings would take N times the memory of x.
-        position_BPS = sum(self.position_embedding(e) * weight[..., None] for e, weight in entries)
+        # Look-ups are not autocast; without the cast they would not be rounded as FSDP rounds the table.
+        position_BPS = sum(
+            self.position_embedding(e).to(x_BPS.dtype) * weight[..., None] for e, weight in entries
+        )
         return x_BPS + position_BPS.to(x_BPS.dtype)

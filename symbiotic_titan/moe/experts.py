@@ -16,7 +16,6 @@ from symbiotic_titan.moe.gradient_shield import (
     token_factors,
 )
 from symbiotic_titan.moe.kernels import (
-    compute_dtype,
     grouped_swiglu,
     local_tensor,
 )
@@ -45,9 +44,9 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows_ND: Tensor, counts_e: Tensor) -> Tensor:
         """(N, D). ``counts_e``: rows of each expert on this rank; they sum to N."""
-        dtype = compute_dtype(rows_ND)
-        w1, w2, w3 = (local_tensor(w).to(dtype) for w in (self.w1, self.w2, self.w3))
-        return self.swiglu(rows_ND.to(dtype), w1, w2, w3, counts_e)
+        # Autocast applies neither to grouped matmuls nor inside an autograd function.
+        w1, w2, w3 = (local_tensor(w).to(rows_ND.dtype) for w in (self.w1, self.w2, self.w3))
+        return self.swiglu(rows_ND, w1, w2, w3, counts_e)
 
 
 class SharedExpert(nn.Module):
@@ -75,8 +74,8 @@ class SharedExpert(nn.Module):
             return scale_gradient(self._swiglu(x_TD, lambda layer, y: layer(y)), factors_T)
 
         def linear(layer: nn.Linear, y: Tensor) -> Tensor:
-            dtype = compute_dtype(y)  # autocast does not apply inside an autograd function
-            return scaled_weight_linear(y.to(dtype), layer.weight.to(dtype), factors_T)
+            # autocast does not apply inside an autograd function
+            return scaled_weight_linear(y, layer.weight.to(y.dtype), factors_T)
 
         return self._swiglu(x_TD, linear)
 
@@ -120,9 +119,9 @@ class PartitionedMoE(nn.Module):
         shield_scale: 0-dim float tensor, factor on the gradient of shielded tokens in the shared expert; 1 means no shield.
         """
         routing = self.router(x_TD, modality_T)
-        # Cast first, so that the all-to-all sends the compute dtype. The record's counts exclude padding, as ``dispatch`` expects.
+        # The record's counts exclude padding, as ``dispatch`` expects.
         dispatched, layout = self.dispatcher.dispatch(
-            x_TD.to(compute_dtype(x_TD)),
+            x_TD,
             routing.experts_TK,
             routing.group_T,
             routing.record.counts.sum(0),
@@ -140,6 +139,6 @@ class PartitionedMoE(nn.Module):
         # Under expert parallelism the shared expert computes here while the rows travel back.
         shared_TD = None
         if self.shared_experts is not None:
-            shared_TD = self.shared_experts(x_TD, modality_T, shield_scale).to(x_TD.dtype)
-        out_TD = self.dispatcher.combine(sent, routing.weights_TK, layout).to(x_TD.dtype)
+            shared_TD = self.shared_experts(x_TD, modality_T, shield_scale)
+        out_TD = self.dispatcher.combine(sent, routing.weights_TK, layout)
         return out_TD if shared_TD is None else out_TD + shared_TD, routing.record

@@ -25,17 +25,6 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast would compute a matmul of ``x``; ``x.dtype`` without autocast.
-
-    Autocast does not cover grouped matmuls or our autograd functions, so their callers cast explicitly.
-    """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
-
-
 def local_tensor(parameter: Tensor) -> Tensor:
     """This rank's shard of a parameter, or the parameter itself if it is not sharded. The gradient stays a shard."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -95,9 +95,7 @@ def test_feed_forward_is_swiglu():
 def test_norm_keeps_the_dtype_of_its_input_and_sums_in_float32():
     norm = RMSNorm(512, eps=1e-6)
     x = 30 * torch.randn(4, 512).bfloat16()
-    got = norm(
-        x
-    )  # float32 weight, bfloat16 input: what autocast hands to the norms of queries and keys
+    got = norm(x)  # float32 weight, bfloat16 input: what autocast hands to every norm
     exact = F.rms_norm(x.float(), (512,), None, 1e-6)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, exact.bfloat16())

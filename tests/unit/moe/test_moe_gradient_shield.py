@@ -161,8 +161,8 @@ def test_forward_has_the_bits_of_no_shield_under_autocast(mode):
     plain.load_state_dict(expert.state_dict())
     x_TD, modality_T = make_tokens()
     with torch.autocast("cpu", torch.bfloat16):
-        ours = expert(x_TD, modality_T, torch.tensor(0.1))
-        assert torch.equal(ours, plain(x_TD, modality_T, torch.tensor(1.0)))
+        ours = expert(x_TD.bfloat16(), modality_T, torch.tensor(0.1))
+        assert torch.equal(ours, plain(x_TD.bfloat16(), modality_T, torch.tensor(1.0)))
     assert all(g.dtype == torch.float32 for g in grads(ours.sum(), expert, x_TD).values())
 
 
