@@ -6,6 +6,7 @@ Example: tools/bench/attention.py --length 512 1024 2048 --repeats 11
 Rows hold documents of text with input and target images, packed as in training; forward and backward, 8
 query heads, 4 key/value heads of width 64. ``causal`` is SDPA without a mask, the cost of plain causal attention. Flex runs
 where FlexAttention has a backward (CUDA); elsewhere its columns are null and the reason is printed.
+Float32 on a CPU, bfloat16 on a GPU, which is timed by its events (bench_timing.py).
 
 One table per length, then one JSON line. A ratio is the median over interleaved rounds of the ratio within a round:
 dense_over_causal, flex_over_dense, and mask_share: building the mask / (building it + ``--layers`` layers of attention).
@@ -20,10 +21,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_timing import WAITING, interleave, machine, ratio, restart_with, summary
+from bench_timing import (
+    WAITING,
+    add_device_option,
+    default_device,
+    interleave,
+    machine,
+    ratio,
+    restart_with,
+    summary,
+    use_device,
+)
 from torch.nn.attention.flex_attention import BlockMask
 
-from symbiotic_titan.device import device_type, supports_flex_attention
 from symbiotic_titan.model.layers import attend
 from symbiotic_titan.model.masks import MaskRule, block_mask, dense_mask
 
@@ -85,7 +95,7 @@ def contenders(case: Case) -> dict[str, Callable[[], Any]]:
             )
         ),
     }
-    if supports_flex_attention():
+    if device.type == "cuda":
         entries["flex_mask"] = lambda: block_mask(case.rule, case.shape, device)
         entries["flex"] = over(block_mask(case.rule, case.shape, device))
     return entries
@@ -116,19 +126,22 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2, help="packed rows (default 2)")
     parser.add_argument("--layers", type=int, default=8, help="layers that share one mask")
     parser.add_argument("--repeats", type=int, default=11, help="rounds that count (default 11)")
+    add_device_option(parser)
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error(f"--repeats must be at least 2 to have a spread, got {args.repeats}")
+    use_device(args.device)
     restart_with(WAITING)
     torch.manual_seed(0)
-    device = device_type()
+    device = default_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    if not supports_flex_attention():
+    if device != "cuda":
         print("FlexAttention has no backward on this device: its columns are left empty")
     results = {}
     for length in args.length:
         case = make_case(args.rows, length, dtype, device)
-        result = results_of(interleave(contenders(case), repeats=args.repeats), args.layers)
+        times = interleave(contenders(case), repeats=args.repeats)
+        result = results_of(times, args.layers)
         results[length] = result
         print(f"length {length}, {args.rows} rows, {str(dtype).removeprefix('torch.')}")
         for name, row in result["times"].items():

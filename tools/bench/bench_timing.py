@@ -2,8 +2,13 @@
 
 Other work on the machine slows everything for a while. Contenders therefore take turns, and a ratio is the median over the
 rounds of the ratio within a round, never a quotient of two separate medians.
+
+Clocks: a GPU is timed by its own events, which neither wait for the host nor make it wait; a CPU by the host's clock. On a GPU every
+timed call comes after one that overwrites twice the size of its L2 cache, outside the time, so that no contender reads operands
+which the last one left there. Calls of the warm-up rounds (two unless stated) compile kernels and fill caches, and are not counted.
 """
 
+import argparse
 import os
 import platform
 import statistics
@@ -31,20 +36,87 @@ def restart_with(settings: Mapping[str, str]) -> None:
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
+def default_device() -> str:
+    """``cuda`` where there is a GPU, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """``--device``: the accelerator if there is one."""
+
+    def device(name: str) -> str:
+        if name not in ("cpu", "cuda"):
+            raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {name}")
+        if name == "cuda" and not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError("there is no CUDA device; choose cpu")
+        return name
+
+    parser.add_argument(
+        "--device",
+        type=device,
+        default=default_device(),
+        metavar="NAME",
+        help="cpu or cuda (default: cuda where there is a GPU)",
+    )
+
+
+def use_device(name: str) -> None:
+    """To measure the CPU of a machine that has a GPU, start this program again without the GPU: what it times asks torch for one."""
+    if name == "cpu" and torch.cuda.is_available():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+Moment = torch.cuda.Event | float
+
+
+class Clock:
+    """Moments in the work of a device: events on a GPU, seconds of the host's clock on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._cold: torch.Tensor | None = None
+        if device == "cuda":
+            size = 2 * torch.cuda.get_device_properties().L2_cache_size
+            self._cold = torch.empty(size, dtype=torch.int8, device=device)
+
+    def now(self) -> Moment:
+        """The moment at which the device reaches this point; the host does not wait for it."""
+        if self.device == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def seconds(self, begin: Moment, end: Moment) -> float:
+        """Between two moments; waits until the device has passed the second."""
+        if isinstance(begin, float) or isinstance(end, float):
+            assert isinstance(begin, float) and isinstance(end, float)
+            return end - begin
+        end.synchronize()  # device sync
+        return begin.elapsed_time(end) / 1e3
+
+    def empty_cache(self) -> None:
+        """Overwrite a GPU's L2 cache; a CPU's caches are left alone."""
+        if self._cold is not None:
+            self._cold.zero_()
+
+
 def interleave(
     contenders: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each of ``repeats`` rounds; a round runs all of them in turn."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    clock = Clock(default_device())
+    moments: dict[str, list[tuple[Moment, Moment]]] = {name: [] for name in contenders}
     for round_number in range(-warmup, repeats):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            clock.empty_cache()
+            begin = clock.now()
             run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # device sync
+            end = clock.now()
             if round_number >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
+                moments[name].append((begin, end))
+    return {name: [clock.seconds(*pair) for pair in pairs] for name, pairs in moments.items()}
 
 
 def ratio(times: Mapping[str, list[float]], over: str, under: str) -> float:
@@ -78,13 +150,13 @@ def _commit() -> str:
 
 def machine() -> dict[str, Any]:
     """What a number depends on: torch, threads, device, commit."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    if default_device() == "cuda":
+        name = torch.cuda.get_device_name()
     else:
-        device = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        name = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "device": device,
+        "device": name,
         "commit": _commit(),
     }

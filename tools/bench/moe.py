@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Forward + backward of the partitioned MoE layer against other implementations, on a CPU.
+"""Forward + backward of the partitioned MoE layer against other implementations, and the time of its phases.
 
 Example: tools/bench/moe.py --experts 16 128 --top-k 2 8 --repeats 20 --threads 2
 
@@ -8,25 +8,30 @@ Contenders, all with the same tokens, FLOPs and weight shapes:
                 1/4 VAE, mixed. If a quarter of the experts is fewer than --top-k, VAE tokens have --top-k experts
   standard      this layer, one pool of all experts
   loop          nn.ModuleList of experts, boolean masks, index_add: usual research code
+  torchtitan    torchtitan's own MoE with its grouped matmuls, which exist in bf16 on a GPU: elsewhere it is left out
   transformers  Qwen3MoeSparseMoeBlock of the transformers package with its grouped_mm experts (its default in a model)
   dense         the limit: three matrices on all T*K rows and their backward, nothing else (no routing, no activation)
 Routers are random, not balanced. Gradients of the input and of all parameters are computed and thrown away.
 
-Shapes: large T=4096 D=F=512, small T=1024 D=F=256, toy T=64 D=F=16. Each is measured in each of --dtypes with each number of
---experts and each --top-k.
+Shapes: large T=4096 D=F=512, small T=1024 D=F=256, toy T=64 D=F=16; 1b and 30b are the layers of these flavors with the tokens of
+their configs' micro-batches (with --experts 64 --top-k 6, and 128 and 8). Each is measured in each of --dtypes (by default both, on a
+GPU bfloat16 alone) with each number of --experts and each --top-k.
+
+--phases adds the phases of the partitioned layer: router, dispatch, experts and combine, forward and backward, and what is left.
 
 Times are medians over interleaved rounds; a ratio is the median of the rounds' ratios. Every contender sees one batch, so
 that kernels compiled for its row counts are reused. --fresh gives a new batch in each round, as in training: then bf16 loops
 compile kernels for new row counts all the time.
 
-The last line is JSON. partitioned_over_standard, loop_over_partitioned and transformers_over_partitioned are quotients of
-times; partitioned_over_dense is dense time / partitioned time, the share of the limit that is reached (0.72: 72 %). All four
+The last line is JSON. partitioned_over_standard, loop_over_partitioned, torchtitan_over_partitioned and transformers_over_partitioned are
+quotients of times; partitioned_over_dense is dense time / partitioned time, the share of the limit that is reached (0.72: 72 %). All
 are those of the first case (by default the large shape in bf16); ``worst`` has the worst over all cases, ``all`` those of
 every case, ``times`` the milliseconds.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +40,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_timing import WAITING, interleave, machine, ratio, restart_with, summary
+from bench_timing import (
+    WAITING,
+    Clock,
+    add_device_option,
+    default_device,
+    interleave,
+    machine,
+    ratio,
+    restart_with,
+    summary,
+    use_device,
+)
+from stopwatch import Stopwatch
 from torch import Tensor, nn
 
 from symbiotic_titan.moe.experts import PartitionedMoE
@@ -54,7 +71,13 @@ class Shape:
     hidden_dim: int
 
 
-SHAPES = {"large": Shape(4096, 512, 512), "small": Shape(1024, 256, 256), "toy": Shape(64, 16, 16)}
+SHAPES = {
+    "large": Shape(4096, 512, 512),
+    "small": Shape(1024, 256, 256),
+    "toy": Shape(64, 16, 16),
+    "1b": Shape(4 * 4096, 768, 320),
+    "30b": Shape(4096, 2048, 768),
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -161,6 +184,31 @@ def transformers_block(case: Case) -> nn.Module:
     return Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**settings))
 
 
+def torchtitan_layer(case: Case) -> nn.Module:
+    """The baseline ``torchtitan``: weights after the experts, as here, and no selection bias."""
+    from torchtitan.models.moe.moe import MoE
+    from torchtitan.models.moe.moe import MoEArgs as Args
+
+    settings: dict[str, Any] = {
+        "score_func": "softmax",
+        "route_norm": True,
+        "num_shared_experts": 0,
+    }
+    args = Args(
+        num_experts=case.num_experts,
+        top_k=case.top_k,
+        score_before_experts=False,
+        load_balance_coeff=None,
+        **settings,
+    )
+    return MoE(args, case.shape.dim, case.shape.hidden_dim)
+
+
+def runs_here(name: str, case: Case, device: str) -> bool:
+    """Whether a contender has kernels for this dtype and device."""
+    return name != "torchtitan" or (device == "cuda" and case.dtype == torch.bfloat16)
+
+
 def our_layer(case: Case, groups: tuple[ExpertGroup, ...]) -> PartitionedMoE:
     return PartitionedMoE(MoEArgs(case.shape.dim, case.shape.hidden_dim, groups, case.top_k))
 
@@ -174,38 +222,78 @@ def step(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor | tupl
     torch.autograd.grad(outs, [x, *module.parameters()], grads)
 
 
+def modalities(shape: Shape, device: str) -> Tensor:
+    """(T,): a quarter VAE tokens, mixed with text."""
+    return torch.where(torch.randperm(shape.tokens) % 4 == 0, VAE, TEXT).to(device)
+
+
+def filled(module: nn.Module, case: Case, device: str) -> nn.Module:
+    """``module`` with random weights in the case's dtype on the device."""
+    module.to(device)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return module.to(case.dtype)
+
+
 def contenders(case: Case, skip: list[str], fresh: bool) -> dict[str, Callable[[], None]]:
     """Name -> one forward and backward pass."""
-    shape = case.shape
+    shape, device = case.shape, default_device()
     makers: dict[str, Callable[[], nn.Module]] = {
         "partitioned": lambda: our_layer(case, case.partition),
         "standard": lambda: our_layer(case, case.pool),
         "loop": lambda: LoopMoE(case),
+        "torchtitan": lambda: torchtitan_layer(case),
         "transformers": lambda: transformers_block(case),
         "dense": lambda: DenseLimit(shape.dim, shape.hidden_dim),
     }
-    modality_T = torch.where(torch.randperm(shape.tokens) % 4 == 0, VAE, TEXT)
-    no_shield = torch.tensor(1.0)
+    modality_T, no_shield = modalities(shape, device), torch.tensor(1.0, device=device)
 
     def make(name: str) -> Callable[[], None]:
-        module = makers[name]()
-        for parameter in module.parameters():
-            nn.init.normal_(parameter, std=0.02)
-        module.to(case.dtype)
+        module = filled(makers[name](), case, device)
         rows = shape.tokens * case.top_k if name == "dense" else shape.tokens
-        batch = torch.randn(rows, shape.dim).to(case.dtype)
+        batch = torch.randn(rows, shape.dim, device=device).to(case.dtype)
 
         def forward(x: Tensor) -> Tensor | tuple:
             if isinstance(module, PartitionedMoE):
                 return module(x, modality_T, no_shield)[0]
-            return module(x[None])[0] if name == "transformers" else module(x)
+            return module(x[None])[0] if name in ("transformers", "torchtitan") else module(x)
 
         def run() -> None:
             step(module, torch.randn_like(batch) if fresh else batch, forward)
 
         return run
 
-    return {name: make(name) for name in makers if name not in skip}
+    names = [name for name in makers if name not in skip and runs_here(name, case, device)]
+    return {name: make(name) for name in names}
+
+
+PHASES = ("router", "dispatch", "experts", "combine", "other")
+
+
+def phases(case: Case, repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Milliseconds of each phase of the partitioned layer's forward and backward, medians; ``other`` is what is left of the whole."""
+    device = default_device()
+    clock = Clock(device)
+    layer = filled(our_layer(case, case.partition), case, device)
+    assert isinstance(layer, PartitionedMoE)
+    watch = Stopwatch(clock)
+    watch.watch(layer.router, "forward", "router")
+    watch.watch(layer.dispatcher, "dispatch", "dispatch")
+    watch.watch(layer.dispatcher, "combine", "combine")
+    for experts in layer.experts.values():
+        watch.watch(experts, "forward", "experts")
+    modality_T, no_shield = modalities(case.shape, device), torch.tensor(1.0, device=device)
+    x_TD = torch.randn(case.shape.tokens, case.shape.dim, device=device).to(case.dtype)
+    rows = []
+    for _ in range(warmup + repeats):
+        clock.empty_cache()
+        begin = clock.now()
+        step(layer, x_TD, lambda x: layer(x, modality_T, no_shield)[0])
+        row = {"whole": clock.seconds(begin, clock.now()), **watch.take()}
+        row["other"] = row["whole"] - sum(row.get(phase, 0.0) for phase in PHASES[:-1])
+        rows.append(row)
+    medians = {p: statistics.median(r.get(p, 0.0) for r in rows[warmup:]) for p in PHASES}
+    return {phase: round(1e3 * seconds, 3) for phase, seconds in medians.items()}
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, float]:
@@ -213,6 +301,7 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
     pairs = {
         "partitioned_over_standard": ("partitioned", "standard"),
         "loop_over_partitioned": ("loop", "partitioned"),
+        "torchtitan_over_partitioned": ("torchtitan", "partitioned"),
         "transformers_over_partitioned": ("transformers", "partitioned"),
         "partitioned_over_dense": ("dense", "partitioned"),
     }
@@ -237,20 +326,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["large", "small"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--experts", nargs="+", type=int, default=[128], help="default 128")
     parser.add_argument("--top-k", nargs="+", type=int, default=[8], help="default 8")
     parser.add_argument("--repeats", type=int, default=11, help="rounds that count (default 11)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
+    add_device_option(parser)
+    parser.add_argument("--phases", action="store_true", help="the time of the layer's phases, too")
     parser.add_argument("--fresh", action="store_true", help="a new batch in every round")
     parser.add_argument(
         "--skip",
         action="append",
         default=[],
-        choices=["standard", "loop", "transformers", "dense"],
+        choices=["standard", "loop", "torchtitan", "transformers", "dense"],
         help="leave a contender out; may be given several times",
     )
     args = parser.parse_args(argv)
+    args.dtypes = args.dtypes or (["bfloat16"] if args.device == "cuda" else list(DTYPES))
     if args.repeats < 2:
         parser.error(f"--repeats must be at least 2 to have a spread, got {args.repeats}")
     if args.threads is not None and args.threads < 1:
@@ -264,11 +356,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    use_device(args.device)
     restart_with(ENVIRONMENT)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    times, all_ratios = {}, {}
+    times, all_ratios, by_phase = {}, {}, {}
     for choice in product(args.shapes, args.dtypes, args.experts, args.top_k):
         shape, dtype, num_experts, top_k = choice
         case = Case(SHAPES[shape], DTYPES[dtype], num_experts, top_k)
@@ -283,8 +376,12 @@ def main(argv: list[str] | None = None) -> int:
                 f"({row['quartile_1_ms']:.1f} to {row['quartile_3_ms']:.1f})"
             )
         print("  " + "  ".join(f"{key} {value}" for key, value in all_ratios[name].items()))
+        if args.phases:
+            by_phase[name] = phases(case, args.repeats)
+            print("  " + "  ".join(f"{phase} {ms} ms" for phase, ms in by_phase[name].items()))
     first, *_ = all_ratios.values()
     result = {**machine(), **first, "worst": worst(all_ratios), "all": all_ratios, "times": times}
+    result |= {"phases": by_phase} if by_phase else {}
     print(json.dumps(result))
     return 0
 

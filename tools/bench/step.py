@@ -8,9 +8,10 @@
 The real trainer runs on the config's data, without checkpoints, logs, validation and sample grids. Options of the config may follow, as
 for training: --training.mixed_precision_param float32.
 
-Without --compare and --against parts are timed by hooks in the forward and the backward pass, so a part's time is forward plus
-backward. ``routing`` is the MoE layers without their experts: router, dispatch and combine. ``other`` is what no hook covers:
-embeddings, heads, norms, losses. With --compare several trainers of one config take their steps in turn.
+Without --compare and --against parts are timed by hooks in the forward and the backward pass, in a compiled model too, so a part's
+time is forward plus backward (step_shares.py). On a GPU the hooks are its own events, which do not make it wait. ``routing`` is the MoE
+layers without their experts: router, dispatch and combine. ``other`` is what no hook covers: embeddings, heads, losses. With --compare
+several trainers of one config take their steps in turn.
 
 --against GITREF: the step of this checkout against that of another commit (step_commits.py). --against transformers: a step of the
 whole model against transformers' with equal weights, at three shapes (step_transformers.py).
@@ -32,7 +33,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_timing import WAITING, interleave, machine, ratio, restart_with, summary
+from bench_timing import (
+    WAITING,
+    add_device_option,
+    default_device,
+    interleave,
+    machine,
+    ratio,
+    restart_with,
+    summary,
+    use_device,
+)
 from step_child import make_trainer, register, stepper
 from step_commits import Rounds, commit_of, compare_commits, print_commits
 from step_shares import measure, print_shares
@@ -169,6 +180,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=10, help="steps that are counted")
     parser.add_argument("--warmup", type=int, default=3, help="steps before that")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
+    add_device_option(parser)
     parser.add_argument(
         "--compare",
         action="store_true",
@@ -243,6 +255,7 @@ def main() -> int:
     parser = make_parser()
     args, overrides = parser.parse_known_args()
     check(parser, args, overrides)
+    use_device(args.device)
     restart_with({**WAITING, **(ENVIRONMENT if TRANSFORMERS in args.against else {})})
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -258,7 +271,10 @@ def main() -> int:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    if args.compare and not is_child and chosen(TWO_PROCESSES, args.variants):
+    has_devices = default_device() == "cpu" or torch.cuda.device_count() >= 2
+    if args.compare and not is_child and not has_devices:
+        print("this machine has one GPU: what needs two processes is left out")
+    elif args.compare and not is_child and chosen(TWO_PROCESSES, args.variants):
         others = compare_on_two_processes(sys.argv[1:])
         for path in args.configs:
             print_comparison(f"{path}, two processes", others[Path(path).stem])

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_timing import Clock, default_device
 
 HOMES = ("symbiotic_titan.training", "symbiotic_titan")  # newest first
 ONE_PROCESS = {
@@ -99,15 +100,11 @@ def stepper(trainer: Any) -> Callable[[], None]:
     return step
 
 
-def wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # device sync
-
-
 def timed_stepper(trainer: Any) -> Callable[[], dict[str, float]]:
     """Takes a step and returns its ``seconds``, ``cpu_seconds`` and ``loss``."""
     step, check = stepper(trainer), trainer.check_finite
     losses: list[float] = []
+    clock = Clock(default_device())
 
     def note_loss(values: dict[str, float], *args: Any) -> None:
         losses.append(values["total"])
@@ -116,11 +113,10 @@ def timed_stepper(trainer: Any) -> Callable[[], dict[str, float]]:
     trainer.check_finite = note_loss  # every step passes its losses to it before the weights change
 
     def timed() -> dict[str, float]:
-        wait_for_device()
-        cpu, begin = time.process_time(), time.perf_counter()
+        cpu, begin = time.process_time(), clock.now()
         step()
-        wait_for_device()
-        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
+        seconds = clock.seconds(begin, clock.now())
+        cpu_seconds = time.process_time() - cpu
         return {"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": losses[-1]}
 
     return timed

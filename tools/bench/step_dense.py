@@ -7,11 +7,10 @@ micro-batch, and both gradients, in the dtype of ``training.mixed_precision_para
 dense limit: their seconds / the step's.
 """
 
-import time
 from typing import Any
 
 import torch
-from step_child import wait_for_device
+from bench_timing import Clock, default_device
 
 from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.sequence.batch import PackedBatch
@@ -23,6 +22,7 @@ class DenseLimit:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        self._clock = Clock(default_device())
         self._batches: list[PackedBatch] = []  # of the last step
         to_device = trainer.to_device
 
@@ -73,12 +73,10 @@ class DenseLimit:
     def seconds(self) -> float:
         """Of the matmuls, scaled from a whole number of layers to the step's FLOPs."""
         repeats = max(1, round(self.flops() / self._flops_of_layer))
-        wait_for_device()
-        begin = time.perf_counter()
+        begin = self._clock.now()
         for _ in range(repeats):
             torch.mm(self._x_TD, self._w_HD.t())
             torch.mm(self._g_TH, self._w_HD)
             torch.mm(self._g_TH.t(), self._x_TD)
-        wait_for_device()
-        seconds = time.perf_counter() - begin
+        seconds = self._clock.seconds(begin, self._clock.now())
         return seconds * self.flops() / (repeats * self._flops_of_layer)

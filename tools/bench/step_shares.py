@@ -1,123 +1,62 @@
-"""The share of a training step's time that each part takes, and of the dense limit that the step reaches: ``step.py`` without options."""
+"""The share of a training step's time that each part takes, and of the dense limit that the step reaches: ``step.py`` without options.
+
+Parts are the units that ``parallel/compile.py`` compiles, compiled or not: ``attention`` is the attention half of a block with its norm
+and residual, ``experts`` the matmuls of routed experts and the shared expert, ``routing`` the rest of the MoE layers.
+"""
 
 import statistics
 import tempfile
-import time
-from collections import defaultdict
 from typing import Any
 
-import torch
-from step_child import make_trainer, stepper, wait_for_device
+from bench_timing import Clock, default_device
+from step_child import make_trainer, stepper
 from step_dense import DenseLimit
-from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from stopwatch import Stopwatch
 
+from symbiotic_titan.parallel.compile import compile_units
 from symbiotic_titan.training.trainer import SymbioticTrainer
 
 PARTS = ("data", "vit", "attention", "routing", "experts", "optimizer", "other")
 
 
-class Clock:
-    """Seconds per part, summed since the last ``take``."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    def now(self) -> float:
-        wait_for_device()
-        return time.perf_counter()
-
-    def take(self) -> dict[str, float]:
-        seconds, self.seconds = self.seconds, defaultdict(float)
-        return seconds
+def part_of(name: str, attribute: str) -> str | None:
+    """The part that a compiled unit belongs to, by its owner's name in the model; None where ``moe`` or ``other`` has it."""
+    if attribute == "attend":
+        return "attention"
+    if attribute == "swiglu" or name.endswith("shared_experts"):
+        return "experts"
+    return "vit" if name.startswith("vit.") else None
 
 
-class _Mark(torch.autograd.Function):
-    """Identity that calls back when its gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, callback: Any) -> torch.Tensor:
-        ctx.callback = callback
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        ctx.callback()
-        return grad, None
-
-
-def time_module(module: nn.Module, part: str, clock: Clock) -> None:
-    """Add the module's forward and backward seconds to ``part``; its first argument and (first) result are tensors."""
-    forward = module.forward
-
-    def timed(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        started: dict[str, float] = {}
-
-        def end_backward() -> None:
-            if "backward" in started:
-                clock.seconds[part] += clock.now() - started.pop("backward")
-
-        def begin_backward() -> None:
-            started["backward"] = clock.now()
-
-        begin = clock.now()
-        if (
-            not x.requires_grad
-        ):  # an input of the model: without a gradient its backward would have no end
-            x = x.detach().requires_grad_()
-        result = forward(_Mark.apply(x, end_backward), *args, **kwargs)
-        clock.seconds[part] += clock.now() - begin
-        leaves, structure = tree_flatten(result)
-        return tree_unflatten([_Mark.apply(leaves[0], begin_backward), *leaves[1:]], structure)
-
-    module.forward = timed  # type: ignore[method-assign]
-
-
-def time_call(owner: Any, name: str, part: str, clock: Clock) -> None:
-    """Add the seconds of a method's calls to ``part``."""
-    method = getattr(owner, name)
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        begin = clock.now()
-        result = method(*args, **kwargs)
-        clock.seconds[part] += clock.now() - begin
-        return result
-
-    setattr(owner, name, timed)
-
-
-def instrument(trainer: SymbioticTrainer, clock: Clock) -> None:
-    """Put timers on the parts of the trainer's model."""
+def instrument(trainer: SymbioticTrainer, watch: Stopwatch) -> None:
+    """Watch the parts of the trainer's model."""
     (model,) = trainer.model_parts
-    for block in model.layers.values():  # type: ignore[operator, union-attr]
-        time_module(block.attention, "attention", clock)
-        if not block.moe_enabled:
-            continue
-        time_module(block.moe, "moe", clock)
-        for bank in block.moe.experts.values():
-            time_module(bank, "experts", clock)
-        if block.moe.shared_experts is not None:
-            time_module(block.moe.shared_experts, "experts", clock)
-    time_module(model.vit, "vit", clock)  # type: ignore[arg-type]
-    time_call(trainer.optimizers, "step", "optimizer", clock)
+    names = {id(module): name for name, module in model.named_modules()}
+    for unit in compile_units(model):  # type: ignore[arg-type]
+        part = part_of(names[id(unit.owner)], unit.attribute)
+        if part is not None:
+            watch.watch(unit.owner, unit.attribute, part)
+    for name, module in model.named_modules():
+        if name.endswith(".moe"):
+            watch.watch(module, "forward", "moe")
+    watch.watch_call(trainer.optimizers, "step", "optimizer")
 
 
 def measure(config_file: str, *, steps: int, warmup: int, overrides: list[str]) -> dict[str, Any]:
     """Medians over ``steps`` steps after ``warmup`` steps that are not counted."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config_file, folder, steps + warmup, overrides)
-        clock = Clock()
-        instrument(trainer, clock)
+        clock = Clock(default_device())
+        watch = Stopwatch(clock)
+        instrument(trainer, watch)
         limit = DenseLimit(trainer)
         run = stepper(trainer)
         rows: list[dict[str, float]] = []
         for step in range(steps + warmup):
-            clock.take()
             tokens = int(trainer.tokens_seen.sum())
             begin = clock.now()
             run()
-            row = dict(clock.take())
-            row["step"] = clock.now() - begin
+            row = {"step": clock.seconds(begin, clock.now()), **watch.take()}
             row["tokens"] = int(trainer.tokens_seen.sum()) - tokens
             row["data"] = sum(trainer.metrics_processor.data_loading_times)
             trainer.metrics_processor.data_loading_times.clear()

@@ -8,6 +8,7 @@ import time
 import bench_timing as timing
 import pytest
 import torch
+from stopwatch import Stopwatch
 
 from tests.helpers.forked import script_here, start
 from tests.helpers.structure import ROOT
@@ -70,6 +71,73 @@ def test_the_loop_baseline_computes_what_the_layer_computes():
     x_TD = torch.randn(20, 8)
     out_TD, _ = layer(x_TD, torch.zeros(20, dtype=torch.int64), torch.tensor(1.0))
     torch.testing.assert_close(out_TD, loop(x_TD))
+
+
+def test_the_torchtitan_baseline_computes_what_the_layer_computes(monkeypatch):
+    case = moe.Case(moe.Shape(20, 8, 12), torch.float32, num_experts=8, top_k=2)
+    theirs, layer = moe.torchtitan_layer(case), moe.our_layer(case, case.pool)
+    theirs.experts.use_grouped_mm = False  # these matmuls need a GPU, and counting does
+    monkeypatch.setattr(torch, "histc", lambda x, bins, min, max: x.bincount(minlength=bins))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        layer.router["all"].weight.copy_(theirs.router.gate.weight)
+        for name in ("w1", "w2", "w3"):
+            getattr(layer.experts["all"], name).copy_(getattr(theirs.experts, name))
+    x_TD = torch.randn(20, 8)
+    out_TD, _ = layer(x_TD, torch.zeros(20, dtype=torch.int64), torch.tensor(1.0))
+    torch.testing.assert_close(out_TD, theirs(x_TD[None])[0])
+    assert not moe.runs_here("torchtitan", case, "cpu")
+
+
+def test_phases_of_a_layer_add_up_to_the_whole_and_leave_its_gradients_alone():
+    case = moe.Case(moe.SHAPES["toy"], torch.float32, num_experts=16, top_k=2)
+    found = moe.phases(case, repeats=2, warmup=0)
+    assert list(found) == list(moe.PHASES) and min(found.values()) > 0
+    watched, plain = (moe.our_layer(case, case.partition) for _ in range(2))
+    for parameter in watched.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    plain.load_state_dict(watched.state_dict())
+    watch = Stopwatch(timing.Clock("cpu"))
+    watch.watch(watched.router, "forward", "router")
+    watch.watch(watched.dispatcher, "dispatch", "dispatch")
+    x_TD, modality_T = torch.randn(64, 16, requires_grad=True), moe.modalities(case.shape, "cpu")
+    gradients = []
+    for layer in (watched, plain):
+        out_TD, _ = layer(x_TD, modality_T, torch.tensor(1.0))
+        gradients.append(torch.autograd.grad(out_TD.square().sum(), [x_TD, *layer.parameters()]))
+    assert all(map(torch.equal, *gradients))
+    seconds = watch.take()
+    assert set(seconds) == {"router", "dispatch"} and not watch.take()
+
+
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+def test_a_compiled_function_is_watched_from_outside_its_graph():
+    layer = torch.nn.Linear(4, 4)
+    expected = torch.autograd.grad(layer(torch.ones(2, 4)).square().sum(), layer.weight)
+    layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
+    watch = Stopwatch(timing.Clock("cpu"))
+    watch.watch(layer, "forward", "linear")
+    found = torch.autograd.grad(layer(torch.ones(2, 4)).square().sum(), layer.weight)
+    assert torch.equal(*found, *expected) and watch.take()["linear"] > 0
+    torch._dynamo.reset()
+
+
+def test_the_cpu_of_a_machine_with_a_gpu_is_measured_without_the_gpu(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(timing.os, "execv", lambda *a: started.append(a))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    timing.use_device("cuda")
+    assert not started and moe.parse(["--dtypes", "float32"]).device == "cuda"
+    assert moe.parse([]).dtypes == ["bfloat16"]
+    timing.use_device("cpu")
+    assert len(started) == 1 and timing.os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, problem in (("cuda", "there is no CUDA device; choose cpu"), ("tpu", "must be cpu")):
+        with pytest.raises(SystemExit):
+            moe.parse(["--device", name])
+        assert f"error: argument --device: {problem}" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
