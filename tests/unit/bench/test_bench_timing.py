@@ -111,7 +111,10 @@ def test_phases_of_a_layer_add_up_to_the_whole_and_leave_its_gradients_alone():
     assert set(seconds) == {"router", "dispatch"} and not watch.take()
 
 
-@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute:UserWarning",
+    "ignore:.* should not be instantiated:DeprecationWarning",
+)
 def test_a_compiled_function_is_watched_from_outside_its_graph():
     layer = torch.nn.Linear(4, 4)
     expected = torch.autograd.grad(layer(torch.ones(2, 4)).square().sum(), layer.weight)
