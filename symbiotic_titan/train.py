@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, NoReturn
 from symbiotic_titan.process import MISTAKE, loading, raised_by_us
 
 if TYPE_CHECKING:
+    from symbiotic_titan.checkpoint.start import Start
     from symbiotic_titan.config.job import JobConfig
 
 
-def train(config: "JobConfig") -> None:
+def train(config: "JobConfig", start: "Start | None") -> None:
     """Train a checked config. A function of its own, so that the model and its process groups are freed when it returns."""
     from symbiotic_titan.training.trainer import SymbioticTrainer
 
     trainer = None
     try:
-        trainer = SymbioticTrainer(config)
+        trainer = SymbioticTrainer(config, start)
         if config.sampling.enable:
             from symbiotic_titan.training.sample_grids import (
                 add_sample_grids,  # loads the generator
@@ -44,6 +45,7 @@ def run(args: list[str]) -> None:
     with loading():
         import torch
 
+        from symbiotic_titan.checkpoint.start import find_start
         from symbiotic_titan.config.load import load_job_config
         from symbiotic_titan.config.saved import check_extension
         from symbiotic_titan.training.checks import check_job
@@ -58,7 +60,7 @@ def run(args: list[str]) -> None:
     check_job(config)
     check_extension(config)
     try:
-        train(config)
+        train(config, find_start(config))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -7,6 +7,8 @@ on the number of ranks, expert parallelism, activation checkpointing, compilatio
 
 import re
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from zlib import crc32
 
 import torch
@@ -32,6 +34,21 @@ _RULES: tuple[tuple[str, float | str], ...] = (
 _TIED_RULES = ((r"^tok_embeddings\.weight$", "linear"), *_RULES)
 
 
+_GIVEN: ContextVar[Container[str]] = ContextVar("given", default=())
+
+
+@contextmanager
+def leaving_out(names: Container[str]) -> Iterator[None]:
+    """Let ``initialize`` draw no values for these parameters and buffers (without wrapper prefixes), because a checkpoint will give
+    them. ``names`` may be filled later, before the model is initialised. Until they are given they are NaN, so that one which was
+    forgotten is found."""
+    token = _GIVEN.set(names)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
 def initialize(model: nn.Module, seed: int, only: Container[str] | None = None) -> None:
     """Fill every parameter and buffer of ``model`` in place, or only those that ``only`` names (without wrapper prefixes).
 
@@ -43,6 +60,9 @@ def initialize(model: nn.Module, seed: int, only: Container[str] | None = None) 
     with torch.no_grad():
         for name, tensor in tensors.items():
             if only is not None and name not in only:
+                continue
+            if name in _GIVEN.get():
+                tensor.fill_(float("nan"))
                 continue
             value = next((value for pattern, value in rules if re.search(pattern, name)), None)
             assert value is not None, f"no rule initialises the parameter {name}"

@@ -12,15 +12,15 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from symbiotic_titan.checkpoint.start import choose_start, read_beforehand, read_weights
+from symbiotic_titan.checkpoint.start import Start, begin, share_start
 from symbiotic_titan.codecs.batch import build_batch_encoder
 from symbiotic_titan.config.data import used_sources
 from symbiotic_titan.config.job import JobConfig
@@ -34,6 +34,7 @@ from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTota
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import model_cost
+from symbiotic_titan.model.initialize import leaving_out
 from symbiotic_titan.model.symbiotic import ModelOutput
 from symbiotic_titan.moe.partition import tokens_of_groups
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
@@ -55,18 +56,19 @@ if TYPE_CHECKING:  # loaded by the runs that use them
 
 
 class SymbioticTrainer(Trainer):
-    """Trains the model of the train spec ``symbiotic`` from a checked JobConfig."""
+    """Trains the model of the train spec ``symbiotic`` from a checked JobConfig. ``start``: what ``find_start`` found."""
 
     job_config: JobConfig
     metrics_processor: SymbioticMetrics  # type: ignore[assignment]
     validator: "SymbioticValidator"
     loss_fn: LossFunction  # type: ignore[assignment]
 
-    def __init__(self, job_config: JobConfig) -> None:
+    def __init__(self, job_config: JobConfig, start: Start | None = None) -> None:
+        self.start, self.given = start, set[str]()
         self.stop, self.saved_config = StopRequest(), SavedConfig(job_config)
         self.first_step = 0  # the step that this process continued from
         self.tokens_seen = torch.zeros(len(MODALITY_NAMES), dtype=torch.int64)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), leaving_out(self.given):
             # In float32 on one process upstream creates an autocast that torch disables with a warning.
             warnings.filterwarnings("ignore", message="In CPU autocast")
             super().__init__(job_config)
@@ -103,6 +105,12 @@ class SymbioticTrainer(Trainer):
             job_config.training.seq_len,
             image_patches=geometry.vit_budget(seen)[1] if seen else None,
         )
+
+    def init_distributed(self) -> ParallelDims:
+        dims = super().init_distributed()
+        self.start = share_start(self.start, self.job_config.checkpoint)
+        self.given |= self.start.entries.keys() if self.start else set()
+        return dims
 
     # ---- data ---------------------------------------------------------------------------------------------------------
 
@@ -305,30 +313,14 @@ class SymbioticTrainer(Trainer):
     # ---- stopping, saving, resuming -----------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Resume from the newest complete checkpoint, train, and save when a signal asks to stop."""
+        """Load what the run starts from, train, and save when a signal asks to stop."""
         self.stop.install()
-        self.choose_checkpoint()
+        if self.start is not None:
+            begin(self.start, self.job_config.checkpoint, self.checkpointer, self.ema)
+            self.start = None  # its metadata are freed once they are loaded
         if is_first_process():
             self.saved_config.write()
         super().train()
-
-    def choose_checkpoint(self) -> None:
-        """Point ``checkpoint.load_step`` at the newest complete checkpoint and check that it belongs to this model.
-
-        Raises:
-            ValueError: no checkpoint is complete, or the one to load belongs to another model.
-        """
-        config = self.job_config.checkpoint
-        if not config.enable:
-            return
-        folder = Path(self.job_config.job.dump_folder) / config.folder
-        start = choose_start(config, folder, self.model_parts[0])
-        if start is not None and config.load_step <= 0 and config.initial_load_model_only:
-            read_weights(start, self.model_parts[0], config.initial_load_weights, self.ema)
-            self.checkpointer.initial_load_path = None
-        elif start is not None:
-            excluded = read_beforehand(start, self.ema)
-            self.checkpointer.exclude_from_loading = [*config.exclude_from_loading, *excluded]
 
     def should_continue_training(self) -> bool:
         """Whether to take another step, whose data are read first.

@@ -13,14 +13,24 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 
-def damage_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None if every file that it lists exists in full length."""
+def read_metadata(folder: Path) -> tuple[Metadata | None, str | None]:
+    """(the metadata of a checkpoint folder, None if they cannot be read; what is wrong with it, None if every file that it lists exists
+    in full length). At 30 billion parameters on 256 ranks this takes 20 s, so read them once."""
     if not (folder / ".metadata").is_file():
-        return "it has no .metadata: the save did not finish"
+        return None, "it has no .metadata: the save did not finish"
     try:
         metadata: Metadata = FileSystemReader(folder).read_metadata()
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
-        return f"its .metadata cannot be read ({type(error).__name__})"
+        return None, f"its .metadata cannot be read ({type(error).__name__})"
+    return metadata, _damage(folder, metadata)
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None if every file that it lists exists in full length."""
+    return read_metadata(folder)[1]
+
+
+def _damage(folder: Path, metadata: Metadata) -> str | None:
     # Only lengths are compared: a checksum would mean reading terabytes before every resume.
     needed: dict[str, int] = {}
     for info in (metadata.storage_data or {}).values():
@@ -35,17 +45,18 @@ def damage_of(folder: Path) -> str | None:
     return None
 
 
-def check_complete(folder: Path, key: str, remedy: str) -> None:
-    """Pass if ``folder``, the value of the config's ``key``, is a complete checkpoint.
+def complete_metadata(folder: Path, key: str, remedy: str) -> Metadata:
+    """The metadata of ``folder``, the value of the config's ``key``, which must be a complete checkpoint.
 
     Raises:
         ValueError: the folder does not exist, or is damaged.
     """
     if not folder.is_dir():
         raise ValueError(f"{key}: no such folder: {folder}; {remedy}")
-    damage = damage_of(folder)
-    if damage is not None:
+    metadata, damage = read_metadata(folder)
+    if metadata is None or damage is not None:
         raise ValueError(f"{key}: checkpoint {folder} is not complete: {damage}; {remedy}")
+    return metadata
 
 
 def step_of(folder: Path) -> int | None:
@@ -54,32 +65,32 @@ def step_of(folder: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def newest_complete_step(folder: Path) -> tuple[int, dict[Path, str]]:
-    """(the newest step with a complete checkpoint, or -1; the damaged checkpoints after it and what is wrong with each)."""
+def newest_complete_step(folder: Path) -> tuple[int, dict[Path, str], Metadata | None]:
+    """(the newest step with a complete checkpoint, or -1; the damaged ones after it and what is wrong with each; its metadata)."""
     damaged: dict[Path, str] = {}
     candidates = [path for path in folder.iterdir() if step_of(path) is not None]
     for path in sorted(candidates, key=lambda p: step_of(p) or 0, reverse=True):
-        damage = damage_of(path)
+        metadata, damage = read_metadata(path)
         if damage is None:
-            return step_of(path) or 0, damaged
+            return step_of(path) or 0, damaged, metadata
         damaged[path] = damage
-    return -1, damaged
+    return -1, damaged, None
 
 
-def choose_step(folder: Path) -> tuple[int, dict[Path, str]]:
+def choose_step(folder: Path) -> tuple[int, dict[Path, str], Metadata | None]:
     """As ``newest_complete_step``, for a run that must not silently start from scratch.
 
     Raises:
         ValueError: there are checkpoints, but none is complete.
     """
-    step, damaged = newest_complete_step(folder)
+    step, damaged, metadata = newest_complete_step(folder)
     if step == -1 and damaged:
         path, damage = next(iter(damaged.items()))
         raise ValueError(
             f"no checkpoint in {folder} is complete ({path.name}: {damage}); remove the folder to start anew, "
             "or choose another job.dump_folder"
         )
-    return step, damaged
+    return step, damaged, metadata
 
 
 def find_checkpoint(path: Path | str, subfolder: str) -> Path:

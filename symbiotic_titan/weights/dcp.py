@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import WriteItem
 
 from symbiotic_titan.config.optimizer import Weights
-from symbiotic_titan.weights.damage import damage_of
+from symbiotic_titan.weights.damage import read_metadata
 from symbiotic_titan.weights.new_folder import new_folder
 from symbiotic_titan.weights.reader import (
     TensorSpec,
@@ -28,7 +28,7 @@ from symbiotic_titan.weights.reader import (
 
 # Prefixes of what a training checkpoint has besides the model.
 _TRAINING_STATE = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.", "ema.")
-_AVERAGE = "ema.weights."  # of averaged weights, before their names
+AVERAGE = "ema.weights."  # of averaged weights, before their names
 
 
 @contextmanager
@@ -40,11 +40,11 @@ def _single_process():
 
 
 class _CachedReader(FileSystemReader):
-    """Reads the metadata once: a training checkpoint's can be large, and dcp.load reads it anew for every tensor."""
+    """Has the metadata: a training checkpoint's can be large, and dcp.load reads it anew for every tensor."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
-        self._metadata: Metadata = super().read_metadata()
+        self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
@@ -62,13 +62,13 @@ class DistributedCheckpoint:
     def __init__(self, folder: Path, weights: Weights = "trained") -> None:
         if not folder.is_dir():
             raise ValueError(f"checkpoint {folder}: no such folder")
-        damage = damage_of(folder)
+        metadata, damage = read_metadata(folder)
         if not (folder / ".metadata").is_file() and any(folder.glob("step-*")):
             damage = "it is a folder of checkpoints; name one of them"
-        if damage is not None:
+        if metadata is None or damage is not None:
             raise ValueError(f"checkpoint {folder}: {damage}")
         self.folder = folder
-        self._reader = _CachedReader(folder)
+        self._reader = _CachedReader(folder, metadata)
         stored = {
             key: TensorSpec(tuple(entry.size), entry.properties.dtype)
             for key, entry in self._reader.read_metadata().state_dict_metadata.items()
@@ -77,11 +77,11 @@ class DistributedCheckpoint:
         # Our name -> the checkpoint's.
         self._keys = {key: key for key in stored if not key.startswith(_TRAINING_STATE)}
         self.averaged = {
-            key.removeprefix(_AVERAGE) for key in stored if key.startswith(_AVERAGE)
+            key.removeprefix(AVERAGE) for key in stored if key.startswith(AVERAGE)
         } & self._keys.keys()
         if weights == "ema":
             check_has_average(folder, self.averaged)
-            self._keys |= {name: f"{_AVERAGE}{name}" for name in self.averaged}
+            self._keys |= {name: f"{AVERAGE}{name}" for name in self.averaged}
         self.tensors: Mapping[str, TensorSpec] = {
             name: stored[key] for name, key in self._keys.items()
         }

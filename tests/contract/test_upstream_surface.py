@@ -46,6 +46,13 @@ SIGNATURES = {
     ),
     "components.checkpoint.CheckpointManager.save": ("self", "curr_step", "last_step"),
     "components.checkpoint.CheckpointManager.load": ("self", "step"),
+    "components.checkpoint.CheckpointManager.dcp_load": (
+        "self",
+        "state_dict",
+        "checkpoint_id",
+        "from_hf",
+        "from_quantized",
+    ),
     "components.checkpoint.CheckpointManager._find_load_step": ("self", "folder"),
     "components.checkpoint.CheckpointManager.maybe_wait_for_staging": ("self",),
     "components.checkpoint.CheckpointManager._async_wait": ("self",),
@@ -158,6 +165,7 @@ SIGNATURES = {
         "build_metrics_processor_fn",
         "state_dict_adapter",
     ),
+    "protocols.train_spec.get_train_spec": ("name",),
     "protocols.train_spec.register_train_spec": ("name", "train_spec"),
     "protocols.model_converter.ModelConverter.convert": ("self", "model"),
     "protocols.model_converter.ModelConverter.post_optimizer_hook": ("self", "model"),
@@ -176,6 +184,7 @@ SIGNATURES = {
 
 # Names that are imported as types, values or exceptions: they only have to exist.
 NAMES = {
+    "components.checkpoint.MODEL",
     "components.dataloader.BaseDataLoader",
     "components.tokenizer.BaseTokenizer",
     "config.TORCH_DTYPE_MAP",

@@ -6,8 +6,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from symbiotic_titan.checkpoint.start import read_beforehand
+from symbiotic_titan.checkpoint.resume import entries_of
+from symbiotic_titan.checkpoint.start import Start, read_beforehand
 from symbiotic_titan.optim.ema import EMA, averaged_parameters
+from symbiotic_titan.weights.damage import read_metadata
 from symbiotic_titan.weights.dcp import DistributedCheckpoint
 from tests.helpers.debug_model import backward, build, config_of, forward
 from tests.helpers.gloo import run_on_ranks
@@ -108,9 +110,14 @@ def saved(rank, overrides, folder):
     return {name: whole(average) for name, average in ema.tensors.items()}
 
 
+def start_of(rank, folder):
+    metadata, _ = read_metadata(folder)
+    return Start(folder, 1, entries_of(metadata), True, metadata if rank == 0 else None)
+
+
 def restored_and_saved(rank, overrides, source, target):
     model, _, ema = make(overrides)
-    assert read_beforehand(source, ema) == ["ema"]
+    assert read_beforehand(start_of(rank, source), ema) == ["ema"]
     state = {"ema": ema, "param_groups": {"json": ""}, **model.state_dict()}
     dcp.save(state, checkpoint_id=target)
     return ema.num_updates, {name: whole(average) for name, average in ema.tensors.items()}
@@ -139,8 +146,8 @@ def of_other_groups(rank, source):
     dcp.save({"ema": ema, **model.state_dict()}, checkpoint_id=source)
     weights = {name: whole(p) for name, p in model.named_parameters()}
     _, _, every = make(SHARED)
-    read_beforehand(source, every)
-    read_beforehand(source, None)
+    read_beforehand(start_of(rank, source), every)
+    read_beforehand(start_of(rank, source), None)
     return weights, ema.tensors, every.tensors
 
 

@@ -1,19 +1,24 @@
 """The newest complete checkpoint is chosen; damaged ones are named."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from symbiotic_titan.checkpoint.load import check_holds
 from symbiotic_titan.checkpoint.resume import (
     check_resumable,
-    check_start,
+    check_weights,
+    entries_of,
 )
+from symbiotic_titan.checkpoint.start import check_given
 from symbiotic_titan.weights.damage import (
-    check_complete,
+    complete_metadata,
     damage_of,
     newest_complete_step,
+    read_metadata,
     rename_damaged,
 )
 
@@ -34,12 +39,12 @@ def folder(saved, tmp_path):
 
 
 def test_newest_is_by_number_not_by_name(folder):
-    assert newest_complete_step(folder) == (20, {})
+    assert newest_complete_step(folder)[:2] == (20, {})
 
 
 def test_unfinished_save_is_skipped_and_named(folder):
     (folder / "step-20" / ".metadata").unlink()
-    step, skipped = newest_complete_step(folder)
+    step, skipped, _ = newest_complete_step(folder)
     assert step == 10
     assert "it has no .metadata" in skipped[folder / "step-20"]
 
@@ -48,7 +53,7 @@ def test_truncated_and_missing_files_are_found_without_reading_tensors(folder):
     data = next((folder / "step-20").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-100])
     next((folder / "step-10").glob("*.distcp")).unlink()
-    step, skipped = newest_complete_step(folder)
+    step, skipped, _ = newest_complete_step(folder)
     assert step == 9
     assert "bytes instead of" in skipped[folder / "step-20"]
     assert "is missing" in skipped[folder / "step-10"]
@@ -61,7 +66,7 @@ def test_garbage_metadata_is_damage(folder):
 
 def test_nothing_complete_means_start_anew(tmp_path):
     (tmp_path / "step-5").mkdir()
-    step, skipped = newest_complete_step(tmp_path)
+    step, skipped, _ = newest_complete_step(tmp_path)
     assert step == -1 and len(skipped) == 1
 
 
@@ -70,7 +75,7 @@ def test_set_aside_keeps_the_files_under_a_name_that_is_no_step(folder):
     shutil.copytree(folder / "step-10", folder / "step-20")
     second = rename_damaged(folder / "step-20")
     assert (first.name, second.name) == ("damaged-20", "damaged-20-2")
-    assert list(first.glob("*.distcp")) and newest_complete_step(folder) == (10, {})
+    assert list(first.glob("*.distcp")) and newest_complete_step(folder)[:2] == (10, {})
 
 
 def save_run(folder, **changes):
@@ -83,8 +88,13 @@ def save_run(folder, **changes):
     return folder
 
 
+def entries(folder):
+    return entries_of(read_metadata(folder)[0])
+
+
 def test_checkpoint_of_this_run_fits(tmp_path):
-    assert check_resumable(save_run(tmp_path / "step-1"), {"w": (2, 3)}, ["w"]) is None
+    folder = save_run(tmp_path / "step-1")
+    assert check_resumable(folder, entries(folder), {"w": (2, 3)}, ["w"]) is None
 
 
 @pytest.mark.parametrize(
@@ -103,12 +113,13 @@ def test_checkpoint_of_this_run_fits(tmp_path):
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path, changes, shapes, message):
     folder = save_run(tmp_path / "step-1", **changes)
     with pytest.raises(ValueError, match=message):
-        check_resumable(folder, shapes, list(shapes))
+        check_resumable(folder, entries(folder), shapes, list(shapes))
 
 
 def test_start_of_this_model_can_be_begun_with(tmp_path):
     start = save_run(tmp_path / "start", train_state={}, optimizer={})
-    assert check_start(start, tmp_path / "checkpoint", {"w": (2, 3)}, model_only=True) is None
+    place, shapes = tmp_path / "checkpoint", {"w": (2, 3)}
+    assert check_weights(start, place, entries(start), shapes, model_only=True) is None
 
 
 @pytest.mark.parametrize(
@@ -122,25 +133,53 @@ def test_start_of_this_model_can_be_begun_with(tmp_path):
 def test_start_that_does_not_fit_is_refused(tmp_path, shapes, model_only, message):
     start = save_run(tmp_path / "start", train_state={}, optimizer={})
     with pytest.raises(ValueError, match=message):
-        check_start(start, tmp_path / "checkpoint", shapes, model_only=model_only)
+        check_weights(start, tmp_path / "checkpoint", entries(start), shapes, model_only=model_only)
 
 
 def test_start_that_would_not_be_read_is_refused(tmp_path):
     start = save_run(tmp_path / "start")
     (tmp_path / "checkpoint").mkdir()
     with pytest.raises(ValueError, match="is not read where .*checkpoint exists"):
-        check_start(start, tmp_path / "checkpoint", {"w": (2, 3)}, model_only=True)
+        check_weights(
+            start, tmp_path / "checkpoint", entries(start), {"w": (2, 3)}, model_only=True
+        )
 
 
 def test_missing_or_damaged_folder_is_named_with_its_key(tmp_path):
     with pytest.raises(ValueError, match="a.key: no such folder: .*; do that"):
-        check_complete(tmp_path / "none", "a.key", "do that")
+        complete_metadata(tmp_path / "none", "a.key", "do that")
     start = save_run(tmp_path / "start")
     next(start.glob("*.distcp")).unlink()
     with pytest.raises(ValueError, match="is not complete: its file .* is missing; do that"):
-        check_complete(start, "a.key", "do that")
+        complete_metadata(start, "a.key", "do that")
 
 
 def test_checkpoint_of_an_optimizer_without_state_fits(tmp_path):
     folder = save_run(tmp_path / "step-1", optimizer={})
-    assert check_resumable(folder, {"w": (2, 3)}, ["w"]) is None
+    assert check_resumable(folder, entries(folder), {"w": (2, 3)}, ["w"]) is None
+
+
+def test_a_tensor_that_nothing_gave_a_value_is_named():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert check_given(model, Path("start")) is None
+    with torch.no_grad():
+        model[1].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="start gave no values, or NaN, to 1.bias, which were"):
+        check_given(model, Path("start"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "optimizer.state.w.exp_avg_sq",
+            "which the optimizer of this run keeps: another optimizer saved it",
+        ),
+        ("train_state.tokens", "which this run would go on with; resume with the settings"),
+    ],
+)
+def test_state_that_a_checkpoint_lacks_is_named(tmp_path, name, message):
+    saved = entries(save_run(tmp_path / "step-1"))
+    assert check_holds(tmp_path, saved, dict.fromkeys(saved)) is None
+    with pytest.raises(ValueError, match=f"has no {name}, {message}"):
+        check_holds(tmp_path, saved, {**saved, name: None})

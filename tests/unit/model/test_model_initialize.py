@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from symbiotic_titan.config.optimizer import clean_name
-from symbiotic_titan.model.initialize import initialize
+from symbiotic_titan.model.initialize import initialize, leaving_out
 from symbiotic_titan.model.symbiotic import SymbioticModel
 
 
@@ -67,6 +67,20 @@ def test_every_parameter_is_initialised_and_no_two_matrices_are_alike(make_args)
     drawn = [t for t in tensors.values() if t.ndim > 1 and t.any()]
     heads = {tuple(t.flatten()[:4].tolist()) for t in drawn}
     assert len(heads) == len(drawn)
+
+
+def test_what_a_checkpoint_will_give_is_not_drawn_and_the_rest_has_the_same_bits(make_args):
+    args = make_args(selection_bias=True)
+    whole = built(args).state_dict()
+    given = {n for n in whole if n.startswith("layers.") and "ffn_norm" not in n}
+    with leaving_out(given):
+        partial = built(args, wrap_blocks)
+    tensors = dict(partial.named_parameters()) | dict(partial.named_buffers())
+    tensors = {clean_name(name): tensor for name, tensor in tensors.items()}
+    assert any(name.endswith("router.all.bias") for name in given)
+    assert {name for name, t in tensors.items() if t.isnan().all()} == given
+    assert all(torch.equal(tensors[name], whole[name]) for name in whole.keys() - given)
+    assert all(t.isfinite().all() for t in built(args).state_dict().values())
 
 
 def test_spread_of_the_weights(make_args):
