@@ -17,7 +17,10 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import MappingProxyType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _UTILS = "torchtitan.tools.utils"
 _ATTENTION = "torchtitan.models.attention"
@@ -60,6 +63,14 @@ def cuda_capability() -> tuple[int, int] | None:
     import torch
 
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def copy_from_host(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """``tensor``, which lies on the host, on ``device``. The host does not wait for the copy."""
+    # From memory that is not pinned the copy would wait for what the device has to do before it.
+    if device.type != "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def process_memory_bytes() -> int:

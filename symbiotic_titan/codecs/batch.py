@@ -38,12 +38,19 @@ class BatchEncoder:
         self.codec = codec
         self._geometry = geometry
 
-    def __call__(self, batch: PackedBatch) -> PackedBatch:
-        """``batch`` with (B, L, Z) float32 latents, on the device where it lies."""
+    def places(self, batch: PackedBatch) -> list[ImagePlace] | None:
+        """Of the images in ``batch`` that are to be encoded; None where it has latents. No device sync for a ``batch`` on the host."""
+        if batch.latents.dtype != torch.uint8:
+            return None
+        return image_places(batch.vae_image, batch.vae_coords)
+
+    def __call__(self, batch: PackedBatch, places: list[ImagePlace] | None = None) -> PackedBatch:
+        """``batch`` with (B, L, Z) float32 latents, on the device where it lies. ``places``: see ``places``, where they are known."""
         if batch.latents.dtype != torch.uint8:
             return batch
         assert self.codec is not None, "the loader and this step were given the same [latents]"
-        places = image_places(batch.vae_image, batch.vae_coords)
+        places = self.places(batch) if places is None else places
+        assert places is not None
         images = [self._pixels(batch.latents[place.tokens], place) for place in places]
         latents_BLZ = torch.zeros(
             (*batch.vae_image.shape, self._geometry.vae_token_values), device=batch.latents.device

@@ -1,10 +1,13 @@
 """Noise and timesteps, for training and for generation.
 
-In training every sequence of the global batch has its own generator, seeded by (seed, step, index of the sequence). Its noise is
+In training every sequence of the global batch has its own generators, seeded by (seed, step, index of the sequence). Its noise is
 therefore the same on any number of ranks and micro-batches, and after a resume without a saved random state. In generation the
 noise of an image depends on (seed, index of the image) alone, not on its batch.
 
-All generators are on the CPU, because a GPU's generator gives other numbers for the same seed.
+Timesteps, one number per token, are drawn on the CPU. Noise, which has many, is drawn where it is used, by one kernel per sequence:
+drawn on the CPU, it would keep the host busy and have to be copied. torch's generators do it, because a counter-based hash in tensor
+operations would take dozens of kernels. The price: a GPU's noise differs from a CPU's, and may differ between models of GPUs.
+In generation all noise is drawn on the CPU, so that a seed gives the same image anywhere.
 """
 
 import hashlib
@@ -12,6 +15,7 @@ import hashlib
 import torch
 
 from symbiotic_titan.config.losses import Flow
+from symbiotic_titan.device import copy_from_host
 from symbiotic_titan.flow.path import draw_timesteps, interpolate, velocity_target
 
 
@@ -26,6 +30,13 @@ def keyed_generator(*key: int | str) -> torch.Generator:
 def row_generator(seed: int, step: int, row: int) -> torch.Generator:
     """CPU generator of one sequence of one step's global batch."""
     return keyed_generator(seed, step, row)
+
+
+def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """``generator``, which is on the CPU, itself where that is the device; else one of the device with the seed that it had."""
+    if device.type == "cpu":
+        return generator
+    return torch.Generator(device).manual_seed(generator.initial_seed())
 
 
 def first_token_of_image(image_BL: torch.Tensor) -> torch.Tensor:
@@ -45,17 +56,17 @@ def draw_noise_and_timesteps(
     ``first_row`` is the index of this micro-batch's first sequence in the step's global batch. Unused latent tokens (image -1) get
     noise too, and timestep 0.
     """
-    num_rows, num_tokens = vae_image_BL.shape
-    noises, timesteps = [], []
-    for row in range(first_row, first_row + num_rows):
+    (num_rows, num_tokens), device = vae_image_BL.shape, vae_image_BL.device
+    noise_BLZ = torch.empty(num_rows, num_tokens, latent_values, device=device)
+    timesteps = []
+    for row, noise_LZ in enumerate(noise_BLZ, start=first_row):
         generator = row_generator(config.seed, step, row)
         # One draw per token, also for tokens that share a timestep, so that the noise drawn next is independent of the images.
         timesteps.append(draw_timesteps((num_tokens,), config, generator))
-        noises.append(torch.randn(num_tokens, latent_values, generator=generator))
-    device = vae_image_BL.device
-    drawn_BL = torch.stack(timesteps).to(device)
+        noise_LZ.normal_(generator=generator_on(device, generator))
+    drawn_BL = copy_from_host(torch.stack(timesteps), device)
     timesteps_BL = drawn_BL.gather(1, first_token_of_image(vae_image_BL))
-    return torch.stack(noises).to(device), timesteps_BL.masked_fill(vae_image_BL < 0, 0.0)
+    return noise_BLZ, timesteps_BL.masked_fill(vae_image_BL < 0, 0.0)
 
 
 def noised_latents(

@@ -103,7 +103,7 @@ def _sums_of_batch(
         first_row=first_row,
     )
     shield_scale = torch.ones((), device=batch.tokens.device)  # acts on gradients alone
-    index_N = loss_fn.logit_index(batch, batch.tokens.device)  # device sync
+    index_N = loss_fn.logit_index(batch)  # device sync
     with autocast or contextlib.nullcontext():
         output = model(batch, noised_BLZ, timesteps_BL, shield_scale, logit_index_N=index_N)
     inputs = StepInputs(

@@ -22,7 +22,7 @@ from symbiotic_titan.sequence.tasks import TASKS
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Targets of one step over all ranks and micro-batches; known before any forward.
+    """Targets of one step over all ranks and micro-batches; known before any forward, on the host and on the device.
 
     counts     term -> (J,) targets by task, for the terms that count targets.
     modality   (M,) tokens.
@@ -102,11 +102,9 @@ class LossFunction:
         """Terms that are sums over targets, in order of registration."""
         return list(self._counts)
 
-    def logit_index(self, batch: PackedBatch, device: torch.device) -> Tensor | None:
-        """(N,) on ``device``: the tokens whose logits the terms read; None: all. No device sync for a ``batch`` on the host."""
-        if self._reads_all_logits:
-            return None
-        return label_index(batch.labels).to(device, non_blocking=True)
+    def logit_index(self, batch: PackedBatch) -> Tensor | None:
+        """(N,) on the batch's device: the tokens whose logits the terms read; None: all. No device sync for a ``batch`` on the host."""
+        return None if self._reads_all_logits else label_index(batch.labels)
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Term -> (J,) targets of ``batch`` by task, known before the forward."""
@@ -124,14 +122,16 @@ class LossFunction:
         return values
 
     def count_step(self, batches: Sequence[PackedBatch]) -> Tensor:
-        """(J * counted terms + M + 1,) float64: this rank's share of ``StepTotals``, to be summed over ranks."""
-        rows = []
+        """(J * counted terms + M + 1,) float64: this rank's share of ``StepTotals``, to be summed over ranks. ``batches``: on the host."""
+        # float64 counts exactly where float32 ends at 2^24; concatenated, all counts need one all-reduce.
+        total = torch.zeros(
+            len(TASKS) * len(self._counts) + len(MODALITY_NAMES) + 1, dtype=torch.float64
+        )
         for batch in batches:
             counts = list(self.counts(batch).values())
-            positions = torch.tensor([batch.tokens.numel()], device=batch.tokens.device)
-            # float64 counts exactly where float32 ends at 2^24; concatenated, all counts need one all-reduce.
-            rows.append(torch.cat([*counts, batch.num_tokens(), positions]).double())
-        return torch.stack(rows).sum(0)
+            positions = torch.tensor([batch.tokens.numel()])
+            total += torch.cat([*counts, batch.num_tokens(), positions])
+        return total
 
     def totals(self, total: Tensor) -> StepTotals:
         """From ``count_step`` summed over ranks."""
@@ -157,7 +157,8 @@ class LossFunction:
         return torch.stack(rows).sum(0)
 
     def step_losses(self, total: Tensor, totals: StepTotals) -> dict[str, float]:
-        """Losses of the step by name, from ``sum_results`` summed over ranks; tasks without targets in this step are left out."""
+        """Losses of the step by name, from ``sum_results`` summed over ranks; tasks without targets in this step are left out. Both on
+        the host."""
         sizes = [len(TASKS) if name in totals.counts else 1 for name in self._values]
         values = dict(zip(self._values, total.split(sizes), strict=True))
         means = mean_losses({n: v for n, v in values.items() if n in totals.counts}, totals.counts)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import Ema, ParamGroupRow, clean_name
 from symbiotic_titan.optim.build import claim_parameters
-from symbiotic_titan.optim.group_norms import group_norms, local_part, squared_norm
+from symbiotic_titan.optim.group_norms import group_norms, group_ratios, local_part, squared_norm
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +149,8 @@ class EMA:
             return torch.stack([squared_norm(distance), squared_norm(weight)])
 
         groups = [{"name": name, "params": members} for name, members in self._groups.items()]
-        norms = group_norms(groups, squares)
-        ratios = {f"distance/{name}": d / w if w else 0.0 for name, (d, w) in norms.items()}
-        return {"decay": self.decay, **ratios}
+        ratios = group_ratios(group_norms(groups, squares))
+        return {"decay": self.decay, **{f"distance/{name}": r for name, r in ratios.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         averages = {f"weights.{name}": average for name, average in self.tensors.items()}

@@ -48,19 +48,27 @@ def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 def group_norms(
     groups: list[Group], squares: Callable[[Group, torch.Tensor], torch.Tensor]
-) -> dict[str, list[float]]:
-    """Group name -> norms. ``squares(group, parameter)``: vector of sums of squares over this rank's shard of the parameter."""
+) -> dict[str, torch.Tensor]:
+    """Group name -> vector of norms. ``squares(group, parameter)``: vector of sums of squares over this rank's shard of the parameter."""
     owners = [(group, parameter) for group in groups for parameter in group["params"]]
     sums = sum_over_shards([squares(*owner) for owner in owners], [p for _, p in owners])
     roots = {}
     for group in groups:
         own = [row for row, (owner, _) in zip(sums, owners, strict=True) if owner is group]
-        roots[group["name"]] = torch.stack(own).sum(0).sqrt().tolist()  # device sync
+        roots[group["name"]] = torch.stack(own).sum(0).sqrt()
     return roots
 
 
-def group_grad_norms(groups: list[Group]) -> dict[str, float]:
-    """L2 norm of each parameter group's gradient. A collective if parameters are sharded."""
+def group_ratios(norms: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Group name -> the first of its two norms over the second."""
+    if not norms:
+        return {}
+    pairs = torch.stack(list(norms.values())).tolist()  # device sync
+    return {name: u / w if w else 0.0 for name, (u, w) in zip(norms, pairs, strict=True)}
+
+
+def group_grad_norms(groups: list[Group]) -> dict[str, torch.Tensor]:
+    """() L2 norm of each parameter group's gradient. A collective if parameters are sharded."""
 
     def squares(group: Group, parameter: torch.Tensor) -> torch.Tensor:
         if parameter.grad is None:
@@ -102,8 +110,9 @@ def group_update_ratios(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str
     ratios: dict[str, float] = {}
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.Adam) and not optimizer.defaults["amsgrad"]:
-            norms = group_norms(optimizer.param_groups, _update_and_weight(optimizer))
-            ratios |= {name: u / w if w else 0.0 for name, (u, w) in norms.items()}
+            ratios |= group_ratios(
+                group_norms(optimizer.param_groups, _update_and_weight(optimizer))
+            )
     return ratios
 
 

@@ -50,15 +50,14 @@ def expert_mesh(parallel_dims: ParallelDims) -> DeviceMesh:
     return parallel_dims.get_mesh(names)
 
 
-def sum_gradients(model: nn.Module, device_type: str) -> None:
+def sum_gradients(model: nn.Module) -> None:
     """Make every FSDP unit sum gradients over ranks instead of averaging them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Without this FSDP divides by the size of a unit's own mesh, which differs between dense parameters and experts.
             module.set_gradient_divide_factor(1.0)
-            # A divide factor selects a pre-multiplied sum, which gloo does not have.
-            if device_type == "cpu":
-                module.set_force_sum_reduction_for_comms(True)
+            # A divide factor alone selects a sum that multiplies first: gloo has none, and with NCCL it rules out sums in the network.
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def expert_shard_placement(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
@@ -111,9 +110,7 @@ def gather_ahead(model: SymbioticModel, *, end_is_freed: bool) -> None:
         now[0].set_modules_to_backward_prefetch(following)
 
 
-def apply_fsdp(
-    model: SymbioticModel, parallel_dims: ParallelDims, config: JobConfig, device_type: str
-) -> None:
+def apply_fsdp(model: SymbioticModel, parallel_dims: ParallelDims, config: JobConfig) -> None:
     """Shard ``model`` in place."""
     training = config.training
     free, free_end = _RESHARD[config.parallelism.fsdp_reshard_after_forward]
@@ -149,5 +146,5 @@ def apply_fsdp(
             fully_shard(part, reshard_after_forward=free_block, **kinds.get(type(part), dense))
         fully_shard(block, reshard_after_forward=free_block, **dense)
     fully_shard(model, reshard_after_forward=free_end, **dense)
-    sum_gradients(model, device_type)
+    sum_gradients(model)
     gather_ahead(model, end_is_freed=free_end)

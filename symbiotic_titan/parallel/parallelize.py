@@ -9,7 +9,6 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.device import device_type
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe import float8_matmul  # noqa: F401 - registers a custom op that is listed below
 from symbiotic_titan.moe.router import Router
@@ -56,7 +55,7 @@ def parallelize(
     if job_config.compile.enable and "model" in job_config.compile.components:
         apply_compile(model, job_config.compile.backend)
     if parallel_dims.fsdp_enabled:
-        apply_fsdp(model, parallel_dims, job_config, device_type())
+        apply_fsdp(model, parallel_dims, job_config)
         logger.info(
             f"Applied FSDP2: {parallel_dims.dp_replicate} x {parallel_dims.dp_shard} ranks, "
             f"expert parallel {parallel_dims.ep}"

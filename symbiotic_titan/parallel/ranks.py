@@ -80,3 +80,10 @@ def gather_over_ranks(value: T) -> list[T]:
     values: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_host(*tensors: Tensor) -> list[Tensor]:
+    """The values of ``tensors``, which lie on one device, as flat float64 tensors on the host: in all one wait for the device."""
+    parts = [tensor.detach().flatten().double() for tensor in tensors]
+    values = torch.cat([part.to(parts[0].device) for part in parts]).cpu()  # device sync
+    return list(values.split([part.numel() for part in parts]))

@@ -4,6 +4,7 @@ All sizes are static for a config, with padding in unused positions, so that not
 same shapes. Shape letters: sequence/shapes.py; I, P and L are the maximum per sequence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -56,16 +57,17 @@ class PackedBatch:
     vae_image: torch.Tensor
     vae_index: torch.Tensor
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
+        """``function`` of each tensor."""
+        return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
+
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on ``device``; copies from pinned memory do not block the host."""
-        return replace(
-            self,
-            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)},
-        )
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedBatch":
         """Called by torch's DataLoader when ``pin_memory`` is on."""
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self.map(torch.Tensor.pin_memory)
 
     def as_one_sequence(self) -> tuple["PackedBatch", torch.Tensor]:
         """(one sequence of length B * T with the documents of all sequences, and with only those image tokens that are used; the

@@ -17,7 +17,6 @@ from symbiotic_titan.data.images import aspect_buckets
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.tokenizer import open_tokenizer
 from symbiotic_titan.device import device_type, has_slow_bfloat16, supports_flex_attention
-from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
@@ -330,6 +329,7 @@ def check_sampling(config: JobConfig, geometry: ImageGeometry) -> None:
 
 def _check_request(config: JobConfig, geometry: ImageGeometry) -> None:
     # Imported here: training without sample grids loads nothing of inference.
+    from symbiotic_titan.flow.solver import SolverOptions
     from symbiotic_titan.inference.images import choose_size
     from symbiotic_titan.inference.prompts import PromptMaker
 

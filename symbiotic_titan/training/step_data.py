@@ -1,22 +1,30 @@
-"""The data of a step, which are read before the step begins: an error in them, on any rank, then costs no work.
+"""The data of a step: read ahead, counted, agreed on by all ranks, and moved to the device one micro-batch at a time.
 
-Reading comes before the ranks agree whether to take another step. That needs one all-reduce in any case, for stop signals; so errors in
-the data add neither a collective nor a wait for the device. If the step is not taken, its batches are put back, and the checkpoint that
-is saved goes on with them.
+The next step's micro-batches are read while the device is still busy with this step, and what the ranks must agree on before they take
+it (stop signals, errors in the data, ends of sources, the numbers of targets) is summed by one all-reduce. The host does not wait for
+it: the sums come to the host with the losses of this step. Reading and agreeing therefore add no wait for the device.
+
+Until a step is taken, the loader stands before it. An error in its data, on any rank, so costs no work, and the checkpoint that is
+saved before it goes on with it.
 """
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
+from symbiotic_titan.codecs.batch import ImagePlace
 from symbiotic_titan.data.loader import PackedLoader
-from symbiotic_titan.parallel.ranks import DataRanks, gather_over_ranks
+from symbiotic_titan.device import copy_from_host
+from symbiotic_titan.parallel.ranks import DataRanks, gather_over_ranks, on_host
 from symbiotic_titan.process import raised_by_us
 from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.training.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,74 @@ class Stop:
     error: str | None = None
 
 
-class StepData(Iterator[list[PackedBatch]]):
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch on the device, and what was found out about it while it was on the host.
+
+    logit_index_N:  the tokens whose logits the loss terms read, on the device; None: all.
+    image_places:   of the target images that are still pixels; None where there are latents.
+    """
+
+    batch: PackedBatch
+    logit_index_N: Tensor | None
+    image_places: list[ImagePlace] | None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, on the device."""
+        index = [] if self.logit_index_N is None else [self.logit_index_N]
+        return [*vars(self.batch).values(), *index]
+
+
+class MovedAhead(Iterator[MicroBatch]):
+    """Micro-batches on the device: while one is computed on, the next is copied, on a stream of its own where there are streams."""
+
+    def __init__(
+        self,
+        batches: Iterable[PackedBatch],
+        move: Callable[[PackedBatch], MicroBatch],
+        stream: torch.Stream | None,
+    ) -> None:
+        """The copy of the first one starts at once."""
+        self._left = iter(batches)
+        self._move = move
+        self._stream = stream
+        self._coming = self._start_next()
+
+    def _start_next(self) -> MicroBatch | None:
+        batch = next(self._left, None)
+        if batch is None or self._stream is None:
+            return None if batch is None else self._move(batch)
+        with utils.device_module.stream(self._stream):
+            return self._move(batch)
+
+    def __next__(self) -> MicroBatch:
+        if self._coming is None:
+            raise StopIteration
+        arrived = self._coming
+        if self._stream is not None:
+            computing = utils.device_module.current_stream()
+            computing.wait_stream(self._stream)
+            for tensor in arrived.tensors():
+                # Their memory belongs to the copying stream, which must not have it again before the computation is done with it.
+                tensor.record_stream(computing)
+        self._coming = self._start_next()
+        return arrived
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One step.
+
+    counts:          what ``count`` gave, summed over micro-batches and ranks, on the device.
+    counts_on_host:  the same values.
+    """
+
+    micro_batches: Iterator[MicroBatch]
+    counts: Tensor
+    counts_on_host: Tensor
+
+
+class StepData(Iterator[StepBatches]):
     """The micro-batches of one step after another.
 
     error:  what made reading the next step fail.
@@ -39,44 +114,76 @@ class StepData(Iterator[list[PackedBatch]]):
         num_micro_batches: int,
         ranks: DataRanks,
         loading_times: list[float],
+        *,
+        count: Callable[[Sequence[PackedBatch]], Tensor],
+        move: Callable[[PackedBatch], MicroBatch],
+        signals: StopRequest,
     ) -> None:
-        """``loading_times``: takes the seconds that each step waited for its batches."""
+        """``loading_times`` takes the seconds that each step waited for its batches. ``count``: (N,) float64 of batches on the host, of
+        the same length for no batch. ``signals``: to this rank."""
         self._loader = loader
         self._micro_batches = iter(loader)
         self._num_micro_batches = num_micro_batches
         self._ranks = ranks
         self._loading_times = loading_times
-        self._ended: list[str] = []
-        self._position = loader.position
-        self._step: list[PackedBatch] | None = None
+        self._count, self._move, self.signals = count, move, signals
+        self._stream: torch.Stream | None = None
+        if ranks.device.type == "cuda":
+            self._stream = utils.device_module.Stream(ranks.device)
+        self._after = loader.position
+        self._moved: MovedAhead | None = None
+        self._sums: Tensor | None = None
+        self._values: Tensor | None = None
         self.error: Exception | None = None
 
-    def read(self) -> None:
-        """Read the next step's micro-batches. An exception, a user's layout may raise any, is kept in ``error``."""
+    @property
+    def is_agreed(self) -> bool:
+        """Whether the next step was read, and this rank knows what all ranks know of it."""
+        return self._values is not None
+
+    def read(self) -> Tensor:
+        """Read the next step's micro-batches, count them, start to move the first one, and start to sum what the ranks must agree on.
+
+        Returns the sums, on the device, to be given to ``agree`` once they are on the host. An exception, a user's layout may raise
+        any, is kept in ``error``.
+        """
         start = time.perf_counter()
-        self._position, self._ended = self._loader.position, self._loader.ended_sources
+        before, ended = self._loader.position, self._loader.ended_sources
+        counts = self._count([])
         try:
-            self._step = [next(self._micro_batches) for _ in range(self._num_micro_batches)]
+            step = [next(self._micro_batches) for _ in range(self._num_micro_batches)]
+            counts = self._count(step)
+            self._moved = MovedAhead(step, self._move, self._stream)
         except Exception as error:  # noqa: BLE001
             self.error = error
         self._loading_times.append(time.perf_counter() - start)
-
-    def reason_to_stop(self, signal_name: str | None) -> Stop | None:
-        """Why the step that was read is not to be taken, the same on all ranks. ``signal_name``: of a stop signal to this rank."""
         own = [
-            signal_name is not None,
+            self.signals.signal_name is not None,
             # Ranks reach the end at different steps; all go on, some with padding, until none has a row left.
-            not (self._loader.can_end and self._ended),
+            not (self._loader.can_end and ended),
             self.error is not None,
             *self._loader.skip_counts,
         ]
-        values = torch.tensor(own, dtype=torch.int64, device=self._ranks.device)
-        signals, rows_left, errors, *skip_counts = self._ranks.sum(values).tolist()  # device sync
+        self._ended, self._after, self._loader.position = ended, self._loader.position, before
+        values = torch.cat([torch.tensor(own, dtype=torch.float64), counts])
+        self._num_counts = counts.numel()
+        self._sums = self._ranks.sum(copy_from_host(values, self._ranks.device))
+        return self._sums
+
+    def agree(self, values: Tensor) -> None:
+        """Take the values of the sums that ``read`` returned."""
+        self._values = values
+
+    def reason_to_stop(self) -> Stop | None:
+        """Why the step that was read is not to be taken, the same on all ranks."""
+        assert self._values is not None
+        flags = self._values[: -self._num_counts].to(torch.int64).tolist()
+        signals, rows_left, errors, *skip_counts = flags
         error = error_of_ranks(self.error) if errors else self._too_many_bad(skip_counts)
         if error is not None:
             return Stop("error in the data", error)
         if signals:
-            return Stop(signal_name or "a stop signal on another rank")
+            return Stop(self.signals.signal_name or "a stop signal on another rank")
         if not rows_left:
             return Stop(f"data ended, all samples of {', '.join(self._ended)} were read")
         return None
@@ -88,20 +195,20 @@ class StepData(Iterator[list[PackedBatch]]):
             return str(error)
         return None
 
-    def put_back(self) -> None:
-        """Set the loader back to before the last ``read``. For the end of a run: this object reads nothing more."""
-        self._loader.position = self._position
-        self._step = None
-
-    def __next__(self) -> list[PackedBatch]:
-        """The batches that were read, or where none were, those of the next step."""
-        if self._step is None and self.error is None:
-            self.read()
-        if self._step is None:
+    def __next__(self) -> StepBatches:
+        """Take the step that was read, or where none was, the next one."""
+        if not self.is_agreed:
+            self.agree(*on_host(self.read()))
+        if self._moved is None:
             assert self.error is not None
             raise self.error
-        batches, self._step = self._step, None
-        return batches
+        assert self._sums is not None and self._values is not None
+        step = StepBatches(
+            self._moved, self._sums[-self._num_counts :], self._values[-self._num_counts :]
+        )
+        self._loader.position = self._after
+        self._moved = self._sums = self._values = None
+        return step
 
 
 def error_of_ranks(error: Exception | None) -> str | None:

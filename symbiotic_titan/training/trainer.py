@@ -9,9 +9,9 @@ a stop signal, and an error in the data of the next step, end the run after the 
 import concurrent.futures
 import contextlib
 import functools
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from symbiotic_titan.checkpoint.start import Start, begin, share_start
-from symbiotic_titan.codecs.batch import build_batch_encoder
+from symbiotic_titan.codecs.batch import ImagePlace, build_batch_encoder
 from symbiotic_titan.config.data import used_sources
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import Weights
@@ -29,25 +29,22 @@ from symbiotic_titan.config.saved import SavedConfig
 from symbiotic_titan.config.stages import rates_by_stage
 from symbiotic_titan.data.latents import generates
 from symbiotic_titan.data.loader import PackedLoader
-from symbiotic_titan.flow.noise import noised_latents
+from symbiotic_titan.device import copy_from_host
 from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTotals
-from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.initialize import leaving_out
-from symbiotic_titan.model.symbiotic import ModelOutput
-from symbiotic_titan.moe.partition import tokens_of_groups
-from symbiotic_titan.moe.record import RoutingTotals, routing_totals
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.parallel.float8 import refresh_scales
-from symbiotic_titan.parallel.ranks import data_ranks, gather_over_ranks
+from symbiotic_titan.parallel.ranks import data_ranks, gather_over_ranks, on_host
 from symbiotic_titan.process import is_first_process
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
+from symbiotic_titan.training.gradients import StepGradients
 from symbiotic_titan.training.metrics import StepReport, SymbioticMetrics
-from symbiotic_titan.training.step_data import StepData
+from symbiotic_titan.training.step_data import MicroBatch, StepBatches, StepData
 from symbiotic_titan.training.stop import StopRequest
 
 if TYPE_CHECKING:  # loaded by the runs that use them
@@ -97,7 +94,17 @@ class SymbioticTrainer(Trainer):
         self.step_hooks: list[Callable[[int], None]] = []
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.shield_scale = torch.ones((), device=self.device)
-        self.groups = cast(ModelArgs, self.model_args).groups
+        self.gradients = StepGradients(
+            model=self.model_parts[0],
+            config=job_config,
+            loss_fn=self.loss_fn,
+            ranks=self.ranks,
+            groups=cast(ModelArgs, self.model_args).groups,
+            num_micro_batches=self.gradient_accumulation_steps,
+            on_device=lambda m: replace(m, batch=self.to_device(m.batch, m.image_places)),
+            context=self.forward_context,
+            shield_scale=self.shield_scale,
+        )
         seen = job_config.data.seen_pixels
         self.metrics_processor.cost = model_cost(
             self.model_parts[0],
@@ -115,15 +122,29 @@ class SymbioticTrainer(Trainer):
     # ---- data ---------------------------------------------------------------------------------------------------------
 
     def batch_generator(self, data_iterable: Iterable[PackedBatch]) -> StepData:  # type: ignore[override]
-        """The micro-batches of one step after another; upstream's loop hands it to ``train_step``."""
-        loader, times = cast(PackedLoader, data_iterable), self.metrics_processor.data_loading_times
+        """One step's data after another; upstream's loop hands it to ``train_step``."""
+        loader = cast(PackedLoader, data_iterable)
         loader.start_at(self.step)
-        self.step_data = StepData(loader, self.gradient_accumulation_steps, self.ranks, times)
+        self.step_data = StepData(
+            loader,
+            self.gradient_accumulation_steps,
+            self.ranks,
+            self.metrics_processor.data_loading_times,
+            count=self.loss_fn.count_step,
+            move=self.move,
+            signals=self.stop,
+        )
         return self.step_data
 
-    def to_device(self, batch: PackedBatch) -> PackedBatch:
-        """``batch`` on the training device, target images encoded as latents."""
-        return self.encode(batch.to(self.device))
+    def move(self, batch: PackedBatch) -> MicroBatch:
+        """``batch`` on its way to the device; what the host must know of it is found out first, so that it never asks the device."""
+        index_N, places = self.loss_fn.logit_index(batch), self.encode.places(batch)
+        copied = functools.partial(copy_from_host, device=self.device)
+        return MicroBatch(batch.map(copied), None if index_N is None else copied(index_N), places)
+
+    def to_device(self, batch: PackedBatch, places: list[ImagePlace] | None = None) -> PackedBatch:
+        """``batch`` on the training device, target images, which are at ``places``, encoded as latents."""
+        return self.encode(batch.to(self.device), places)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """``values`` summed over the data ranks; the same on all of them."""
@@ -131,93 +152,22 @@ class SymbioticTrainer(Trainer):
 
     # ---- one step -----------------------------------------------------------------------------------------------------
 
-    def first_row(self, micro_batch: int) -> int:
-        """Index, in the step's global batch, of the first row of this rank's ``micro_batch``."""
-        index = self.ranks.rank * self.gradient_accumulation_steps + micro_batch
-        return index * self.job_config.training.local_batch_size
-
-    def forward(
-        self, batch: PackedBatch, micro_batch: int, logit_index_N: torch.Tensor | None
-    ) -> tuple[ModelOutput, torch.Tensor]:
-        """(the model's output on a freshly noised batch, its (B, L, Z) velocity target)."""
-        noised_BLZ, timesteps_BL, target_BLZ = noised_latents(
-            batch.latents,
-            batch.vae_image,
-            config=self.job_config.flow,
-            step=self.step,
-            first_row=self.first_row(micro_batch),
-        )
+    @contextlib.contextmanager
+    def forward_context(self) -> Iterator[None]:
         with self.train_context(), self.maybe_enable_amp:
-            output = self.model_parts[0](
-                batch, noised_BLZ, timesteps_BL, self.shield_scale, logit_index_N=logit_index_N
-            )
-        return output, target_BLZ
+            yield
 
-    def routing_of_step(self, batches: list[PackedBatch]) -> RoutingTotals | None:
-        """Expert counts of the whole step over all ranks, by a forward without gradients; None unless the first backward needs those of
-        the last micro-batch."""
-        if self.job_config.losses.balance_scope != "global" or len(batches) == 1:
-            return None
-        with torch.no_grad():
-            totals = [
-                routing_totals(self.forward(batch, i, batch.tokens.new_empty(0))[0].records)
-                for i, batch in enumerate(batches)
-            ]
-        return self.reduce_routing(totals)
-
-    def reduce_routing(self, totals: list[RoutingTotals]) -> RoutingTotals:
-        """Counts of several micro-batches, summed over them and over the data ranks."""
-        return functools.reduce(operator.add, totals).map(self.sum_over_ranks)
-
-    def forward_backward(
-        self,
-        batch: PackedBatch,
-        micro_batch: int,
-        totals: StepTotals,
-        step_routing: RoutingTotals | None,
-        logit_index_N: torch.Tensor | None,
-    ) -> MicroBatchResult:
-        """Forward and backward of one micro-batch."""
-        output, target_BLZ = self.forward(batch, micro_batch, logit_index_N)
-        routing = routing_totals(output.records) if output.records else None
-        if self.job_config.losses.balance_scope == "global" and step_routing is None and routing:
-            step_routing = self.reduce_routing([routing])
-        values = self.loss_fn.values(
-            StepInputs(
-                batch=batch,
-                logits=output.logits,
-                velocity=output.velocity,
-                target_velocity=target_BLZ,
-                records=output.records,
-                num_micro_batches=self.gradient_accumulation_steps * self.ranks.size,
-                step_routing=step_routing,
-                group_tokens=tokens_of_groups(totals.modality, self.groups),
-                cross_entropy=self.loss_fn.cross_entropy,
-                logit_index=logit_index_N,
-            )
-        )
-        self.loss_fn.loss(values, totals).backward()
-        return MicroBatchResult({name: v.detach() for name, v in values.items()}, routing)
-
-    def train_step(self, data_iterator: Iterator[list[PackedBatch]]) -> None:  # type: ignore[override]
-        """One optimizer step over ``gradient_accumulation_steps`` micro-batches."""
+    def train_step(self, data_iterator: Iterator[StepBatches]) -> None:  # type: ignore[override]
+        """One optimizer step over ``gradient_accumulation_steps`` micro-batches. The host waits for the device once."""
         if self.step == 1:  # of a new run, or from initial weights
-            if self.job_config.validation.enable:
-                self.validator.validate(self.model_parts, step=0)
-            for hook in self.step_hooks:
-                hook(0)
+            self.before_the_first_step()
         self.optimizers.zero_grad()
-        self.shield_scale.fill_(shield_scale(self.job_config.shielding, self.step))
-        on_host = next(data_iterator)
-        batches = [self.to_device(batch) for batch in on_host]
-        # Counted before the first backward: every micro-batch can then divide by the step's totals, and gradients need no rescaling.
-        totals = self.loss_fn.totals(self.sum_over_ranks(self.loss_fn.count_step(batches)))
-        step_routing = self.routing_of_step(batches)
-        indices = [self.loss_fn.logit_index(batch, self.device) for batch in on_host]
-        results = [
-            self.forward_backward(batch, i, totals, step_routing, index_N)
-            for i, (batch, index_N) in enumerate(zip(batches, indices, strict=True))
-        ]
+        scale = shield_scale(self.job_config.shielding, self.step)
+        self.shield_scale.fill_(scale)
+        data = next(data_iterator)
+        # Known before the first backward: every micro-batch can then divide by the step's totals.
+        totals = self.loss_fn.totals(data.counts)
+        results = self.gradients.of_step(self.step, data.micro_batches, totals)
         should_log = self.metrics_processor.should_log(self.step)
         # Before clipping scales the gradients.
         norms = group_grad_norms(self.optimizers.groups) if should_log else {}  # type: ignore[attr-defined]
@@ -227,9 +177,10 @@ class SymbioticTrainer(Trainer):
             foreach=True,
             ep_enabled=self.parallel_dims.ep_enabled,
         )
-        total = self.sum_over_ranks(self.loss_fn.sum_results(results))
-        losses = self.loss_fn.step_losses(total, totals)
-        self.check_finite(losses, float(grad_norm), results)
+        sums, norm, *group_norms = self.read_step(results, grad_norm, *norms.values())
+        totals = self.loss_fn.totals(data.counts_on_host)
+        losses = self.loss_fn.step_losses(sums.float(), totals)
+        self.check_finite(losses, float(norm), results)
         rates = {group["name"]: group["lr"] for group in self.optimizers.groups}  # type: ignore[attr-defined]
         # An asynchronous save may still be copying the weights that the optimizer is about to change.
         self.checkpointer.maybe_wait_for_staging()
@@ -245,13 +196,16 @@ class SymbioticTrainer(Trainer):
                 StepReport(
                     step=self.step,
                     losses=losses,
-                    grad_norms={"all": float(grad_norm), **norms},
+                    grad_norms={
+                        "all": float(norm),
+                        **dict(zip(norms, map(float, group_norms), strict=True)),
+                    },
                     rates=rates,
                     weights=self.job_config.data.weights_at(self.step),
                     update_ratios=ratios,
                     ema=self.ema.metrics() if self.ema is not None else {},
-                    routing=self.reduce_routing(routing) if routing else None,
-                    shield_scale=float(self.shield_scale),
+                    routing=self.gradients.sum_routing(routing) if routing else None,
+                    shield_scale=scale,
                     fill=float(totals.modality.sum() / totals.positions),
                     skipped=self.count_skipped(),
                     tokens_seen=self.tokens_seen,
@@ -259,6 +213,27 @@ class SymbioticTrainer(Trainer):
             )
         for hook in self.step_hooks:
             hook(self.step)
+
+    def before_the_first_step(self) -> None:
+        """What measures the initial weights."""
+        if self.job_config.validation.enable:
+            self.validator.validate(self.model_parts, step=0)
+        for hook in self.step_hooks:
+            hook(0)
+
+    def read_step(
+        self, results: list[MicroBatchResult], *others: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The values on the host of ``results``, summed over the ranks, and of ``others``: the one wait for the device of a step.
+
+        The next step's data are read before it, while the device still computes, and what the ranks agree on comes with these values.
+        """
+        wanted = [self.ranks.sum(self.loss_fn.sum_results(results)), *others]
+        if self.step < self.job_config.training.steps:
+            *found, agreed = on_host(*wanted, self.step_data.read())
+            self.step_data.agree(agreed)
+            return found
+        return on_host(*wanted)
 
     @contextlib.contextmanager
     def using_weights(self, which: Weights) -> Iterator[None]:
@@ -288,8 +263,8 @@ class SymbioticTrainer(Trainer):
         return {name: count for name, count in counts.items() if count or name in always}
 
     def count_tokens(self, totals: StepTotals) -> None:
-        """Add the step's tokens to the running totals."""
-        tokens = totals.modality.to("cpu", torch.int64)
+        """Add the step's tokens to the running totals. ``totals``: on the host."""
+        tokens = totals.modality.to(torch.int64)
         self.tokens_seen += tokens
         self.ntokens_seen = int(self.tokens_seen.sum())
         self.metrics_processor.count(tokens, num_labels=int(totals.counts["text"].sum()))
@@ -323,21 +298,24 @@ class SymbioticTrainer(Trainer):
         super().train()
 
     def should_continue_training(self) -> bool:
-        """Whether to take another step, whose data are read first.
+        """Whether to take another step, whose data have been read.
 
-        On a stop signal on any rank, at the end of the data, and on an error in them, all ranks save the last step and stop.
+        On a stop signal on any rank, at the end of the data, and on an error in them, all ranks save the last step and stop. A signal
+        that comes after the read of a step, in the last moments of it, stops the run after the next one.
 
         Raises:
             ValueError: an error in the data of any rank; on all ranks, after saving.
         """
         if not super().should_continue_training():
             return False
-        self.step_data.read()
+        if (
+            not self.step_data.is_agreed
+        ):  # before the first step; later ones read and agree on the next
+            self.step_data.agree(*on_host(self.step_data.read()))
         # The first step is taken even so: there is nothing to save before it.
-        stop = self.step_data.reason_to_stop(self.stop.signal_name)
+        stop = self.step_data.reason_to_stop()
         if stop is None or (self.step == 0 and stop.error is None):
             return True
-        self.step_data.put_back()
         outcome = self.save_before_stop(stop.reason)
         if stop.error is not None:
             raise ValueError(f"step {self.step + 1}: {stop.error}. {outcome}")

@@ -45,7 +45,7 @@ def make_model(all_gather):
     with torch.device("meta"):
         model = SymbioticModel(make_args())
     converters.convert(model)
-    apply_fsdp(model, dims, config, "cpu")
+    apply_fsdp(model, dims, config)
     model.to_empty(device="cpu")
     model.init_weights()
     return model, converters

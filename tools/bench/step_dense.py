@@ -26,10 +26,10 @@ class DenseLimit:
         self._batches: list[PackedBatch] = []  # of the last step
         to_device = trainer.to_device
 
-        def note_batch(batch: PackedBatch) -> PackedBatch:
+        def note_batch(batch: PackedBatch, *places: Any) -> PackedBatch:
             if len(self._batches) == trainer.gradient_accumulation_steps:
                 self._batches.clear()
-            self._batches.append(to_device(batch))
+            self._batches.append(to_device(batch, *places))
             return self._batches[-1]
 
         trainer.to_device = note_batch

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from symbiotic_titan.config.losses import Flow
+from symbiotic_titan.flow import noise
 from symbiotic_titan.flow.noise import draw_noise_and_timesteps, first_token_of_image, row_generator
 from symbiotic_titan.flow.path import (
     TIMESTEP_DISTRIBUTIONS,
@@ -15,13 +16,13 @@ from symbiotic_titan.flow.path import (
 
 
 def test_path_runs_from_data_to_noise_with_the_target_as_its_derivative():
-    data, noise = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    data, end = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     t = torch.rand(2, 5)
-    assert torch.equal(interpolate(data, noise, torch.zeros(2, 5)), data)
-    assert torch.equal(interpolate(data, noise, torch.ones(2, 5)), noise)
+    assert torch.equal(interpolate(data, end, torch.zeros(2, 5)), data)
+    assert torch.equal(interpolate(data, end, torch.ones(2, 5)), end)
     step = 1e-3
-    slope = (interpolate(data, noise, t + step) - interpolate(data, noise, t)) / step
-    torch.testing.assert_close(slope, velocity_target(data, noise), rtol=1e-2, atol=1e-3)
+    slope = (interpolate(data, end, t + step) - interpolate(data, end, t)) / step
+    torch.testing.assert_close(slope, velocity_target(data, end), rtol=1e-2, atol=1e-3)
 
 
 def test_shift_keeps_the_ends_and_moves_the_middle_towards_noise():
@@ -80,8 +81,17 @@ def test_tokens_of_one_image_share_a_timestep_and_images_differ():
     assert t[0, 0] != t[0, 2] and t[0, 5] == 0.0
 
 
-def test_draws_do_not_depend_on_how_rows_are_split_into_micro_batches():
+@pytest.mark.parametrize("own_generators", [False, True])
+def test_draws_do_not_depend_on_how_rows_are_split_into_micro_batches(own_generators, monkeypatch):
+    """With ``own_generators`` noise is drawn as on a GPU: by a generator of the device, seeded for each row."""
     image = torch.zeros(4, 6, dtype=torch.int64)
+    on_cpu = draw_noise_and_timesteps(image, 2, config=Flow(), step=9, first_row=0)
+    if own_generators:
+
+        def of_device(device, generator):
+            return torch.Generator(device).manual_seed(generator.initial_seed())
+
+        monkeypatch.setattr(noise, "generator_on", of_device)
     whole = draw_noise_and_timesteps(image, 2, config=Flow(), step=9, first_row=0)
     halves = [
         draw_noise_and_timesteps(image[:2], 2, config=Flow(), step=9, first_row=row)
@@ -89,6 +99,18 @@ def test_draws_do_not_depend_on_how_rows_are_split_into_micro_batches():
     ]
     for i in range(2):
         assert torch.equal(whole[i], torch.cat([half[i] for half in halves]))
+    # Timesteps are the CPU's in any case.
+    assert torch.equal(whole[1], on_cpu[1])
+    assert torch.equal(whole[0], on_cpu[0]) is not own_generators
+
+
+def test_noise_is_drawn_by_the_generator_itself_on_a_cpu_and_by_one_of_the_device_elsewhere():
+    drawn = row_generator(0, 1, 2)
+    assert noise.generator_on(torch.device("cpu"), drawn) is drawn
+    if torch.cuda.is_available():
+        torch.rand(3, generator=drawn)
+        own = noise.generator_on(torch.device("cuda"), drawn)
+        assert own.device.type == "cuda" and own.initial_seed() == drawn.initial_seed()
 
 
 def test_draws_change_with_seed_step_and_row():

@@ -55,7 +55,7 @@ def step_of(model, batch, index, autocast=False):
 @pytest.mark.parametrize("rows", [(0, 1), (1,), ()], ids=["both_rows", "one_row", "no_label"])
 def test_losses_accuracies_and_gradients_are_those_of_all_logits(rows, tied, autocast):
     batch, model = labelled_batch(rows), tiny_model(tiny_args(tie_embeddings=tied))
-    index = LossFunction().logit_index(batch, CPU)
+    index = LossFunction().logit_index(batch)
     assert 0 < index.numel() < batch.labels.numel()
     values, correct, gradients = step_of(model, batch, index, autocast)
     expected_values, expected_correct, expected = step_of(model, batch, None, autocast)
@@ -74,7 +74,7 @@ def test_only_the_tokens_of_the_index_reach_the_output_layer():
     model.output.register_forward_hook(
         lambda module, inputs, result: seen.append(result.flatten(0, -2).shape)
     )
-    index = LossFunction().logit_index(batch, CPU)
+    index = LossFunction().logit_index(batch)
     step_of(model, batch, index)
     step_of(model, batch, None)
     assert seen == [(index.numel(), 272), (2 * 48, 272)]
@@ -109,14 +109,14 @@ def test_a_term_that_says_nothing_about_logits_gets_all_of_them():
     batch, model = labelled_batch(), tiny_model(tiny_args())
     with LOSS_TERMS.temporarily(old=LossTerm(1.0, "", old_term, label_counts)):
         loss_fn = LossFunction(losses_class()())
-        assert loss_fn.logit_index(batch, CPU) is None
+        assert loss_fn.logit_index(batch) is None
         times = torch.full(batch.vae_image.shape, 0.5)
         output = model(batch, batch.latents, times, torch.tensor(1.0))
         inputs = StepInputs(batch, output.logits, output.velocity, output.velocity, output.records)
         assert output.logits.shape == (2, 48, 272) and loss_fn.values(inputs)["old"].sum() > 0
     term = LossTerm(1.0, "", old_term, label_counts, all_logits=False)
     with LOSS_TERMS.temporarily(old=term):
-        assert LossFunction(losses_class()()).logit_index(batch, CPU) is not None
+        assert LossFunction(losses_class()()).logit_index(batch) is not None
 
 
 @pytest.mark.filterwarnings(

@@ -1,4 +1,4 @@
-"""The data of a step: read ahead, put back, and what all ranks learn of an error."""
+"""The data of a step: read ahead, agreed on, moved, and what all ranks learn of an error."""
 
 import logging
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from symbiotic_titan.config.data import Data
-from symbiotic_titan.parallel.ranks import DataRanks
+from symbiotic_titan.parallel.ranks import DataRanks, on_host
 from symbiotic_titan.process import raised_by_us
-from symbiotic_titan.training.step_data import StepData, Stop, error_of_ranks
+from symbiotic_titan.training.step_data import MovedAhead, StepData, Stop, error_of_ranks
+from symbiotic_titan.training.stop import StopRequest
 
 ALONE = DataRanks(torch.device("cpu"), 0, 1, None)
 
@@ -19,15 +20,17 @@ class Loader:
     can_end, ended_sources = False, []
 
     def __init__(self, error=None, at=None, skip_counts=(10, 0)):
-        self.position, self.error, self.at = 0, error, at
+        # What it reads next, whatever its position is set to: as a loader with rows on their way.
+        self.position, self.read, self.error, self.at = 0, 0, error, at
         self.skip_counts = list(skip_counts)
 
     def __iter__(self):
         while True:
-            if self.position == self.at:
+            if self.read == self.at:
                 raise self.error
-            self.position += 1
-            yield self.position
+            self.read += 1
+            self.position = self.read
+            yield self.read
 
     def check_skip_counts(self, counts):
         if counts[1] > 3:
@@ -44,38 +47,68 @@ def foreign(kind, *arguments):
         return error
 
 
-def test_batches_that_were_read_ahead_are_the_next_ones_and_can_be_put_back():
+def step_data(loader, num_micro_batches=1, times=None, ranks=ALONE):
+    """The numbers are counted as they are, and moved by being negated."""
+    return StepData(
+        loader,
+        num_micro_batches,
+        ranks,
+        [] if times is None else times,
+        count=lambda batches: torch.tensor([sum(batches), len(batches)], dtype=torch.float64),
+        move=lambda batch: -batch,
+        signals=StopRequest(),
+    )
+
+
+def read_and_agree(data):
+    data.agree(*on_host(data.read()))
+    return data.reason_to_stop()
+
+
+def test_the_loader_stands_before_a_step_until_it_is_taken():
     loader, times = Loader(), []
-    data = StepData(loader, 2, ALONE, times)
-    assert next(data) == [1, 2]
-    data.read()
-    assert data.reason_to_stop(None) is None and next(data) == [3, 4]
-    data.read()
-    assert loader.position == 6
-    data.put_back()
-    assert loader.position == 4 and len(times) == 3
+    data = step_data(loader, 2, times)
+    assert list(next(data).micro_batches) == [-1, -2] and loader.position == 2
+    assert read_and_agree(data) is None and loader.position == 2
+    step = next(data)
+    assert list(step.micro_batches) == [-3, -4] and loader.position == 4
+    assert step.counts.tolist() == step.counts_on_host.tolist() == [7, 2]
+    assert not data.is_agreed and len(times) == 2
 
 
-def test_an_error_between_micro_batches_puts_back_those_that_were_read():
+def test_an_error_between_micro_batches_leaves_the_loader_before_those_that_were_read():
     loader = Loader(ValueError("bad"), at=3)
-    data = StepData(loader, 2, ALONE, [])
+    data = step_data(loader, 2)
     next(data)
-    data.read()
-    assert loader.position == 3
-    assert data.reason_to_stop(None) == Stop("error in the data", "ValueError: bad")
-    data.put_back()
+    assert read_and_agree(data) == Stop("error in the data", "ValueError: bad")
     assert loader.position == 2
     with pytest.raises(ValueError, match="bad"):
         next(data)
 
 
 def test_an_error_goes_before_a_signal_and_the_limit_of_bad_samples_is_one():
-    data = StepData(Loader(skip_counts=(10, 4)), 1, ALONE, [])
-    data.read()
-    assert data.reason_to_stop("SIGTERM") == Stop("error in the data", "skipped 4")
-    data = StepData(Loader(skip_counts=(10, 3)), 1, ALONE, [])
-    data.read()
-    assert data.reason_to_stop("SIGTERM") == Stop("SIGTERM")
+    for skipped, expected in ((4, Stop("error in the data", "skipped 4")), (3, Stop("SIGTERM"))):
+        data = step_data(Loader(skip_counts=(10, skipped)))
+        data.signals.signal_name = "SIGTERM"
+        assert read_and_agree(data) == expected
+
+
+def test_a_signal_that_comes_after_reading_stops_the_run_one_step_later():
+    data = step_data(Loader())
+    sums = data.read()
+    data.signals.signal_name = "SIGTERM"
+    data.agree(*on_host(sums))
+    assert data.reason_to_stop() is None
+    next(data)
+    assert read_and_agree(data) == Stop("SIGTERM")
+
+
+def test_the_next_micro_batch_is_on_its_way_when_one_is_handed_over():
+    started = []
+    moved = MovedAhead(iter("abc"), lambda batch: started.append(batch) or batch, stream=None)
+    assert started == ["a"]
+    for i, batch in enumerate(moved):
+        assert batch == "abc"[i] and started == list("abc"[: i + 2])
 
 
 @pytest.mark.parametrize(
