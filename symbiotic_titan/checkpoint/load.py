@@ -24,12 +24,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.tensor import DTensor
 
 from symbiotic_titan.checkpoint.resume import Entries
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""A part of a tensor: its first index and its size in every dim."""
+from symbiotic_titan.weights.reader import Box, box_of
 
 
 @dataclass
@@ -82,7 +79,9 @@ class _Planner(DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         """On every rank: what it needs."""
         check_holds(self._folder, self._entries, self.state_dict)
-        return LoadPlan([], planner_data={n: box_of(v) for n, v in self.state_dict.items()})
+        state = self.state_dict.items()
+        needed = {name: box_of(v) if isinstance(v, Tensor) else None for name, v in state}
+        return LoadPlan([], planner_data=needed)
 
     def create_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """On the first rank: what each of them gets."""
@@ -116,16 +115,6 @@ def check_holds(folder: Path, entries: Entries, state: Mapping[str, Any]) -> Non
         f"checkpoint {folder} has no {name}, which this run would go on with; resume with the settings it was saved with, or start "
         "another job.dump_folder with checkpoint.initial_load_path"
     )
-
-
-def box_of(value: Any) -> Box | None:
-    """The part of a tensor that this rank holds; None of anything else."""
-    if isinstance(value, DTensor):
-        (chunk,) = value.__create_chunk_list__()
-        return tuple(chunk.offsets), tuple(chunk.sizes)
-    if isinstance(value, Tensor):
-        return (0,) * value.dim(), tuple(value.shape)
-    return None
 
 
 class SavedShards:

@@ -4,10 +4,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from symbiotic_titan.hf.architectures.base import TensorTransform
-from symbiotic_titan.weights.reader import TensorSpec
+from symbiotic_titan.hf.architectures.base import ByRows, TensorTransform, stack, unchanged
+from symbiotic_titan.weights.reader import Box, TensorSpec, cut
+
+Rows = tuple[int, int]
+"""The first one, and how many."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class ConverterStep:
 
 
 class TensorConverter:
-    """The outputs of ``steps``; ``read`` gives an input by its name.
+    """The outputs of ``steps``; ``read`` gives an input by its name, and where ``part`` is used, also a part of it: see ``PartReader``.
 
     specs  output name -> shape and dtype, grouped by step: in this order every input is read only once.
 
@@ -32,10 +36,12 @@ class TensorConverter:
         self,
         steps: Iterable[ConverterStep],
         inputs: Mapping[str, TensorSpec],
-        read: Callable[[str], Tensor],
+        read: Callable[..., Tensor],
     ) -> None:
         self._read = read
         self._step_of: dict[str, ConverterStep] = {}
+        self._inputs = inputs
+        self._rows: Rows | None = None  # those that were computed; None: all
         self._computed: dict[str, Tensor] = {}
         self.specs: dict[str, TensorSpec] = {}
         for step in steps:
@@ -46,12 +52,36 @@ class TensorConverter:
 
     def __call__(self, name: str) -> Tensor:
         """The output ``name``. The other outputs of its step are cached until they are read or another step runs."""
-        if name not in self._computed:
+        return self._output(name, None)
+
+    def part(self, name: str, box: Box) -> Tensor:
+        """The part of the output ``name`` in ``box``. Of the inputs only what it needs is read, if the transform is a usual one."""
+        step = self._step_of[name]
+        if step.transform is unchanged:
+            return self._read(step.inputs[step.outputs.index(name)], box)
+        (first, *start), (count, *size) = box
+        if step.transform is stack:
+            inside = (tuple(start), tuple(size))
+            return torch.stack([self._read(n, inside) for n in step.inputs[first : first + count]])
+        dims = min(len(self._inputs[part].shape) for part in step.inputs)
+        if isinstance(step.transform, ByRows) and dims >= step.transform.min_dims:
+            rows = self._output(name, (first, count))
+            return cut(rows, ((0, *start), (count, *size)))
+        return cut(self(name), box)
+
+    def _output(self, name: str, rows: Rows | None) -> Tensor:
+        if name not in self._computed or rows != self._rows:
             self._computed = {}  # freed before the next inputs are read
             step = self._step_of[name]
-            outputs = step.transform([self._read(part) for part in step.inputs])
-            self._computed = dict(zip(step.outputs, outputs, strict=True))
+            outputs = step.transform([self._read_rows(part, rows) for part in step.inputs])
+            self._computed, self._rows = dict(zip(step.outputs, outputs, strict=True)), rows
         return self._computed.pop(name)
+
+    def _read_rows(self, name: str, rows: Rows | None) -> Tensor:
+        if rows is None:
+            return self._read(name)
+        others = self._inputs[name].shape[1:]
+        return self._read(name, ((rows[0], *(0 for _ in others)), (rows[1], *others)))
 
 
 def _output_specs(step: ConverterStep, inputs: Mapping[str, TensorSpec]) -> list[TensorSpec]:

@@ -41,7 +41,7 @@ from symbiotic_titan.weights.dcp import DistributedCheckpoint, check_has_average
 from symbiotic_titan.weights.reader import (
     CheckpointReader,
     PartialReader,
-    TensorReader,
+    PartReader,
     TensorSpec,
     some_of,
 )
@@ -120,7 +120,7 @@ class HuggingFaceModel:
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         # In the converter's order, so that every tensor of the files is read once.
         in_order = {name: tensors[name] for name in self.tensors if name in tensors}
-        copy_into(in_order, self.read)
+        copy_into(in_order, self._ours.part)
 
 
 def _check_is_release(folder: Path, config: Config) -> None:
@@ -163,7 +163,7 @@ def _under_architecture_names(
 
 
 def _without_tied_output(
-    stored: TensorReader, architecture: Architecture, args: ModelArgs
+    stored: PartReader, architecture: Architecture, args: ModelArgs
 ) -> list[str]:
     """The names of ``stored`` without a copy of the embedding table in the place of a tied output projection.
 
@@ -186,7 +186,7 @@ def _without_tied_output(
     return [name for name in names if name != output]
 
 
-def _shapes(stored: TensorReader) -> dict[str, tuple[int, ...]]:
+def _shapes(stored: PartReader) -> dict[str, tuple[int, ...]]:
     return {name: spec.shape for name, spec in stored.tensors.items()}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.hf.architectures.base import Config, Shape
-from symbiotic_titan.weights.reader import TensorReader, TensorSpec
+from symbiotic_titan.weights.reader import Box, PartReader, TensorSpec, cut
 
 _KEYS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 _REMEDY = "use the release in bfloat16"
@@ -136,7 +136,7 @@ class DequantizingReader:
         ValueError: scales that do not fit their weight, or tensors of a format that is not dequantised here.
     """
 
-    def __init__(self, reader: TensorReader, quantization: Quantization | None) -> None:
+    def __init__(self, reader: PartReader, quantization: Quantization | None) -> None:
         self._reader = reader
         self._block = quantization.block if quantization else None
         stored = reader.tensors
@@ -157,10 +157,12 @@ class DequantizingReader:
             if name not in hidden
         }
 
-    def read(self, name: str) -> Tensor:
-        weight = self._reader.read(name)
+    def read(self, name: str, box: Box | None = None) -> Tensor:
         if name not in self._scale_of:
-            return weight
+            return self._reader.read(name, box)
+        if box is not None:  # whole blocks share a scale
+            return cut(self.read(name), box)
+        weight = self._reader.read(name)
         scale = _as_float(self._reader.read(self._scale_of[name]))
         shape = _shape_of_scales(tuple(weight.shape), tuple(scale.shape), self._block)
         assert shape is not None, name  # checked above

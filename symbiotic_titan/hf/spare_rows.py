@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.weights.reader import CheckpointReader, TensorSpec
+from symbiotic_titan.weights.reader import CheckpointReader, TensorSpec, cut
 from symbiotic_titan.weights.safetensors import copy_into
 
 TABLES = ("tok_embeddings.weight", "output.weight")
@@ -55,4 +55,4 @@ class SpareRowsReader:
         return torch.cat([values, mean_D.expand(more, -1)])
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        copy_into(tensors, self.read)
+        copy_into(tensors, lambda name, box: cut(self.read(name), box))

@@ -9,6 +9,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""A part of a tensor: its first index and its size in every dim."""
 
 # Our name, and the one of releases for unmapped layers.
 _SELECTION_BIAS = re.compile(r"\.moe\.router\.\w+\.bias$|\.e_score_correction_bias$")
@@ -38,6 +42,21 @@ class TensorSpec:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
+def box_of(tensor: Tensor) -> Box:
+    """The part of ``tensor`` that this rank holds: its shard of a DTensor, else all."""
+    if isinstance(tensor, DTensor):
+        (chunk,) = tensor.__create_chunk_list__()
+        return tuple(chunk.offsets), tuple(chunk.sizes)
+    return (0,) * tensor.dim(), tuple(tensor.shape)
+
+
+def cut(tensor: Tensor, box: Box) -> Tensor:
+    """A view of the part of ``tensor`` in ``box``."""
+    for dim, (start, size) in enumerate(zip(*box, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor
+
+
 class TensorReader(Protocol):
     """Tensors on disk, read one at a time. ``tensors``: name -> shape and dtype, in the order that is cheapest to read in."""
 
@@ -45,6 +64,14 @@ class TensorReader(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU."""
+        ...
+
+
+class PartReader(TensorReader, Protocol):
+    """A ``TensorReader`` that need not read the whole of a tensor."""
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """The tensor, or the part of it in ``box``, on the CPU."""
         ...
 
 
@@ -88,7 +115,7 @@ def reporting_progress(
 class PartialReader:
     """Only the tensors ``names`` of ``reader``, in this order."""
 
-    def __init__(self, reader: TensorReader, names: Iterable[str]) -> None:
+    def __init__(self, reader: PartReader, names: Iterable[str]) -> None:
         self.tensors: Mapping[str, TensorSpec] = {name: reader.tensors[name] for name in names}
         self.read = reader.read
 

@@ -4,7 +4,11 @@ A file is eight bytes with the length of the header, the header as JSON (name ->
 tensors. Files are read instead of memory-mapped, because mapped pages count as our memory, up to the whole file.
 """
 
+import io
+import itertools
 import json
+import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from symbiotic_titan.config.rows import check_value
 from symbiotic_titan.weights.reader import (
+    Box,
     TensorSpec,
+    box_of,
     some_of,
     total_bytes,
 )
@@ -51,18 +57,43 @@ class TensorSlice:
     start: int
     spec: TensorSpec
 
-    def read(self) -> Tensor:
-        """The tensor, on the CPU."""
-        data = torch.empty(self.spec.num_bytes, dtype=torch.uint8)
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            buffer, done = memoryview(data.numpy().data), 0
-            while done < len(buffer):
-                count = file.readinto(buffer[done:])
-                if not count:
-                    raise OSError(f"{self.file} ended while it was read")
-                done += count
-        return data.view(self.spec.dtype).view(self.spec.shape)
+    def read(self, box: Box | None = None) -> Tensor:
+        """The tensor, or the part of it in ``box``, on the CPU."""
+        shape = self.spec.shape if box is None else box[1]
+        part = TensorSpec(shape, self.spec.dtype)
+        data = torch.empty(part.num_bytes, dtype=torch.uint8)
+        buffer, done = memoryview(data.numpy().data), 0
+        if part.num_bytes:
+            with self.file.open("rb", buffering=0) as file:
+                for start, size in self._runs(box):
+                    file.seek(self.start + start)
+                    self._fill(file, buffer[done : done + size])
+                    done += size
+        return data.view(part.dtype).view(part.shape)
+
+    def _runs(self, box: Box | None) -> Iterator[tuple[int, int]]:
+        """(first byte, number of bytes) of each stretch of adjacent bytes in ``box``, which is not empty."""
+        if box is None:
+            yield 0, self.spec.num_bytes
+            return
+        shape, (first, size) = self.spec.shape, box
+        # The last dim that is not whole; before it every index begins another run.
+        last = max((d for d in range(len(shape)) if size[d] != shape[d]), default=-1)
+        strides = [math.prod(shape[d + 1 :]) * self.spec.dtype.itemsize for d in range(len(shape))]
+        if last == -1:
+            yield 0, self.spec.num_bytes
+            return
+        for index in itertools.product(*(range(size[d]) for d in range(last))):
+            at = [*(first[d] + i for d, i in enumerate(index)), first[last]]
+            yield sum(map(operator.mul, at, strides)), size[last] * strides[last]
+
+    def _fill(self, file: io.FileIO, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            count = file.readinto(buffer[done:])
+            if not count:
+                raise OSError(f"{self.file} ended while it was read")
+            done += count
 
 
 def read_slices(path: Path) -> dict[str, TensorSlice]:
@@ -242,27 +273,24 @@ def _slices_without_index(files: list[Path]) -> dict[str, TensorSlice]:
     return out
 
 
-def copy_into(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Copy ``read(name)`` into each of ``tensors``; a sharded tensor (DTensor) gets its shard."""
-    for name, target in tensors.items():
-        full = read(name)
-        if isinstance(target, DTensor):
-            mesh, placements = target.device_mesh, target.placements
-            full = full.to(device=mesh.device_type)
-            # No source rank: every rank has read the same values, so nothing is sent.
-            full = distribute_tensor(full, mesh, placements, src_data_rank=None)
-        target.detach().copy_(full)
+def copy_into(tensors: Mapping[str, Tensor], read: Callable[[str, Box], Tensor]) -> None:
+    """Copy the part ``read(name, box)`` into each of ``tensors``; a sharded tensor (DTensor) gets its shard. Nothing is sent."""
+    for name, tensor in tensors.items():
+        target = tensor.detach()
+        target = target.to_local() if isinstance(target, DTensor) else target
+        if target.numel():
+            target.copy_(read(name, box_of(tensor)))
 
 
 class SliceReader:
-    """Tensors under the names that they have in their files: a ``TensorReader``."""
+    """Tensors under the names that they have in their files: a ``PartReader``."""
 
     def __init__(self, slices: Mapping[str, TensorSlice]) -> None:
         self._slices = slices
         self.tensors: Mapping[str, TensorSpec] = {n: piece.spec for n, piece in slices.items()}
 
-    def read(self, name: str) -> Tensor:
-        return self._slices[name].read()
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        return self._slices[name].read(box)
 
 
 class SafetensorsModel(SliceReader):

@@ -1,7 +1,9 @@
-"""A run that starts from a checkpoint on several ranks: the first alone reads its metadata, and no value is drawn that it gives."""
+"""A run that starts on several ranks: only the first reads the metadata, each reads its part of the weights, and no value is drawn that
+a checkpoint gives."""
 
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,10 @@ from symbiotic_titan.model.initialize import leaving_out
 from symbiotic_titan.optim.build import param_group_optimizers
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.training.train_spec import register
+from symbiotic_titan.weights.reader import TensorSpec
+from symbiotic_titan.weights.safetensors import SafetensorsModel, write_folder
 from tests.helpers.debug_model import build, config_of
 from tests.helpers.gloo import run_on_ranks
-
-EXPERT_PARALLEL = "--parallelism.expert_parallel_degree 2"
 
 
 class Number:
@@ -51,56 +53,88 @@ def parts_of_run(config, given=()):
     return model, manager, optimizers, step
 
 
-def tensors_of(model, optimizers):
-    state = {**model.state_dict(), **optimizers.state_dict()}
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+def whole(tensors):
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t.detach()).clone()
         for name, t in tensors.items()
+        if isinstance(t, torch.Tensor)
     }
 
 
-def saved(rank, overrides):
-    """Tensors of a run that was saved at step 3."""
+def saved(rank, overrides, export):
+    """Tensors of a run, saved at step 3 and, without its training state, as safetensors."""
     config = config_of(overrides)
     model, manager, optimizers, step = parts_of_run(config)
-    torch.manual_seed(5)
     for tensor in model.parameters():
         tensor.grad = torch.ones_like(tensor)
     optimizers.step()
     step.step = 3
     manager.save(3, last_step=True)
-    return tensors_of(model, optimizers)
+    weights = whole(model.state_dict())
+    export.mkdir()
+    kinds = {name: TensorSpec.of(tensor) for name, tensor in weights.items()}
+    write_folder(export, kinds, weights.__getitem__, shard_bytes=1 << 20)
+    return weights | whole(optimizers.state_dict())
 
 
-def resumed(rank, overrides, changes=None):
-    """(tensors, step, how often this rank opened a .metadata, what was NaN before loading)."""
+def count_openings(name, opened):
+    def count(event, details):
+        if event == "open" and str(details[0]).endswith(name):
+            opened.append(details[0])
+
+    sys.addaudithook(count)
+
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def resumed(rank, overrides, export):
+    """(tensors, step, how often this rank opened a .metadata, what was drawn although the checkpoint gives it), and of a model that read
+    the export: (tensors, bytes read)."""
     config, opened = config_of(overrides), []
     register()
-    sys.addaudithook(
-        lambda event, details: (
-            opened.append(details[0])
-            if event == "open" and str(details[0]).endswith(".metadata")
-            else None
-        )
-    )
+    count_openings(".metadata", opened)
     start = share_start(find_start(config), config.checkpoint)
     assert start is not None and config.checkpoint.load_step == 3
     model, manager, optimizers, step = parts_of_run(config, start.entries)
     drawn = [name for name, p in model.named_parameters() if not torch.isnan(p).any()]
     begin(start, config.checkpoint, manager, None)
     assert manager.load(step=config.checkpoint.load_step)
-    return tensors_of(model, optimizers), step.step, len(opened), drawn
+    tensors = whole(model.state_dict()) | whole(optimizers.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    reader, before = SafetensorsModel(export), bytes_read()
+    reader.read_into(model.state_dict())
+    read = bytes_read() - before
+    return (tensors, step.step, len(opened), drawn), (whole(model.state_dict()), read)
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "expert_parallel"])
-def test_only_the_first_rank_reads_the_metadata_and_reads_them_once(tmp_path, layout):
-    options = f"--checkpoint.enable --job.dump_folder {tmp_path}"
-    degree = EXPERT_PARALLEL if layout == "expert_parallel" else ""
-    [expected] = run_on_ranks(1, saved, options)
-    ranks = run_on_ranks(2, resumed, f"{options} {degree}")
-    assert [opened for _, _, opened, _ in ranks] == [1, 0]
-    for tensors, step, _, drawn in ranks:
-        assert step == 3 and drawn == []
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    options = f"--checkpoint.enable --job.dump_folder {folder}"
+    return options, folder / "export", run_on_ranks(1, saved, options, folder / "export")[0]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [(2, ""), (4, "--parallelism.expert_parallel_degree 2")],
+    ids=["fsdp", "expert_parallel_fsdp"],
+)
+def test_the_first_rank_reads_the_metadata_once_and_each_its_part_of_the_weights(
+    run, num_ranks, layout
+):
+    options, export, expected = run
+    size = sum(path.stat().st_size for path in export.glob("*.safetensors"))
+    for rank, (own, initial) in enumerate(
+        run_on_ranks(num_ranks, resumed, f"{options} {layout}", export)
+    ):
+        tensors, step, opened, drawn = own
+        assert step == 3 and drawn == [] and opened == (1 if rank == 0 else 0)
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+        weights, read = initial
+        assert all(torch.equal(weights[name], expected[name]) for name in weights)
+        assert read == pytest.approx(size / num_ranks, rel=0.02)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from symbiotic_titan.hf.architectures.unknown_settings import refused_together
@@ -20,8 +21,24 @@ TensorTransform = Callable[[list[Tensor]], list[Tensor]]
 Shape = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ByRows:
+    """A transform that makes row i (index i of dim 0) of each output from row i of its inputs, if these have at least ``min_dims`` dims. A
+    rank that holds some rows then reads those only."""
+
+    transform: TensorTransform
+    min_dims: int
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        return self.transform(tensors)
+
+
 def unchanged(tensors: list[Tensor]) -> list[Tensor]:
     return tensors
+
+
+def stack(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.stack(tensors)]
 
 
 def all_mapped(args: ModelArgs, names: Container[str]) -> tuple[str, ...]:

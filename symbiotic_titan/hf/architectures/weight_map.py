@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 
 from symbiotic_titan.hf.architectures.base import (
+    ByRows,
     Shape,
     TensorTransform,
     WeightMapping,
+    stack,
 )
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.vit_args import VitArgs
 
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
-
-
-def stack(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.stack(tensors)]
 
 
 def unstack(tensors: list[Tensor]) -> list[Tensor]:
@@ -27,11 +25,16 @@ def unstack(tensors: list[Tensor]) -> list[Tensor]:
 
 def split(dim: int, parts: int = 2) -> TensorTransform:
     """Split one tensor into ``parts`` of equal size, e.g. gate and up."""
-    return lambda tensors: list(tensors[0].chunk(parts, dim))
+    return _by_rows(lambda tensors: list(tensors[0].chunk(parts, dim)), dim)
 
 
 def join(dim: int) -> TensorTransform:
-    return lambda tensors: [torch.cat(tensors, dim)]
+    return _by_rows(lambda tensors: [torch.cat(tensors, dim)], dim)
+
+
+def _by_rows(transform: TensorTransform, dim: int) -> TensorTransform:
+    """``transform``, which works along ``dim``."""
+    return ByRows(transform, dim + 1) if dim > 0 else transform
 
 
 def chain(*steps: TensorTransform) -> TensorTransform:
@@ -42,12 +45,16 @@ def chain(*steps: TensorTransform) -> TensorTransform:
             tensors = step(tensors)
         return tensors
 
-    return transform
+    by_rows = [step.min_dims for step in steps if isinstance(step, ByRows)]
+    return ByRows(transform, max(by_rows)) if len(by_rows) == len(steps) else transform
 
 
-def transpose(tensors: list[Tensor]) -> list[Tensor]:
-    """(E, in, out) <-> (E, out, in)."""
+def _transpose(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.transpose(-1, -2).contiguous() for tensor in tensors]
+
+
+transpose = ByRows(_transpose, min_dims=3)
+"""(E, in, out) <-> (E, out, in)."""
 
 
 def same(theirs: str, ours: str, *names: tuple[str, str]) -> list[WeightMapping]:
@@ -176,7 +183,7 @@ def ends(embeddings: str, norm: str, output: str, args: ModelArgs) -> list[Weigh
     tied = WeightMapping(
         (embeddings,),
         (table, "output.weight"),
-        load=lambda tensors: [tensors[0], tensors[0]],
+        load=ByRows(lambda tensors: [tensors[0], tensors[0]], min_dims=1),
         save=lambda tensors: [tensors[0]],
     )
     return [*mappings, tied]

@@ -71,7 +71,9 @@ def test_a_single_file_without_index_is_read(tmp_path, release):
 def test_a_file_is_read_once_for_tensors_asked_for_in_a_row(release, monkeypatch):
     folder, theirs = release
     reads, read = [], TensorSlice.read
-    monkeypatch.setattr(TensorSlice, "read", lambda place: (reads.append(place), read(place))[1])
+    monkeypatch.setattr(
+        TensorSlice, "read", lambda place, *box: (reads.append(place), read(place, *box))[1]
+    )
     stored = HuggingFaceModel(folder)
     assert not reads
     values_of(stored)
@@ -179,7 +181,9 @@ def test_partition_reads_every_tensor_of_a_release_once(tmp_path, release, monke
     plan = replace(plan_for(folder), groups=GROUPS, layers=("layers.0", "layers.1"))
     args = replace(HuggingFaceModel(folder).args, groups=GROUPS)
     reads, read = [], TensorSlice.read
-    monkeypatch.setattr(TensorSlice, "read", lambda place: (reads.append(place), read(place))[1])
+    monkeypatch.setattr(
+        TensorSlice, "read", lambda place, *box: (reads.append(place), read(place, *box))[1]
+    )
     partition_checkpoint(folder, args, plan, tmp_path / "out")
     of_tensors = [
         place for place in reads if place.spec.shape != (8, 32)

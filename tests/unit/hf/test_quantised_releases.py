@@ -150,7 +150,7 @@ def test_the_files_are_read_a_tensor_at_a_time(tmp_path):
             "v": TensorSpec((1, 3), torch.float8_e4m3fn),
         }
 
-        def read(self, name):
+        def read(self, name, box=None):
             reads.append(name)
             return torch.tensor([128], dtype=torch.uint8) if name == "w_scale" else weight
 

@@ -1,12 +1,14 @@
 """Our reader and writer of the safetensors format against the package of that name."""
 
 import json
+import math
+from random import Random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from symbiotic_titan.weights.reader import TensorSpec
+from symbiotic_titan.weights.reader import TensorSpec, cut
 from symbiotic_titan.weights.safetensors import (
     DTYPES,
     INDEX,
@@ -44,6 +46,19 @@ def test_every_dtype_is_read_as_the_package_reads_it(tmp_path, tensors):
     slices = read_slices(tmp_path / "a.safetensors")
     assert {n: p.spec for n, p in slices.items()} == specs_of(tensors)
     assert_same({name: place.read() for name, place in slices.items()}, tensors)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (6, 5), (4, 3, 5), (2, 3, 2, 4)])
+def test_any_part_of_a_tensor_is_that_of_the_whole(tmp_path, shape):
+    whole = torch.arange(1.0, 1 + math.prod(shape)).view(shape)
+    save_file({"before": torch.zeros(3), "w": whole, "z": torch.zeros(2)}, tmp_path / "a")
+    stored, random = read_slices(tmp_path / "a")["w"], Random(1)
+    assert stored.read(((0,) * len(shape), shape)).equal(whole)
+    for _ in range(40):
+        start = tuple(random.randrange(size) for size in shape)
+        sizes = tuple(random.randint(0, n - at) for n, at in zip(shape, start, strict=True))
+        part = stored.read((start, sizes))
+        assert part.equal(cut(whole, (start, sizes))), (start, sizes)
 
 
 def test_the_package_reads_what_is_written(tmp_path, tensors):
