@@ -75,7 +75,15 @@ class MergedConfigManager(ConfigManager):
         return self._table
 
     def _maybe_add_custom_config(self, args: list[str], toml_values: dict[str, Any] | None) -> type:
-        cls = super()._maybe_add_custom_config(args, toml_values)
+        try:
+            cls = super()._maybe_add_custom_config(args, toml_values)
+        except (ImportError, AttributeError) as error:
+            if isinstance(error, AttributeError) and error.name != "JobConfig":
+                raise  # in the module's own code, for its author
+            raise ValueError(
+                f"job.custom_config_module: must name a module that can be imported and has a dataclass JobConfig ({error}); correct "
+                "the name, or remove it"
+            ) from None
         if not {"-h", "--help"} & set(args):
             check_options(args, cls)
         return cls

@@ -165,18 +165,21 @@ def vit_patch_coords(rows: int, columns: int, merge: int) -> torch.Tensor:
 def aspect_buckets(max_pixels: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
     """All (height, width) in multiples of ``step`` within the budget and the aspect; sizes that another one contains are left out."""
     budget = max_pixels // step**2
-    sizes = [
-        (rows, columns)
-        for rows in range(1, budget + 1)
-        for columns in range(1, budget // rows + 1)
-        if max(rows, columns) <= max_aspect * min(rows, columns)
-    ]
-    allowed = set(sizes)
-    return [
-        (rows * step, columns * step)
-        for rows, columns in sizes
-        if not {(rows + 1, columns), (rows, columns + 1), (rows + 1, columns + 1)} & allowed
-    ]
+
+    def allowed(rows: int, columns: int) -> bool:
+        small, large = sorted((rows, columns))
+        return rows * columns <= budget and large <= max_aspect * small
+
+    buckets = []
+    for rows in range(1, budget + 1):
+        if rows > max_aspect * (budget // rows):
+            break  # too high for any width that the budget leaves
+        columns = min(budget // rows, int(max_aspect * rows))
+        if allowed(rows, columns) and not (
+            allowed(rows + 1, columns) or allowed(rows + 1, columns + 1)
+        ):
+            buckets.append((rows * step, columns * step))
+    return buckets
 
 
 def nearest_bucket(height: int, width: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:

@@ -181,13 +181,16 @@ def check_converters(config: JobConfig) -> None:
         )
 
 
-def check_float8(config: JobConfig, args: ModelArgs, world_size: int) -> None:
-    """Refuse float8 where the model, the shield or the number of ranks does not allow it."""
+def check_float8(
+    config: JobConfig, args: ModelArgs, world_size: int, *, elsewhere: bool = False
+) -> None:
+    """Refuse float8 where the model, the shield, the number of ranks or the device does not allow it; the device is this one, and not
+    asked for a run ``elsewhere``."""
     if NAME not in config.model.converters:
         return
     options = config.float8
     if options.all_gather:
-        check_float8_all_gather(config, world_size)
+        check_float8_all_gather(config, world_size, elsewhere=elsewhere)
     if config.shielding.enabled and config.shielding.mode == "weights":
         raise ValueError(
             "shielding.mode = 'weights' scales the gradients of the shared experts' weights, which float8 layers do not support; "
@@ -203,15 +206,22 @@ def check_float8(config: JobConfig, args: ModelArgs, world_size: int) -> None:
                 f"float8.experts: {name} = {size} of flavor {config.model.flavor!r} is not a multiple of "
                 f"{FLOAT8_MULTIPLE}; set float8.experts = false or choose another {'width' if 'group' in name else 'flavor'}"
             )
-    if not options.emulate:
+    if options.emulate:
+        return
+    if not elsewhere:
         check_float8_device(config)
+    if config.training.mixed_precision_param != "bfloat16":
+        raise ValueError(
+            f"training.mixed_precision_param = {config.training.mixed_precision_param!r}: float8 matmuls return bfloat16; "
+            "set it to 'bfloat16', or float8.emulate = true"
+        )
 
 
-def check_float8_all_gather(config: JobConfig, world_size: int) -> None:
+def check_float8_all_gather(config: JobConfig, world_size: int, *, elsewhere: bool) -> None:
     """Only FSDP between several GPUs can gather weights in float8."""
     if world_size == 1:
         why = "nothing is gathered on one rank"
-    elif device_type() == "cpu":
+    elif device_type() == "cpu" and not elsewhere:
         why = "gloo, which connects CPUs, cannot send float8"
     elif config.training.enable_cpu_offload:
         why = "weights offloaded to the CPU (training.enable_cpu_offload) have no scales there"
@@ -221,7 +231,7 @@ def check_float8_all_gather(config: JobConfig, world_size: int) -> None:
 
 
 def check_float8_device(config: JobConfig) -> None:
-    """Float8 matmuls need a GPU that supports them, and return bfloat16."""
+    """Float8 matmuls need a GPU that supports them."""
     options, capability = config.float8, cuda_capability()
     if options.experts:  # the grouped kernel exists for these two generations only
         needed, fits = "9.x or 10.x", capability is not None and capability[0] in (9, 10)
@@ -234,9 +244,4 @@ def check_float8_device(config: JobConfig) -> None:
         raise ValueError(
             f"model.converters = ['{NAME}'] needs a CUDA device of compute capability {needed}, {found}; "
             "set float8.emulate = true to try it here"
-        )
-    if config.training.mixed_precision_param != "bfloat16":
-        raise ValueError(
-            f"training.mixed_precision_param = {config.training.mixed_precision_param!r}: float8 matmuls return bfloat16; "
-            "set it to 'bfloat16', or float8.emulate = true"
         )

@@ -1,21 +1,14 @@
 """Rules that span several config sections, checked before anything is built."""
 
-import math
 import os
-from dataclasses import dataclass, is_dataclass
-from typing import Any
 
-from torchtitan.config.job_config import DataLoader
 from torchtitan.tools.logging import logger
 
-from symbiotic_titan.codecs.codec import codec_info
-from symbiotic_titan.config.data import used_sources
+from symbiotic_titan.build import global_batch_size
 from symbiotic_titan.config.experts import PARTITION_RULES
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import OPTIMIZER_BUILDERS
-from symbiotic_titan.data.images import aspect_buckets
-from symbiotic_titan.data.latents import generates
-from symbiotic_titan.data.tokenizer import open_tokenizer
+from symbiotic_titan.data.loader import streams_of_rank
 from symbiotic_titan.device import device_type, has_slow_bfloat16, supports_flex_attention
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
@@ -23,130 +16,12 @@ from symbiotic_titan.moe.partition import check_expert_parallel_degree
 from symbiotic_titan.moe.router import check_score
 from symbiotic_titan.optim.shield_schedule import check_schedule
 from symbiotic_titan.parallel.float8 import check_converters, check_float8
-from symbiotic_titan.sequence.geometry import ImageGeometry
-
-
-@dataclass(frozen=True)
-class Unsupported:
-    """A torchtitan option that this trainer ignores, so it must stay at its default ``allowed``."""
-
-    key: str
-    allowed: Any
-    remedy: str
-
-
-_UNSUPPORTED = (
-    Unsupported(
-        "parallelism.tensor_parallel_degree",
-        1,
-        "use parallelism.expert_parallel_degree and FSDP",
-    ),
-    Unsupported("parallelism.pipeline_parallel_degree", 1, "use FSDP and expert parallelism"),
-    Unsupported(
-        "parallelism.context_parallel_degree", 1, "use a shorter training.seq_len and more rows"
-    ),
-    Unsupported("parallelism.expert_tensor_parallel_degree", 1, "leave it at 1"),
-    Unsupported("parallelism.expert_parallel_comm_backend", "standard", "leave it at 'standard'"),
-    Unsupported("training.dataset", "c4_test", "name files in [[data.sources]]"),
-    Unsupported("training.dataset_path", None, "name files in [[data.sources]]"),
-    Unsupported(
-        "training.dataloader.persistent_workers",
-        False,
-        "loader workers always live as long as the run",
-    ),
-    Unsupported("validation.dataset", "c4_validation", "name files in [[validation.sources]]"),
-    Unsupported("validation.dataset_path", None, "name files in [[validation.sources]]"),
-    Unsupported("validation.local_batch_size", 8, "validation uses the batch size of training"),
-    Unsupported("validation.seq_len", 2048, "validation uses training.seq_len"),
-    Unsupported(
-        "validation.dataloader", DataLoader(), "held-out sequences are packed once, before training"
-    ),
-    Unsupported("fault_tolerance.enable", False, "resume from a checkpoint"),
-    Unsupported("memory_estimation.enable", False, "run a few steps with metrics on"),
-    Unsupported(
-        "optimizer.early_step_in_backward",
-        False,
-        "gradients are clipped, which needs all of them at once",
-    ),
-    Unsupported("checkpoint.last_save_in_hf", False, "save a distributed checkpoint"),
-    Unsupported(
-        "checkpoint.initial_load_in_hf",
-        False,
-        "leave it out; checkpoint.initial_load_path is read according to what it contains",
-    ),
-    Unsupported(
-        "checkpoint.create_seed_checkpoint",
-        False,
-        "initial weights do not depend on the number of ranks",
-    ),
-    Unsupported(
-        "parallelism.enable_async_tensor_parallel", False, "there is no tensor parallelism"
-    ),
-    Unsupported("model.tokenizer_path", None, "name the file in tokenizer.path"),
-    Unsupported("comm.mode", "default", "for a dry run use `symbiotic show-parallel`"),
-    Unsupported("debug.moe_force_load_balance", False, "train with real routing"),
+from symbiotic_titan.training.upstream_options import (
+    check_installed,
+    check_numbers,
+    check_supported,
+    value_of,
 )
-
-
-def _value(config: JobConfig, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def check_supported(config: JobConfig) -> None:
-    """Options of torchtitan that this trainer ignores must stay at their defaults."""
-    for option in _UNSUPPORTED:
-        value = _value(config, option.key)
-        if value != option.allowed:
-            raise ValueError(
-                f"{option.key} = {value!r} is not supported by this trainer; {option.remedy}"
-            )
-    if config.activation_checkpoint.mode == "memory_budget":
-        raise ValueError(
-            "activation_checkpoint.mode = 'memory_budget' is not supported by this trainer; "
-            "use 'none', 'selective' or 'full'"
-        )
-    for component in config.compile.components:
-        if component not in ("model", "loss"):
-            raise ValueError(
-                f"compile.components: unknown component {component!r}; choose from model, loss"
-            )
-
-
-def check_numbers(config: JobConfig) -> None:
-    """Ranges of torchtitan's numbers, and no float of any section that is not finite."""
-    schedule = config.lr_scheduler
-    rules = (
-        ("metrics.log_freq", config.metrics.log_freq >= 1, "at least 1"),
-        ("lr_scheduler.warmup_steps", schedule.warmup_steps >= 0, "zero or positive"),
-        ("lr_scheduler.decay_ratio", 0.0 <= (schedule.decay_ratio or 0.0) <= 1.0, "in [0, 1]"),
-        ("lr_scheduler.min_lr_factor", 0.0 <= schedule.min_lr_factor <= 1.0, "in [0, 1]"),
-        ("training.max_norm", config.training.max_norm > 0, "positive"),
-    )
-    for key, holds, rule in rules:
-        if not holds:
-            raise ValueError(f"{key}: must be {rule}, got {_value(config, key)}")
-    option = config.activation_checkpoint.selective_ac_option
-    if option != "op" and not (option.isdigit() and int(option) > 0):
-        raise ValueError(
-            f"activation_checkpoint.selective_ac_option: must be 'op' or a positive number of layers, got {option!r}"
-        )
-    _check_finite("", config)
-
-
-def _check_finite(where: str, value: Any) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where}: must be a finite number, got {value}")
-    if is_dataclass(value):
-        value = vars(value)
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _check_finite(f"{where}.{name}" if where else name, item)
-    if isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            _check_finite(f"{where}[{i}]", item)
 
 
 def check_device(config: JobConfig, args: ModelArgs) -> None:
@@ -162,7 +37,7 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
             "training.enable_cpu_offload = True needs an accelerator: without one the weights are on the CPU already; remove it"
         )
     for key in ("profiling.enable_profiling", "profiling.enable_memory_snapshot"):
-        if _value(config, key):
+        if value_of(config, key):
             raise ValueError(
                 f"{key} needs an accelerator; on a CPU measure with tools/bench/step.py"
             )
@@ -210,14 +85,25 @@ def check_parallelism(config: JobConfig, args: ModelArgs, world_size: int) -> No
 
 
 def check_batch(config: JobConfig, num_data_ranks: int) -> None:
-    """The global batch must be whole micro-batches on every rank."""
+    """The global batch must be whole micro-batches on every rank, and the ranks must share the streams of rows evenly."""
     local, total = config.training.local_batch_size, config.training.global_batch_size
-    if local < 1:
-        raise ValueError(f"training.local_batch_size: must be at least 1, got {local}")
     if total > 0 and total % (local * num_data_ranks) != 0:
         raise ValueError(
             f"training.global_batch_size = {total} must be a multiple of training.local_batch_size ({local}) "
             f"x data-parallel ranks ({num_data_ranks}) = {local * num_data_ranks}"
+        )
+    num_streams = config.data.num_streams(global_batch_size(config, num_data_ranks))
+    streams_of_rank(num_streams, 0, num_data_ranks)
+
+
+def check_checkpointed_layers(config: JobConfig, args: ModelArgs) -> None:
+    """Activation checkpointing of every N-th layer needs N layers."""
+    chosen = config.activation_checkpoint
+    every = chosen.selective_ac_option
+    if chosen.mode == "selective" and every != "op" and int(every) > args.num_layers:
+        raise ValueError(
+            f"activation_checkpoint.selective_ac_option = {every!r} checkpoints no layer, flavor {config.model.flavor!r} has "
+            f"{args.num_layers}; choose at most that, or activation_checkpoint.mode = 'none'"
         )
 
 
@@ -304,46 +190,6 @@ def check_validation(config: JobConfig) -> None:
         )
 
 
-def check_sampling(config: JobConfig, geometry: ImageGeometry) -> None:
-    """Check that the images can be generated and shown, and that the run trains image generation.
-
-    Raises:
-        ValueError: names the key.
-    """
-    sampling = config.sampling
-    why = None
-    if not sampling.prompts:
-        why = "there are no prompts; give captions in sampling.prompts"
-    elif not generates(used_sources(config.data.sources, config.data.stages)):
-        why = "no source in [[data.sources]] has target images; add one"
-    elif not config.metrics.enable_tensorboard:
-        why = "sample grids are shown in TensorBoard; set metrics.enable_tensorboard = true"
-    if why is not None:
-        raise ValueError(f"sampling.enable = true: {why}, or set it to false")
-    codec_info(config.latents)  # raises where latents could not be decoded
-    try:
-        _check_request(config, geometry)
-    except ValueError as error:
-        raise ValueError(f"[sampling] {error}") from None
-
-
-def _check_request(config: JobConfig, geometry: ImageGeometry) -> None:
-    # Imported here: training without sample grids loads nothing of inference.
-    from symbiotic_titan.flow.solver import SolverOptions
-    from symbiotic_titan.inference.images import choose_size
-    from symbiotic_titan.inference.prompts import PromptMaker
-
-    sampling, data, side = config.sampling, config.data, geometry.vae_token_pixels
-    shift = config.flow.shift if sampling.shift is None else sampling.shift
-    SolverOptions(sampling.steps, sampling.sampler, shift, sampling.guidance)
-    buckets = aspect_buckets(data.vae_pixels, side, data.max_aspect)
-    height, width = choose_size(None, sampling.aspect, buckets)
-    maker = PromptMaker(open_tokenizer(config.tokenizer), geometry, data, config.training.seq_len)
-    captions = [maker.image(prompt) for prompt in sampling.prompts]
-    num_tokens = height // side * (width // side)
-    maker.check_room(captions, [num_tokens] * len(captions), "of its image")
-
-
 def check_z_loss(config: JobConfig, args: ModelArgs) -> None:
     """Rules of ``losses.z_loss``."""
     weight = config.losses.weight("z_loss")
@@ -360,8 +206,17 @@ def check_z_loss(config: JobConfig, args: ModelArgs) -> None:
         )
 
 
-def check_job(config: JobConfig, *, is_training: bool = True) -> None:
+def check_job(
+    config: JobConfig,
+    num_ranks: int | None = None,
+    *,
+    is_training: bool = True,
+    elsewhere: bool = False,
+) -> None:
     """All rules that span sections. A single process that does not train holds the whole model, whatever ``[parallelism]`` says.
+
+    num_ranks: of the run; None: those that torchrun has started.
+    elsewhere: the run is on another machine, so what this one has is not asked.
 
     Raises:
         ValueError: names key, value, rule and remedy.
@@ -372,8 +227,6 @@ def check_job(config: JobConfig, *, is_training: bool = True) -> None:
         raise ValueError(
             f"model.name = {config.model.name!r}: this trainer trains 'symbiotic'; choose its size with model.flavor"
         )
-    if config.training.steps < 1:
-        raise ValueError(f"training.steps: must be at least 1, got {config.training.steps}")
     if not config.data.sources:
         raise ValueError("[[data.sources]]: none given; name at least one source of samples")
     PARTITION_RULES.check("experts.partition_rule", config.experts.partition_rule)
@@ -388,12 +241,31 @@ def check_job(config: JobConfig, *, is_training: bool = True) -> None:
     check_score(args.moe_args.score_function)
     check_z_loss(config, args)
     check_shielding(config, args)
+    check_checkpointed_layers(config, args)
     if config.sampling.enable:
-        check_sampling(config, args.geometry)
-    check_device(config, args)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if is_training or world_size > 1:
-        check_parallelism(config, args, world_size)
+        from symbiotic_titan.training.check_parts import check_sampling  # loads the generator
+
+        check_sampling(config, args.geometry, elsewhere=elsewhere)
+    if not elsewhere:
+        check_installed(config)
+        check_device(config, args)
+    if num_ranks is None:
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if is_training or num_ranks > 1:
+        check_parallelism(config, args, num_ranks)
     else:
         check_batch(config, num_data_ranks=1)
-    check_float8(config, args, world_size)
+    check_float8(config, args, num_ranks, elsewhere=elsewhere)
+
+
+def check_run(config: JobConfig, num_ranks: int) -> list[str]:
+    """Refuse what a run on ``num_ranks`` ranks of another machine would refuse before it builds the model. Returns what depends on that
+    machine and was not checked, in words.
+
+    Raises:
+        ValueError: the same message as from the run.
+    """
+    from symbiotic_titan.training.check_parts import check_parts  # loads the data pipeline
+
+    check_job(config, num_ranks, elsewhere=True)
+    return check_parts(config)

@@ -87,7 +87,7 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
         ("--training.max_norm nan", "training.max_norm: must be a finite number, got nan"),
         ("--flow.mean inf", "flow.mean: must be a finite number, got inf"),
         ("--metrics.log_freq 0", "metrics.log_freq: must be at least 1, got 0"),
-        ("--lr_scheduler.warmup_steps -3", "lr_scheduler.warmup_steps: must be zero or positive"),
+        ("--lr_scheduler.warmup_steps -3", "lr_scheduler.warmup_steps: must be at least 0, got -3"),
         ("--lr_scheduler.decay_ratio 3", "lr_scheduler.decay_ratio: must be in [0, 1], got 3.0"),
         (
             "--activation_checkpoint.selective_ac_option foo",
