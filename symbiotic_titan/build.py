@@ -1,5 +1,7 @@
 """Builders of the parts of a run from its config: loader, tokenizer, loss, parallel model."""
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,3 +108,18 @@ def global_batch_size(config: JobConfig, num_data_ranks: int) -> int:
     """Rows of one optimizer step over all ranks; -1 in the config means one micro-batch per rank."""
     total = config.training.global_batch_size
     return total if total > 0 else config.training.local_batch_size * num_data_ranks
+
+
+def with_rows_of_rank(config: JobConfig, num_data_ranks: int) -> JobConfig:
+    """``config``, or where a rank has fewer rows of the global batch than ``training.local_batch_size``, a copy in which it is that many:
+    so a run can go on on more ranks without another setting. Rows, their order and their noise stay the same."""
+    rows, rest = divmod(config.training.global_batch_size, num_data_ranks)
+    if rest or not 0 < rows < config.training.local_batch_size:
+        return config
+    logger.info(
+        f"training.local_batch_size: {rows} instead of {config.training.local_batch_size}, which is all that each of {num_data_ranks} "
+        f"ranks has of training.global_batch_size = {config.training.global_batch_size}"
+    )
+    changed = copy.copy(config)
+    changed.training = replace(config.training, local_batch_size=rows)
+    return changed

@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from symbiotic_titan.process import MISTAKE, loading, raised_by_us
@@ -36,6 +37,16 @@ def train(config: "JobConfig", start: "Start | None") -> None:
             trainer.close()
 
 
+def make_dump_folder(config: "JobConfig") -> None:
+    """Raises ValueError where the run could write nothing."""
+    try:
+        Path(config.job.dump_folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"job.dump_folder = {config.job.dump_folder!r}: the folder cannot be made ({error}); name one that can be written"
+        ) from None
+
+
 def run(args: list[str]) -> None:
     """Read the config from ``args``, check it, train.
 
@@ -45,6 +56,7 @@ def run(args: list[str]) -> None:
     with loading():
         import torch
 
+        from symbiotic_titan.build import with_rows_of_rank
         from symbiotic_titan.checkpoint.start import find_start
         from symbiotic_titan.config.load import load_job_config
         from symbiotic_titan.config.saved import check_extension
@@ -56,9 +68,11 @@ def run(args: list[str]) -> None:
             "no rank is set: start training with symbiotic train, ./run_train.sh or torchrun"
         )
     config = load_job_config(args)
+    config = with_rows_of_rank(config, int(os.environ.get("WORLD_SIZE", "1")))
     register()
     check_job(config)
     check_extension(config)
+    make_dump_folder(config)
     try:
         train(config, find_start(config))
     finally:

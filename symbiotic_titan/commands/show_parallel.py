@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import set_default_dtype
 
-from symbiotic_titan.build import global_batch_size
+from symbiotic_titan.build import global_batch_size, with_rows_of_rank
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.args import ModelArgs
@@ -149,6 +149,7 @@ def report(
     Raises:
         ValueError: what a run on that many ranks would refuse.
     """
+    config = with_rows_of_rank(config, num_ranks)
     unchecked = check_run(config, num_ranks)
     args = model_args(config)
     parameters, degrees = parameters_of_rank(config, args, 0, num_ranks)
@@ -174,6 +175,7 @@ def report(
         step += once.forward * micro_batches
     values = {
         "ranks": num_ranks,
+        "rows_at_once": config.training.local_batch_size,
         "mesh": degrees,
         "micro_batches": micro_batches,
         "parameters": dry_run.shape_rows(parameters),
@@ -221,7 +223,8 @@ def in_gib(values: dict[str, Any], unchanged: tuple[str, ...] = ()) -> dict[str,
 
 def print_report(values: dict[str, Any]) -> None:
     mesh = ", ".join(f"{name} {degree}" for name, degree in values["mesh"].items())
-    print(f"\n== {values['ranks']} ranks: {mesh}; {values['micro_batches']} micro-batches a step\n")
+    batch = f"{values['micro_batches']} micro-batches of {values['rows_at_once']} rows a step"
+    print(f"\n== {values['ranks']} ranks: {mesh}; {batch}\n")
     print_table(values["parameters"])
     kept = sum(prod(row["local"]) * row["count"] for row in values["parameters"])
     print(f"\n  rank 0 keeps {kept:,} parameters, the last rank {values['last_rank_parameters']:,}")

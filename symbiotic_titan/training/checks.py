@@ -87,10 +87,16 @@ def check_parallelism(config: JobConfig, args: ModelArgs, world_size: int) -> No
 def check_batch(config: JobConfig, num_data_ranks: int) -> None:
     """The global batch must be whole micro-batches on every rank, and the ranks must share the streams of rows evenly."""
     local, total = config.training.local_batch_size, config.training.global_batch_size
-    if total > 0 and total % (local * num_data_ranks) != 0:
+    at_once = local * num_data_ranks
+    if total > 0 and total % at_once != 0:
+        remedy = f"set it to {at_once * max(1, round(total / at_once))}"
+        if total % num_data_ranks == 0:
+            rows = total // num_data_ranks
+            fitting = max(n for n in range(1, local + 1) if rows % n == 0)
+            remedy += f", or training.local_batch_size to {fitting}"
         raise ValueError(
             f"training.global_batch_size = {total} must be a multiple of training.local_batch_size ({local}) "
-            f"x data-parallel ranks ({num_data_ranks}) = {local * num_data_ranks}"
+            f"x data-parallel ranks ({num_data_ranks}) = {at_once}; {remedy}"
         )
     num_streams = config.data.num_streams(global_batch_size(config, num_data_ranks))
     streams_of_rank(num_streams, 0, num_data_ranks)

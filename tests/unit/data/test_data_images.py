@@ -107,6 +107,20 @@ def test_no_bucket_fits_a_budget_below_one_token():
     assert aspect_buckets(15, 4, 2.0) == []
 
 
+@pytest.mark.parametrize("max_aspect", [1.0, 1.1, 2.0, 7.3, 1e9])
+def test_buckets_are_the_sizes_that_no_other_contains(max_aspect):
+    for budget in (*range(40), 257):
+        sizes = {
+            (rows, columns)
+            for rows in range(1, budget + 1)
+            for columns in range(1, budget // rows + 1)
+            if max(rows, columns) <= max_aspect * min(rows, columns)
+        }
+        largest = [(r, c) for r, c in sizes if not {(r + 1, c), (r, c + 1), (r + 1, c + 1)} & sizes]
+        assert aspect_buckets(budget, 1, max_aspect) == sorted(largest)
+    assert len(aspect_buckets(10**8, 4, 2.0)) > 1000  # at once
+
+
 def test_nearest_bucket_is_chosen_by_shape_alone():
     buckets = aspect_buckets(1024, 4, 2.0)
     assert nearest_bucket(640, 640, buckets) == (32, 32)

@@ -1,0 +1,126 @@
+"""Seconds at stated speeds: against numbers worked out by hand, and against the bytes of the same collectives."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.flops import ModelCost
+from symbiotic_titan.parallel.dry_run import Precision, ShardedParameter, Traffic
+from symbiotic_titan.parallel.dry_run_seconds import (
+    Compute,
+    Group,
+    Speeds,
+    StepSeconds,
+    compute_of,
+    exchange_seconds,
+    fsdp_seconds,
+    step_seconds,
+    tokens_of_row,
+)
+
+ROOT = Path(__file__).parents[3]
+# 1 GB a second to other nodes, 10 inside a node of 4.
+SPEEDS = Speeds(tflops=2.0, network_gbps=8.0, node_gbps=80.0, ranks_per_node=4)
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "members"),
+    [(4, 1, 4), (16, 1, 4), (2, 1, 2), (8, 2, 2), (4, 4, 1), (4, 16, 1), (1, 1, 1)],
+)
+def test_neighbours_fill_nodes_and_strides_thin_them_out(size, stride, members):
+    assert Group.of(size, stride, 4) == Group(size, members)
+
+
+@pytest.mark.parametrize(
+    ("group", "seconds"),
+    [
+        (Group(1, 1), 0.0),
+        (Group(4, 4), 0.6),  # 6 GB inside the node
+        (Group(8, 1), 6.0),  # 6 GB through the adapter
+        (Group(8, 4), 6 / 7),  # a seventh through the adapter, see the next test
+    ],
+)
+def test_a_ring_takes_what_its_slower_link_takes(group, seconds):
+    assert group.ring(6 * GB, SPEEDS) == pytest.approx(seconds)
+
+
+def test_a_node_receives_what_it_lacks_through_all_adapters():
+    """8 ranks in two nodes gather 8 GB: a node lacks 4 GB, and each of its 4 adapters receives one of them."""
+    sent = 8 * GB * 7 / 8
+    assert Group(8, 4).ring(sent, SPEEDS) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("group", "seconds"),
+    [(Group(4, 4), 0.3), (Group(8, 1), 3.0), (Group(4, 2), 2.0), (Group(1, 1), 0.0)],
+)
+def test_an_exchange_sends_to_all_others_alike(group, seconds):
+    assert group.all_to_all(3 * GB, SPEEDS) == pytest.approx(seconds)
+
+
+def parameter(name, unit, gathered, shard, replicate=1, expert=1):
+    return ShardedParameter(name, unit, (gathered,), (gathered // shard,), gathered, shard, replicate, expert, True)  # fmt: skip
+
+
+def test_experts_are_gathered_across_nodes_and_the_rest_inside_too():
+    """On 16 ranks with 4 expert-parallel neighbours, those that share an expert's shards are in different nodes."""
+    precision = Precision(stored=4, computed=2, reduced=4)
+    dense = parameter("layers.0.attention.wq.weight", "layers.0", GB, shard=16)
+    experts = parameter("layers.0.moe.experts.all.w1", "layers.0.moe.experts.all", GB, 4, expert=4)
+    for p, group in ((dense, Group(16, 4)), (experts, Group(4, 1))):
+        sent = GB * (p.shard - 1) // p.shard
+        seconds = fsdp_seconds([p], precision, "always", SPEEDS)
+        assert seconds.fsdp_forward == pytest.approx(group.ring(2 * sent, SPEEDS))
+        # The last block is gathered twice in the backward, then its gradients are summed in float32.
+        assert seconds.fsdp_backward == pytest.approx(group.ring((2 * 2 + 4) * sent, SPEEDS))
+    replicas = parameter("layers.0.attention.wq.weight", "layers.0", GB, shard=8, replicate=2)
+    more = fsdp_seconds([replicas], precision, "default", SPEEDS)
+    one = fsdp_seconds([replace(replicas, replicate=1)], precision, "default", SPEEDS)
+    assert more.fsdp_backward - one.fsdp_backward == pytest.approx(4 * GB / 8 / GB)
+
+
+def test_exchanges_are_those_of_the_traffic():
+    seconds = exchange_seconds(
+        Traffic(exchange_forward=3 * GB, exchange_backward=6 * GB), 4, SPEEDS
+    )
+    assert seconds.exchange_forward == pytest.approx(0.3)
+    assert seconds.exchange_backward == pytest.approx(0.6) and seconds.network == seconds.exchange
+
+
+def test_what_computation_hides_is_not_waited_for():
+    network = StepSeconds(fsdp_forward=3.0, fsdp_backward=3.0, exchange_forward=0.5)
+    compute = Compute(forward=4e12, backward=8e12, without_loss=3e12)
+    step = step_seconds(compute, network, 10, SPEEDS, counts_first=False)
+    assert (step.compute_forward, step.compute_backward) == (20.0, 40.0)
+    assert step.fsdp_waits == 10.0 and step.total == 20 + 40 + 10 + 5
+    counted = step_seconds(compute, network, 10, SPEEDS, counts_first=True)
+    assert counted.compute_forward == 35.0 and counted.fsdp_forward == 60.0
+    assert counted.exchange_forward == 10.0 and counted.compute_backward == 40.0
+
+
+def config_of(*overrides):
+    path = str(ROOT / "train_configs" / "30b_a3b.toml")
+    return load_job_config(["--job.config_file", path, *overrides])
+
+
+def test_a_row_has_no_more_image_tokens_than_it_may_hold():
+    assert tokens_of_row(config_of()) == (4096 - 64 - 1365, 64, 1365)
+    assert tokens_of_row(config_of("--data.max_vit_tokens", "0")) == (1366, 1365, 1365)
+
+
+def test_compute_counts_rows_tokens_and_what_is_computed_again():
+    config = config_of("--training.local_batch_size", "3", "--training.seq_len", "300", "--data.max_vit_tokens", "0")  # fmt: skip
+    args = replace(FLAVORS["debug"], num_layers=2)
+    # Per token: whole-row attention of 4 * 2 layers * heads * width * 300, half of it counted; 1000 of logits, 500 of the encoder.
+    attention = 8 * args.num_heads * args.head_dim * 300
+    cost = ModelCost(0, (0, 0, 0), (6000 + attention, 5500 + attention, 5000 + attention), 1000)
+    whole = 100 * (6000 + 5500 + 5000) + 150 * attention
+    blocks = whole - 100 * 1000 - 100 * 500
+    assert compute_of(config, args, cost, [False, False]) == Compute(
+        3 * whole, 6 * whole, 3 * (whole - 100 * 1000)
+    )
+    assert compute_of(config, args, cost, [True, False]).backward == 6 * whole + 3 * blocks / 2
