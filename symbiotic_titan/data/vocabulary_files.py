@@ -8,9 +8,6 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
-from symbiotic_titan.data.tiktoken_files import SUFFIX as TIKTOKEN
-from symbiotic_titan.data.tiktoken_files import is_tiktoken
-
 TIKTOKEN_REMEDY = (
     "it is a tiktoken vocabulary: make a file that is read with symbiotic convert tokenizer --vocabulary FILE --out "
     "FOLDER/tokenizer.json"
@@ -151,13 +148,15 @@ def find_file(path: str, kind: str, name: str, pattern: str = "") -> Path:
 
 
 def _remedy(folder: Path, pattern: str) -> str:
+    from symbiotic_titan.data.tiktoken_files import SUFFIX, is_tiktoken  # only after a mistake
+
     if pattern != "*.model" and (models := list(folder.glob("*.model"))):
         if is_tiktoken(models[0].read_bytes()):
             return TIKTOKEN_REMEDY
         return "it has a SentencePiece model: set tokenizer.kind = 'sentencepiece'"
     if (folder / "tokenizer.json").is_file():
         return "it has a tokenizer.json: set tokenizer.kind = 'huggingface'"
-    if list(folder.glob(f"*{TIKTOKEN}")):
+    if list(folder.glob(f"*{SUFFIX}")):
         return TIKTOKEN_REMEDY
     if (folder / "vocab.json").is_file() or (folder / "vocab.txt").is_file():
         return "save its vocabulary as tokenizer.json once, with AutoTokenizer and save_pretrained of transformers"
@@ -202,6 +201,8 @@ def open_vocabulary(
         if not vocabulary.size:
             raise ValueError("it is empty")
     except ValueError as error:
+        from symbiotic_titan.data.tiktoken_files import is_tiktoken
+
         remedy = f"; {TIKTOKEN_REMEDY}" if is_tiktoken(data) else ""
         raise ValueError(
             f"tokenizer.path: {path!r} is no vocabulary of tokenizer.kind = {kind!r}: {error}{remedy}"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from symbiotic_titan.build import with_rows_of_rank
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.training import checks
@@ -33,10 +34,10 @@ def one_rank(monkeypatch):
 RANKS = {
     "debug_gpu": [1, 4],
     "1b_a0.3b": [1, 8],
-    "30b_a3b": [8, 64, 256],
-    "aria_25b": [8, 64, 256],
-    "ernie_vl_28b_a3b": [8, 64, 256],
-    "qwen3_vl_30b_a3b": [8, 64, 256],
+    "30b_a3b": [8, 64, 128, 256, 512],
+    "aria_25b": [8, 64, 128, 256, 512],
+    "ernie_vl_28b_a3b": [8, 64, 128, 256, 512],
+    "qwen3_vl_30b_a3b": [8, 64, 128, 256, 512],
 }
 
 
@@ -49,7 +50,7 @@ def test_shipped_configs_pass(path, monkeypatch):
         monkeypatch.setattr(checks, "supports_flex_attention", lambda: True)
     for num_ranks in RANKS.get(path.stem, [1]):
         monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
-        check_job(config)
+        check_job(with_rows_of_rank(config, num_ranks))
 
 
 def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
