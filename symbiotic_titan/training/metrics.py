@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.losses.balance import z_by_group
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.flops import ModelCost
+from symbiotic_titan.model.flops import NUM_PAIRS, ModelCost
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.moe.record import RoutingTotals
 from symbiotic_titan.moe.routing_metrics import (
@@ -77,6 +77,7 @@ class SymbioticMetrics(MetricsProcessor):
         self.cost: ModelCost | None = None  # set by the trainer, which has the model
         self.labels_since_last_log = 0
         self.tokens_since_last_log = torch.zeros(NUM_MODALITIES, dtype=torch.int64)
+        self.pairs_since_last_log = torch.zeros(NUM_PAIRS, dtype=torch.float64)
 
     def should_log(self, step: int) -> bool:
         """Besides upstream's steps: the last one, and those with a full routing report."""
@@ -88,40 +89,45 @@ class SymbioticMetrics(MetricsProcessor):
             return False
         return step % self.routing_freq == 0 or step in (1, self.num_steps)
 
-    def count(self, tokens: torch.Tensor, num_labels: int) -> None:
-        """Add a step's (modalities,) tokens and its labels to those since the last log."""
+    def count(self, tokens: torch.Tensor, num_labels: int, pairs: torch.Tensor) -> None:
+        """Add a step's (modalities,) tokens, its labels and its ``visible_pairs`` to those since the last log."""
         self.ntokens_since_last_log += int(tokens.sum())
         self.tokens_since_last_log += tokens
         self.labels_since_last_log += num_labels
+        self.pairs_since_last_log += pairs
 
-    def flops_per_token(self) -> float:
-        """Training FLOPs per token, weighted by the modalities' and the labels' shares of tokens since the last call."""
+    def flops(self) -> tuple[float, float]:
+        """Training FLOPs since the last call: with attention by visible pairs, and with attention over whole rows."""
         assert self.cost is not None
-        shares = tuple(map(float, self.tokens_since_last_log))
-        flops = self.cost.training_flops_per_token(shares, float(self.labels_since_last_log))
+        tokens = tuple(map(float, self.tokens_since_last_log))
+        labels, pairs = float(self.labels_since_last_log), self.pairs_since_last_log.tolist()
+        visible = self.cost.visible_training_flops(tokens, labels, pairs)
+        full_rows = self.cost.training_flops_per_token(tokens, labels) * sum(tokens)
         self.tokens_since_last_log.zero_()
+        self.pairs_since_last_log.zero_()
         self.labels_since_last_log = 0
-        return flops
+        return visible, full_rows
 
     def performance(self, step: int) -> dict[str, float]:
         """Throughput since the last call; MFU only if the peak FLOPS of the device are known."""
         elapsed = time.perf_counter() - self.time_last_log
         num_steps = max(step - (self.last_logged_step or step - 1), 1)
-        tokens_per_second = self.ntokens_since_last_log / elapsed
         loading = sum(self.data_loading_times)
-        per_device = tokens_per_second / self.parallel_dims.world_size
-        flops = self.flops_per_token() * per_device
-        utilisation = 100 * flops / self.gpu_peak_flops
+        # Of one device, in a second.
+        flops, full_rows = (
+            number / elapsed / self.parallel_dims.world_size for number in self.flops()
+        )
         memory = self.device_memory_monitor.get_peak_stats()
         metrics = {
-            "perf/tokens_per_second": tokens_per_second,
+            "perf/tokens_per_second": self.ntokens_since_last_log / elapsed,
             "perf/tflops_per_device": flops / 1e12,
             "perf/step_seconds": elapsed / num_steps,
             "perf/data_loading_percent": 100 * loading / elapsed,
             "perf/memory_gib": memory.max_reserved_gib,
         }
-        if utilisation == utilisation:  # nan where the peak is unknown
-            metrics["perf/mfu"] = utilisation
+        if self.gpu_peak_flops == self.gpu_peak_flops:  # nan where the peak is unknown
+            metrics["perf/mfu"] = 100 * flops / self.gpu_peak_flops
+            metrics["perf/mfu_full_rows"] = 100 * full_rows / self.gpu_peak_flops
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
         self.device_memory_monitor.reset_peak_stats()

@@ -10,7 +10,7 @@ import concurrent.futures
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,7 +32,7 @@ from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.device import copy_from_host
 from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTotals
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.flops import model_cost
+from symbiotic_titan.model.flops import NUM_PAIRS, model_cost, visible_pairs
 from symbiotic_titan.model.initialize import leaving_out
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
@@ -130,11 +130,18 @@ class SymbioticTrainer(Trainer):
             self.gradient_accumulation_steps,
             self.ranks,
             self.metrics_processor.data_loading_times,
-            count=self.loss_fn.count_step,
+            count=self.count,
             move=self.move,
             signals=self.stop,
         )
         return self.step_data
+
+    def count(self, batches: Sequence[PackedBatch]) -> torch.Tensor:
+        """(N,) float64 of a step's batches on the host: the targets of the loss terms, then the pairs that attention computes."""
+        pairs = torch.zeros(NUM_PAIRS, dtype=torch.float64)
+        for batch in batches:
+            pairs += visible_pairs(batch, cast(ModelArgs, self.model_args).vit_attention)
+        return torch.cat([self.loss_fn.count_step(batches), pairs])
 
     def move(self, batch: PackedBatch) -> MicroBatch:
         """``batch`` on its way to the device; what the host must know of it is found out first, so that it never asks the device."""
@@ -166,7 +173,7 @@ class SymbioticTrainer(Trainer):
         self.shield_scale.fill_(scale)
         data = next(data_iterator)
         # Known before the first backward: every micro-batch can then divide by the step's totals.
-        totals = self.loss_fn.totals(data.counts)
+        totals = self.loss_fn.totals(data.counts[:-NUM_PAIRS])
         results = self.gradients.of_step(self.step, data.micro_batches, totals)
         should_log = self.metrics_processor.should_log(self.step)
         # Before clipping scales the gradients.
@@ -178,7 +185,7 @@ class SymbioticTrainer(Trainer):
             ep_enabled=self.parallel_dims.ep_enabled,
         )
         sums, norm, *group_norms = self.read_step(results, grad_norm, *norms.values())
-        totals = self.loss_fn.totals(data.counts_on_host)
+        totals = self.loss_fn.totals(data.counts_on_host[:-NUM_PAIRS])
         losses = self.loss_fn.step_losses(sums.float(), totals)
         self.check_finite(losses, float(norm), results)
         rates = {group["name"]: group["lr"] for group in self.optimizers.groups}  # type: ignore[attr-defined]
@@ -189,7 +196,7 @@ class SymbioticTrainer(Trainer):
         if self.ema is not None:
             self.ema.update(self.step)
         self.lr_schedulers.step()
-        self.count_tokens(totals)
+        self.count_tokens(totals, data.counts_on_host[-NUM_PAIRS:])
         if should_log:
             routing = [result.routing for result in results if result.routing is not None]
             self.metrics_processor.log_step(
@@ -262,12 +269,13 @@ class SymbioticTrainer(Trainer):
         always = ("skipped", "bad_share")
         return {name: count for name, count in counts.items() if count or name in always}
 
-    def count_tokens(self, totals: StepTotals) -> None:
-        """Add the step's tokens to the running totals. ``totals``: on the host."""
+    def count_tokens(self, totals: StepTotals, pairs: torch.Tensor) -> None:
+        """Add the step's tokens, and the ``pairs`` that attention computed, to the running totals. Both on the host."""
         tokens = totals.modality.to(torch.int64)
         self.tokens_seen += tokens
         self.ntokens_seen = int(self.tokens_seen.sum())
-        self.metrics_processor.count(tokens, num_labels=int(totals.counts["text"].sum()))
+        num_labels = int(totals.counts["text"].sum())
+        self.metrics_processor.count(tokens, num_labels, pairs)
 
     def check_finite(
         self, losses: dict[str, float], grad_norm: float, results: list[MicroBatchResult]

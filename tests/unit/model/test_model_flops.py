@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from symbiotic_titan.model.flavors import FLAVORS
-from symbiotic_titan.model.flops import model_cost
+from symbiotic_titan.model.flops import model_cost, visible_pairs
+from symbiotic_titan.model.masks import build_dense_mask, dense_mask, patch_rule, query_rule
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
@@ -84,6 +85,34 @@ def test_training_flops_are_three_forwards_weighted_by_the_tokens(make_args):
     got = cost(make_args())
     assert got.training_flops_per_token((1.0, 0.0, 0.0)) == 3 * got.forward_flops[TEXT]
     assert got.training_flops_per_token() == pytest.approx(sum(got.forward_flops), abs=1)
+
+
+@pytest.mark.parametrize("vit_attention", ["bidirectional", "causal"])
+def test_visible_pairs_are_those_of_the_masks(mixed_batch, vit_attention):
+    decoder, encoder, queries = visible_pairs(mixed_batch, vit_attention).tolist()
+    is_used = mixed_batch.document >= 0
+    dense = build_dense_mask(mixed_batch, vit_attention).squeeze(1)
+    assert decoder == dense[is_used].sum() > 0
+    patch_image = mixed_batch.vit_image
+    of_patches = dense_mask(patch_rule(patch_image), patch_image.shape, patch_image.device)
+    assert encoder == of_patches.squeeze(1)[patch_image >= 0].sum() > 0
+    token_image = torch.cat([mixed_batch.span, torch.full((2, 1), -1)], dim=1)
+    token_image = token_image.gather(1, mixed_batch.vit_index)
+    rule = query_rule(token_image, patch_image)
+    read = dense_mask(
+        rule, token_image.shape, patch_image.device, num_keys=patch_image.shape[1]
+    ).squeeze(1)
+    assert queries == read[token_image >= 0].sum() > 0
+
+
+def test_flops_by_pairs_are_those_of_whole_rows_where_all_pairs_are_seen(make_args):
+    """Of a row of 64 tokens that all see each other, in which an image of 32 patches has 8 tokens."""
+    got = cost(make_args(), 64, image_patches=32)
+    tokens, labels = (40.0, 8.0, 16.0), 30.0
+    full = got.training_flops_per_token(tokens, labels) * 64
+    assert got.visible_training_flops(tokens, labels, (64**2, 32**2, 0)) == pytest.approx(full)
+    less = got.visible_training_flops(tokens, labels, (64 * 65 / 2, 32**2, 0))
+    assert full - less == pytest.approx(3 * 4 * 2 * 4 * 16 * 64 * 63 / 2)
 
 
 def test_text_without_a_label_pays_for_no_logits(make_args):

@@ -30,6 +30,9 @@ class NoCost:
     def training_flops_per_token(self, shares, labelled):
         return 1.0
 
+    def visible_training_flops(self, tokens, labelled, pairs):
+        return 1.0
+
 
 @pytest.fixture
 def make_metrics(tmp_path, monkeypatch):
@@ -123,20 +126,41 @@ def test_without_tensorboard_other_loggers_get_the_scalars(make_metrics):
     assert sink.seen["routing_by_layer/imbalance/text/layer_01"] == pytest.approx(4 / 3)
 
 
-def test_flops_are_those_of_the_tokens_and_labels_since_the_last_log(make_metrics):
-    class Cost(NoCost):
+def test_utilisation_is_that_of_tokens_labels_and_pairs_since_the_last_log(make_metrics):
+    """By visible pairs, and under its own name by whole rows."""
+
+    class Cost:
         def training_flops_per_token(self, shares, labelled):
             asked.append((shares, labelled))
-            return 1.0
+            return 3e9
 
-    metrics, asked = make_metrics(), []
-    metrics.cost = Cost()
+        def visible_training_flops(self, tokens, labelled, pairs):
+            asked.append((tokens, labelled, pairs))
+            return 27e9
+
+    class Sink(BaseLogger):
+        def log(self, metrics, step):
+            seen.append(metrics)
+
+    metrics, asked, seen = make_metrics(), [], []
+    metrics.cost, metrics.logger, metrics.gpu_peak_flops = Cost(), Sink(), 1e12
     for step, num_labels in ((1, 3), (2, 4), (3, 5)):
-        metrics.count(torch.tensor([7, 0, 2]), num_labels)
+        pairs = torch.tensor([40.0, 4.0, 0.0], dtype=torch.float64)
+        metrics.count(torch.tensor([7, 0, 2]), num_labels, pairs)
         if step != 1:
             metrics.log_step(report(step))
-    assert asked == [((14.0, 0.0, 4.0), 7.0), ((7.0, 0.0, 2.0), 5.0)]
+    assert asked == [
+        ((14.0, 0.0, 4.0), 7.0, [80.0, 8.0, 0.0]), ((14.0, 0.0, 4.0), 7.0),
+        ((7.0, 0.0, 2.0), 5.0, [40.0, 4.0, 0.0]), ((7.0, 0.0, 2.0), 5.0),
+    ]  # fmt: skip
     assert metrics.ntokens_since_last_log == 0
+    for found, tokens in zip(seen, (18, 9), strict=True):
+        visible = found["perf/mfu"]
+        assert found["perf/mfu_full_rows"] == pytest.approx(visible * 3 * tokens / 27)
+        assert found["perf/tflops_per_device"] == pytest.approx(visible / 100)
+    metrics.gpu_peak_flops = float("nan")
+    metrics.log_step(report(4))
+    assert not {"perf/mfu", "perf/mfu_full_rows"} & seen[-1].keys()
 
 
 def test_first_signal_is_remembered_and_a_second_interrupt_is_not_held_back():
