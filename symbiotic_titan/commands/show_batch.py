@@ -16,7 +16,7 @@ import html
 import io
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -97,7 +97,8 @@ def segments_of(row: PackedBatch) -> list[Segment]:
 
 def rows_of(batch: PackedBatch) -> Iterator[PackedBatch]:
     for row in range(len(batch.tokens)):
-        yield PackedBatch(**{name: value[row : row + 1] for name, value in vars(batch).items()})
+        tensors = {name: t[row : row + 1] for name, t in batch.tensors().items()}
+        yield replace(batch, **tensors, modality_counts=None)
 
 
 def is_trained(row: PackedBatch) -> list[bool]:

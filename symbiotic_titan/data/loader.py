@@ -14,7 +14,7 @@ import logging
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class SerializedRow:
 
     @classmethod
     def of(cls, row: PackedBatch) -> "SerializedRow":
-        values = {f.name: getattr(row, f.name) for f in fields(row)}
+        values = row.tensors()
         # Widest elements first, so that every field starts at a multiple of its element size, as view(dtype) demands.
         names = sorted(values, key=lambda name: -values[name].element_size())
         buffer = torch.cat([values[name].reshape(-1).view(torch.uint8) for name in names])

@@ -7,7 +7,7 @@ sequence 1   a b c d  | g g g g
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -144,8 +144,10 @@ class ChunkMaker:
 def joined(past: PackedBatch, chunk: PackedBatch) -> PackedBatch:
     """One batch with the columns of ``past``, then those of ``chunk``."""
     columns, end = past.tokens.shape[1], past.tokens.shape[1] + chunk.tokens.shape[1]
-    parts = {f.name: (getattr(past, f.name), getattr(chunk, f.name)) for f in fields(PackedBatch)}
+    after_chunk = chunk.tensors()
+    parts = {name: (before, after_chunk[name]) for name, before in past.tensors().items()}
     for name in _INDEX_FIELDS:
         before, after = parts[name]  # an unused token's index is the number of columns
         parts[name] = (before.masked_fill(before == columns, end), after + columns)
-    return PackedBatch(**{name: torch.cat(pair, dim=1) for name, pair in parts.items()})
+    together = {name: torch.cat(pair, dim=1) for name, pair in parts.items()}
+    return replace(past, **together, modality_counts=None)

@@ -76,14 +76,17 @@ class TransformerBlock(nn.Module):
         modality_BT: torch.Tensor,
         shield_scale: torch.Tensor,
         cache: LayerCache | None = None,
+        modality_counts: tuple[int, ...] | None = None,
     ) -> tuple[torch.Tensor, RoutingRecord | None]:
-        """((B, T, D) output, routing record or None for a dense block)."""
+        """((B, T, D) output, routing record or None for a dense block). ``modality_counts``: see ``PackedBatch``."""
         h_BTD = self.attend(h_BTD, rotary, mask, cache)
         if not self.moe_enabled:
             return self.feed(h_BTD), None
         # Routing is per token, so the batch is flattened to one list of tokens.
         x_TD = self.ffn_norm(h_BTD).flatten(0, 1)
-        out_TD, record = self.moe(x_TD, modality_BT.flatten(), shield_scale)
+        out_TD, record = self.moe(
+            x_TD, modality_BT.flatten(), shield_scale, modality_counts=modality_counts
+        )
         return h_BTD + out_TD.view_as(h_BTD), record
 
     # The dense halves are separate methods, so that each compiles to one graph: the MoE between them has collectives and sizes

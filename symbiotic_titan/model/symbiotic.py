@@ -174,7 +174,15 @@ class SymbioticModel(ModelProtocol):
         for block, features_BID, layer_cache in zip_longest(
             self.layers.values(), vit.deepstack, layer_caches
         ):
-            h_BTD, record = block(h_BTD, rotary, mask, batch.modality, shield_scale, layer_cache)
+            h_BTD, record = block(
+                h_BTD,
+                rotary,
+                mask,
+                batch.modality,
+                shield_scale,
+                layer_cache,
+                batch.modality_counts,
+            )
             if features_BID is not None:
                 h_BTD = add_tokens(h_BTD, batch.vit_index, features_BID)
             if record is not None:

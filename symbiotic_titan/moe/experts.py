@@ -111,13 +111,24 @@ class PartitionedMoE(nn.Module):
         self.block_rows = 0
 
     def forward(
-        self, x_TD: Tensor, modality_T: Tensor, shield_scale: Tensor
+        self,
+        x_TD: Tensor,
+        modality_T: Tensor,
+        shield_scale: Tensor,
+        *,
+        modality_counts: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, RoutingRecord]:
         """((T, D) in the dtype of ``x_TD``, record).
 
         modality_T: integers of ``sequence.modality``. Padding is neither routed nor counted; its routed output is 0.
         shield_scale: 0-dim float tensor, factor on the gradient of shielded tokens in the shared expert; 1 means no shield.
+        modality_counts: tokens of each modality in ``modality_T``; without it the host waits for the device to count them.
         """
+        group_tokens = None
+        if modality_counts is not None:
+            group_tokens = tuple(
+                sum(modality_counts[m] for m in group.modalities) for group in self.args.groups
+            )
         routing = self.router(x_TD, modality_T)
         # The record's counts exclude padding, as ``dispatch`` expects.
         dispatched, layout = self.dispatcher.dispatch(
@@ -128,6 +139,7 @@ class PartitionedMoE(nn.Module):
             self.args.group_sizes,
             self.args.top_ks,
             self.block_rows,
+            group_tokens,
         )
         rows = tuple(
             experts(rows_ND, counts_e)

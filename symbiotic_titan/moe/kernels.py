@@ -1,8 +1,9 @@
 """SwiGLU of many experts over rows sorted by expert. The choice of kernel per device is made here alone.
 
-The dispatcher pads each expert's rows with zeros to a multiple of ``row_multiple``; ``grouped_swiglu`` computes. CUDA devices that
-support it use ``F.grouped_mm``. All others loop over the experts inside one autograd function, which avoids autograd's per-expert
-gradients (indexing a stacked weight costs a full-size gradient of zeros each) and keeps intermediates in cache.
+The dispatcher pads each expert's rows with zeros to a multiple of ``row_multiple``; ``grouped_swiglu`` computes. Where ``F.grouped_mm``
+is one kernel, which never waits for the host, it is used: bf16 on compute capability 9.x and 10.x. All others, such as Ampere, Ada and
+consumer Blackwell, loop over the experts inside one autograd function, which avoids autograd's per-expert gradients (indexing a
+stacked weight costs a full-size gradient of zeros each) and keeps intermediates in cache.
 
 On a CPU every thread takes whole experts. An expert's matmuls are small: splitting each over the threads would cost a wake-up and a
 barrier every 50 microseconds, while whole experts cost one start and one join per call. Measured on 2 cores, T=4096, D=F=512, E=128,
@@ -19,7 +20,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
@@ -96,17 +96,19 @@ def row_multiple(device: torch.device, dtype: torch.dtype) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _is_hopper_or_newer(device_index: int) -> bool:
-    """Compute capability 9.0 or more. Constant under tracing, because a call into the driver would break the graph."""
-    return torch.cuda.get_device_capability(device_index) >= (9, 0)
+def has_grouped_kernel(device_index: int) -> bool:
+    """Compute capability 9.x or 10.x: torch 2.11's condition for the kernel of ``F.grouped_mm`` (``_grouped_mm_cuda`` in its
+    GroupedBlas.cpp). Elsewhere it copies the offsets to the host and loops. Constant under tracing, because a call into the driver would
+    break the graph."""
+    return torch.cuda.get_device_capability(device_index)[0] in (9, 10)
 
 
 def _has_grouped_mm(rows_ND: Tensor, hidden_dim: int) -> bool:
-    """Whether ``F.grouped_mm`` takes these operands: bf16, compute capability 9.0, rows that are multiples of 16 bytes."""
+    """Whether the kernel of ``F.grouped_mm`` takes these operands: bf16, and rows that are multiples of 16 bytes."""
     return (
         rows_ND.device.type == "cuda"
         and rows_ND.dtype == torch.bfloat16
-        and _is_hopper_or_newer(rows_ND.device.index)
+        and has_grouped_kernel(rows_ND.device.index)
         and rows_ND.shape[1] % 8 == 0
         and hidden_dim % 8 == 0
     )
@@ -121,10 +123,9 @@ def grouped_swiglu(
     gradient of an expert without rows is zero.
     """
     if _has_grouped_mm(rows_ND, w1_EFD.shape[1]):
-        offsets_E = counts_E.cumsum(0).to(torch.int32)
-        gate_NF = F.grouped_mm(rows_ND, w1_EFD.transpose(1, 2), offs=offsets_E)
-        up_NF = F.grouped_mm(rows_ND, w3_EFD.transpose(1, 2), offs=offsets_E)
-        return F.grouped_mm(F.silu(gate_NF) * up_NF, w2_EDF.transpose(1, 2), offs=offsets_E)
+        from symbiotic_titan.moe.grouped_mm import swiglu_by_grouped_mm
+
+        return swiglu_by_grouped_mm(rows_ND, w1_EFD, w2_EDF, w3_EFD, counts_E)
     return _LoopedSwiGLU.apply(rows_ND, w1_EFD, w2_EDF, w3_EFD, counts_E)
 
 

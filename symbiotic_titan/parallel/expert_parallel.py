@@ -75,6 +75,8 @@ class AllToAllDispatcher:
         group_sizes: tuple[int, ...],
         top_ks: tuple[int, ...],
         block_rows: int = 0,
+        group_tokens: tuple[int, ...]
+        | None = None,  # not needed: the host must know what others send
     ) -> tuple[Dispatched, AllToAllLayout]:
         shares = [size // self.degree for size in group_sizes]
         expert_of_slot_E = experts_by_slot(group_sizes, self.degree, x_TD.device)

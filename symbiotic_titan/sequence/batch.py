@@ -39,6 +39,8 @@ class PackedBatch:
     vae_coords  (B, L, 2) int64      (row, column) of each latent token in its image's token grid.
     vae_image   (B, L) int64         span of each latent token's image; -1 if unused.
     vae_index   (B, L) int64         position in the sequence of each latent token; T if unused.
+
+    modality_counts                  positions of each modality, for the host; None unless ``counted``.
     """
 
     tokens: torch.Tensor
@@ -56,14 +58,27 @@ class PackedBatch:
     vae_coords: torch.Tensor
     vae_image: torch.Tensor
     vae_index: torch.Tensor
+    modality_counts: tuple[int, ...] | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by its field's name."""
+        return {name: getattr(self, name) for name in TENSOR_FIELDS}
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
         """``function`` of each tensor."""
-        return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
+        changed = {name: function(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed, modality_counts=self.modality_counts)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on ``device``; copies from pinned memory do not block the host."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.counted(device).map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def counted(self, device: torch.device | str) -> "PackedBatch":
+        """This batch, about to be copied to ``device``: with ``modality_counts`` if it leaves the host."""
+        # How many rows each expert group gets follows from them in every MoE layer; later the host would have to wait for them.
+        if self.modality.device.type != "cpu" or torch.device(device).type == "cpu":
+            return self
+        return replace(self, modality_counts=tuple(self.num_tokens().tolist()))
 
     def pin_memory(self) -> "PackedBatch":
         """Called by torch's DataLoader when ``pin_memory`` is on."""
@@ -129,6 +144,9 @@ class PackedBatch:
         return (self.vae_image >= 0).sum()
 
 
+TENSOR_FIELDS = tuple(f.name for f in fields(PackedBatch) if f.type is torch.Tensor)
+
+
 def _used(is_used: torch.Tensor, at_least: int = 1) -> torch.Tensor:
     """Indices of the tokens that are used; of the first ``at_least`` where none is."""
     used = is_used.flatten().nonzero().squeeze(1)
@@ -139,7 +157,8 @@ def stack_rows(rows: list[PackedBatch]) -> PackedBatch:
     """One batch from batches of the same static sizes, concatenated along B."""
     # Static sizes, so concatenating needs no further padding.
     return PackedBatch(
-        **{f.name: torch.cat([getattr(r, f.name) for r in rows]) for f in fields(PackedBatch)}
+        **{name: torch.cat([getattr(r, name) for r in rows]) for name in TENSOR_FIELDS},
+        modality_counts=None,
     )
 
 

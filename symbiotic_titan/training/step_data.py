@@ -50,7 +50,7 @@ class MicroBatch:
     def tensors(self) -> list[Tensor]:
         """All of them, on the device."""
         index = [] if self.logit_index_N is None else [self.logit_index_N]
-        return [*vars(self.batch).values(), *index]
+        return [*self.batch.tensors().values(), *index]
 
 
 class MovedAhead(Iterator[MicroBatch]):

@@ -147,7 +147,8 @@ class SymbioticTrainer(Trainer):
         """``batch`` on its way to the device; what the host must know of it is found out first, so that it never asks the device."""
         index_N, places = self.loss_fn.logit_index(batch), self.encode.places(batch)
         copied = functools.partial(copy_from_host, device=self.device)
-        return MicroBatch(batch.map(copied), None if index_N is None else copied(index_N), places)
+        moved = batch.counted(self.device).map(copied)
+        return MicroBatch(moved, None if index_N is None else copied(index_N), places)
 
     def to_device(self, batch: PackedBatch, places: list[ImagePlace] | None = None) -> PackedBatch:
         """``batch`` on the training device, target images, which are at ``places``, encoded as latents."""

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class HeldOutRows:
 
     @property
     def num_bytes(self) -> int:
-        return sum(getattr(b, f.name).nbytes for b in self.batches for f in fields(b))
+        return sum(t.nbytes for b in self.batches for t in b.tensors().values())
 
 
 def read_held_out(

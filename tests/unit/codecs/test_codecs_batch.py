@@ -1,6 +1,6 @@
 """Pixels that the loader carries become the latents that encoding each image alone gives."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from symbiotic_titan.codecs import batch as codec_batch
 from symbiotic_titan.codecs.batch import BatchEncoder, build_batch_encoder, image_places
 from symbiotic_titan.codecs.codec import build_codec
 from symbiotic_titan.config.generation import Latents
-from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.sequence.batch import TENSOR_FIELDS, PackedBatch
 from symbiotic_titan.sequence.geometry import (
     ImageGeometry,
     coords,
@@ -36,7 +36,7 @@ def images_of(row):
 @pytest.fixture
 def batch():
     empty = torch.empty(len(ROWS), 0)
-    values = {f.name: empty for f in fields(PackedBatch)}
+    values = dict.fromkeys(TENSOR_FIELDS, empty)
     latents = torch.zeros(len(ROWS), NUM_TOKENS, 48, dtype=torch.uint8)
     at = torch.zeros(len(ROWS), NUM_TOKENS, 2, dtype=torch.int64)
     image = torch.full((len(ROWS), NUM_TOKENS), -1)

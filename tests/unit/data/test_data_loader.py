@@ -6,7 +6,6 @@ import pickle
 import signal
 import subprocess
 import sys
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -20,8 +19,8 @@ ROWS = 26
 
 
 def assert_equal(left, right):
-    for field in fields(left):
-        assert torch.equal(getattr(left, field.name), getattr(right, field.name)), field.name
+    for name, tensor in left.tensors().items():
+        assert torch.equal(tensor, getattr(right, name)), name
 
 
 def assert_same(left, right):
@@ -299,8 +298,8 @@ def test_all_tensors_are_pinned_and_the_pinned_ones_are_given_on(make_loader, mo
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     copy = batch.pin_memory()
-    for f in fields(PackedBatch):
-        assert getattr(copy, f.name) is made[id(getattr(batch, f.name))]
+    for name, tensor in batch.tensors().items():
+        assert getattr(copy, name) is made[id(tensor)]
 
 
 def test_copies_to_the_device_do_not_block(make_loader, monkeypatch):
@@ -308,8 +307,7 @@ def test_copies_to_the_device_do_not_block(make_loader, monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "to", lambda tensor, *a, **k: calls.append((id(tensor), a, k)) or tensor
     )
-    batch.to("cuda")
-    expected = [
-        (id(getattr(batch, f.name)), ("cuda",), {"non_blocking": True}) for f in fields(batch)
-    ]
+    moved = batch.to("cuda")
+    expected = [(id(t), ("cuda",), {"non_blocking": True}) for t in batch.tensors().values()]
     assert calls == expected
+    assert moved.modality_counts == tuple(batch.num_tokens().tolist())  # counted before the copy

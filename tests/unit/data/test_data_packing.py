@@ -229,7 +229,7 @@ def test_shapes_and_dtypes_do_not_depend_on_the_documents():
         build([Document(1, (vit(2, 2), vae(3, 3)))], size),
     ]
     shapes = [
-        {name: (value.shape, value.dtype) for name, value in vars(row).items()} for row in rows
+        {name: (value.shape, value.dtype) for name, value in row.tensors().items()} for row in rows
     ]
     assert shapes[0] == shapes[1]
     assert rows[0].vit_patches.shape == (1, 128, 12) and rows[0].latents.shape == (1, 48, 12)

@@ -79,7 +79,7 @@ def test_sums_of_two_rows_are_the_sum_of_each():
 
 
 def replace_rows(batch: PackedBatch, row: int) -> PackedBatch:
-    return replace(batch, **{k: v[row : row + 1] for k, v in vars(batch).items()})
+    return replace(batch, **{k: v[row : row + 1] for k, v in batch.tensors().items()})
 
 
 def test_batch_without_images_still_gives_the_velocity_a_zero_gradient():

@@ -3,7 +3,6 @@
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,7 +223,7 @@ def by_index(held_out):
     rows = {}
     for first, batch in zip(held_out.first_rows, held_out.batches, strict=True):
         for i in range(batch.tokens.shape[0]):
-            row = {f.name: getattr(batch, f.name)[i] for f in fields(batch)}
+            row = {name: tensor[i] for name, tensor in batch.tensors().items()}
             rows[first + i] = row
     return rows
 
