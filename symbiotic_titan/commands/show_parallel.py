@@ -131,7 +131,10 @@ def seconds_of_step(
         config.parallelism.fsdp_reshard_after_forward,
         config.parallelism.expert_parallel_degree,
     )
-    network = dry_run_seconds.fsdp_seconds(parameters, precision, reshard, speeds)
+    gradient_sync = config.parallelism.fsdp_gradient_sync
+    network = dry_run_seconds.fsdp_seconds(
+        parameters, precision, reshard, speeds, micro_batches, gradient_sync
+    )
     network += dry_run_seconds.exchange_seconds(once, degree, speeds)
     step = dry_run_seconds.step_seconds(
         compute, network, micro_batches, speeds, counts_first=counts_first(config, micro_batches)
@@ -169,8 +172,12 @@ def report(
     on_device = gathered.peak + gathered.unit_gradients + activations.peak
     if not config.training.enable_cpu_offload:
         on_device += state.total
+    gradient_sync = config.parallelism.fsdp_gradient_sync
+    unsharded = 0
+    if num_ranks > 1 and micro_batches > 1 and gradient_sync == "last":
+        unsharded = dry_run.unsharded_gradients(parameters, precision)
     once = sum(traffic.values(), dry_run.Traffic())
-    step = once * micro_batches
+    step = once.of_step(micro_batches, gradient_sync)
     if counts_first(config, micro_batches):
         step += once.forward * micro_batches
     values = {
@@ -181,9 +188,9 @@ def report(
         "parameters": dry_run.shape_rows(parameters),
         "last_rank_parameters": sum(prod(p.local) for p in last),
         "state": asdict(state),
-        "gathered": asdict(gathered),
+        "gathered": {**asdict(gathered), "unsharded_gradients": unsharded},
         "activations": {**asdict(activations), "peak": activations.peak},
-        "total": on_device,
+        "total": on_device + unsharded,
         "traffic_of_a_micro_batch": dry_run.traffic_rows(traffic),
         "traffic_of_a_step": {**asdict(step), "total": step.total},
         "not_checked": unchecked,

@@ -10,6 +10,7 @@ from torchtitan.config.job_config import Checkpoint as UpstreamCheckpoint
 from torchtitan.config.job_config import LRScheduler as UpstreamLRScheduler
 from torchtitan.config.job_config import Metrics as UpstreamMetrics
 from torchtitan.config.job_config import Model as UpstreamModel
+from torchtitan.config.job_config import Parallelism as UpstreamParallelism
 from torchtitan.config.job_config import Validation as UpstreamValidation
 
 from symbiotic_titan.config.data import Data, source_rows
@@ -115,6 +116,14 @@ class Checkpoint(UpstreamCheckpoint):
 
 
 @dataclass
+class Parallelism(UpstreamParallelism):
+    fsdp_gradient_sync: Literal["always", "last"] = "always"
+    """When FSDP reduces gradients over the ranks that share the shards, in a step of several micro-batches. ``always``: after each, so
+    that a rank holds its shard of them alone. ``last``: once, after the last, for less traffic; until then every rank holds the
+    unsharded gradients of all weights in ``training.mixed_precision_reduce``. Replicas (HSDP) reduce once in either case."""
+
+
+@dataclass
 class Metrics(UpstreamMetrics):
     routing_freq: int = 100
     """Steps between two full routing reports (counts, heat maps, statistics of every layer); 0: none. The first and the last step have
@@ -139,6 +148,7 @@ class JobConfig(UpstreamJobConfig):
     model: Model = field(default_factory=Model)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
+    parallelism: Parallelism = field(default_factory=Parallelism)
     optimizer: Optimizer = field(default_factory=Optimizer)
     ema: Ema = field(default_factory=Ema)
     experts: Experts = field(default_factory=Experts)

@@ -8,7 +8,7 @@ computes. In formulas n is the number of ranks of an axis, W the bytes of the ga
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from math import prod
 from types import MappingProxyType
@@ -223,6 +223,11 @@ def gathered_memory(
     )
 
 
+def unsharded_gradients(parameters: Iterable[ShardedParameter], precision: Precision) -> int:
+    """Bytes of the gradients that a rank holds between micro-batches with ``fsdp_gradient_sync = "last"``."""
+    return sum(p.gathered * precision.reduced_of(p) for p in parameters if p.trainable)
+
+
 # ---- communication ----------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +258,15 @@ class Traffic:
     @property
     def total(self) -> int:
         return sum(getattr(self, f.name) for f in fields(self))
+
+    def of_step(self, micro_batches: int, gradient_sync: str) -> "Traffic":
+        """Of a step whose micro-batches each have this traffic, except that replicas, and with ``last`` all ranks, reduce once."""
+        scatters = micro_batches if gradient_sync == "always" else 1
+        return replace(
+            self * micro_batches,
+            reduce_scatter=self.reduce_scatter * scatters,
+            all_reduce=self.all_reduce,
+        )
 
     @property
     def forward(self) -> "Traffic":

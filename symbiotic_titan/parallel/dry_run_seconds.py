@@ -165,9 +165,14 @@ def compute_of(
 
 
 def fsdp_seconds(
-    parameters: Sequence[ShardedParameter], precision: Precision, reshard: str, speeds: Speeds
+    parameters: Sequence[ShardedParameter],
+    precision: Precision,
+    reshard: str,
+    speeds: Speeds,
+    num_micro_batches: int = 1,
+    gradient_sync: str = "always",
 ) -> StepSeconds:
-    """FSDP's and HSDP's collectives of one micro-batch."""
+    """FSDP's and HSDP's collectives of one micro-batch, the mean over those of a step: not all reduce, see ``Traffic.of_step``."""
     last_block = [s for p in parameters if (s := stage_of(p.unit)).startswith("layers.")][-1:]
     forward = backward = 0.0
     for p in parameters:
@@ -177,8 +182,10 @@ def fsdp_seconds(
         shards = Group.of(p.shard, p.expert, speeds.ranks_per_node)
         replicas = Group.of(p.replicate, p.shard * p.expert, speeds.ranks_per_node)
         forward += shards.ring(traffic.gather_forward, speeds)
-        backward += shards.ring(traffic.gather_backward + traffic.reduce_scatter, speeds)
-        backward += replicas.ring(traffic.all_reduce, speeds)
+        reduced = traffic.of_step(num_micro_batches, gradient_sync)
+        backward += shards.ring(traffic.gather_backward, speeds)
+        backward += shards.ring(reduced.reduce_scatter, speeds) / num_micro_batches
+        backward += replicas.ring(reduced.all_reduce, speeds) / num_micro_batches
     return StepSeconds(fsdp_forward=forward, fsdp_backward=backward)
 
 

@@ -60,6 +60,15 @@ def sum_gradients(model: nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reduce_after(model: nn.Module, *, is_last: bool, gradient_sync: str) -> None:
+    """Choose what the next backward reduces: that of the last micro-batch of a step, or of one before it. ``gradient_sync``: see
+    ``parallelism.fsdp_gradient_sync``. Without FSDP there is nothing to reduce."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last or gradient_sync == "always")
+        # The sum over replicas can wait at no cost: a rank holds one shard of the sums in any case.
+        model.set_requires_all_reduce(is_last)
+
+
 def expert_shard_placement(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
     """Where FSDP shards an expert weight (E, rows, columns) over ``num_ranks``: dim 0, between experts, if that is even (None, FSDP's
     default), else dim 1, inside every expert."""

@@ -98,7 +98,13 @@ def check_batch(config: JobConfig, num_data_ranks: int) -> None:
             f"training.global_batch_size = {total} must be a multiple of training.local_batch_size ({local}) "
             f"x data-parallel ranks ({num_data_ranks}) = {at_once}; {remedy}"
         )
-    num_streams = config.data.num_streams(global_batch_size(config, num_data_ranks))
+    rows = global_batch_size(config, num_data_ranks)
+    if config.parallelism.fsdp_gradient_sync == "last" and (num_data_ranks == 1 or rows == at_once):
+        logger.warning(
+            f"parallelism.fsdp_gradient_sync = 'last' has no effect with {num_data_ranks} data-parallel ranks and {rows // at_once} "
+            "micro-batches a step"
+        )
+    num_streams = config.data.num_streams(rows)
     streams_of_rank(num_streams, 0, num_data_ranks)
 
 

@@ -21,6 +21,7 @@ from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.symbiotic import ModelOutput
 from symbiotic_titan.moe.partition import ExpertGroup, tokens_of_groups
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
+from symbiotic_titan.parallel.fsdp import reduce_after
 from symbiotic_titan.parallel.ranks import DataRanks
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.training.step_data import MicroBatch
@@ -106,6 +107,12 @@ class StepGradients:
         step_routing: RoutingTotals | None,
     ) -> MicroBatchResult:
         """Forward and backward of this rank's micro-batch ``index``."""
+        if self.num_micro_batches > 1:
+            reduce_after(
+                self.model,
+                is_last=index == self.num_micro_batches - 1,
+                gradient_sync=self.config.parallelism.fsdp_gradient_sync,
+            )
         output, target_BLZ = self.forward(step, index, micro_batch.batch, micro_batch.logit_index_N)
         routing = routing_totals(output.records) if output.records else None
         if self.config.losses.balance_scope == "global" and step_routing is None and routing:

@@ -1,10 +1,12 @@
 """Seconds at stated speeds: against numbers worked out by hand, and against the bytes of the same collectives."""
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
 
+from symbiotic_titan.commands import show_parallel
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.flops import ModelCost
@@ -83,6 +85,20 @@ def test_experts_are_gathered_across_nodes_and_the_rest_inside_too():
     assert more.fsdp_backward - one.fsdp_backward == pytest.approx(4 * GB / 8 / GB)
 
 
+@pytest.mark.parametrize("gradient_sync, scatters", [("always", 5), ("last", 1)])
+def test_a_step_sums_over_replicas_once_and_over_shards_as_chosen(gradient_sync, scatters):
+    precision = Precision(stored=4, computed=2, reduced=4)
+    weight = parameter("layers.0.attention.wq.weight", "layers.0", GB, shard=8, replicate=2)
+    once = fsdp_seconds([weight], precision, "default", SPEEDS)
+    mean = fsdp_seconds([weight], precision, "default", SPEEDS, 5, gradient_sync)
+    assert mean.fsdp_forward == once.fsdp_forward
+    summed = Group.of(2, 8, SPEEDS.ranks_per_node).ring(4 * GB // 8, SPEEDS)
+    scattered = Group.of(8, 1, SPEEDS.ranks_per_node).ring(4 * GB * 7 // 8, SPEEDS)
+    saved = 4 * summed + (5 - scatters) * scattered
+    assert 5 * (once.fsdp_backward - mean.fsdp_backward) == pytest.approx(saved)
+    assert summed > 0 and scattered > 0
+
+
 def test_exchanges_are_those_of_the_traffic():
     seconds = exchange_seconds(
         Traffic(exchange_forward=3 * GB, exchange_backward=6 * GB), 4, SPEEDS
@@ -117,10 +133,30 @@ def test_compute_counts_rows_tokens_and_what_is_computed_again():
     args = replace(FLAVORS["debug"], num_layers=2)
     # Per token: whole-row attention of 4 * 2 layers * heads * width * 300, half of it counted; 1000 of logits, 500 of the encoder.
     attention = 8 * args.num_heads * args.head_dim * 300
-    cost = ModelCost(0, (0, 0, 0), (6000 + attention, 5500 + attention, 5000 + attention), 1000)
+    forward = (6000 + attention, 5500 + attention, 5000 + attention)
+    cost = ModelCost(0, (0, 0, 0), forward, (attention,) * 3, 1000, (0, 0, 0))
     whole = 100 * (6000 + 5500 + 5000) + 150 * attention
     blocks = whole - 100 * 1000 - 100 * 500
     assert compute_of(config, args, cost, [False, False]) == Compute(
         3 * whole, 6 * whole, 3 * (whole - 100 * 1000)
     )
     assert compute_of(config, args, cost, [True, False]).backward == 6 * whole + 3 * blocks / 2
+
+
+def test_gradients_that_are_reduced_once_are_counted_unsharded():
+    def report(gradient_sync):
+        path = str(ROOT / "train_configs/debug.toml")
+        sync = ["--parallelism.fsdp_gradient_sync", gradient_sync]
+        config = load_job_config(
+            ["--job.config_file", path, "--training.global_batch_size", "16", *sync]
+        )
+        return show_parallel.report(config, 2)
+
+    always, last = report("always"), report("last")
+    held = last["gathered"]["unsharded_gradients"]
+    assert (
+        always["gathered"]["unsharded_gradients"] == 0 and last["total"] - always["total"] == held
+    )
+    assert held == 4 * sum(prod(p["shape"]) * p["count"] for p in last["parameters"])
+    scattered = [r["traffic_of_a_step"]["reduce_scatter"] for r in (always, last)]
+    assert scattered[0] == last["micro_batches"] * scattered[1] > scattered[1] > 0

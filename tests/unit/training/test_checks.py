@@ -9,6 +9,7 @@ from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.training import checks
 from symbiotic_titan.training.checks import (
+    check_batch,
     check_job,
     check_parallelism,
     check_shielding,
@@ -206,6 +207,17 @@ def test_a_stage_after_the_last_step_is_pointed_out(tmp_path, caplog):
         config_of(tmp_path, "--training.steps", "19", old="[checkpoint]", new=STAGE % "generation")
     )
     assert "#1: from_step = 20 has no effect, the run ends at training.steps = 19" in caplog.text
+
+
+def test_reducing_gradients_once_has_an_effect_with_ranks_and_micro_batches_alone(tmp_path, caplog):
+    config = config_of(tmp_path, "--parallelism.fsdp_gradient_sync", "last")
+    config.training.local_batch_size, config.training.global_batch_size = 2, 16
+    check_batch(config, 2)
+    assert "has no effect" not in caplog.text
+    for num_ranks, micro_batches in ((8, 1), (1, 8)):
+        check_batch(config, num_ranks)
+        text = f"'last' has no effect with {num_ranks} data-parallel ranks and {micro_batches} micro-batches"
+        assert text in caplog.text
 
 
 def test_a_shield_needs_a_flavor_with_a_shared_expert_or_a_new_one(tmp_path):
