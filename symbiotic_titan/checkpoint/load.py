@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from symbiotic_titan.checkpoint.resume import Entries
+from symbiotic_titan.checkpoint.resume import Entries, check_holds
 from symbiotic_titan.weights.reader import Box, box_of
 
 
@@ -94,27 +94,6 @@ class _Planner(DefaultLoadPlanner):
         self.metadata = as_metadata(plan.planner_data)
         reads = super().create_local_plan()
         return LoadPlan(reads.items, storage_data=self.metadata.storage_data)
-
-
-def check_holds(folder: Path, entries: Entries, state: Mapping[str, Any]) -> None:
-    """Pass if the checkpoint in ``folder``, which has ``entries``, has all of ``state``.
-
-    Raises:
-        ValueError: names the first that is missing.
-    """
-    missing = [name for name in state if name not in entries]
-    if not missing:
-        return
-    name = missing[0]
-    if name.startswith("optimizer.state."):
-        raise ValueError(
-            f"checkpoint {folder} has no {name}, which the optimizer of this run keeps: another optimizer saved it; resume with the "
-            "optimizer.builder and optimizer.name it was saved with, or start another job.dump_folder with checkpoint.initial_load_path"
-        )
-    raise ValueError(
-        f"checkpoint {folder} has no {name}, which this run would go on with; resume with the settings it was saved with, or start "
-        "another job.dump_folder with checkpoint.initial_load_path"
-    )
 
 
 class SavedShards:

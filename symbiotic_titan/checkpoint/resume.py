@@ -18,10 +18,14 @@ def entries_of(metadata: Metadata) -> dict[str, Shape | None]:
 
 
 def check_resumable(
-    folder: Path, saved: Entries, shapes: Mapping[str, Shape], trainable: Iterable[str]
+    folder: Path,
+    saved: Entries,
+    shapes: Mapping[str, Shape],
+    trainable: Iterable[str],
+    state: Iterable[str] = (),
 ) -> None:
     """Pass if the checkpoint in ``folder``, with the entries ``saved``, has the whole training state of this model. ``shapes``: of all
-    its tensors, by name.
+    its tensors, by name; ``state``: what the optimizer is known to keep of each trainable parameter.
 
     Raises:
         ValueError: it has no training state, belongs to another model, or lacks the optimizer state of a trainable parameter.
@@ -44,6 +48,28 @@ def check_resumable(
                 f"checkpoint {folder} has no optimizer state of {name}, which was frozen when it was saved; keep it frozen "
                 "(optimizer.param_groups), or start another job.dump_folder with checkpoint.initial_load_path"
             )
+        if with_state:
+            check_holds(folder, saved, [f"optimizer.state.{name}.{key}" for key in state])
+
+
+def check_holds(folder: Path, saved: Entries, needed: Iterable[str]) -> None:
+    """Pass if the checkpoint in ``folder``, with the entries ``saved``, has all those ``needed``.
+
+    Raises:
+        ValueError: names the first that is missing.
+    """
+    name = next((name for name in needed if name not in saved), None)
+    if name is None:
+        return
+    if name.startswith("optimizer.state."):
+        raise ValueError(
+            f"optimizer.builder: checkpoint {folder} has no {name}, which the optimizer of this run keeps: another optimizer saved it; "
+            "resume with the one it was saved with, or start another job.dump_folder with checkpoint.initial_load_path"
+        )
+    raise ValueError(
+        f"checkpoint {folder} has no {name}, which this run would go on with; resume with the settings it was saved with, or start "
+        "another job.dump_folder with checkpoint.initial_load_path"
+    )
 
 
 def check_weights(

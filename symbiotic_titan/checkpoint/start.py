@@ -27,8 +27,8 @@ from symbiotic_titan.checkpoint.resume import (
     entries_of,
 )
 from symbiotic_titan.config.job import Checkpoint, JobConfig
-from symbiotic_titan.config.optimizer import Weights, clean_name
-from symbiotic_titan.optim.build import freeze_parameters
+from symbiotic_titan.config.optimizer import DEFAULT_BUILDER, Weights, clean_name
+from symbiotic_titan.optim.build import ADAM_STATE, freeze_parameters
 from symbiotic_titan.process import is_first_process
 from symbiotic_titan.weights.damage import (
     choose_step,
@@ -101,7 +101,9 @@ def _own_checkpoint(config: JobConfig, chosen: Path, step: int, metadata: Metada
     start = Start(chosen, step, entries_of(metadata), True, metadata)
     model = _model_without_values(config)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    check_resumable(chosen, start.entries, _shapes(model), trainable)
+    # What another builder's optimizer keeps is known once it is built: ``load`` asks then.
+    state = ADAM_STATE if config.optimizer.builder == DEFAULT_BUILDER else ()
+    check_resumable(chosen, start.entries, _shapes(model), trainable, state)
     return start
 
 

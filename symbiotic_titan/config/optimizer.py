@@ -18,9 +18,10 @@ LRDecay = Callable[[float], float]
 """Progress in (0, 1] through the decay -> factor on the learning rate, from 1 down to 0; ``min_lr_factor`` raises its end. A pure
 function, so that a resumed run continues exactly."""
 
+DEFAULT_BUILDER = "param_groups"
 # Name -> ``optim.build.OptimizerBuilder``.
 OPTIMIZER_BUILDERS: Registry[Callable[..., Any]] = Registry(
-    "optimizer.builder", {"param_groups": "symbiotic_titan.optim.build:param_group_optimizers"}
+    "optimizer.builder", {DEFAULT_BUILDER: "symbiotic_titan.optim.build:param_group_optimizers"}
 )
 
 _DECAYS = "symbiotic_titan.optim.lr_schedule"
@@ -99,7 +100,7 @@ class Optimizer(UpstreamOptimizer):
     operation and parameter (``for-loop``). All three give the same weights within rounding, on plain parameters and under FSDP2,
     HSDP and expert parallelism; a CPU has all of them too."""
 
-    builder: str = choice(OPTIMIZER_BUILDERS, "param_groups")
+    builder: str = choice(OPTIMIZER_BUILDERS, DEFAULT_BUILDER)
     """Function that makes the optimizer. ``param_groups``: Adam or AdamW over the rows of [[optimizer.param_groups]]."""
 
     builder_options: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=dict)
@@ -117,7 +118,7 @@ class Optimizer(UpstreamOptimizer):
         for key in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, key) < 1.0:
                 raise ValueError(f"optimizer.{key}: must lie in [0, 1), got {getattr(self, key)}")
-        if self.builder == "param_groups" and self.builder_options:
+        if self.builder == DEFAULT_BUILDER and self.builder_options:
             raise ValueError(
                 f"optimizer.builder_options: the builder 'param_groups' has no options, got {self.builder_options}; "
                 "remove them, or name another builder"
@@ -174,6 +175,10 @@ class Ema:
             )
         if self.interval < 1:
             raise ValueError(f"ema.interval: must be at least 1, got {self.interval}")
+        if self.groups and not self.enable:
+            raise ValueError(
+                f"ema.groups = {self.groups}: no average is kept with ema.enable = false; set it to true, or remove ema.groups"
+            )
 
 
 def _check_names(where: str, row: ParamGroupRow, names: list[str]) -> None:

@@ -51,6 +51,9 @@ def claim_parameters(names: Iterable[str], rules: list[ParamGroupRow]) -> dict[s
     return claimed
 
 
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+"""What Adam and AdamW keep of each parameter."""
+
 _CLASSES = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 
 

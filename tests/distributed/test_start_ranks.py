@@ -12,7 +12,7 @@ from torchtitan.components.checkpoint import CheckpointManager
 
 from symbiotic_titan.checkpoint.start import begin, find_start, share_start
 from symbiotic_titan.model.initialize import leaving_out
-from symbiotic_titan.optim.build import param_group_optimizers
+from symbiotic_titan.optim.build import ParamGroupOptimizers, param_group_optimizers
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.training.train_spec import register
 from symbiotic_titan.weights.reader import TensorSpec
@@ -34,11 +34,15 @@ class Number:
         self.step = state["step"]
 
 
-def parts_of_run(config, given=()):
+def adam(model, config):
+    return param_group_optimizers(model, config.optimizer, None)
+
+
+def parts_of_run(config, given=(), make_optimizers=None):
     """A model, its checkpointer and its state that is no tensor."""
     with leaving_out(given) if given else nullcontext():
         model, _ = build(config)
-    optimizers = param_group_optimizers(model, config.optimizer, None)
+    optimizers = (make_optimizers or adam)(model, config)
     step = Number()
     manager = CheckpointManager(
         dataloader=None,
@@ -111,6 +115,28 @@ def resumed(rank, overrides, export):
     return (tensors, step.step, len(opened), drawn), (whole(model.state_dict()), read)
 
 
+def with_momentum(model, config):
+    """SGD, whose state is not Adam's."""
+    parameters = [{"name": "all", "params": list(model.parameters()), "lr": 0.1}]
+    return ParamGroupOptimizers(model, torch.optim.SGD(parameters, momentum=0.9))
+
+
+def refused(rank, options, export):
+    """What a run with another optimizer is told when it loads."""
+    config = config_of(options)
+    register()
+    start = share_start(find_start(config), config.checkpoint)
+    _, manager, _, _ = parts_of_run(config, start.entries, with_momentum)
+    begin(start, config.checkpoint, manager, None)
+    with pytest.raises(ValueError, match="optimizer.builder: ") as caught:
+        manager.load(step=3)
+    return str(caught.value)
+
+
+def resumed_and_refused(rank, options, export):
+    return resumed(rank, options, export), refused(rank, options, export)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
@@ -128,9 +154,10 @@ def test_the_first_rank_reads_the_metadata_once_and_each_its_part_of_the_weights
 ):
     options, export, expected = run
     size = sum(path.stat().st_size for path in export.glob("*.safetensors"))
-    for rank, (own, initial) in enumerate(
-        run_on_ranks(num_ranks, resumed, f"{options} {layout}", export)
-    ):
+    ranks = run_on_ranks(num_ranks, resumed_and_refused, f"{options} {layout}", export)
+    for rank, ((own, initial), told) in enumerate(ranks):
+        assert "step-3 has no optimizer.state." in told and "momentum_buffer, which" in told
+        assert "\n" not in told
         tensors, step, opened, drawn = own
         assert step == 3 and drawn == [] and opened == (1 if rank == 0 else 0)
         assert tensors.keys() == expected.keys()

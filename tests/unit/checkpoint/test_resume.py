@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from symbiotic_titan.checkpoint.load import check_holds
 from symbiotic_titan.checkpoint.resume import (
+    check_holds,
     check_resumable,
     check_weights,
     entries_of,
@@ -180,6 +180,14 @@ def test_a_tensor_that_nothing_gave_a_value_is_named():
 )
 def test_state_that_a_checkpoint_lacks_is_named(tmp_path, name, message):
     saved = entries(save_run(tmp_path / "step-1"))
-    assert check_holds(tmp_path, saved, dict.fromkeys(saved)) is None
+    assert check_holds(tmp_path, saved, saved) is None
     with pytest.raises(ValueError, match=f"has no {name}, {message}"):
-        check_holds(tmp_path, saved, {**saved, name: None})
+        check_holds(tmp_path, saved, [*saved, name])
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    folder, shapes = save_run(tmp_path / "step-1"), {"w": (2, 3)}
+    assert check_resumable(folder, entries(folder), shapes, ["w"], ["exp_avg"]) is None
+    message = f"optimizer.builder: checkpoint {folder} has no optimizer.state.w.exp_avg_sq, which"
+    with pytest.raises(ValueError, match=message):
+        check_resumable(folder, entries(folder), shapes, ["w"], ["exp_avg", "exp_avg_sq"])

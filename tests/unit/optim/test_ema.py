@@ -133,7 +133,7 @@ def test_all_trained_groups_are_averaged_or_those_that_are_named():
     }
     config = config_of(f"{ON} --ema.groups understanding")
     assert averaged_parameters(names, config) == {"understanding": names[1:]}
-    assert averaged_parameters(names, config_of("--ema.groups understanding")) == {}
+    assert averaged_parameters(names, config_of("")) == {}
     config.ema.groups, config.optimizer.param_groups = [], []
     assert averaged_parameters(names, config) == {"all": names}
 
@@ -194,3 +194,12 @@ def test_decay_lies_between_0_and_1(decay):
         Ema(decay=decay)
     with pytest.raises(ValueError, match=r"ema\.interval: must be at least 1, got 0"):
         Ema(interval=0)
+
+
+def test_groups_of_an_average_that_is_not_kept_are_refused():
+    message = (
+        r"ema.groups = \['a'\]: no average is kept with ema.enable = false; set it to true, or"
+    )
+    with pytest.raises(ValueError, match=message):
+        Ema(groups=["a"])
+    assert Ema(enable=True, groups=["a"]).groups == ["a"]
