@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/*.md")
 CONFIGS = ("train_configs/**/*.toml", "docs/examples/*.toml")
-SCRIPTS = ("run_train.sh", "tests/run.sh", "tools/setup_env.sh")
+SCRIPTS = ("run_train.sh", "tests/run.sh", "tools/setup_env.sh", "tools/gpu_check.sh")
 PROGRAMS = ("symbiotic_titan/cli.py", "symbiotic_titan/commands/*.py", "tools/**/*.py", "tests/**/*.py")  # fmt: skip
 
 _LABEL = re.compile(r"[A-Z]\w+:\s+(?:add (?=--))?")

@@ -41,6 +41,10 @@ ELSEWHERE = {
         "tests/unit/bench/test_bench_step.py",
         "test_the_step_against_that_of_a_commit_with_another_layout",
     ),
+    "tools/gpu_check.sh": (
+        "tests/integration/test_gpu_check.py",
+        "test_every_stage_runs_without_a_gpu_and_the_page_has_its_figures",
+    ),
     "tools/bench/output_layer.py": (
         "tests/unit/bench/test_bench_output_layer.py",
         "test_it_prints_one_line_of_json_with_finite_numbers",
