@@ -80,6 +80,12 @@ def _rotated(
 ) -> torch.Tensor:
     num = cos.shape[-1]
     # In float32, because bfloat16 cos and sin would not distinguish nearby positions.
+    if torch.compiler.is_compiling():
+        # Where a function writes into a copy of its argument, torch.compile of torch 2.11 takes its gradient for zero.
+        first, second = _pairs(x.float(), num, interleaved)
+        pairs = (first * cos - second * sin, second * cos + first * sin)
+        turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+        return torch.cat((turned.to(x.dtype), x[..., 2 * num :]), -1)
     out = x.float() if x.dtype != torch.float32 else x.clone()
     first, second = _pairs(x, num, interleaved)
     out_first, out_second = _pairs(out, num, interleaved)

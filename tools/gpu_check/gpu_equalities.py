@@ -237,7 +237,7 @@ def float8_experts(device: str) -> dict[str, Result]:
     return found
 
 
-def float8_linear(device: str, recipe: str = "rowwise") -> dict[str, Result]:
+def float8_linear(device: str, scaling: str = "rowwise") -> dict[str, Result]:
     """torchao's linear layer, as ``float8_experts``."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -250,7 +250,7 @@ def float8_linear(device: str, recipe: str = "rowwise") -> dict[str, Result]:
         [weight] = model.parameters()
         weight.data = random(96, 64, device=device, seed=1).bfloat16() / 8
         if kind != "plain":
-            config = Float8LinearConfig.from_recipe_name(recipe)
+            config = Float8LinearConfig.from_recipe_name(scaling)
             config = replace(config, emulate=kind == "emulated")
             convert_to_float8_training(model, config=config)
         runs[kind] = with_gradients(model(x_TD), [x_TD, *model.parameters()])

@@ -140,8 +140,8 @@ def correctness(notes: Notes) -> None:
         return {**found, "passed": all(row["passed"] for row in found.values())}
 
     notes.part("float8_experts", partial(several, equal.float8_experts))
-    for recipe in ("rowwise", "tensorwise"):
-        notes.part(f"float8_linear_{recipe}", partial(several, equal.float8_linear, recipe))
+    for scaling in ("rowwise", "tensorwise"):
+        notes.part(f"float8_linear_{scaling}", partial(several, equal.float8_linear, scaling))
     notes.part("deterministic_step", partial(deterministic_step, notes.settings))
 
 

@@ -53,7 +53,7 @@ class Notes:
         """What ``measure`` returns, also written as a line. An exception is noted, and the stage goes on."""
         try:
             values = measure()
-        except Exception as error:  # noqa: BLE001 - whatever a machine that nobody has seen does
+        except Exception as error:  # noqa: BLE001 - whatever a new machine does
             traceback.print_exc()
             first = (str(error).strip().splitlines() or [""])[0][:300]
             values = {"passed": False, "error": f"{type(error).__name__}: {first}"}

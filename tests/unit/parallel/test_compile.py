@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from symbiotic_titan.model.args import one_pool
+from symbiotic_titan.model.rope import RotaryTables, rotate
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.parallel.compile import apply_compile, compile_units
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
@@ -133,3 +134,15 @@ def test_every_matmul_of_a_block_is_in_a_unit():
         "VitBlock.forward", "TransformerBlock.attend", "TransformerBlock.feed",
         "Router.forward", "GroupedExperts.swiglu", "SharedExpert.forward",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_compiled_rotation_and_its_gradient_are_those_of_the_eager_one(interleaved):
+    tables = RotaryTables(*torch.rand(2, 1, 5, 3).unbind())
+    x_BUTC = torch.randn(1, 2, 5, 8, requires_grad=True)
+    results = []
+    for apply in (rotate, torch.compile(rotate, backend="eager", fullgraph=True)):
+        out_BUTC = apply(2 * x_BUTC, tables, interleaved)
+        results.append((out_BUTC, *torch.autograd.grad(out_BUTC.square().sum(), x_BUTC)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled) and eager.abs().min() > 0
