@@ -94,8 +94,8 @@ def units_inside(block: nn.Module) -> list[nn.Module]:
 def gather_ahead(model: SymbioticModel, *, end_is_freed: bool) -> None:
     """Start the all-gathers of the next block when a block begins, in both directions.
 
-    Without prefetching they would start too late, because the host syncs for token counts in every MoE layer. The cost is the memory
-    of one more gathered block.
+    Without prefetching they would start too late, because under expert parallelism the host waits for token counts in every MoE
+    layer. The cost is the memory of one more gathered block.
     """
     # Only a block's own unit starts gathers: its hook runs once per direction, while the hooks of the units inside run again when
     # activation checkpointing recomputes the block. A gather during recomputation is an error under per-op checkpointing, which
