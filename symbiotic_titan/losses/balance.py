@@ -71,7 +71,7 @@ def z_by_group(totals: RoutingTotals, names: Sequence[str]) -> dict[str, float]:
     step's z-loss."""
     if totals.z_sum is None:
         return {}
-    means_G = (totals.z_sum / totals.num_tokens.clamp(min=1)).mean(0).tolist()  # device sync
-    tokens_G = totals.num_tokens[0].tolist()
-    found = zip(names, means_G, tokens_G, strict=True)
+    means_G = (totals.z_sum / totals.num_tokens.clamp(min=1)).mean(0)
+    both_2G = torch.stack([means_G.double(), totals.num_tokens[0].double()]).tolist()  # device sync
+    found = zip(names, *both_2G, strict=True)
     return {f"z_loss/{name}": mean for name, mean, tokens in found if tokens}

@@ -264,8 +264,8 @@ class SymbioticTrainer(Trainer):
             name if name == "truncated" else f"skipped/{name}": count
             for name, count in loader.skip_reasons.items()
         }
-        totals = self.sum_over_ranks(torch.tensor(list(own.values()), device=self.device))
-        counts: dict[str, float] = dict(zip(own, totals.tolist(), strict=True))
+        totals = self.sum_over_ranks(copy_from_host(torch.tensor(list(own.values())), self.device))
+        counts: dict[str, float] = dict(zip(own, totals.tolist(), strict=True))  # device sync
         counts["bad_share"] = counts["skipped"] / max(counts.pop("read"), 1)
         always = ("skipped", "bad_share")
         return {name: count for name, count in counts.items() if count or name in always}
