@@ -1,5 +1,6 @@
 """What all tests share: the same seeds every time, marks that follow from the folder, GPU tests only where there is one."""
 
+import os
 import random
 from collections.abc import Generator
 from pathlib import Path
@@ -12,6 +13,13 @@ import torch
 from symbiotic_titan.process import loading
 
 DISTRIBUTED = Path(__file__).parent / "distributed"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests of the CPU see no GPU, nor do processes that they start; torch has not looked for one yet."""
+    chosen = config.option.markexpr
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(wrapper=True)

@@ -173,9 +173,9 @@ def test_flex_without_a_gpu_refuses_to_train(mixed_batch, make_args, make_model,
 
 @pytest.mark.gpu
 def test_compiled_flex_trains_like_sdpa_on_a_gpu(mixed_batch, make_args, make_model, forward):
-    gradients = {}
+    gradients, vit = {}, replace(make_args().vit, dim=32)  # Flex needs heads of 16 channels
     for backend in ("sdpa", "flex"):
-        model = make_model(make_args(attention_backend=backend)).cuda()
+        model = make_model(make_args(attention_backend=backend, vit=vit)).cuda()
         output = forward(model, mixed_batch.to("cuda"))
         used = mixed_batch.document.cuda() >= 0
         (output.logits[used].square().mean() + output.velocity.square().mean()).backward()
