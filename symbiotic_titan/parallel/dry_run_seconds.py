@@ -154,8 +154,8 @@ def compute_of(
         config.training.seq_len,
         tokens_of_row(config),
     )
-    # ``cost`` counts every key for every query; a causal document has half of these pairs.
-    unseen = 2 * args.num_layers * args.num_heads * args.head_dim * length * length
+    # Of the pairs of query and key that ``cost`` counts a causal document has no more than these.
+    unseen = cost.pair_flops[0] * length * (length - 1) // 2
     whole = sum(f * n for f, n in zip(cost.forward_flops, tokens, strict=True)) - unseen
     logits = cost.logit_flops * tokens[TEXT]
     # The image encoder is what an image token costs more than a generated one, whose own embedding and head are small.

@@ -131,11 +131,11 @@ def test_a_row_has_no_more_image_tokens_than_it_may_hold():
 def test_compute_counts_rows_tokens_and_what_is_computed_again():
     config = config_of("--training.local_batch_size", "3", "--training.seq_len", "300", "--data.max_vit_tokens", "0")  # fmt: skip
     args = replace(FLAVORS["debug"], num_layers=2)
-    # Per token: whole-row attention of 4 * 2 layers * heads * width * 300, half of it counted; 1000 of logits, 500 of the encoder.
-    attention = 8 * args.num_heads * args.head_dim * 300
+    # A token attends to 300 keys at 8 FLOPs each, and in a causal row to (1 + 300) / 2; 1000 are those of logits, 500 of the encoder.
+    attention = 300 * 8
     forward = (6000 + attention, 5500 + attention, 5000 + attention)
-    cost = ModelCost(0, (0, 0, 0), forward, (attention,) * 3, 1000, (0, 0, 0))
-    whole = 100 * (6000 + 5500 + 5000) + 150 * attention
+    cost = ModelCost(0, (0, 0, 0), forward, (attention,) * 3, 1000, (8, 0, 0))
+    whole = 100 * (6000 + 5500 + 5000) + 300 * 301 // 2 * 8
     blocks = whole - 100 * 1000 - 100 * 500
     assert compute_of(config, args, cost, [False, False]) == Compute(
         3 * whole, 6 * whole, 3 * (whole - 100 * 1000)
