@@ -34,6 +34,7 @@ from symbiotic_titan.model.flops import ModelCost, model_cost
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.optim.ema import averaged_parameters
 from symbiotic_titan.parallel import dry_run, dry_run_activations, dry_run_seconds
+from symbiotic_titan.parallel.compile import checkpointing
 from symbiotic_titan.parallel.parallelize import parallelize
 from symbiotic_titan.parallel.ranks import parallel_dims_of
 from symbiotic_titan.process import exit_status
@@ -82,9 +83,7 @@ def step_traffic(
     precision: dry_run.Precision,
 ) -> dict[str, dry_run.Traffic]:
     """Stage -> traffic of one micro-batch."""
-    recomputed = dry_run_activations.recomputed_blocks(
-        config.activation_checkpoint, args.num_layers
-    )
+    recomputed = dry_run_activations.recomputed_blocks(checkpointing(config), args.num_layers)
     # Of groups with a top-k of their own the largest, as for activations: all tokens may be the group's.
     copies = config.training.local_batch_size * config.training.seq_len * max(args.moe_args.top_ks)
     exchanges = {
@@ -123,9 +122,7 @@ def seconds_of_step(
 ) -> dict[str, Any]:
     """Seconds of a step by what takes them; ``once``: traffic of one micro-batch."""
     precision = dry_run.Precision.of(config)
-    recomputed = dry_run_activations.recomputed_blocks(
-        config.activation_checkpoint, args.num_layers
-    )
+    recomputed = dry_run_activations.recomputed_blocks(checkpointing(config), args.num_layers)
     compute = dry_run_seconds.compute_of(config, args, cost_of(config, args), recomputed)
     reshard, degree = (
         config.parallelism.fsdp_reshard_after_forward,

@@ -9,14 +9,33 @@ Equal blocks share one compiled graph.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torchtitan.config.job_config import ActivationCheckpoint
 
+from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.model.decoder import TransformerBlock
 from symbiotic_titan.model.symbiotic import SymbioticModel
+
+
+def compiles_model(config: JobConfig) -> bool:
+    """Whether a run of ``config`` compiles the parts of its model."""
+    return config.compile.enable and "model" in config.compile.components
+
+
+def checkpointing(config: JobConfig) -> ActivationCheckpoint:
+    """The checkpointing of a run of ``config``: that of [activation_checkpoint], but none where it is per operator and the model compiled.
+
+    Per-op checkpointing sees no operator inside a compiled graph and would run every graph again, matmuls and attention too. The
+    partitioner of each graph makes the same choice by itself: it saves matmuls and attention and recomputes what is elementwise.
+    """
+    checkpoint = config.activation_checkpoint
+    per_op = checkpoint.mode == "selective" and checkpoint.selective_ac_option == "op"
+    return replace(checkpoint, mode="none") if per_op and compiles_model(config) else checkpoint
 
 
 class Unit(NamedTuple):

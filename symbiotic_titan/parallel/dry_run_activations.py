@@ -11,6 +11,7 @@ from torchtitan.config.job_config import ActivationCheckpoint
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.parallel.compile import checkpointing
 from symbiotic_titan.parallel.dry_run import Precision
 
 FORMULA = """\
@@ -20,7 +21,8 @@ Saved per token; b bytes per number, D width, UC query and uC key/value channels
              less; with sdpa b for every position of the row (the mask as numbers)
   full       bD a block, and one block of `none` while it is recomputed
   selective  op: b(2D + 2UC + uC + f) + 4U, with routed experts bK(2F + D) + 4E more, under expert parallelism 2bKD more, and one
-             block of `none`; a number N: every N-th block as `full`, the others as `none`
+             block of `none`; compiled at most `none`, since the compiler recomputes what is elementwise
+             a number N: every N-th block as `full`, the others as `none`
   ViT        b(11S + 2F) per patch and block, S the width of the ViT; with sdpa b for every patch of the sequence more
   heads      logits bV, and bV more for their gradient, while the loss is differentiated
   masks      with sdpa one byte for every pair of positions, and of patches, of a row, and for every patch that a query may read"""
@@ -103,7 +105,7 @@ def activation_memory(
     config: JobConfig, args: ModelArgs, precision: Precision, *, expert_parallel: bool
 ) -> ActivationMemory:
     """The estimate for one micro-batch of full sequences."""
-    training, checkpoint = config.training, config.activation_checkpoint
+    training, checkpoint = config.training, checkpointing(config)
     rows, length = training.local_batch_size, training.seq_len
     tokens, b = rows * length, precision.computed
     per_op = checkpoint.mode == "selective" and checkpoint.selective_ac_option == "op"

@@ -15,7 +15,11 @@ from symbiotic_titan.moe.router import Router
 from symbiotic_titan.optim.build import (
     freeze_parameters,
 )
-from symbiotic_titan.parallel.compile import apply_compile
+from symbiotic_titan.parallel.compile import (
+    apply_compile,
+    checkpointing,
+    compiles_model,
+)
 from symbiotic_titan.parallel.expert_parallel import apply_expert_parallel
 from symbiotic_titan.parallel.fsdp import apply_fsdp
 
@@ -41,9 +45,8 @@ def parallelize(
     """The parallelize function of the train spec. In a single process the model stays as it is, apart from checkpointing and compile.
 
     Frozen parameter groups are frozen before anything else, since FSDP reads requires_grad when it shards; routers measure what the
-    losses need. Expert parallelism comes
-    next, because it replaces parameters. Checkpoint wrappers come before compile, which looks inside them,
-    and FSDP comes last, because its hooks must stand outside the wrappers and the compiled parts.
+    losses need. Expert parallelism comes next, because it replaces parameters. Checkpoint wrappers come before compile, which looks
+    inside them, and FSDP comes last, because its hooks must stand outside the wrappers and the compiled parts.
     """
     freeze_parameters(model, job_config.optimizer.param_groups)
     for module in model.modules():
@@ -51,8 +54,8 @@ def parallelize(
             module.measures_z = job_config.losses.weight("z_loss") > 0
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims.get_mesh("ep"))
-    apply_activation_checkpoint(model, job_config.activation_checkpoint, job_config.job.dump_folder)
-    if job_config.compile.enable and "model" in job_config.compile.components:
+    apply_activation_checkpoint(model, checkpointing(job_config), job_config.job.dump_folder)
+    if compiles_model(job_config):
         apply_compile(model, job_config.compile.backend)
     if parallel_dims.fsdp_enabled:
         apply_fsdp(model, parallel_dims, job_config)

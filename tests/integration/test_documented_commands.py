@@ -63,6 +63,7 @@ NOT_RUN = {
     "pip install": "the environment is made by tools/setup_env.sh",
     "tensorboard": "serves until it is stopped; .ci/run reads the same logs with --inspect",
     "tests/bitwise_guard.py": "compares two commits",
+    "tools/cuda_compile.py": "needs torch's CUDA build; tests/unit/bench/test_cuda_compile.py tests that it says so",
     "tests/run.sh -": "chooses among the tests; without an option .ci/run starts it",
 }
 # Packages that CI does not install: a command that needs one says so before it loads a model.
