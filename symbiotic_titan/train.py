@@ -72,9 +72,10 @@ def run(args: list[str]) -> None:
     register()
     check_job(config)
     check_extension(config)
+    start = find_start(config)
     make_dump_folder(config)
     try:
-        train(config, find_start(config))
+        train(config, start)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -60,7 +60,7 @@ class SymbioticTrainer(Trainer):
     validator: "SymbioticValidator"
     loss_fn: LossFunction  # type: ignore[assignment]
 
-    def __init__(self, job_config: JobConfig, start: Start | None = None) -> None:
+    def __init__(self, job_config: JobConfig, start: Start | None) -> None:
         self.start, self.given = start, set[str]()
         self.stop, self.saved_config = StopRequest(), SavedConfig(job_config)
         self.first_step = 0  # the step that this process continued from

@@ -18,6 +18,7 @@ from gpu_measures import demo_data
 from gpu_notes import Notes, Settings
 from step_child import make_trainer, register, stepper
 
+from symbiotic_titan.checkpoint.start import find_start
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.training.checks import check_job
 from symbiotic_titan.training.trainer import SymbioticTrainer
@@ -72,7 +73,7 @@ def train(
     check_job(config)
     found: list[Step] = []
     with forgotten():
-        trainer = SymbioticTrainer(config)
+        trainer = SymbioticTrainer(config, find_start(config))
         check = trainer.check_finite
 
         def note(losses: dict[str, float], grad_norm: float, *args: Any) -> None:
