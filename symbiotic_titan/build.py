@@ -110,9 +110,11 @@ def global_batch_size(config: JobConfig, num_data_ranks: int) -> int:
     return total if total > 0 else config.training.local_batch_size * num_data_ranks
 
 
-def with_rows_of_rank(config: JobConfig, num_data_ranks: int) -> JobConfig:
+def with_rows_of_rank(config: JobConfig, num_ranks: int) -> JobConfig:
     """``config``, or where a rank has fewer rows of the global batch than ``training.local_batch_size``, a copy in which it is that many:
     so a run can go on on more ranks without another setting. Rows, their order and their noise stay the same."""
+    # Bad degrees are refused later, by name.
+    num_data_ranks = max(1, num_ranks // max(1, config.parallelism.context_parallel_degree))
     rows, rest = divmod(config.training.global_batch_size, num_data_ranks)
     if rest or not 0 < rows < config.training.local_batch_size:
         return config

@@ -70,8 +70,9 @@ def parameters_of_rank(
         degrees = {
             "replicate": dims.dp_replicate,
             "shard": dims.dp_shard,
+            "context": dims.cp,
             "expert": dims.ep,
-            "expert shard": dims.dp_shard // dims.ep,
+            "expert shard": dims.dp_shard * dims.cp // dims.ep,
         }
         return dry_run.sharded_parameters(model), degrees
 
@@ -85,7 +86,8 @@ def step_traffic(
     """Stage -> traffic of one micro-batch."""
     recomputed = dry_run_activations.recomputed_blocks(checkpointing(config), args.num_layers)
     # Of groups with a top-k of their own the largest, as for activations: all tokens may be the group's.
-    copies = config.training.local_batch_size * config.training.seq_len * max(args.moe_args.top_ks)
+    tokens = config.training.local_batch_size * config.training.seq_len
+    copies = tokens // config.parallelism.context_parallel_degree * max(args.moe_args.top_ks)
     exchanges = {
         f"layers.{layer}": dry_run.exchange_traffic(
             copies,
@@ -155,8 +157,9 @@ def report(
     parameters, degrees = parameters_of_rank(config, args, 0, num_ranks)
     last, _ = parameters_of_rank(config, args, num_ranks - 1, num_ranks)
     precision = dry_run.Precision.of(config)
-    rows = config.training.local_batch_size * num_ranks
-    micro_batches = global_batch_size(config, num_ranks) // rows
+    num_data_ranks = degrees["replicate"] * degrees["shard"]
+    rows = config.training.local_batch_size * num_data_ranks
+    micro_batches = global_batch_size(config, num_data_ranks) // rows
     traffic = step_traffic(config, args, parameters, precision)
     averaged = averaged_parameters([p.name for p in parameters], config).values()
     state = dry_run.state_memory(parameters, precision, {n for names in averaged for n in names})

@@ -164,7 +164,7 @@ class PackedLoader(BaseDataLoader):
 
     def check_skipped(self) -> None:
         """Raise ValueError if all ranks together skipped more bad samples than is tolerated. A collective if there are several ranks."""
-        check_skipped(self._spec, [s for part in self._gather(self._states) for s in part.values()])
+        check_skipped(self._spec, list(self._all_states().values()))
 
     @property
     def position(self) -> States:
@@ -199,7 +199,7 @@ class PackedLoader(BaseDataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """All streams of all ranks, and the fingerprint; the same on every rank. A collective if there are several ranks."""
-        states = {n: state for part in self._gather(self._states) for n, state in part.items()}
+        states = self._all_states()
         assert sorted(states) == list(range(self._spec.num_streams))
         # One string, because a distributed checkpoint stores a nested dict leaf by leaf. The keys are kept for old checkpoints.
         lanes = {n: saved_form(self._spec, state) for n, state in states.items()}
@@ -233,6 +233,10 @@ class PackedLoader(BaseDataLoader):
         state = next(iter(self._states.values()))
         for line in mixture_changes(self._spec, self._saved, state, step):
             logging.getLogger(__name__).info(line)
+
+    def _all_states(self) -> States:
+        # Once by number: several ranks may read the same streams.
+        return {n: state for part in self._gather(self._states) for n, state in part.items()}
 
     def _fingerprint(self) -> dict[str, Any]:
         current = fingerprint_of(self._spec)

@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import islice
 
 import torch
-from torch import nn
 
 from symbiotic_titan.build import (
     build_dataloader,
@@ -27,6 +26,7 @@ from symbiotic_titan.losses.step import (
     mean_losses,
 )
 from symbiotic_titan.losses.terms import StepInputs
+from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.parallel.ranks import DataRanks
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.tasks import TASKS
@@ -38,7 +38,7 @@ NOISE_STEP = 0
 
 
 def held_out_losses(
-    model: nn.Module,
+    model: SymbioticModel,
     batches: Iterable[PackedBatch],
     flow: Flow,
     *,
@@ -87,7 +87,7 @@ def _numbered(
 
 
 def _sums_of_batch(
-    model: nn.Module,
+    model: SymbioticModel,
     batch: PackedBatch,
     flow: Flow,
     first_row: int,
@@ -103,11 +103,12 @@ def _sums_of_batch(
         first_row=first_row,
     )
     shield_scale = torch.ones((), device=batch.tokens.device)  # acts on gradients alone
-    index_N = loss_fn.logit_index(batch)  # device sync
+    own = model.own_part(batch)
+    index_N = loss_fn.logit_index(own)  # device sync
     with autocast or contextlib.nullcontext():
         output = model(batch, noised_BLZ, timesteps_BL, shield_scale, logit_index_N=index_N)
     inputs = StepInputs(
-        batch=batch,
+        batch=own,
         logits=output.logits,
         velocity=output.velocity,
         target_velocity=target_BLZ,
@@ -115,7 +116,7 @@ def _sums_of_batch(
         cross_entropy=loss_fn.cross_entropy,
         logit_index=index_N,
     )
-    values, counts = loss_fn.values(inputs), loss_fn.counts(batch)
+    values, counts = loss_fn.values(inputs), loss_fn.counts(own)
     # Sums and counts, not means: only these add up over batches and ranks with different numbers of tokens.
     parts = [*(values[name] for name in counts), *counts.values()]
     return torch.stack([*parts, correct_tokens(inputs)]).double()

@@ -23,8 +23,8 @@ def balance_loss(records: Sequence[RoutingRecord], totals: RoutingTotals | None 
 
     A group without tokens contributes 0, and its router gets a zero gradient rather than none.
 
-    ``totals``: counts summed over data-parallel ranks and micro-batches (``global`` scope). The result is then these records' share:
-    the shares of all ranks and micro-batches *sum* to the loss of the whole step.
+    ``totals``: counts of more tokens than these records', by default of theirs. The result is then these records' share: with the counts
+    of all ranks and micro-batches (``global`` scope) the shares of all of them *sum* to the loss of the whole step.
     """
     assert records, "balance_loss needs the record of at least one layer"
     if totals is None:
@@ -51,7 +51,7 @@ def balance(inputs: StepInputs) -> Tensor:
         return torch.zeros((), device=inputs.batch.tokens.device)
     if inputs.step_routing is not None:
         return balance_loss(inputs.records, inputs.step_routing)
-    return balance_loss(inputs.records) / inputs.num_micro_batches
+    return balance_loss(inputs.records, inputs.routing) / inputs.num_micro_batches
 
 
 def z_loss(inputs: StepInputs) -> Tensor:

@@ -77,12 +77,14 @@ def _chunks(logits_NV: Tensor) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Inputs of a loss term: one micro-batch and the model's output on it.
+    """Inputs of a loss term: one micro-batch and the model's output on it. Where several processes share its sequences, the columns of
+    this process: sums over columns add up.
 
     logits             (N, V) of the tokens ``logit_index``; (B, T, V), of all tokens, without it.
     velocity           (B, L, Z) predicted velocity.
     target_velocity    (B, L, Z).
     records            one per MoE layer; empty without MoE layers.
+    routing            expert counts of the micro-batch on all processes that share it; None: those of ``records``.
     num_micro_batches  of the step, over all data ranks.
     step_routing       expert counts of the whole step with losses.balance_scope = "global"; else None.
     group_tokens       (G,) tokens of each expert group in the step, over all data ranks and micro-batches; None outside of training.
@@ -95,6 +97,7 @@ class StepInputs:
     velocity: Tensor
     target_velocity: Tensor
     records: Sequence[RoutingRecord] = ()
+    routing: RoutingTotals | None = None
     num_micro_batches: int = 1
     step_routing: RoutingTotals | None = None
     group_tokens: Tensor | None = None

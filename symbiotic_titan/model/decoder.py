@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.kv_cache import LayerCache
+from symbiotic_titan.model.kv_cache import KeyValueSource
 from symbiotic_titan.model.layers import FeedForward, RMSNorm, attend
 from symbiotic_titan.model.masks import AttentionMask
 from symbiotic_titan.model.rope import RotaryTables, rotate
@@ -34,9 +34,9 @@ class Attention(nn.Module):
         x_BTD: torch.Tensor,
         rotary: RotaryTables,
         mask: AttentionMask,
-        cache: LayerCache | None = None,
+        others: KeyValueSource | None = None,
     ) -> torch.Tensor:
-        """(B, T, D). With a ``cache`` the tokens also attend to the keys and values it holds."""
+        """(B, T, D). The tokens attend to each other and to those of ``others``."""
         q_BUTC, k_BuTC, v_BuTC = (
             projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.wq, self.wk, self.wv)
@@ -48,9 +48,9 @@ class Attention(nn.Module):
         k_BuTC = rotate(k_BuTC, rotary, self.interleaved)
         if self.qk_norm == "after":
             q_BUTC, k_BuTC = self.q_norm(q_BUTC), self.k_norm(k_BuTC)
-        if cache is not None:
-            # Keys are cached after norm and rotary, which need not be repeated because a token's position never changes.
-            k_BuTC, v_BuTC = cache.with_chunk(k_BuTC, v_BuTC)
+        if others is not None:
+            # Keys are cached, or sent, after norm and rotary, which need not be repeated because a token's position never changes.
+            k_BuTC, v_BuTC = others.complete(k_BuTC, v_BuTC)
         return self.wo(attend(q_BUTC, k_BuTC, v_BuTC, mask))
 
 
@@ -75,11 +75,11 @@ class TransformerBlock(nn.Module):
         mask: AttentionMask,
         modality_BT: torch.Tensor,
         shield_scale: torch.Tensor,
-        cache: LayerCache | None = None,
+        others: KeyValueSource | None = None,
         modality_counts: tuple[int, ...] | None = None,
     ) -> tuple[torch.Tensor, RoutingRecord | None]:
         """((B, T, D) output, routing record or None for a dense block). ``modality_counts``: see ``PackedBatch``."""
-        h_BTD = self.attend(h_BTD, rotary, mask, cache)
+        h_BTD = self.attend(h_BTD, rotary, mask, others)
         if not self.moe_enabled:
             return self.feed(h_BTD), None
         # Routing is per token, so the batch is flattened to one list of tokens.
@@ -97,10 +97,10 @@ class TransformerBlock(nn.Module):
         h_BTD: torch.Tensor,
         rotary: RotaryTables,
         mask: AttentionMask,
-        cache: LayerCache | None = None,
+        others: KeyValueSource | None = None,
     ) -> torch.Tensor:
         """``h + attention(norm(h))``."""
-        return h_BTD + self.attention(self.attention_norm(h_BTD), rotary, mask, cache)
+        return h_BTD + self.attention(self.attention_norm(h_BTD), rotary, mask, others)
 
     def feed(self, h_BTD: torch.Tensor) -> torch.Tensor:
         """``h + feed_forward(norm(h))`` of a dense block."""

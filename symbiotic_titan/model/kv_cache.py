@@ -6,10 +6,30 @@ no token attends to it, so sequences of different lengths need no realignment; r
 Shape letters: sequence/shapes.py. T are tokens of a chunk, N the cached tokens and the chunk's.
 """
 
+from typing import Protocol
+
 import torch
 
 from symbiotic_titan.model.masks import Columns
 from symbiotic_titan.sequence.batch import PackedBatch
+
+
+class KeyValueSource(Protocol):
+    """Where a layer finds the keys and values of tokens that are not in its input: those of earlier chunks, or of other ranks."""
+
+    def complete(
+        self, k_BuTC: torch.Tensor, v_BuTC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, u, N, C) keys and values of all tokens that those of the input may attend to."""
+        ...
+
+
+class SequenceShard(KeyValueSource, Protocol):
+    """The part of every sequence that this process computes, see ``parallel.context_parallel``."""
+
+    def columns(self, length: int, device: torch.device) -> torch.Tensor:
+        """(T,) int64: which tokens of a sequence of ``length`` these are, in ascending order."""
+        ...
 
 
 class LayerCache:
@@ -20,7 +40,7 @@ class LayerCache:
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
-    def with_chunk(
+    def complete(
         self, k_BuTC: torch.Tensor, v_BuTC: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, u, N, C) keys and values: the cached ones, then the chunk's, which the next call overwrites unless ``append`` comes

@@ -87,6 +87,15 @@ def sequence_rule(
     return attends
 
 
+def of_columns(rule: MaskRule, columns_T: torch.Tensor) -> MaskRule:
+    """``rule`` for queries that are these tokens of the sequence; the keys are all of its tokens."""
+
+    def attends(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return rule(b, h, columns_T[q], k)
+
+    return attends
+
+
 def patch_rule(image_BP: torch.Tensor) -> MaskRule:
     """ViT patches of one image attend to each other; an unused patch (image -1) attends to itself."""
 

@@ -1,5 +1,6 @@
 """SymbioticModel: embed three modalities, decode, two heads. Shape letters: sequence/shapes.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -13,7 +14,7 @@ from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.decoder import TransformerBlock
 from symbiotic_titan.model.flops import model_cost
 from symbiotic_titan.model.initialize import initialize
-from symbiotic_titan.model.kv_cache import KeyValueCache
+from symbiotic_titan.model.kv_cache import KeyValueCache, KeyValueSource, SequenceShard
 from symbiotic_titan.model.latents import FlowHead, LatentEmbedding
 from symbiotic_titan.model.layers import RMSNorm, compute_dtype
 from symbiotic_titan.model.masks import (
@@ -21,6 +22,7 @@ from symbiotic_titan.model.masks import (
     MaskRule,
     block_mask,
     dense_mask,
+    of_columns,
     patch_rule,
     query_rule,
     segment_mask,
@@ -34,10 +36,10 @@ from symbiotic_titan.sequence.batch import PackedBatch
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """Output of one forward.
+    """Output of one forward. Where several processes share a sequence, of the tokens of ``SymbioticModel.own_part``.
 
     logits   (B, T, V) in the dtype of the computation, meaningless at padding; (N, V) with ``logit_index``.
-    velocity (B, L, Z) float32; exactly 0 for unused latent tokens.
+    velocity (B, L, Z) float32; exactly 0 for unused latent tokens, and for those of other processes.
     records  one per MoE layer, in the order of the layers.
     """
 
@@ -92,6 +94,9 @@ class SymbioticModel(ModelProtocol):
     """Set by ``parallel.compile``: shapes that differ from batch to batch would be compiled anew. A GPU has them always, since it would
     have to wait for the host to read the sizes; see ``forward``."""
 
+    sequence_shard: SequenceShard | None = None
+    """Set by ``parallel.context_parallel``, where several processes share a sequence."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
         self.args = args
@@ -116,6 +121,13 @@ class SymbioticModel(ModelProtocol):
         cost = model_cost(self, self.args, seq_len)
         return cost.parameters, cost.training_flops_per_token()
 
+    def own_part(self, batch: PackedBatch) -> PackedBatch:
+        """The part of ``batch`` that belongs to this process: all of it, unless several share its sequences. What ``forward`` returns for
+        ``batch``, without a cache, is about this part, and so are the losses. On the device of ``batch``."""
+        if self.sequence_shard is None:
+            return batch
+        return batch.columns(self._own_columns(self.sequence_shard, batch))
+
     def forward(
         self,
         batch: PackedBatch,
@@ -129,12 +141,15 @@ class SymbioticModel(ModelProtocol):
         """``noised`` are the latents at ``timesteps`` (float32 in [0, 1], one per latent token); see ``flow.path``.
 
         cache: the earlier tokens of the same sequences; ``batch`` then holds their next T tokens only.
-        logit_index: the tokens whose logits are needed, as indices into the B * T tokens of the batch; all of them by default.
+        logit_index: the tokens whose logits are needed, as indices into the B * T tokens of the batch, or of this process's part of it; all
+        of them by default.
 
-        A CPU computes the batch as one sequence without unused image tokens: ViT and heads then cost what the images need, and attention,
+        Processes that share the sequences (``own_part``) all take the whole batch and encode all its images. A CPU computes a batch that
+        is not shared as one sequence without unused image tokens: ViT and heads then cost what the images need, and attention,
         by segments, what the documents need.
         """
-        if cache is not None or self._has_static_shapes(batch.tokens.device):
+        is_shared = self.sequence_shard is not None
+        if is_shared or cache is not None or self._has_static_shapes(batch.tokens.device):
             return self._compute(
                 batch, noised_BLZ, timesteps_BL, shield_scale, cache, logit_index_N
             )
@@ -166,21 +181,28 @@ class SymbioticModel(ModelProtocol):
         # Every part runs on every batch, also without an image: under FSDP a rank that skipped one would leave its peers waiting in
         # the all-gather.
         vit = self._encode(batch)
+        others: Sequence[KeyValueSource] = ()
+        if cache is not None:
+            mask, others = self._cached_mask(batch, cache), cache.layers
+        elif self.sequence_shard is not None:
+            columns_T = self._own_columns(self.sequence_shard, batch)
+            mask = self._sequence_mask(batch, columns_T)
+            others = [self.sequence_shard] * len(self.layers)
+            batch = batch.columns(columns_T)
+        else:
+            mask = self._sequence_mask(batch)
         h_BTD, condition_BLD = self._embed(batch, vit.tokens, noised_BLZ, timesteps_BL)
-        rotary, mask = self._rotary(batch.positions), self._decoder_mask(batch, cache)
-        layer_caches = () if cache is None else cache.layers
+        rotary = self._rotary(batch.positions)
         records = []
         # Deepstack features belong to the first layers only, so the shorter lists are filled with None.
-        for block, features_BID, layer_cache in zip_longest(
-            self.layers.values(), vit.deepstack, layer_caches
-        ):
+        for block, features_BID, source in zip_longest(self.layers.values(), vit.deepstack, others):
             h_BTD, record = block(
                 h_BTD,
                 rotary,
                 mask,
                 batch.modality,
                 shield_scale,
-                layer_cache,
+                source,
                 batch.modality_counts,
             )
             if features_BID is not None:
@@ -233,11 +255,22 @@ class SymbioticModel(ModelProtocol):
         # The same strides as the other blocks' inputs; others would recompile the attention for the first block.
         return h_BTD.contiguous(), condition_BLD
 
-    def _decoder_mask(self, batch: PackedBatch, cache: KeyValueCache | None) -> AttentionMask:
-        """The mask of ``masks.sequence_rule``; with a cache, for the queries of ``batch`` only."""
+    def _own_columns(self, shard: SequenceShard, batch: PackedBatch) -> torch.Tensor:
+        return shard.columns(batch.tokens.shape[1], batch.tokens.device)
+
+    def _sequence_mask(
+        self, batch: PackedBatch, columns_T: torch.Tensor | None = None
+    ) -> AttentionMask:
+        """The mask of ``masks.sequence_rule``, by default for all queries. Keys are all tokens."""
+        rule = sequence_rule(batch, self.args.vit_attention)
+        if columns_T is None:
+            return self._mask(rule, batch.document)
+        query_BT = batch.document.index_select(1, columns_T)
+        return self._mask(of_columns(rule, columns_T), query_BT, batch.document)
+
+    def _cached_mask(self, batch: PackedBatch, cache: KeyValueCache) -> AttentionMask:
+        """The same for the queries of ``batch``; keys are those of the cache and its own."""
         # A chunk has few queries, so its mask is dense for every backend.
-        if cache is None:
-            return self._mask(sequence_rule(batch, self.args.vit_attention), batch.document)
         columns = cache.columns_with(batch)
         rule = sequence_rule(columns, self.args.vit_attention)
         return dense_mask(rule, columns.document.shape, columns.document.device, cache.length)

@@ -107,12 +107,15 @@ def activation_memory(
     """The estimate for one micro-batch of full sequences."""
     training, checkpoint = config.training, checkpointing(config)
     rows, length = training.local_batch_size, training.seq_len
-    tokens, b = rows * length, precision.computed
+    # Only the encoder computes on what other ranks of a sequence compute on, too; keys and values are gathered for all tokens.
+    context = config.parallelism.context_parallel_degree
+    tokens, b = rows * length // context, precision.computed
     per_op = checkpoint.mode == "selective" and checkpoint.selective_ac_option == "op"
     decoder = recomputed = 0
     for layer, is_recomputed in enumerate(recomputed_blocks(checkpoint, args.num_layers)):
         has_experts = layer >= args.num_dense_layers
         everything = tokens * saved_by_block(args, b, length, has_experts=has_experts)
+        everything += (rows * length - tokens) * b * 2 * args.num_kv_heads * args.head_dim
         if has_experts and config.losses.weight("z_loss"):
             everything += tokens * 5 * args.num_experts  # masked logits and their mask
         kept = everything
@@ -131,7 +134,7 @@ def activation_memory(
     vit_numbers, masks = 11 * args.vit.dim + hidden * args.vit.hidden_dim, 0
     if args.attention_backend == "sdpa":
         vit_numbers += patches
-        masks = rows * (length**2 + patches**2)
+        masks = tokens * length + rows * patches**2
         if args.vit.queries:
             masks += rows * vit_tokens * patches
     return ActivationMemory(

@@ -45,8 +45,9 @@ def parallelize(
     """The parallelize function of the train spec. In a single process the model stays as it is, apart from checkpointing and compile.
 
     Frozen parameter groups are frozen before anything else, since FSDP reads requires_grad when it shards; routers measure what the
-    losses need. Expert parallelism comes next, because it replaces parameters. Checkpoint wrappers come before compile, which looks
-    inside them, and FSDP comes last, because its hooks must stand outside the wrappers and the compiled parts.
+    losses need. Expert parallelism comes next, because it replaces parameters; context parallelism changes no module. Checkpoint wrappers
+    come before compile, which looks inside them, and FSDP comes last, because its hooks must stand outside the wrappers and the
+    compiled parts.
     """
     freeze_parameters(model, job_config.optimizer.param_groups)
     for module in model.modules():
@@ -54,6 +55,10 @@ def parallelize(
             module.measures_z = job_config.losses.weight("z_loss") > 0
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims.get_mesh("ep"))
+    if parallel_dims.cp_enabled:
+        from symbiotic_titan.parallel.context_parallel import apply_context_parallel
+
+        apply_context_parallel(model, parallel_dims.get_mesh("cp"))
     apply_activation_checkpoint(model, checkpointing(job_config), job_config.job.dump_folder)
     if compiles_model(job_config):
         apply_compile(model, job_config.compile.backend)
@@ -61,7 +66,7 @@ def parallelize(
         apply_fsdp(model, parallel_dims, job_config)
         logger.info(
             f"Applied FSDP2: {parallel_dims.dp_replicate} x {parallel_dims.dp_shard} ranks, "
-            f"expert parallel {parallel_dims.ep}"
+            f"expert parallel {parallel_dims.ep}, context parallel {parallel_dims.cp}"
         )
     return model
 

@@ -40,7 +40,7 @@ class PackedBatch:
     vae_image   (B, L) int64         span of each latent token's image; -1 if unused.
     vae_index   (B, L) int64         position in the sequence of each latent token; T if unused.
 
-    modality_counts                  positions of each modality, for the host; None unless ``counted``.
+    modality_counts                  positions of each modality that this process computes, for the host; None unless ``counted``.
     """
 
     tokens: torch.Tensor
@@ -76,7 +76,8 @@ class PackedBatch:
     def counted(self, device: torch.device | str) -> "PackedBatch":
         """This batch, about to be copied to ``device``: with ``modality_counts`` if it leaves the host."""
         # How many rows each expert group gets follows from them in every MoE layer; later the host would have to wait for them.
-        if self.modality.device.type != "cpu" or torch.device(device).type == "cpu":
+        is_known = self.modality_counts is not None
+        if is_known or self.modality.device.type != "cpu" or torch.device(device).type == "cpu":
             return self
         return replace(self, modality_counts=tuple(self.num_tokens().tolist()))
 
@@ -126,6 +127,27 @@ class PackedBatch:
             vae_index=moved(self.vae_index, latent),
         )
         return one, latent
+
+    def columns(self, columns_T: torch.Tensor) -> "PackedBatch":
+        """The same sequences with these of their tokens only, in this order; image tokens of other columns count as unused.
+
+        Patches and latents keep their sizes, so the result has static sizes too. Documents and spans keep their numbers.
+        ``modality_counts`` stay, so they are to be those of these columns.
+        """
+        length, num_columns = self.tokens.shape[1], columns_T.shape[0]
+        device = self.tokens.device
+        # Where each old column is now. Those left out, and the index of unused tokens, get the new index of unused tokens.
+        place_T = torch.full((length + 1,), num_columns, device=device)
+        place_T = place_T.index_copy(0, columns_T, torch.arange(num_columns, device=device))
+        by_column = ("tokens", "modality", "document", "span", "positions", "labels", "task")
+        vae_index = place_T[self.vae_index]
+        return replace(
+            self,
+            **{name: getattr(self, name).index_select(1, columns_T) for name in by_column},
+            vit_index=place_T[self.vit_index],
+            vae_index=vae_index,
+            vae_image=self.vae_image.masked_fill(vae_index == num_columns, -1),
+        )
 
     def num_tokens(self) -> torch.Tensor:
         """(NUM_MODALITIES,) int64: positions of each modality in this batch."""

@@ -16,6 +16,7 @@ from symbiotic_titan.moe.partition import check_expert_parallel_degree
 from symbiotic_titan.moe.router import check_score
 from symbiotic_titan.optim.shield_schedule import check_schedule
 from symbiotic_titan.parallel.float8 import check_converters, check_float8
+from symbiotic_titan.parallel.ranks import check_degrees
 from symbiotic_titan.training.upstream_options import (
     check_installed,
     check_numbers,
@@ -52,36 +53,23 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
         )
 
 
-def check_parallelism(config: JobConfig, args: ModelArgs, world_size: int) -> None:
+def check_parallelism(
+    config: JobConfig, args: ModelArgs, world_size: int, *, is_training: bool = True
+) -> None:
     """Degrees must factor the number of ranks, the experts and the batch."""
-    p = config.parallelism
-    replicate, shard = p.data_parallel_replicate_degree, p.data_parallel_shard_degree
-    for key in ("data_parallel_replicate_degree", "expert_parallel_degree"):
-        if getattr(p, key) < 1:
-            raise ValueError(f"parallelism.{key}: must be at least 1, got {getattr(p, key)}")
-    if shard == -1:
-        shard = world_size // replicate
-    if shard < 1 or replicate * shard != world_size:
-        raise ValueError(
-            f"parallelism: data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree ({shard}) "
-            f"must equal the number of ranks ({world_size}); set the shard degree to -1 to use what is left"
-        )
-    if replicate > 1 and shard == 1:
-        raise ValueError(
-            f"parallelism.data_parallel_replicate_degree = {replicate}: replication without sharding is not supported; "
-            "use fewer replicas, so that each is sharded over at least 2 ranks"
-        )
+    sharded, num_data_ranks = check_degrees(config, world_size, share_sequences=is_training)
     if config.training.enable_cpu_offload and world_size == 1:
         raise ValueError(
             "training.enable_cpu_offload = True: FSDP does it, and one rank runs without FSDP; use at least 2 ranks or remove it"
         )
-    if shard % p.expert_parallel_degree != 0:
+    degree = config.parallelism.expert_parallel_degree
+    if sharded % degree != 0:
         raise ValueError(
-            f"parallelism.expert_parallel_degree = {p.expert_parallel_degree} does not divide the "
-            f"{shard} ranks that a replica is sharded over"
+            f"parallelism.expert_parallel_degree = {degree} does not divide the "
+            f"{sharded} ranks that a replica is sharded over"
         )
-    check_expert_parallel_degree(args.groups, p.expert_parallel_degree)
-    check_batch(config, world_size)
+    check_expert_parallel_degree(args.groups, degree)
+    check_batch(config, num_data_ranks)
 
 
 def check_batch(config: JobConfig, num_data_ranks: int) -> None:
@@ -264,7 +252,7 @@ def check_job(
     if num_ranks is None:
         num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if is_training or num_ranks > 1:
-        check_parallelism(config, args, num_ranks)
+        check_parallelism(config, args, num_ranks, is_training=is_training)
     else:
         check_batch(config, num_data_ranks=1)
     check_float8(config, args, num_ranks, elsewhere=elsewhere)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.flow.noise import noised_latents
 from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTotals
 from symbiotic_titan.losses.terms import StepInputs
-from symbiotic_titan.model.symbiotic import ModelOutput
+from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup, tokens_of_groups
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
 from symbiotic_titan.parallel.fsdp import reduce_after
@@ -37,7 +37,7 @@ class StepGradients:
     shield_scale:       () on the device, see ``optim.shield_schedule``.
     """
 
-    model: nn.Module
+    model: SymbioticModel
     config: JobConfig
     loss_fn: LossFunction
     ranks: DataRanks
@@ -95,8 +95,9 @@ class StepGradients:
         return self.sum_routing(totals)
 
     def sum_routing(self, totals: Iterable[RoutingTotals]) -> RoutingTotals:
-        """Counts of several micro-batches, summed over them and over the data ranks."""
-        return functools.reduce(operator.add, totals).map(self.ranks.sum)
+        """Counts of several micro-batches, summed over them and over all ranks."""
+        # Copied, because a single micro-batch's own counts are reported, too.
+        return functools.reduce(operator.add, totals).map(lambda n: self.ranks.sum(n.clone()))
 
     def forward_backward(
         self,
@@ -119,11 +120,12 @@ class StepGradients:
             step_routing = self.sum_routing([routing])
         values = self.loss_fn.values(
             StepInputs(
-                batch=micro_batch.batch,
+                batch=self.model.own_part(micro_batch.batch),
                 logits=output.logits,
                 velocity=output.velocity,
                 target_velocity=target_BLZ,
                 records=output.records,
+                routing=routing and routing.map(self.ranks.sum_over_parts),
                 num_micro_batches=self.num_micro_batches * self.ranks.size,
                 step_routing=step_routing,
                 group_tokens=tokens_of_groups(totals.modality, self.groups),

@@ -134,7 +134,7 @@ def add_sample_grids(trainer: SymbioticTrainer) -> None:
         cast(SymbioticModel, trainer.model_parts[0]),
         trainer.job_config,
         cast(Tokenizer, trainer.tokenizer),
-        trainer.ranks,
+        trainer.ranks.each(),  # generation uses a cache, so it shares no sequences
         trainer.metrics_processor,
         autocast=lambda: trainer.maybe_enable_amp,
         stop_requested=trainer.stop_requested,

@@ -162,7 +162,7 @@ class StepData(Iterator[StepBatches]):
             # Ranks reach the end at different steps; all go on, some with padding, until none has a row left.
             not (self._loader.can_end and ended),
             self.error is not None,
-            *self._loader.skip_counts,
+            *self._ranks.once(self._loader.skip_counts),
         ]
         self._ended, self._after, self._loader.position = ended, self._loader.position, before
         values = torch.cat([torch.tensor(own, dtype=torch.float64), counts])

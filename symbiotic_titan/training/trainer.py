@@ -34,6 +34,7 @@ from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTota
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import NUM_PAIRS, model_cost, visible_pairs
 from symbiotic_titan.model.initialize import leaving_out
+from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_ratios
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.optim.shield_schedule import shield_scale
@@ -95,7 +96,7 @@ class SymbioticTrainer(Trainer):
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.shield_scale = torch.ones((), device=self.device)
         self.gradients = StepGradients(
-            model=self.model_parts[0],
+            model=cast(SymbioticModel, self.model_parts[0]),
             config=job_config,
             loss_fn=self.loss_fn,
             ranks=self.ranks,
@@ -141,22 +142,32 @@ class SymbioticTrainer(Trainer):
         pairs = torch.zeros(NUM_PAIRS, dtype=torch.float64)
         for batch in batches:
             pairs += visible_pairs(batch, cast(ModelArgs, self.model_args).vit_attention)
-        return torch.cat([self.loss_fn.count_step(batches), pairs])
+        targets = self.loss_fn.count_step([self.own_part(batch) for batch in batches])
+        return torch.cat([targets, torch.tensor(self.ranks.once(pairs.tolist())).double()])
 
     def move(self, batch: PackedBatch) -> MicroBatch:
         """``batch`` on its way to the device; what the host must know of it is found out first, so that it never asks the device."""
-        index_N, places = self.loss_fn.logit_index(batch), self.encode.places(batch)
+        own = self.own_part(batch)
+        index_N, places = self.loss_fn.logit_index(own), self.encode.places(batch)
         copied = functools.partial(copy_from_host, device=self.device)
-        moved = batch.counted(self.device).map(copied)
+        moved = self.counted(batch, own).map(copied)
         return MicroBatch(moved, None if index_N is None else copied(index_N), places)
 
     def to_device(self, batch: PackedBatch, places: list[ImagePlace] | None = None) -> PackedBatch:
         """``batch`` on the training device, target images, which are at ``places``, encoded as latents."""
-        return self.encode(batch.to(self.device), places)
+        return self.encode(self.counted(batch, self.own_part(batch)).to(self.device), places)
+
+    def counted(self, batch: PackedBatch, own: PackedBatch) -> PackedBatch:
+        """``batch`` with the counts of its ``own_part``, which is all that its way to the device would count."""
+        return replace(batch, modality_counts=own.counted(self.device).modality_counts)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """``values`` summed over the data ranks; the same on all of them."""
+        """``values`` summed over all ranks; the same on all of them."""
         return self.ranks.sum(values)
+
+    def own_part(self, batch: PackedBatch) -> PackedBatch:
+        """Of ``batch`` what the model's output is about, see ``SymbioticModel.own_part``."""
+        return cast(SymbioticModel, self.model_parts[0]).own_part(batch)
 
     # ---- one step -----------------------------------------------------------------------------------------------------
 
@@ -264,7 +275,8 @@ class SymbioticTrainer(Trainer):
             name if name == "truncated" else f"skipped/{name}": count
             for name, count in loader.skip_reasons.items()
         }
-        totals = self.sum_over_ranks(copy_from_host(torch.tensor(list(own.values())), self.device))
+        numbers = torch.tensor(self.ranks.once(list(own.values())))
+        totals = self.sum_over_ranks(copy_from_host(numbers, self.device))
         counts: dict[str, float] = dict(zip(own, totals.tolist(), strict=True))  # device sync
         counts["bad_share"] = counts["skipped"] / max(counts.pop("read"), 1)
         always = ("skipped", "bad_share")

@@ -28,8 +28,9 @@ _UNSUPPORTED = (
         "use parallelism.expert_parallel_degree and FSDP",
     ),
     Unsupported("parallelism.pipeline_parallel_degree", 1, "use FSDP and expert parallelism"),
+    Unsupported("parallelism.context_parallel_load_balancer", "headtail", "leave it at 'headtail'"),
     Unsupported(
-        "parallelism.context_parallel_degree", 1, "use a shorter training.seq_len and more rows"
+        "parallelism.context_parallel_rotate_method", "allgather", "leave it at 'allgather'"
     ),
     Unsupported("parallelism.expert_tensor_parallel_degree", 1, "leave it at 1"),
     Unsupported("parallelism.expert_parallel_comm_backend", "standard", "leave it at 'standard'"),

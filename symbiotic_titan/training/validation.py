@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.pipeline import build_loader
 from symbiotic_titan.inference.held_out import held_out_data, held_out_losses
 from symbiotic_titan.losses.step import LossFunction
+from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.training.step_data import error_of_ranks
 from symbiotic_titan.training.stop import (
@@ -119,7 +120,7 @@ class SymbioticValidator(BaseValidator):
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Measure and log. A stop signal ends it after the current batch, without a result."""
-        (model,) = model_parts
+        model = cast(SymbioticModel, model_parts[0])
         activity = f"validation at step {step}"
         with paused_training(model, self.metrics_processor, activity), self.weights():
             start = time.perf_counter()

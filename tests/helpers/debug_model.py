@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torchtitan.distributed import ParallelDims
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
@@ -13,6 +12,7 @@ from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
 from symbiotic_titan.parallel.parallelize import parallelize
+from symbiotic_titan.parallel.ranks import parallel_dims_of
 from symbiotic_titan.sequence.batch import stack_rows
 from tests.helpers.tiny_models import MIXED, OTHER, pack_row
 
@@ -28,16 +28,7 @@ def build(config: JobConfig, **vit: object) -> tuple[SymbioticModel, ModelArgs]:
     args = FLAVORS["debug"]
     args.vit = replace(args.vit, **vit)
     args.update_from_config(config)
-    dims = ParallelDims(
-        dp_replicate=config.parallelism.data_parallel_replicate_degree,
-        dp_shard=-1,
-        cp=1,
-        tp=1,
-        pp=1,
-        ep=config.parallelism.expert_parallel_degree,
-        etp=1,
-        world_size=dist.get_world_size(),
-    )
+    dims = parallel_dims_of(config, dist.get_world_size())
     with torch.device("meta"):
         model = SymbioticModel(args)
     parallelize(model, dims, config)

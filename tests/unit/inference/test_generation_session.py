@@ -135,8 +135,8 @@ def test_a_model_compiled_for_training_can_be_read(model, make_generator, config
 def test_the_cache_grows_without_changing_what_it_holds():
     cache, chunks = LayerCache(), [torch.randn(2, 3, n, 4) for n in (5, 1, 1, 9, 2)]
     for number, chunk in enumerate(chunks):
-        cache.with_chunk(torch.randn_like(chunk), torch.randn_like(chunk))  # overwritten: not kept
-        keys, values = cache.with_chunk(chunk, -chunk)
+        cache.complete(torch.randn_like(chunk), torch.randn_like(chunk))  # overwritten: not kept
+        keys, values = cache.complete(chunk, -chunk)
         cache.append(chunk.shape[2])
         held = torch.cat(chunks[: number + 1], dim=2)
         assert torch.equal(keys, held) and torch.equal(values, -held)

@@ -78,6 +78,14 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
             "parallelism.expert_parallel_degree = 2 does not divide the 1 ranks",
         ),
         ("--parallelism.expert_parallel_degree 0", "must be at least 1, got 0"),
+        (
+            "--parallelism.context_parallel_degree 2",
+            "parallelism.context_parallel_degree = 2 does not divide the number of ranks (1)",
+        ),
+        (
+            "--parallelism.context_parallel_rotate_method alltoall",
+            "parallelism.context_parallel_rotate_method = 'alltoall' is not supported by this trainer",
+        ),
         ("--parallelism.data_parallel_shard_degree 3", "must equal the number of ranks (1)"),
         (
             "--training.global_batch_size 5",
@@ -163,6 +171,31 @@ def test_partitions_that_overlap_or_do_not_cover_are_refused(tmp_path, old, new,
             "replication without sharding is not supported",
         ),
         ("--parallelism.data_parallel_replicate_degree 2", 3, "must equal the number of ranks (3)"),
+        (
+            "--parallelism.context_parallel_degree 4",
+            6,
+            "context_parallel_degree = 4 does not divide the number of ranks (6); start a multiple of 4",
+        ),
+        (
+            "--parallelism.context_parallel_degree 2 --parallelism.data_parallel_shard_degree 4",
+            4,
+            "x data_parallel_shard_degree (4) x context_parallel_degree (2) must equal the number of ranks (4)",
+        ),
+        (
+            "--parallelism.context_parallel_degree 4 --training.seq_len 388",
+            4,
+            "training.seq_len = 388 must be a multiple of 8, because every rank has two chunks of each sequence; set it to 392",
+        ),
+        (
+            "--parallelism.context_parallel_degree 0",
+            2,
+            "context_parallel_degree: must be at least 1",
+        ),
+        (
+            "--parallelism.context_parallel_degree 2 --parallelism.expert_parallel_degree 4",
+            6,
+            "expert_parallel_degree = 4 does not divide the 6 ranks",
+        ),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused(tmp_path, overrides, world_size, message):

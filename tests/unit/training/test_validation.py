@@ -91,6 +91,9 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
+    def own_part(self, batch):
+        return batch
+
     def forward(self, batch, noised_BLZ, timesteps_BL, shield_scale, logit_index_N):
         known = (batch.labels >= 0) & (batch.task == 0)
         answers = torch.where(known, batch.labels, 271).flatten()[logit_index_N]
