@@ -88,18 +88,28 @@ def step_traffic(
     # Of groups with a top-k of their own the largest, as for activations: all tokens may be the group's.
     tokens = config.training.local_batch_size * config.training.seq_len
     copies = tokens // config.parallelism.context_parallel_degree * max(args.moe_args.top_ks)
-    exchanges = {
-        f"layers.{layer}": dry_run.exchange_traffic(
+    of_tokens = {
+        f"layers.{layer}": dry_run.context_traffic(
+            tokens,
+            args.num_kv_heads * args.head_dim,
+            config.parallelism.context_parallel_degree,
+            precision,
+            recomputed=again,
+        )
+        for layer, again in enumerate(
+            dry_run_activations.regathered_blocks(checkpointing(config), args.num_layers)
+        )
+    }
+    for layer in range(args.num_dense_layers, args.num_layers):
+        of_tokens[f"layers.{layer}"] += dry_run.exchange_traffic(
             copies,
             args.dim,
             config.parallelism.expert_parallel_degree,
             precision,
             recomputed=recomputed[layer],
         )
-        for layer in range(args.num_dense_layers, args.num_layers)
-    }
     reshard = config.parallelism.fsdp_reshard_after_forward
-    return dry_run.traffic_by_stage(parameters, precision, reshard, exchanges)
+    return dry_run.traffic_by_stage(parameters, precision, reshard, of_tokens)
 
 
 def cost_of(config: JobConfig, args: ModelArgs) -> ModelCost:
@@ -126,15 +136,17 @@ def seconds_of_step(
     precision = dry_run.Precision.of(config)
     recomputed = dry_run_activations.recomputed_blocks(checkpointing(config), args.num_layers)
     compute = dry_run_seconds.compute_of(config, args, cost_of(config, args), recomputed)
-    reshard, degree = (
-        config.parallelism.fsdp_reshard_after_forward,
-        config.parallelism.expert_parallel_degree,
-    )
-    gradient_sync = config.parallelism.fsdp_gradient_sync
+    parallelism = config.parallelism
     network = dry_run_seconds.fsdp_seconds(
-        parameters, precision, reshard, speeds, micro_batches, gradient_sync
+        parameters,
+        precision,
+        parallelism.fsdp_reshard_after_forward,
+        speeds,
+        micro_batches,
+        parallelism.fsdp_gradient_sync,
     )
-    network += dry_run_seconds.exchange_seconds(once, degree, speeds)
+    network += dry_run_seconds.exchange_seconds(once, parallelism.expert_parallel_degree, speeds)
+    network += dry_run_seconds.context_seconds(once, parallelism.context_parallel_degree, speeds)
     step = dry_run_seconds.step_seconds(
         compute, network, micro_batches, speeds, counts_first=counts_first(config, micro_batches)
     )
@@ -261,6 +273,7 @@ def print_seconds(values: dict[str, Any]) -> None:
         ("compute", "matrix products and attention, recomputation included"),
         ("fsdp", f"beside the computation, but for {values['fsdp_waits']:.3f}"),
         ("exchange", "all-to-alls; nothing runs beside them"),
+        ("context", "keys and values; nothing runs beside them"),
     ):
         forward, backward = values[f"{what}_forward"], values[f"{what}_backward"]
         print(f"  {what:10s} forward {forward:8.3f}  backward {backward:8.3f}  {remark}")

@@ -240,6 +240,8 @@ class Traffic:
     all_reduce:     HSDP's sums over replicas.
     exchange_*:     the expert-parallel all-to-alls, out and back; ``backward`` includes what activation checkpointing sends again when
                     it recomputes the forward.
+    context_*:      context parallelism's gathers of keys and values; ``backward``: the sums of their gradients, and the gathers that
+                    activation checkpointing repeats.
     """
 
     gather_forward: int = 0
@@ -248,6 +250,8 @@ class Traffic:
     all_reduce: int = 0
     exchange_forward: int = 0
     exchange_backward: int = 0
+    context_forward: int = 0
+    context_backward: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -271,7 +275,11 @@ class Traffic:
     @property
     def forward(self) -> "Traffic":
         """The traffic of a forward without gradients."""
-        return Traffic(gather_forward=self.gather_forward, exchange_forward=self.exchange_forward)
+        return Traffic(
+            gather_forward=self.gather_forward,
+            exchange_forward=self.exchange_forward,
+            context_forward=self.context_forward,
+        )
 
 
 def weight_traffic(
@@ -319,14 +327,23 @@ def exchange_traffic(
     )
 
 
+def context_traffic(
+    num_tokens: int, kv_channels: int, degree: int, precision: Precision, *, recomputed: bool
+) -> Traffic:
+    """One attention layer: the keys and values, uC channels each, of the ``num_tokens`` that ``degree`` ranks share are gathered, and
+    their gradients are reduced and scattered. ``recomputed``: the gather runs again in the backward."""
+    one_way = 2 * num_tokens * kv_channels * precision.computed * (degree - 1) // degree
+    return Traffic(context_forward=one_way, context_backward=one_way * (2 if recomputed else 1))
+
+
 def traffic_by_stage(
     parameters: Sequence[ShardedParameter],
     precision: Precision,
     reshard: str,
-    exchanges: Mapping[str, Traffic] = MappingProxyType({}),
+    of_tokens: Mapping[str, Traffic] = MappingProxyType({}),
 ) -> dict[str, Traffic]:
-    """Stage (a block, or a unit outside of blocks; "" is the root) -> traffic of one forward and backward. ``exchanges``: traffic of
-    the stages that have experts."""
+    """Stage (a block, or a unit outside of blocks; "" is the root) -> traffic of one forward and backward. ``of_tokens``: what
+    stages send besides weights and their gradients."""
     stages: dict[str, list[ShardedParameter]] = {}
     for parameter in parameters:
         stages.setdefault(stage_of(parameter.unit), []).append(parameter)
@@ -335,7 +352,7 @@ def traffic_by_stage(
     for stage, members in stages.items():
         again = gathers_in_backward(stage, "".join(last_block), reshard)
         traffic[stage] = weight_traffic(members, precision, again)
-        traffic[stage] += exchanges.get(stage, Traffic())
+        traffic[stage] += of_tokens.get(stage, Traffic())
     return traffic
 
 

@@ -23,6 +23,7 @@ Saved per token; b bytes per number, D width, UC query and uC key/value channels
   selective  op: b(2D + 2UC + uC + f) + 4U, with routed experts bK(2F + D) + 4E more, under expert parallelism 2bKD more, and one
              block of `none`; compiled at most `none`, since the compiler recomputes what is elementwise
              a number N: every N-th block as `full`, the others as `none`
+  context    a rank has every C-th of these tokens, and 2buC a block, with `full` of one block, for each of the others
   ViT        b(11S + 2F) per patch and block, S the width of the ViT; with sdpa b for every patch of the sequence more
   heads      logits bV, and bV more for their gradient, while the loss is differentiated
   masks      with sdpa one byte for every pair of positions, and of patches, of a row, and for every patch that a query may read"""
@@ -99,6 +100,14 @@ def recomputed_blocks(config: ActivationCheckpoint, num_layers: int) -> list[boo
         every = int(config.selective_ac_option)
         return [every == 0 or (i + 1) % every == 0 for i in range(num_layers)]
     return [config.mode == "full"] * num_layers
+
+
+def regathered_blocks(config: ActivationCheckpoint, num_layers: int) -> list[bool]:
+    """For every block, whether context parallelism gathers its keys and values again in the backward. Per-op does not save them, so
+    that a rank never holds those of all tokens of all blocks."""
+    if config.mode == "selective" and config.selective_ac_option == "op":
+        return [True] * num_layers
+    return recomputed_blocks(config, num_layers)
 
 
 def activation_memory(

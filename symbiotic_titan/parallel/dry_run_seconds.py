@@ -1,15 +1,16 @@
 """Seconds of compute and of network in a step, at speeds that the user states. Arithmetic; nothing is measured.
 
-Placement: ranks fill one node after another, and groups lie as the trainer's meshes lay them: expert-parallel groups and FSDP groups are
-neighbouring ranks, the FSDP groups of experts take every e-th rank, replicas every s-th. n ranks of a group have m members in each of
-its nodes. Every rank has a network adapter of its own. A rank sends B bytes:
+Placement: ranks fill one node after another, and groups lie as the trainer's meshes lay them: expert-parallel groups, the ranks that
+share sequences and FSDP groups are neighbouring ranks, the FSDP groups of experts take every e-th rank, replicas every s-th. n ranks of
+a group have m members in each of its nodes. Every rank has a network adapter of its own. A rank sends B bytes:
 
     gather, reduce-scatter, all-reduce    rings: B inside the node, and a share (n - m) / (m (n - 1)) of it through its adapter too: what
                                           a node needs is sent to it once, through all of the group's adapters there
     all-to-all                            (m - 1) / (n - 1) of B inside the node, (n - m) / (n - 1) through its adapter
 
 The slower of the two links counts. FSDP's collectives run beside computation; what is longer than that waits. Nothing runs beside an
-all-to-all, whose result the next matrix product needs. Left out: latency, the optimizer, kernels that memory limits, data.
+all-to-all, whose result the next matrix product needs, nor beside context parallelism's gather of keys and values. Left out: latency,
+the optimizer, kernels that memory limits, data.
 """
 
 from collections.abc import Iterable, Sequence
@@ -91,6 +92,7 @@ class StepSeconds:
     compute_*:  matrix products and attention.
     fsdp_*:     gathers of weights; in the backward sums of gradients too, and HSDP's over replicas.
     exchange_*: expert-parallel all-to-alls.
+    context_*:  context parallelism's gathers of keys and values, and sums of their gradients.
     """
 
     compute_forward: float = 0.0
@@ -99,6 +101,8 @@ class StepSeconds:
     fsdp_backward: float = 0.0
     exchange_forward: float = 0.0
     exchange_backward: float = 0.0
+    context_forward: float = 0.0
+    context_backward: float = 0.0
 
     def __add__(self, other: "StepSeconds") -> "StepSeconds":
         return StepSeconds(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
@@ -112,11 +116,15 @@ class StepSeconds:
 
     @property
     def network(self) -> float:
-        return self.fsdp_forward + self.fsdp_backward + self.exchange
+        return self.fsdp_forward + self.fsdp_backward + self.exchange + self.context
 
     @property
     def exchange(self) -> float:
         return self.exchange_forward + self.exchange_backward
+
+    @property
+    def context(self) -> float:
+        return self.context_forward + self.context_backward
 
     @property
     def fsdp_waits(self) -> float:
@@ -127,7 +135,7 @@ class StepSeconds:
 
     @property
     def total(self) -> float:
-        return self.compute + self.fsdp_waits + self.exchange
+        return self.compute + self.fsdp_waits + self.exchange + self.context
 
 
 def _values(seconds: StepSeconds) -> Iterable[float]:
@@ -157,9 +165,12 @@ def compute_of(
     # Of the pairs of query and key that ``cost`` counts a causal document has no more than these.
     unseen = cost.pair_flops[0] * length * (length - 1) // 2
     whole = sum(f * n for f, n in zip(cost.forward_flops, tokens, strict=True)) - unseen
-    logits = cost.logit_flops * tokens[TEXT]
     # The image encoder is what an image token costs more than a generated one, whose own embedding and head are small.
     encoder = max(0, cost.forward_flops[VIT] - cost.forward_flops[VAE]) * tokens[VIT]
+    # The ranks of context parallelism share all but the encoder.
+    context = config.parallelism.context_parallel_degree
+    whole = encoder + (whole - encoder) / context
+    logits = cost.logit_flops * tokens[TEXT] / context
     again = (whole - logits - encoder) * sum(recomputed) / len(recomputed)
     return Compute(rows * whole, rows * (2 * whole + again), rows * (whole - logits))
 
@@ -198,6 +209,15 @@ def exchange_seconds(traffic: Traffic, degree: int, speeds: Speeds) -> StepSecon
     )
 
 
+def context_seconds(traffic: Traffic, degree: int, speeds: Speeds) -> StepSeconds:
+    """The gathers and sums of keys and values in ``traffic`` among ``degree`` neighbouring ranks."""
+    group = Group.of(degree, 1, speeds.ranks_per_node)
+    return StepSeconds(
+        context_forward=group.ring(traffic.context_forward, speeds),
+        context_backward=group.ring(traffic.context_backward, speeds),
+    )
+
+
 def step_seconds(
     compute: Compute,
     network: StepSeconds,
@@ -217,5 +237,6 @@ def step_seconds(
             compute_forward=compute.without_loss / rate,
             fsdp_forward=network.fsdp_forward,
             exchange_forward=network.exchange_forward,
+            context_forward=network.context_forward,
         )
     return one * num_micro_batches

@@ -5,18 +5,26 @@ from math import prod
 from pathlib import Path
 
 import pytest
+from torchtitan.config.job_config import ActivationCheckpoint
 
 from symbiotic_titan.commands import show_parallel
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.flops import ModelCost
-from symbiotic_titan.parallel.dry_run import Precision, ShardedParameter, Traffic
+from symbiotic_titan.parallel.dry_run import (
+    Precision,
+    ShardedParameter,
+    Traffic,
+    context_traffic,
+)
+from symbiotic_titan.parallel.dry_run_activations import regathered_blocks
 from symbiotic_titan.parallel.dry_run_seconds import (
     Compute,
     Group,
     Speeds,
     StepSeconds,
     compute_of,
+    context_seconds,
     exchange_seconds,
     fsdp_seconds,
     step_seconds,
@@ -27,6 +35,7 @@ ROOT = Path(__file__).parents[3]
 # 1 GB a second to other nodes, 10 inside a node of 4.
 SPEEDS = Speeds(tflops=2.0, network_gbps=8.0, node_gbps=80.0, ranks_per_node=4)
 GB = 10**9
+BF16 = Precision(stored=4, computed=2, reduced=4)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +116,29 @@ def test_exchanges_are_those_of_the_traffic():
     assert seconds.exchange_backward == pytest.approx(0.6) and seconds.network == seconds.exchange
 
 
+def test_keys_and_values_are_gathered_and_their_gradients_summed():
+    # 100 tokens with 8 channels of keys and of values in bf16; three of four ranks are elsewhere.
+    traffic = context_traffic(100, 8, 4, BF16, recomputed=False)
+    assert traffic == Traffic(context_forward=2400, context_backward=2400)
+    again = context_traffic(100, 8, 4, BF16, recomputed=True)
+    assert again == Traffic(context_forward=2400, context_backward=4800)
+    assert context_traffic(100, 8, 1, BF16, recomputed=True) == Traffic()
+    for settings, expected in (
+        ({"mode": "selective", "selective_ac_option": "op"}, True),
+        ({"mode": "none"}, False),
+    ):
+        config = ActivationCheckpoint(**settings)
+        assert regathered_blocks(config, 2) == [expected] * 2
+
+
+def test_keys_and_values_are_waited_for():
+    traffic = Traffic(context_forward=3 * GB, context_backward=6 * GB)
+    seconds = context_seconds(traffic, 4, SPEEDS)
+    ring = Group.of(4, 1, SPEEDS.ranks_per_node).ring
+    assert seconds.context_forward == ring(3 * GB, SPEEDS) > 0
+    assert seconds.total == seconds.network == ring(3 * GB, SPEEDS) + ring(6 * GB, SPEEDS)
+
+
 def test_what_computation_hides_is_not_waited_for():
     network = StepSeconds(fsdp_forward=3.0, fsdp_backward=3.0, exchange_forward=0.5)
     compute = Compute(forward=4e12, backward=8e12, without_loss=3e12)
@@ -141,6 +173,14 @@ def test_compute_counts_rows_tokens_and_what_is_computed_again():
         3 * whole, 6 * whole, 3 * (whole - 100 * 1000)
     )
     assert compute_of(config, args, cost, [True, False]).backward == 6 * whole + 3 * blocks / 2
+    # Two ranks share the sequences, and both encode all images.
+    config.parallelism.context_parallel_degree = 2
+    shared, encoder = whole - 100 * 500, 100 * 500
+    assert compute_of(config, args, cost, [False, False]) == Compute(
+        3 * (encoder + shared / 2),
+        6 * (encoder + shared / 2),
+        3 * (encoder + (shared - 100 * 1000) / 2),
+    )
 
 
 def test_gradients_that_are_reduced_once_are_counted_unsharded():
