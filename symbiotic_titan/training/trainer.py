@@ -54,14 +54,15 @@ if TYPE_CHECKING:  # loaded by the runs that use them
 
 
 class SymbioticTrainer(Trainer):
-    """Trains the model of the train spec ``symbiotic`` from a checked JobConfig. ``start``: what ``find_start`` found."""
+    """Trains the model of the train spec ``symbiotic`` from a checked JobConfig. ``start``: what ``find_start`` found; None: new
+    weights."""
 
     job_config: JobConfig
     metrics_processor: SymbioticMetrics  # type: ignore[assignment]
     validator: "SymbioticValidator"
     loss_fn: LossFunction  # type: ignore[assignment]
 
-    def __init__(self, job_config: JobConfig, start: Start | None) -> None:
+    def __init__(self, job_config: JobConfig, start: Start | None = None) -> None:
         self.start, self.given = start, set[str]()
         self.stop, self.saved_config = StopRequest(), SavedConfig(job_config)
         self.first_step = 0  # the step that this process continued from
