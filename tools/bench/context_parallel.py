@@ -8,7 +8,7 @@ config may follow. Of the rank that needs most:
   saved_mib  bytes of the tensors that autograd holds between the forward and the backward of the last step, weights not counted
   rss_mib    peak resident memory of the process above that of a rank which has built its trainer and taken no step
   state_mib  its shard of weights and gradients, and of the optimizer's moments
-  loss       of the last step, to be the same for every degree
+  losses     of all steps, to be the same for every degree; the table has the last one
 
 Ranks share this machine, so seconds would say nothing about several machines and are not measured. A table, then one JSON line.
 """
@@ -92,14 +92,14 @@ def rank_main(rank: int, options: dict[str, Any]) -> None:
             "saved_mib": saved[0] / MIB,
             "rss_mib": rss / MIB,
             "state_mib": state_bytes(trainer) / MIB,
-            "loss": losses[-1],
+            "losses": losses,
         }
         (Path(options["out"]) / f"{rank}.json").write_text(json.dumps(figures))
         trainer.close()
 
 
-def measure(degree: int, options: dict[str, Any]) -> dict[str, float]:
-    """The largest figures of the ranks of one degree."""
+def measure(degree: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The largest figures of the ranks of one degree, and the losses, which all of them know."""
     with tempfile.TemporaryDirectory() as out:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -149,7 +149,8 @@ def main() -> None:
     print(f"{options.config}, one sequence of {options.seq_len} tokens")
     print("degree" + "".join(f"{column:>12s}" for column in columns))
     for degree, figures in results.items():
-        print(f"{degree:6d}" + "".join(f"{figures[column]:12.4f}" for column in columns))
+        row = [*(figures[column] for column in columns[:-1]), figures["losses"][-1]]
+        print(f"{degree:6d}" + "".join(f"{number:12.4f}" for number in row))
     first = results[options.degrees[0]]
     summary = {
         **machine(),
@@ -157,7 +158,12 @@ def main() -> None:
         "saved_share": {
             d: round(f["saved_mib"] / first["saved_mib"], 3) for d, f in results.items()
         },
-        "degrees": {d: {k: round(v, 6) for k, v in f.items()} for d, f in results.items()},
+        "largest_loss_difference": max(
+            abs(ours / alone - 1)
+            for figures in results.values()
+            for ours, alone in zip(figures["losses"], first["losses"], strict=True)
+        ),
+        "degrees": results,
     }
     print(json.dumps(summary))
 
