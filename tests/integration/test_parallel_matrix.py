@@ -1,6 +1,6 @@
 """Everything composes: every layout x activation checkpointing x compile x float8 gives the losses of one plain process.
 
-CI runs a covering subset; ``tests/run.sh -m matrix`` runs all combinations (about 25 minutes on 2 cores).
+CI runs a covering subset; ``tests/run.sh -m matrix`` runs all combinations (about 40 minutes on 2 cores).
 """
 
 from itertools import product
@@ -14,13 +14,16 @@ LOSSES = ("loss/text", "loss/flow", "loss/balance", "grad_norm/all")
 # Relative, over 5 steps, float32. Sums are taken in another order; float8 rounds every matmul of the blocks.
 TOLERANCE = {False: 1e-3, True: 6e-2}
 
-# Name -> (processes, replicas, expert-parallel degree).
+# Name -> (processes, replicas, expert-parallel degree, context-parallel degree).
 LAYOUTS = {
-    "fsdp2": (2, 1, 1),
-    "hsdp": (4, 2, 1),
-    "ep2": (2, 1, 2),
-    "ep4": (4, 1, 4),
-    "ep2_hsdp": (4, 2, 2),
+    "fsdp2": (2, 1, 1, 1),
+    "hsdp": (4, 2, 1, 1),
+    "ep2": (2, 1, 2, 1),
+    "ep4": (4, 1, 4, 1),
+    "ep2_hsdp": (4, 2, 2, 1),
+    "cp2": (2, 1, 1, 2),
+    "cp2_hsdp": (4, 2, 1, 2),
+    "cp2_ep2_hsdp": (4, 2, 2, 2),
 }
 # When FSDP frees the weights behind a forward: all ways occur.
 RESHARD = {"none": "never", "full": "always", "per_op": "default"}
@@ -36,6 +39,7 @@ COVERING = {
     ("ep2", "none", "eager", True),
     ("ep4", "full", "aot_eager", True),
     ("ep2_hsdp", "per_op", "aot_eager", False),
+    ("cp2_ep2_hsdp", "full", "aot_eager", True),
 }
 
 
@@ -65,19 +69,22 @@ def plain(tmp_path_factory, demo):
 
 
 def assert_losses_of_plain(folder, demo, plain, layout, checkpointing, backend, float8):
-    world_size, replicas, expert_parallel = LAYOUTS[layout]
+    world_size, replicas, expert_parallel, context_parallel = LAYOUTS[layout]
     run = launch(
         folder,
         demo,
         world_size=world_size,
-        training__local_batch_size=4 // world_size,
+        training__local_batch_size=4 * context_parallel // world_size,
         parallelism__data_parallel_replicate_degree=replicas,
         parallelism__expert_parallel_degree=expert_parallel,
+        parallelism__context_parallel_degree=context_parallel,
         parallelism__fsdp_reshard_after_forward=RESHARD[checkpointing],
         **settings_of(checkpointing, backend, float8),
     )
     assert run.status == 0, run.text[-3000:]
-    assert replicas == 1 or f"{replicas} x 2 ranks" in run.text
+    shards = world_size // replicas // context_parallel
+    applied = f"{replicas} x {shards} ranks, expert parallel {expert_parallel}, context parallel {context_parallel}"
+    assert applied in run.text
     for tag in LOSSES:
         ours, theirs = run.scalars(tag), plain.scalars(tag)
         for step in range(1, NUM_STEPS + 1):
