@@ -99,8 +99,10 @@ def visible_pairs(batch: PackedBatch, vit_attention: str = "bidirectional") -> t
     seen_N = last_N[document_N] - order_BT[is_used_BT] + 1
     pairs = seen_N[batch.modality[is_used_BT] != VAE].sum().double()
     # A target image is seen by itself alone; an input image also by its tokens that precede it.
-    pairs = pairs + count(batch.span, batch.modality == VAE).square().sum()
-    vit_tokens = count(batch.span, batch.modality == VIT)
+    # Delimiters of an image may be routed as its tokens are, but are in no span.
+    in_span_BT = batch.span >= 0
+    pairs = pairs + count(batch.span, in_span_BT & (batch.modality == VAE)).square().sum()
+    vit_tokens = count(batch.span, in_span_BT & (batch.modality == VIT))
     if vit_attention == "bidirectional":
         pairs = pairs + (vit_tokens * (vit_tokens - 1)).sum() / 2
     patches = count(batch.vit_image, batch.vit_image >= 0)

@@ -46,7 +46,7 @@ def test_rows_behind_the_end_are_padding_alone_and_of_the_usual_shape(make_loade
     loader = make_loader({"sources": [row], "at_end": "stop"}, seq_len=48)
     full = read_to_the_end(loader)[0]
     empty = next(iter(loader))
-    for name, value in vars(empty).items():
+    for name, value in empty.tensors().items():
         assert (value.shape, value.dtype) == (getattr(full, name).shape, getattr(full, name).dtype)
     assert (empty.modality == PADDING).all() and (empty.task == NO_TASK).all()
     assert (empty.document == -1).all() and loader.ended_sources == ["texts"]

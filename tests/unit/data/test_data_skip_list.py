@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import fields
 from itertools import islice
 
 import numpy as np
@@ -46,7 +45,7 @@ def bad_source(tmp_path):
 
 
 def same(left, right):
-    return all(torch.equal(getattr(left, f.name), getattr(right, f.name)) for f in fields(left))
+    return all(torch.equal(tensor, getattr(right, name)) for name, tensor in left.tensors().items())
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

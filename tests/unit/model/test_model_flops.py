@@ -88,7 +88,12 @@ def test_training_flops_are_three_forwards_weighted_by_the_tokens(make_args):
 
 
 @pytest.mark.parametrize("vit_attention", ["bidirectional", "causal"])
-def test_visible_pairs_are_those_of_the_masks(mixed_batch, vit_attention):
+@pytest.mark.parametrize("has_delimiters", [False, True])
+def test_visible_pairs_are_those_of_the_masks(mixed_batch, vit_attention, has_delimiters):
+    if has_delimiters:  # routed as an input image's tokens are, outside of every image
+        is_text = (mixed_batch.modality == TEXT) & (mixed_batch.document >= 0)
+        modality = mixed_batch.modality.masked_fill(is_text, VIT)
+        mixed_batch = replace(mixed_batch, modality=modality)
     decoder, encoder, queries = visible_pairs(mixed_batch, vit_attention).tolist()
     is_used = mixed_batch.document >= 0
     dense = build_dense_mask(mixed_batch, vit_attention).squeeze(1)
