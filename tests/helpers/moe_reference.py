@@ -78,3 +78,14 @@ def grads(loss: Tensor, layer: torch.nn.Module, *inputs: Tensor) -> dict[str, Te
     tensors = [*layer.parameters(), *inputs]
     found = torch.autograd.grad(loss, tensors)
     return dict(zip([*names, *(f"input{i}" for i in range(len(inputs)))], found, strict=True))
+
+
+def assert_close_with_gradients(
+    out_TD: Tensor, expected_TD: Tensor, layer: torch.nn.Module, x_TD: Tensor
+) -> None:
+    """Two outputs of ``layer`` for the input ``x_TD`` are close, and so are the gradients of a random projection of each."""
+    torch.testing.assert_close(out_TD, expected_TD)
+    direction_TD = torch.randn_like(out_TD)
+    expected = grads((expected_TD * direction_TD).sum(), layer, x_TD)
+    for name, grad in grads((out_TD * direction_TD).sum(), layer, x_TD).items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-4, rtol=1e-4, msg=name)

@@ -43,7 +43,7 @@ def test_every_stage_runs_without_a_gpu_and_the_page_has_its_figures(tmp_path):
     assert len(of_masks) == 6
     resumed = parts["debug_gpu", "stop_and_resume"]
     assert resumed["steps_before"] + resumed["steps_after"] == 4 and resumed["steps_after"] > 0
-    for variant in ("ac_none", "ac_none_float8", "ac_op", "ac_full"):
+    for variant in ("ac_none", "ac_none_float8", "ac_full", "eager_ac_none", "eager_ac_op"):
         assert parts["1b", variant]["tokens_per_second"] > 0
     profile = parts["1b", "ac_none"]["profile"]
     assert profile["trace_kept"] and (tmp_path / "out" / "trace.json.gz").stat().st_size > 1000
