@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from symbiotic_titan.checkpoint.resume import Entries, check_holds
-from symbiotic_titan.weights.reader import Box, box_of
+from symbiotic_titan.weights.dcp import check_holds
+from symbiotic_titan.weights.reader import Box, Entries, box_of
 
 
 @dataclass

@@ -1,33 +1,23 @@
 """Where a run starts: its own newest complete checkpoint or the step that the config names, another run's weights, or from scratch.
 
 ``find_start`` decides it before anything is built, on the first process alone: no other one reads the metadata of a checkpoint, which can
-be large. ``share_start`` tells the others.
+be large. ``share_start`` tells the others; ``checkpoint.manager`` then reads it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpoint import MODEL, CheckpointManager
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
-from symbiotic_titan.checkpoint.resume import (
-    START,
-    Entries,
-    check_resumable,
-    check_weights,
-    entries_of,
-)
 from symbiotic_titan.config.job import Checkpoint, JobConfig
-from symbiotic_titan.config.optimizer import DEFAULT_BUILDER, Weights, clean_name
+from symbiotic_titan.config.optimizer import DEFAULT_BUILDER, Weights
 from symbiotic_titan.optim.build import ADAM_STATE, freeze_parameters
 from symbiotic_titan.process import is_first_process
 from symbiotic_titan.weights.damage import (
@@ -35,11 +25,10 @@ from symbiotic_titan.weights.damage import (
     complete_metadata,
     rename_damaged,
 )
-from symbiotic_titan.weights.reader import CheckpointReader, some_of
+from symbiotic_titan.weights.reader import CheckpointReader, Entries, Shape
 from symbiotic_titan.weights.weight_files import has_weights
 
-if TYPE_CHECKING:  # loaded by the runs that use it
-    from symbiotic_titan.optim.ema import EMA
+START = "checkpoint.initial_load_path"
 
 
 @dataclass(frozen=True)
@@ -57,16 +46,6 @@ class Start:
     entries: Entries
     is_distributed: bool
     metadata: Metadata | None
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Fill ``state`` from a distributed checkpoint. Collective.
-
-        Raises:
-            ValueError: an entry is missing or damaged.
-        """
-        from symbiotic_titan.checkpoint.load import load
-
-        load(state, self.folder, self.entries, self.metadata)
 
 
 # ---- before anything is built ---------------------------------------------------------------------------------------------
@@ -115,7 +94,7 @@ def _initial_weights(config: JobConfig, folder: Path, checkpoints: Path) -> Star
         metadata = complete_metadata(folder, START, remedy)
         entries: Entries = entries_of(metadata)
     else:
-        entries = {name: spec.shape for name, spec in _open(folder).tensors.items()}
+        entries = {name: spec.shape for name, spec in open_weights(folder).tensors.items()}
     shapes = _shapes(_model_without_values(config))
     check_weights(folder, checkpoints, entries, shapes, model_only=options.initial_load_model_only)
     if options.initial_load_weights == "ema":
@@ -150,6 +129,92 @@ def _rename_all(damaged: dict[Path, str]) -> None:
         )
 
 
+# ---- whether a checkpoint suits the run -----------------------------------------------------------------------------------
+
+
+def entries_of(metadata: Metadata) -> dict[str, Shape | None]:
+    """The entries of a distributed checkpoint."""
+    saved = metadata.state_dict_metadata.items()
+    return {name: tuple(e.size) if hasattr(e, "size") else None for name, e in saved}
+
+
+def check_resumable(
+    folder: Path,
+    saved: Entries,
+    shapes: Mapping[str, Shape],
+    trainable: Iterable[str],
+    state: Iterable[str] = (),
+) -> None:
+    """Pass if the checkpoint in ``folder``, with the entries ``saved``, has the whole training state of this model. ``shapes``: of all
+    its tensors, by name; ``state``: what the optimizer is known to keep of each trainable parameter.
+
+    Raises:
+        ValueError: it has no training state, belongs to another model, or lacks the optimizer state of a trainable parameter.
+    """
+    if "train_state.step" not in saved:
+        raise ValueError(
+            f"checkpoint {folder} holds the model alone (checkpoint.last_save_model_only), so this run cannot go on; "
+            "name an older one with --checkpoint.load_step, or start another job.dump_folder with checkpoint.initial_load_path"
+        )
+    mismatch = _mismatch(saved, shapes)
+    if mismatch:
+        raise ValueError(
+            f"checkpoint {folder} is of another model: {mismatch}; resume with the model.flavor and [experts] it was saved "
+            "with, or start another job.dump_folder"
+        )
+    from symbiotic_titan.weights.dcp import check_holds
+
+    with_state = {key.rpartition(".")[0] for key in saved if key.startswith("optimizer.state.")}
+    for name in trainable:
+        if with_state and f"optimizer.state.{name}" not in with_state:
+            raise ValueError(
+                f"checkpoint {folder} has no optimizer state of {name}, which was frozen when it was saved; keep it frozen "
+                "(optimizer.param_groups), or start another job.dump_folder with checkpoint.initial_load_path"
+            )
+        if with_state:
+            check_holds(folder, saved, [f"optimizer.state.{name}.{key}" for key in state])
+
+
+def check_weights(
+    start: Path,
+    checkpoints: Path,
+    held: Entries,
+    shapes: Mapping[str, Shape],
+    *,
+    model_only: bool,
+) -> None:
+    """Pass if a new run, which saves into ``checkpoints``, can start from ``start``, which has the entries ``held``. ``shapes``: of all
+    tensors of the model, by name.
+
+    Raises:
+        ValueError: they belong to another model, would be ignored because ``checkpoints`` exists, or lack the training state that
+            the config asks for.
+    """
+    if checkpoints.is_dir():
+        raise ValueError(
+            f"{START}: {start} is not read where {checkpoints} exists, and that holds no checkpoint; remove it"
+        )
+    mismatch = _mismatch(held, shapes)
+    if mismatch:
+        raise ValueError(
+            f"{START}: {start} is of another model: {mismatch}; split it as [experts] says with symbiotic convert, or name one "
+            "that was"
+        )
+    if not model_only and "train_state.step" not in held:
+        raise ValueError(
+            f"{START}: {start} holds the model alone; set checkpoint.initial_load_model_only = true"
+        )
+
+
+def _mismatch(held: Entries, shapes: Mapping[str, Shape]) -> str | None:
+    """Describes the first of ``shapes`` that is missing from ``held`` or differs there; None if all match."""
+    for name, shape in shapes.items():
+        if held.get(name) != shape:
+            found = f"has shape {held[name]}" if name in held else "is missing"
+            return f"{name} {found} in it and has shape {shape} here"
+    return None
+
+
 # ---- once the process group exists ----------------------------------------------------------------------------------------
 
 
@@ -162,79 +227,6 @@ def share_start(start: Start | None, options: Checkpoint) -> Start | None:
     return start if start is not None else told[0]
 
 
-def begin(
-    start: Start, options: Checkpoint, checkpointer: CheckpointManager, ema: "EMA | None"
-) -> None:
-    """Read what ``checkpointer.load``, which is called next, cannot, and let it read the rest without the metadata. Collective."""
-    (model,) = checkpointer.states[MODEL].model
-    if start.step == 0 and options.initial_load_model_only:
-        read_weights(start, model, options.initial_load_weights, ema)
-        checkpointer.initial_load_path = None
-        return
-    excluded = read_beforehand(start, ema)
-    checkpointer.exclude_from_loading = [*options.exclude_from_loading, *excluded]
-
-    def dcp_load(state_dict: dict[str, Any], checkpoint_id: str, **formats: bool) -> None:
-        start.load(state_dict)
-        checkpointer.states[MODEL].load_state_dict(state_dict)
-        check_given(model, start.folder)
-        del checkpointer.dcp_load  # and with it the metadata
-
-    checkpointer.dcp_load = dcp_load  # type: ignore[method-assign, assignment]
-
-
-def read_weights(start: Start, model: nn.Module, weights: Weights, ema: "EMA | None") -> None:
-    """Fill ``model``, sharded or not, and start its average from there. Collective."""
-    logger.info(f"Loading the weights in {start.folder} ({weights}).")
-    tensors = cast(dict[str, Tensor], get_model_state_dict(model))
-    if start.is_distributed:
-        chosen = averaged(start.entries) if weights == "ema" else {}
-        start.load({chosen.get(name, name): tensor for name, tensor in tensors.items()})
-    else:
-        _open(start.folder, weights).read_into(tensors)
-    check_given(model, start.folder)
-    if ema is not None:
-        ema.restart()
-
-
-def read_beforehand(start: Start, ema: "EMA | None") -> list[str]:
-    """Read what the checkpointer cannot from the checkpoint that is resumed. Returns the entries that it must leave out. Collective."""
-    # It fails on a tensor that the checkpoint lacks, and this run may average other groups than the one before.
-    _restore_average(start, ema)
-    excluded = [] if ema is None else ["ema"]
-    # Older checkpoints have no record of the parameter groups.
-    recorded = "param_groups.json" in start.entries
-    return excluded if recorded else [*excluded, "param_groups"]
-
-
-def _restore_average(start: Start, ema: "EMA | None") -> None:
-    """Go on with the average of the checkpoint. A parameter that has none there gets its weights as average. Differences from the run
-    before are logged.
-    """
-    stored = averaged(start.entries)
-    names = set() if ema is None else ema.tensors.keys()
-    if stored or ema is not None:
-        _log_differences(start.folder, names, stored)
-    if ema is None:
-        return
-    state: dict[str, Any] = {stored.get(n, n): tensor for n, tensor in ema.tensors.items()}
-    if "ema.num_updates" in start.entries:
-        state["ema.num_updates"] = 0
-    start.load(state)
-    ema.load_state_dict({"num_updates": state.get("ema.num_updates", 0)})
-
-
-def _log_differences(folder: Path, names: Iterable[str], stored: Iterable[str]) -> None:
-    names, stored = set(names), set(stored)
-    if new := sorted(names - stored):
-        logger.info(
-            f"[ema]: {folder} has no average of {some_of(new)}, which starts from the weights"
-        )
-    if old := sorted(stored - names):
-        what = "averages other groups now" if names else "is off"
-        logger.info(f"[ema] {what}: the average of {some_of(old)} in {folder} is not used")
-
-
 def averaged(entries: Entries) -> dict[str, str]:
     """Parameter -> the entry that holds its average, for those that have one."""
     from symbiotic_titan.weights.dcp import AVERAGE
@@ -243,23 +235,7 @@ def averaged(entries: Entries) -> dict[str, str]:
     return {name: key for name, key in names.items() if name in entries}
 
 
-def check_given(model: nn.Module, folder: Path) -> None:
-    """Pass if no tensor of ``model`` has NaN, which ``model.initialize`` writes where a checkpoint gives the values.
-
-    Raises:
-        ValueError: names those that have.
-    """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    local = ((n, t.to_local() if isinstance(t, DTensor) else t) for n, t in tensors)
-    without = [clean_name(name) for name, tensor in local if tensor.isnan().any()]  # device sync
-    if without:
-        raise ValueError(
-            f"checkpoint {folder} gave no values, or NaN, to {some_of(without)}, which were not initialised either; start from another "
-            "checkpoint"
-        )
-
-
-def _open(folder: Path, weights: Weights = "trained") -> CheckpointReader:
+def open_weights(folder: Path, weights: Weights = "trained") -> CheckpointReader:
     # Imported here, because only a run that starts from initial weights needs it.
     from symbiotic_titan.hf.model import open_model
 

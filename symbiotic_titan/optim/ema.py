@@ -66,7 +66,7 @@ def averaged_parameters(names: Iterable[str], config: JobConfig) -> dict[str, li
 class EMA:
     """The average of ``groups``: group -> names of its parameters. It begins as a copy of the weights.
 
-    A checkpoint entry; ``checkpoint.start.restore_average`` reads it back. Tied parameters are saved under each of their names, as
+    A checkpoint entry; ``checkpoint.manager.read_beforehand`` reads it back. Tied parameters are saved under each of their names, as
     those of the model are.
     """
 

@@ -6,7 +6,6 @@ row; the balancing loss may need the expert counts of the whole step; losses and
 a stop signal, and an error in the data of the next step, end the run after the current step, with a checkpoint.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import warnings
@@ -20,7 +19,8 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from symbiotic_titan.checkpoint.start import Start, begin, share_start
+from symbiotic_titan.checkpoint.manager import SymbioticCheckpointManager, in_use
+from symbiotic_titan.checkpoint.start import Start, share_start
 from symbiotic_titan.codecs.batch import ImagePlace, build_batch_encoder
 from symbiotic_titan.config.data import used_sources
 from symbiotic_titan.config.job import JobConfig
@@ -60,6 +60,7 @@ class SymbioticTrainer(Trainer):
     job_config: JobConfig
     metrics_processor: SymbioticMetrics  # type: ignore[assignment]
     validator: "SymbioticValidator"
+    checkpointer: SymbioticCheckpointManager
     loss_fn: LossFunction  # type: ignore[assignment]
 
     def __init__(self, job_config: JobConfig, start: Start | None = None) -> None:
@@ -67,7 +68,7 @@ class SymbioticTrainer(Trainer):
         self.stop, self.saved_config = StopRequest(), SavedConfig(job_config)
         self.first_step = 0  # the step that this process continued from
         self.tokens_seen = torch.zeros(len(MODALITY_NAMES), dtype=torch.int64)
-        with warnings.catch_warnings(), leaving_out(self.given):
+        with warnings.catch_warnings(), leaving_out(self.given), in_use():
             # In float32 on one process upstream creates an autocast that torch disables with a warning.
             warnings.filterwarnings("ignore", message="In CPU autocast")
             super().__init__(job_config)
@@ -313,7 +314,7 @@ class SymbioticTrainer(Trainer):
         """Load what the run starts from, train, and save when a signal asks to stop."""
         self.stop.install()
         if self.start is not None:
-            begin(self.start, self.job_config.checkpoint, self.checkpointer, self.ema)
+            self.checkpointer.begin(self.start, self.job_config.checkpoint, self.ema)
             self.start = None  # its metadata are freed once they are loaded
         if is_first_process():
             self.saved_config.write()
@@ -354,34 +355,13 @@ class SymbioticTrainer(Trainer):
             setting = "load_only = true" if config.enable else "enable = false"
             return f"With checkpoint.{setting} nothing was saved: the {self.step - self.first_step} steps of this start are lost"
         logger.info(f"{reason}: saving a checkpoint at step {self.step} and stopping")
-        self.save_this_step()
+        self.checkpointer.save_now(self.step)
         return f"The checkpoint of step {self.step} is saved: started again, the run goes on from there"
 
     def stop_requested(self) -> bool:
         """Whether any rank received a stop signal."""
         flag = torch.tensor(float(self.stop.signal_name is not None), device=self.device)
         return bool(self.sum_over_ranks(flag) > 0)
-
-    def save_this_step(self) -> None:
-        """Save a full checkpoint of this step; if the step was just saved, wait for that save to finish."""
-        if self.checkpointer._should_save(self.step):
-            self.checkpointer._async_wait()
-            return
-        self.checkpointer.last_save_model_only = False
-        self.checkpointer.save(self.step, last_step=True)
-
-    def close(self) -> None:
-        """Close loggers and checkpointer once a running save has finished, also after an exception."""
-        checkpointer = getattr(self, "checkpointer", None)
-        pending = getattr(checkpointer, "save_future", None)
-        if pending is not None:
-            # With a timeout: after an error on one rank the others may be gone, and the save would never finish.
-            done, _ = concurrent.futures.wait([pending], timeout=120)
-            if not done:
-                logger.warning(
-                    "the last asynchronous save did not finish; its folder is incomplete"
-                )
-        super().close()
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "tokens_seen": self.tokens_seen}

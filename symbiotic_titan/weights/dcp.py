@@ -5,7 +5,7 @@ in it, whether or not it has training state too.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.weights.damage import read_metadata
 from symbiotic_titan.weights.new_folder import new_folder
 from symbiotic_titan.weights.reader import (
+    Entries,
     TensorSpec,
     some_of,
     total_bytes,
@@ -142,6 +143,26 @@ def check_has_average(
         raise ValueError(
             f"{key}: {folder} has no averaged weights; use 'trained', or a checkpoint of a run with ema.enable = true"
         )
+
+
+def check_holds(folder: Path, saved: Entries, needed: Iterable[str]) -> None:
+    """Pass if the checkpoint in ``folder``, with the entries ``saved``, has all those ``needed``.
+
+    Raises:
+        ValueError: names the first that is missing.
+    """
+    name = next((name for name in needed if name not in saved), None)
+    if name is None:
+        return
+    if name.startswith("optimizer.state."):
+        raise ValueError(
+            f"optimizer.builder: checkpoint {folder} has no {name}, which the optimizer of this run keeps: another optimizer saved it; "
+            "resume with the one it was saved with, or start another job.dump_folder with checkpoint.initial_load_path"
+        )
+    raise ValueError(
+        f"checkpoint {folder} has no {name}, which this run would go on with; resume with the settings it was saved with, or start "
+        "another job.dump_folder with checkpoint.initial_load_path"
+    )
 
 
 class _StreamingPlanner(DefaultSavePlanner):

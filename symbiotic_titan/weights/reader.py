@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+Shape = tuple[int, ...]
+Entries = Mapping[str, Shape | None]
+"""What a checkpoint has, by name: the shape of a tensor, None for anything else."""
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """A part of a tensor: its first index and its size in every dim."""
 

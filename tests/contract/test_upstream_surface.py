@@ -57,6 +57,7 @@ SIGNATURES = {
     "components.checkpoint.CheckpointManager.maybe_wait_for_staging": ("self",),
     "components.checkpoint.CheckpointManager._async_wait": ("self",),
     "components.checkpoint.CheckpointManager._should_save": ("self", "curr_step", "last_step"),
+    "components.checkpoint.CheckpointManager._purge_stale_checkpoints": ("self",),
     "components.checkpoint.CheckpointManager.close": ("self",),
     # metrics
     "components.metrics.MetricsProcessor.__init__": ("self", "job_config", "parallel_dims", "tag"),
@@ -187,6 +188,7 @@ NAMES = {
     "components.checkpoint.MODEL",
     "components.dataloader.BaseDataLoader",
     "components.tokenizer.BaseTokenizer",
+    "train.CheckpointManager",
     "config.TORCH_DTYPE_MAP",
     "protocols.model_converter._registry_model_converter_cls",
     "tools.logging.logger",

@@ -6,8 +6,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from symbiotic_titan.checkpoint.resume import entries_of
-from symbiotic_titan.checkpoint.start import Start, read_beforehand
+from symbiotic_titan.checkpoint.manager import read_beforehand
+from symbiotic_titan.checkpoint.start import Start, entries_of
 from symbiotic_titan.optim.ema import EMA, averaged_parameters
 from symbiotic_titan.weights.damage import read_metadata
 from symbiotic_titan.weights.dcp import DistributedCheckpoint

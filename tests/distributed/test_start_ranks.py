@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpoint import CheckpointManager
 
-from symbiotic_titan.checkpoint.start import begin, find_start, share_start
+from symbiotic_titan.checkpoint.manager import SymbioticCheckpointManager
+from symbiotic_titan.checkpoint.start import find_start, share_start
 from symbiotic_titan.model.initialize import leaving_out
 from symbiotic_titan.optim.build import ParamGroupOptimizers, param_group_optimizers
 from symbiotic_titan.optim.group_record import GroupRecord
@@ -44,7 +44,7 @@ def parts_of_run(config, given=(), make_optimizers=None):
         model, _ = build(config)
     optimizers = (make_optimizers or adam)(model, config)
     step = Number()
-    manager = CheckpointManager(
+    manager = SymbioticCheckpointManager(
         dataloader=None,
         model_parts=[model],
         optimizers=optimizers,
@@ -103,7 +103,7 @@ def resumed(rank, overrides, export):
     assert start is not None and config.checkpoint.load_step == 3
     model, manager, optimizers, step = parts_of_run(config, start.entries)
     drawn = [name for name, p in model.named_parameters() if not torch.isnan(p).any()]
-    begin(start, config.checkpoint, manager, None)
+    manager.begin(start, config.checkpoint, None)
     assert manager.load(step=config.checkpoint.load_step)
     tensors = whole(model.state_dict()) | whole(optimizers.state_dict())
     with torch.no_grad():
@@ -127,7 +127,7 @@ def refused(rank, options, export):
     register()
     start = share_start(find_start(config), config.checkpoint)
     _, manager, _, _ = parts_of_run(config, start.entries, with_momentum)
-    begin(start, config.checkpoint, manager, None)
+    manager.begin(start, config.checkpoint, None)
     with pytest.raises(ValueError, match="optimizer.builder: ") as caught:
         manager.load(step=3)
     return str(caught.value)

@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from symbiotic_titan.checkpoint.resume import (
-    check_holds,
+from symbiotic_titan.checkpoint.manager import check_given
+from symbiotic_titan.checkpoint.start import (
     check_resumable,
     check_weights,
     entries_of,
 )
-from symbiotic_titan.checkpoint.start import check_given
 from symbiotic_titan.weights.damage import (
     complete_metadata,
     damage_of,
@@ -21,6 +20,7 @@ from symbiotic_titan.weights.damage import (
     read_metadata,
     rename_damaged,
 )
+from symbiotic_titan.weights.dcp import check_holds
 
 
 @pytest.fixture(scope="module")

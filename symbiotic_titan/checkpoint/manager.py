@@ -1,0 +1,196 @@
+"""Saves and loads the checkpoints of a run: torchtitan's manager with what this trainer adds to it.
+
+Added are: what must be right before a save and what follows one, a start from a checkpoint whose metadata the first rank alone has read,
+a save at any step, and an end that waits for an asynchronous save. The trainer's constructor makes the manager within ``in_use``.
+"""
+
+import concurrent.futures
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torchtitan.train
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torchtitan.components.checkpoint import MODEL, CheckpointManager
+from torchtitan.tools.logging import logger
+
+from symbiotic_titan.checkpoint.start import Start, averaged, open_weights
+from symbiotic_titan.config.job import Checkpoint
+from symbiotic_titan.config.optimizer import Weights, clean_name
+from symbiotic_titan.weights.reader import some_of
+
+if TYPE_CHECKING:  # loaded by the runs that use it
+    from symbiotic_titan.optim.ema import EMA
+
+# After an error on one rank the others may be gone, and the save would never finish.
+SAVE_TIMEOUT_S = 120
+
+
+class SymbioticCheckpointManager(CheckpointManager):
+    """Checkpoints in ``checkpoint.folder`` of a run. Without ``checkpoint.enable`` it saves and loads nothing."""
+
+    _start: Start | None = None  # what ``load`` reads instead of the folder that upstream finds
+
+    # ---- saving -------------------------------------------------------------------------------------------------------
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """Save if ``curr_step`` is due, or is the ``last_step``. Collective."""
+        if not self._should_save(curr_step, last_step):
+            return
+        self._async_wait()
+        self.before_save(curr_step)
+        super().save(curr_step, last_step)
+        self.after_save(curr_step)
+
+    def before_save(self, step: int) -> None:
+        """Called on all ranks before anything of a checkpoint is written, the one before being complete. Where it raises, nothing is
+        saved."""
+
+    def after_save(self, step: int) -> None:
+        """Called on all ranks once the checkpoint of ``step`` is written, or, where saves are asynchronous, handed over for that."""
+
+    def purge(self) -> None:
+        """Remove the checkpoints that ``checkpoint.keep_latest_k`` does not keep. Called on all ranks after a save."""
+        super()._purge_stale_checkpoints()
+
+    def _purge_stale_checkpoints(self) -> None:
+        self.purge()
+
+    def save_now(self, step: int) -> None:
+        """Save a full checkpoint of ``step``; if it was just saved, wait for that save to finish. Collective."""
+        if self._should_save(step):
+            self._async_wait()
+            return
+        self.last_save_model_only = False
+        self.save(step, last_step=True)
+
+    def close(self) -> None:
+        """End the manager's threads once a running save has finished, also after an exception."""
+        pending = getattr(self, "save_future", None)
+        if pending is not None:
+            self.save_future = None
+            done, _ = concurrent.futures.wait([pending], timeout=SAVE_TIMEOUT_S)
+            if not done:
+                logger.warning(
+                    "the last asynchronous save did not finish; its folder is incomplete"
+                )
+        super().close()
+
+    # ---- loading ------------------------------------------------------------------------------------------------------
+
+    def begin(self, start: Start, options: Checkpoint, ema: "EMA | None") -> None:
+        """Read what ``load``, which is called next, cannot, and let it read the rest from ``start``. Collective."""
+        (model,) = self.states[MODEL].model
+        if start.step == 0 and options.initial_load_model_only:
+            read_weights(start, model, options.initial_load_weights, ema)
+            self.initial_load_path = None
+            return
+        excluded = read_beforehand(start, ema)
+        self.exclude_from_loading = [*options.exclude_from_loading, *excluded]
+        self._start = start
+
+    def dcp_load(self, state_dict: dict[str, Any], *args: Any, **formats: Any) -> None:
+        """Fill ``state_dict`` from the checkpoint that ``begin`` was given. Collective."""
+        if self._start is None:
+            super().dcp_load(state_dict, *args, **formats)
+            return
+        start, self._start = self._start, None  # the metadata are freed once they are loaded
+        load_from(start, state_dict)
+        model = self.states[MODEL]
+        model.load_state_dict(state_dict)
+        check_given(model.model[0], start.folder)
+
+
+@contextmanager
+def in_use() -> Iterator[None]:
+    """Let torchtitan's trainer, which names the class of its manager, make one of ours while it is built."""
+    upstream = torchtitan.train.CheckpointManager
+    torchtitan.train.CheckpointManager = SymbioticCheckpointManager  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torchtitan.train.CheckpointManager = upstream  # type: ignore[misc]
+
+
+def load_from(start: Start, state: dict[str, Any]) -> None:
+    """Fill ``state`` from a distributed checkpoint. Collective.
+
+    Raises:
+        ValueError: an entry is missing or damaged.
+    """
+    from symbiotic_titan.checkpoint.load import (
+        load,  # only runs that start from a checkpoint need it
+    )
+
+    load(state, start.folder, start.entries, start.metadata)
+
+
+def read_weights(start: Start, model: nn.Module, weights: Weights, ema: "EMA | None") -> None:
+    """Fill ``model``, sharded or not, and start its average from there. Collective."""
+    logger.info(f"Loading the weights in {start.folder} ({weights}).")
+    tensors = cast(dict[str, Tensor], get_model_state_dict(model))
+    if start.is_distributed:
+        chosen = averaged(start.entries) if weights == "ema" else {}
+        load_from(start, {chosen.get(name, name): tensor for name, tensor in tensors.items()})
+    else:
+        open_weights(start.folder, weights).read_into(tensors)
+    check_given(model, start.folder)
+    if ema is not None:
+        ema.restart()
+
+
+def read_beforehand(start: Start, ema: "EMA | None") -> list[str]:
+    """Read what the checkpointer cannot from the checkpoint that is resumed. Returns the entries that it must leave out. Collective."""
+    # It fails on a tensor that the checkpoint lacks, and this run may average other groups than the one before.
+    _restore_average(start, ema)
+    excluded = [] if ema is None else ["ema"]
+    # Older checkpoints have no record of the parameter groups.
+    recorded = "param_groups.json" in start.entries
+    return excluded if recorded else [*excluded, "param_groups"]
+
+
+def _restore_average(start: Start, ema: "EMA | None") -> None:
+    """Go on with the average of the checkpoint. A parameter that has none there gets its weights as average. Differences from the run
+    before are logged.
+    """
+    stored = averaged(start.entries)
+    names = set() if ema is None else ema.tensors.keys()
+    if stored or ema is not None:
+        _log_differences(start.folder, names, stored)
+    if ema is None:
+        return
+    state: dict[str, Any] = {stored.get(n, n): tensor for n, tensor in ema.tensors.items()}
+    if "ema.num_updates" in start.entries:
+        state["ema.num_updates"] = 0
+    load_from(start, state)
+    ema.load_state_dict({"num_updates": state.get("ema.num_updates", 0)})
+
+
+def _log_differences(folder: Path, names: Iterable[str], stored: Iterable[str]) -> None:
+    names, stored = set(names), set(stored)
+    if new := sorted(names - stored):
+        logger.info(
+            f"[ema]: {folder} has no average of {some_of(new)}, which starts from the weights"
+        )
+    if old := sorted(stored - names):
+        what = "averages other groups now" if names else "is off"
+        logger.info(f"[ema] {what}: the average of {some_of(old)} in {folder} is not used")
+
+
+def check_given(model: nn.Module, folder: Path) -> None:
+    """Pass if no tensor of ``model`` has NaN, which ``model.initialize`` writes where a checkpoint gives the values.
+
+    Raises:
+        ValueError: names those that have.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    local = ((n, t.to_local() if isinstance(t, DTensor) else t) for n, t in tensors)
+    without = [clean_name(name) for name, tensor in local if tensor.isnan().any()]  # device sync
+    if without:
+        raise ValueError(
+            f"checkpoint {folder} gave no values, or NaN, to {some_of(without)}, which were not initialised either; start from another "
+            "checkpoint"
+        )
