@@ -1,11 +1,19 @@
-"""The metrics of a step, their names, and the console line."""
+"""The metrics of a step, their names, and the console line. Where TensorBoard or W&B cannot be written, training goes on."""
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from torchtitan.components.metrics import LoggerContainer, MetricsProcessor, TensorBoardLogger
+from torchtitan.components.metrics import (
+    BaseLogger,
+    LoggerContainer,
+    MetricsProcessor,
+    TensorBoardLogger,
+)
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
@@ -54,6 +62,60 @@ class StepReport:
     tokens_seen: torch.Tensor
 
 
+# Seconds after which a sink that failed is tried again.
+RETRY_S = 600.0
+
+
+class TolerantSink(BaseLogger):
+    """A sink of metrics whose trouble, such as a full disk, is a warning and does not end the training."""
+
+    def __init__(self, sink: BaseLogger) -> None:
+        self.sink = sink
+        self.num_missing = 0
+        self._next_try = 0.0
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.attempt(lambda sink: sink.log(metrics, step))
+
+    def close(self) -> None:
+        self._next_try = 0.0
+        self.attempt(lambda sink: sink.close())
+        if self.num_missing > 1:
+            logger.warning(f"{self._name()}: {self.num_missing} writes of metrics were lost")
+
+    def attempt(self, action: Callable[[Any], object]) -> None:
+        """Call ``action`` with the sink. An error of it is a warning the first time; then the sink is left alone for RETRY_S seconds."""
+        if time.monotonic() < self._next_try:
+            self.num_missing += 1
+            return
+        try:
+            action(self.sink)
+        except Exception as error:  # noqa: BLE001 - a program of others, over disks and networks
+            if not self.num_missing:
+                logger.warning(
+                    f"{self._name()}: metrics cannot be written ({type(error).__name__}: {error}); training goes on without them, and "
+                    f"they are tried again every {RETRY_S:.0f} s"
+                )
+            self.num_missing += 1
+            self._next_try = time.monotonic() + RETRY_S
+            if isinstance(self.sink, TensorBoardLogger):
+                # The thread that writes its file has ended. The next metrics begin another file.
+                self.sink.writer.file_writer = self.sink.writer.all_writers = None
+
+    def _name(self) -> str:
+        return type(self.sink).__name__.removesuffix("Logger")
+
+
+def leave_to_sinks(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """``threading.excepthook`` that prints no traceback of TensorBoard's writing threads, whose errors ``TolerantSink`` reports."""
+
+    def quiet(failure: Any) -> object:
+        module = type(failure.thread).__module__
+        return None if module.startswith("tensorboard.") else hook(failure)
+
+    return quiet
+
+
 class SymbioticMetrics(MetricsProcessor):
     """torchtitan's loggers and memory monitor, with this project's metric names."""
 
@@ -68,6 +130,11 @@ class SymbioticMetrics(MetricsProcessor):
         moe_layers: range,
     ) -> None:
         super().__init__(job_config, parallel_dims)
+        self.sinks: list[TolerantSink] = []  # none on ranks that do not log
+        if isinstance(self.logger, LoggerContainer):
+            self.sinks = [TolerantSink(sink) for sink in self.logger._loggers]
+            self.logger._loggers = list(self.sinks)
+            threading.excepthook = leave_to_sinks(threading.excepthook)
         self.groups = groups
         self.moe_layers = moe_layers
         self.routing_freq = job_config.metrics.routing_freq
@@ -165,16 +232,21 @@ class SymbioticMetrics(MetricsProcessor):
         metrics = means_over_layers(statistics)
         if self.shows_routing(step):
             metrics |= scalars_by_layer(statistics, self.moe_layers)
-            for writer in self.tensorboard_writers():
-                write_routing(writer, step, counts, self.groups, self.moe_layers)
+            self.write_tensorboard(
+                lambda writer: write_routing(writer, step, counts, self.groups, self.moe_layers)
+            )
         return metrics
 
-    def tensorboard_writers(self) -> list[SummaryWriter]:
-        """None on ranks that do not log, and where TensorBoard is off."""
-        if not isinstance(self.logger, LoggerContainer):
-            return []
-        sinks = self.logger._loggers
-        return [sink.writer for sink in sinks if isinstance(sink, TensorBoardLogger)]
+    @property
+    def has_tensorboard(self) -> bool:
+        """Whether this rank writes TensorBoard's files."""
+        return any(isinstance(own.sink, TensorBoardLogger) for own in self.sinks)
+
+    def write_tensorboard(self, write: Callable[[SummaryWriter], object]) -> None:
+        """Call ``write`` with the writer of TensorBoard's files, on ranks that have one."""
+        for own in self.sinks:
+            if isinstance(own.sink, TensorBoardLogger):
+                own.attempt(lambda sink: write(sink.writer))
 
     def log_console(self, report: StepReport, metrics: dict[str, float]) -> None:
         color = self.color

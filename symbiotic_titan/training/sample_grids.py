@@ -115,13 +115,13 @@ class SampleGrids:
             raise Interrupted
 
     def _write(self, step: int, pictures_NHW3: np.ndarray) -> None:
-        writers = self._metrics.tensorboard_writers()
-        if not writers:
+        if not self._metrics.has_tensorboard:
             return
         images = [Image.fromarray(picture_HW3) for picture_HW3 in pictures_NHW3]
         grid_HW3 = np.asarray(picture_grid(images, self._settings.prompts))
-        for writer in writers:
-            writer.add_image("sampling/pictures", grid_HW3, step, dataformats="HWC")
+        self._metrics.write_tensorboard(
+            lambda writer: writer.add_image("sampling/pictures", grid_HW3, step, dataformats="HWC")
+        )
 
 
 def add_sample_grids(trainer: SymbioticTrainer) -> None:

@@ -61,7 +61,8 @@ def draw(rank, layout, stop_at=None):
     metrics = SimpleNamespace(
         time_last_log=0.0,
         color=SimpleNamespace(yellow="", green="", blue="", reset=""),
-        tensorboard_writers=lambda: [writer] if rank == 0 else [],
+        has_tensorboard=rank == 0,
+        write_tensorboard=lambda write: write(writer),
     )
 
     def stop_requested():

@@ -1,5 +1,7 @@
 """Which steps are logged, and what a step leaves in TensorBoard."""
 
+import logging
+import resource
 import signal
 
 import pytest
@@ -17,6 +19,7 @@ from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from symbiotic_titan.training.metrics import (
     StepReport,
     SymbioticMetrics,
+    TolerantSink,
 )
 from symbiotic_titan.training.stop import StopRequest
 
@@ -113,6 +116,50 @@ def test_means_are_logged_always_and_layers_with_an_account(make_metrics, tmp_pa
     assert [e.step for e in tensors] == [1, 15]
     counts = make_ndarray(tensors[1].tensor_proto)
     assert counts.dtype == "int32" and (counts == COUNTS.numpy()).all()
+
+
+def test_a_full_disk_costs_metrics_but_not_the_training(make_metrics, tmp_path, monkeypatch):
+    """One warning; the log goes on in another file once there is room. Another program's trouble is no trouble either."""
+    monkeypatch.setattr("symbiotic_titan.training.metrics.RETRY_S", 0.0)
+    told, unhandled = [], []
+    monkeypatch.setattr(logging.getLogger(), "warning", told.append)
+    monkeypatch.setattr("threading.excepthook", unhandled.append)
+    metrics = make_metrics("--metrics.enable_tensorboard", "--metrics.routing_freq", "0")
+    metrics.log_step(report(1))
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (10, hard)
+    )  # to a file of more bytes nothing is added
+    try:
+        for step in (2, 3):
+            metrics.log_step(report(step))
+            metrics.write_tensorboard(lambda writer: writer.flush())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    metrics.sinks.append(TolerantSink(BrokenSink()))
+    metrics.logger.add_logger(metrics.sinks[-1])
+    for step in (4, 5):
+        metrics.log_step(report(step))
+    metrics.close()
+    steps = set()
+    for file in tmp_path.glob("tb/*/events.out.*"):
+        log = EventAccumulator(str(file)).Reload()
+        if "loss/text" in log.Tags()["scalars"]:
+            steps |= {event.step for event in log.Scalars("loss/text")}
+    assert steps >= {4, 5} and 3 not in steps
+    first, second, *last = told
+    assert "TensorBoard: metrics cannot be written (OSError: [Errno 27] File too large" in first
+    assert (
+        "BrokenSink: metrics cannot be written (RuntimeError: no network); training goes on"
+        in second
+    )
+    assert len(last) == 2 and all("writes of metrics were lost" in line for line in last)
+    assert not unhandled
+
+
+class BrokenSink(BaseLogger):
+    def log(self, metrics, step):
+        raise RuntimeError("no network")
 
 
 def test_without_tensorboard_other_loggers_get_the_scalars(make_metrics):

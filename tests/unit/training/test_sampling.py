@@ -44,8 +44,10 @@ class Metrics:
         self.time_last_log, self.written = 100.0, []
         self.color = SimpleNamespace(yellow="", green="", blue="", reset="")
 
-    def tensorboard_writers(self):
-        return [self]
+    has_tensorboard = True
+
+    def write_tensorboard(self, write):
+        write(self)
 
     def add_image(self, tag, image_HW3, step, dataformats):
         assert dataformats == "HWC"
