@@ -1,5 +1,6 @@
 """What a command knows of its own process: its rank, the terminal, and how it ends on a user's mistake."""
 
+import errno
 import gc
 import os
 import sys
@@ -11,8 +12,23 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# Exit statuses.
 MISTAKE = 2
+DISK_FULL = 3
+DIVERGED = 4  # a loss, a gradient or a weight is not finite: started again, the run would come to the same point
 INTERRUPTED = 130
+
+# What a system says of a full disk, a used up quota, and a file that may not become larger.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class DiskFull(OSError):
+    """A disk has no room for what is to be written. The message is a line for the user."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether ``error`` says that a disk is full."""
+    return isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in FULL)
 
 
 def _process_group() -> Any:
@@ -82,12 +98,12 @@ def exit_status(
     mistakes: tuple[type[Exception], ...] = (OSError, ValueError),
     interrupted: str = "interrupted",
 ) -> int:
-    """Run ``command``: status 0, or 2 and one line for a user's mistake (one of ``mistakes``), or 130 after Ctrl-C."""
+    """Run ``command``: status 0, or one line and 2 for a user's mistake (one of ``mistakes``) or 3 for a full disk, or 130 after Ctrl-C."""
     try:
         command()
     except mistakes as error:
         print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+        return DISK_FULL if is_full(error) else MISTAKE
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
@@ -99,7 +115,7 @@ def exit_status(
             dist.destroy_process_group()
 
 
-def raised_by_us(error: ValueError) -> bool:
+def raised_by_us(error: Exception) -> bool:
     """Whether ``error`` was raised in this package: then its message is meant for the user, who needs no traceback."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = str(frames[-1].f_globals.get("__name__")) if frames else ""

@@ -8,10 +8,23 @@ import gc
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from symbiotic_titan.process import MISTAKE, loading, raised_by_us
+from symbiotic_titan.process import (
+    DISK_FULL,
+    DIVERGED,
+    MISTAKE,
+    DiskFull,
+    loading,
+    raised_by_us,
+)
+
+# What a run reports in one line, and its exit status then.
+STATUSES: dict[type[Exception], int] = {
+    ValueError: MISTAKE,
+    DiskFull: DISK_FULL,
+    FloatingPointError: DIVERGED,
+}
 
 if TYPE_CHECKING:
     from symbiotic_titan.checkpoint.start import Start
@@ -37,21 +50,13 @@ def train(config: "JobConfig", start: "Start | None") -> None:
             trainer.close()
 
 
-def make_dump_folder(config: "JobConfig") -> None:
-    """Raises ValueError where the run could write nothing."""
-    try:
-        Path(config.job.dump_folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"job.dump_folder = {config.job.dump_folder!r}: the folder cannot be made ({error}); name one that can be written"
-        ) from None
-
-
 def run(args: list[str]) -> None:
     """Read the config from ``args``, check it, train.
 
     Raises:
         ValueError: a user's mistake, raised before anything is built wherever possible.
+        DiskFull: there is no room for a checkpoint.
+        FloatingPointError: a loss, a gradient or what a checkpoint would hold is not finite.
     """
     with loading():
         import torch
@@ -73,7 +78,6 @@ def run(args: list[str]) -> None:
     check_job(config)
     check_extension(config)
     start = find_start(config)
-    make_dump_folder(config)
     try:
         train(config, start)
     finally:
@@ -83,18 +87,19 @@ def run(args: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 when the run ended or was stopped by a signal, 2 on a user's mistake, reported in one line."""
+    """Exit status: 0 when the run ended or was stopped by a signal; reported in one line, 2 on a user's mistake, 3 where a disk is full, 4
+    where numbers are not finite."""
     with loading():
         from torch.distributed.elastic.multiprocessing.errors import record
         from torchtitan.tools.logging import init_logger, logger
     init_logger()
     try:
         record(run)(sys.argv[1:] if arguments is None else arguments)
-    except ValueError as error:
+    except tuple(STATUSES) as error:
         if not raised_by_us(error):
             raise
         logger.error(f"{error}")
-        return MISTAKE
+        return next(status for kind, status in STATUSES.items() if isinstance(error, kind))
     return 0
 
 

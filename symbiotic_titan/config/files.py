@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from symbiotic_titan.process import FULL, DiskFull, is_full
+
 
 @contextmanager
 def replacing(path: Path, suffix: str | None = None) -> Iterator[Path]:
@@ -48,6 +50,40 @@ def check_file(path: Path, option: str) -> None:
     except OSError as error:
         raise ValueError(
             f"{option}: {path} cannot be written ({error.strerror}); name another file"
+        ) from None
+
+
+# What an account or a full disk of this machine forbids; another machine may allow it.
+_OF_THIS_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, *FULL}
+
+
+def check_output_folder(folder: Path, key: str, *, elsewhere: bool = False) -> None:
+    """Pass if files can be written into ``folder``, the value of the config's ``key``; it need not exist. Leaves nothing behind.
+
+    elsewhere: of a run on another machine, so only what no machine can have is refused.
+
+    Raises:
+        ValueError: a file is in the way, or the disk refuses it.
+        DiskFull: the disk is full.
+    """
+    path = nearest = Path(
+        os.path.abspath(folder)
+    )  # without "..", which may lead through what is not there yet
+    try:
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            # Asked of the disk itself: permissions alone do not tell, and an empty file fits on a full disk.
+            file.write(bytes(4096))
+    except OSError as error:
+        if elsewhere and error.errno in _OF_THIS_MACHINE:
+            return
+        if is_full(error):
+            raise DiskFull(
+                f"{key}: the disk of {str(folder)!r} is full ({error.strerror}); free some space, or name a folder on another disk"
+            ) from None
+        raise ValueError(
+            f"{key}: nothing can be written into {str(folder)!r} ({error.strerror or error}: {nearest}); name a folder that can be "
+            "written"
         ) from None
 
 

@@ -1,11 +1,13 @@
 """Rules that span several config sections, checked before anything is built."""
 
 import os
+from pathlib import Path
 
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.build import global_batch_size
 from symbiotic_titan.config.experts import PARTITION_RULES
+from symbiotic_titan.config.files import check_output_folder
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import OPTIMIZER_BUILDERS
 from symbiotic_titan.data.loader import streams_of_rank
@@ -182,6 +184,18 @@ def check_start(config: JobConfig) -> None:
         )
 
 
+def check_folders(config: JobConfig, *, elsewhere: bool = False) -> None:
+    """Refuse folders of the run that cannot be written."""
+    dump = Path(config.job.dump_folder)
+    folders = {"job.dump_folder": dump}
+    if config.checkpoint.enable and not config.checkpoint.load_only:
+        folders["checkpoint.folder"] = dump / config.checkpoint.folder
+    if config.metrics.enable_tensorboard or config.metrics.enable_wandb:
+        folders["metrics.save_tb_folder"] = dump / config.metrics.save_tb_folder
+    for key, folder in folders.items():
+        check_output_folder(folder, key, elsewhere=elsewhere)
+
+
 def check_validation(config: JobConfig) -> None:
     """Held-out losses need held-out data."""
     if config.validation.enable and not config.validation.sources:
@@ -246,6 +260,8 @@ def check_job(
         from symbiotic_titan.training.check_parts import check_sampling  # loads the generator
 
         check_sampling(config, args.geometry, elsewhere=elsewhere)
+    if is_training:
+        check_folders(config, elsewhere=elsewhere)
     if not elsewhere:
         check_installed(config)
         check_device(config, args)

@@ -71,6 +71,7 @@ SIGNATURES = {
         "extra_metrics",
     ),
     "components.metrics.MetricsProcessor.close": ("self",),
+    "components.metrics.BaseLogger.log": ("self", "metrics", "step"),
     "components.metrics.LoggerContainer.log": ("self", "metrics", "step"),
     "components.metrics.TensorBoardLogger.log": ("self", "metrics", "step"),
     # validation; build_validator is the contract of the train spec's slot

@@ -1,6 +1,8 @@
 """The dry run: it refuses what a run refuses, with the same message, and it passes every large config that is shipped."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -11,7 +13,7 @@ from symbiotic_titan.build import build_dataloader, build_tokenizer, with_rows_o
 from symbiotic_titan.commands import show_parallel
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.inference.held_out import held_out_data
-from symbiotic_titan.train import make_dump_folder
+from symbiotic_titan.process import DiskFull
 from symbiotic_titan.training.checks import check_job, check_run
 
 CONFIGS = Path(__file__).parents[3] / "train_configs"
@@ -183,10 +185,38 @@ def test_a_rank_takes_no_more_rows_than_it_has(tmp_path):
     )
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "folder", "why"),
+    [
+        ("job.dump_folder", "{}/file/run", "Not a directory"),
+        ("job.dump_folder", "/proc/x", "No such file or directory"),
+        ("job.dump_folder", "{}/" + "x" * 300, "File name too long"),
+        ("checkpoint.folder", "{}/file", "Not a directory"),
+        ("metrics.save_tb_folder", "../file", "Not a directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, key, folder, why):
+    """By a run before anything is built, and by its dry run; neither leaves anything behind."""
     (tmp_path / "file").write_text("")
-    folder = str(tmp_path / "file" / "run")
-    config = load_job_config(written(tmp_path, "--job.dump_folder", folder))
-    assert f"job.dump_folder = {folder!r}: the folder cannot be made" in refusal(
-        make_dump_folder, config
-    )
+    options = [f"--{key}", folder.format(tmp_path)]
+    if key != "job.dump_folder":
+        options += ["--job.dump_folder", str(tmp_path / "run")]
+    config = load_job_config(written(tmp_path, *options))
+    before = set(tmp_path.rglob("*"))
+    for told in (refusal(check_job, config), refusal(check_run, config, 1)):
+        assert told.startswith(f"{key}: nothing can be written into") and why in told
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_what_this_account_may_not_write_another_machine_may(tmp_path, monkeypatch):
+    """A read-only disk is refused by the run alone, and a full one is no mistake in the config."""
+    config = load_job_config(written(tmp_path, "--job.dump_folder", str(tmp_path / "run")))
+    for number, raised in ((errno.EROFS, ValueError), (errno.ENOSPC, DiskFull)):
+
+        def refuse(dir, number=number):  # noqa: A002 - the name that tempfile gives it
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+        with pytest.raises(raised, match=os.strerror(number)):
+            check_job(config)
+        assert check_run(config, 1)
