@@ -6,16 +6,22 @@ a save at any step, and an end that waits for an asynchronous save. The trainer'
 
 import concurrent.futures
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+import torch.distributed.checkpoint as dcp
 import torchtitan.train
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpoint import MODEL, CheckpointManager
+from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import GarbageCollection
 
 from symbiotic_titan.checkpoint.start import Start, averaged, open_weights
 from symbiotic_titan.config.job import Checkpoint
@@ -27,6 +33,8 @@ if TYPE_CHECKING:  # loaded by the runs that use it
 
 # After an error on one rank the others may be gone, and the save would never finish.
 SAVE_TIMEOUT_S = 120
+# No pinned or shared memory and no stream: a copy on the CPU.
+NO_STAGING = StagingOptions(False, False, False, False)
 
 
 class SymbioticCheckpointManager(CheckpointManager):
@@ -58,6 +66,39 @@ class SymbioticCheckpointManager(CheckpointManager):
 
     def _purge_stale_checkpoints(self) -> None:
         self.purge()
+
+    @torch.no_grad()
+    def dcp_save(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        async_mode: AsyncMode,
+        *args: Any,
+        **options: Any,
+    ) -> Future[Any] | AsyncSaveResponse | None:
+        """As upstream's, with digests of the files beside them."""
+        from symbiotic_titan.weights.digests import DigestingWriter  # only runs that save need it
+
+        writer = DigestingWriter(checkpoint_id)
+        if async_mode == AsyncMode.DISABLED:
+            dcp.save(state_dict, storage_writer=writer)
+            GarbageCollection.collect("GC collection invoked by checkpointer.")
+            return None
+        if async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
+            kind, stager = AsyncCheckpointerType.PROCESS, self.stager
+        else:
+            # The one that is made where no writer is given; a writer is taken for a stager otherwise.
+            kind, stager = AsyncCheckpointerType.THREAD, DefaultStager(NO_STAGING)
+        saving = dcp.async_save(
+            state_dict,
+            storage_writer=writer,
+            process_group=self.pg,
+            async_checkpointer_type=kind,
+            async_stager=stager,
+        )
+        if isinstance(saving, Future):
+            saving.add_done_callback(lambda _: stager.close())
+        return saving
 
     def save_now(self, step: int) -> None:
         """Save a full checkpoint of ``step``; if it was just saved, wait for that save to finish. Collective."""
@@ -92,13 +133,11 @@ class SymbioticCheckpointManager(CheckpointManager):
         self.exclude_from_loading = [*options.exclude_from_loading, *excluded]
         self._start = start
 
-    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, **formats: Any) -> None:
+    def dcp_load(self, state_dict: dict[str, Any], *args: Any, **formats: Any) -> None:
         """Fill ``state_dict`` from the checkpoint that ``begin`` was given. Collective."""
-        if self._start is None:  # upstream would unpickle what it finds
-            raise ValueError(
-                f"checkpoint.load_step: {checkpoint_id} was not there when this run started, or is of no step; name a step that was "
-                "saved, or -1 for the newest"
-            )
+        if self._start is None:
+            super().dcp_load(state_dict, *args, **formats)
+            return
         start, self._start = self._start, None  # the metadata are freed once they are loaded
         load_from(start, state_dict)
         model = self.states[MODEL]

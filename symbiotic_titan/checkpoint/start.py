@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
-from symbiotic_titan.config.job import Checkpoint, JobConfig
+from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import DEFAULT_BUILDER, Weights
 from symbiotic_titan.optim.build import ADAM_STATE, freeze_parameters
 from symbiotic_titan.process import is_first_process
@@ -218,13 +218,57 @@ def _mismatch(held: Entries, shapes: Mapping[str, Shape]) -> str | None:
 # ---- once the process group exists ----------------------------------------------------------------------------------------
 
 
-def share_start(start: Start | None, options: Checkpoint) -> Start | None:
-    """What the first process found, on all of them, and ``options.load_step`` set to it. Collective."""
+def share_start(start: Start | None, config: JobConfig) -> Start | None:
+    """What ``find_start`` found on the first process, on all of them, its bytes verified, and ``checkpoint.load_step`` set to it. A
+    damaged checkpoint is renamed, and the one before it is taken. Collective.
+
+    Raises:
+        ValueError: a checkpoint that the config names is damaged, or no other one is complete.
+    """
+    options = config.checkpoint
+    start = _told(start)
+    while start is not None and options.verify:
+        from symbiotic_titan.checkpoint.verify import damage_on_any_rank, tell_all
+
+        damage = damage_on_any_rank(start.folder)
+        if damage is None:
+            break
+        mistake = None
+        if is_first_process():
+            try:
+                start = _start_instead(start, config, damage)
+            except ValueError as error:
+                mistake = str(error)
+        tell_all(mistake)
+        start = _told(start)
+    if start is not None and start.step > 0:
+        options.load_step = start.step
+    return start
+
+
+def _told(start: Start | None) -> Start | None:
+    """What the first process has, on the others without the metadata. Collective."""
     told = [start if start is None else replace(start, metadata=None)]
     dist.broadcast_object_list(told, src=0)
-    if told[0] is not None and told[0].step > 0:
-        options.load_step = told[0].step
-    return start if start is not None else told[0]
+    return start if is_first_process() else told[0]
+
+
+def _start_instead(start: Start, config: JobConfig, damage: str) -> Start | None:
+    """What the run starts from since ``start`` is damaged.
+
+    Raises:
+        ValueError: the config names ``start``, or no other checkpoint is complete.
+    """
+    if start.step == 0:
+        raise ValueError(
+            f"{START}: checkpoint {start.folder} is damaged: {damage}; use another copy of it"
+        )
+    if config.checkpoint.load_step > 0:
+        raise ValueError(
+            f"checkpoint.load_step: checkpoint {start.folder} is damaged: {damage}; name another step, or leave the key out"
+        )
+    _rename_all({start.folder: damage})
+    return find_start(config)
 
 
 def averaged(entries: Entries) -> dict[str, str]:

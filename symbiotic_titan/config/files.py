@@ -58,7 +58,7 @@ _OF_THIS_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, *FULL}
 
 
 def check_output_folder(folder: Path, key: str, *, elsewhere: bool = False) -> None:
-    """Pass if files can be written into ``folder``, the value of the config's ``key``; it need not exist. Leaves nothing behind.
+    """Pass if files can be written into ``folder``, the value of the config's ``key``; it need not exist. Nothing of the attempt stays.
 
     elsewhere: of a run on another machine, so only what no machine can have is refused.
 

@@ -105,6 +105,11 @@ class Checkpoint(UpstreamCheckpoint):
     last_save_model_only: bool = False
     """Whether the last save holds the model alone; such a run cannot be resumed"""
 
+    verify: bool = True
+    """Whether the bytes of a checkpoint are compared with their digests before a run starts from it. A damaged one is then passed over,
+    or refused where the config names it. Each rank reads its share of the files for that, which the load then finds in the page cache if
+    the memory holds them: with 45 GB a rank about half a minute. Digests are written in any case"""
+
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise ValueError(f"checkpoint.interval: must be at least 1, got {self.interval}")

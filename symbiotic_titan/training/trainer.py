@@ -118,7 +118,7 @@ class SymbioticTrainer(Trainer):
 
     def init_distributed(self) -> ParallelDims:
         dims = super().init_distributed()
-        self.start = share_start(self.start, self.job_config.checkpoint)
+        self.start = share_start(self.start, self.job_config)
         self.given |= self.start.entries.keys() if self.start else set()
         return dims
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from symbiotic_titan.config.rows import check_value
+from symbiotic_titan.weights.digests import HashedFile, sha256_of, write_sums
 from symbiotic_titan.weights.reader import (
     Box,
     TensorSpec,
@@ -174,8 +175,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, _LENGTH_BYTES + length
 
 
-def write_file(path: Path, specs: Mapping[str, TensorSpec], value: Callable[[str], Tensor]) -> None:
-    """Write the tensors ``specs`` to a file; ``value(name)`` is called for each just before it is written.
+def write_file(path: Path, specs: Mapping[str, TensorSpec], value: Callable[[str], Tensor]) -> str:
+    """Write the tensors ``specs`` to a file; ``value(name)`` is called for each just before it is written. Returns its SHA-256.
 
     Raises:
         OSError: writing failed.
@@ -195,21 +196,15 @@ def write_file(path: Path, specs: Mapping[str, TensorSpec], value: Callable[[str
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)  # the data start aligned, as the format asks
-    with path.open("wb", buffering=0) as file:
-        _write(file.write, len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+    with path.open("wb", buffering=0) as file, HashedFile(file) as hashed:
+        hashed.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for name in names:
             tensor = value(name)
             assert TensorSpec.of(tensor) == specs[name], name
-            _write(file.write, tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            hashed.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         # On disk before the folder is renamed: otherwise a power cut could leave a complete-looking folder with empty files.
         os.fsync(file.fileno())
-
-
-def _write(write: Callable[[Any], int | None], data: Any) -> None:
-    """Write all of ``data``: one call of ``write`` may write only part of it, on Linux at most 2 GiB."""
-    buffer, done = memoryview(data), 0
-    while done < len(buffer):
-        done += write(buffer[done:]) or 0
+        return hashed.digest
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------------
@@ -316,20 +311,22 @@ def write_folder(
     value: Callable[[str], Tensor],
     shard_bytes: int,
 ) -> None:
-    """Write files of at most ``shard_bytes`` (or a single larger tensor) and, last, the index. ``value(name)`` is called once for
-    each tensor, just before it is written.
+    """Write files of at most ``shard_bytes`` (or a single larger tensor) and, last, the index and ``SHA256SUMS``. ``value(name)``
+    is called once for each tensor, just before it is written.
 
     Raises:
         OSError: writing failed.
     """
     shards = list(_shards(specs, shard_bytes))
     file_of: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, {name: specs[name] for name in names}, value)
+        digests[file] = write_file(folder / file, {name: specs[name] for name in names}, value)
         file_of |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total_bytes(specs.values())}, "weight_map": file_of}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_sums(folder, {**digests, INDEX: sha256_of(folder / INDEX)})
 
 
 def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> Iterator[list[str]]:

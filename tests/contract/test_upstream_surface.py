@@ -46,6 +46,14 @@ SIGNATURES = {
     ),
     "components.checkpoint.CheckpointManager.save": ("self", "curr_step", "last_step"),
     "components.checkpoint.CheckpointManager.load": ("self", "step"),
+    "components.checkpoint.CheckpointManager.dcp_save": (
+        "self",
+        "state_dict",
+        "checkpoint_id",
+        "async_mode",
+        "enable_garbage_collection",
+        "to_hf",
+    ),
     "components.checkpoint.CheckpointManager.dcp_load": (
         "self",
         "state_dict",
@@ -186,7 +194,9 @@ SIGNATURES = {
 
 # Names that are imported as types, values or exceptions: they only have to exist.
 NAMES = {
+    "components.checkpoint.AsyncMode",
     "components.checkpoint.MODEL",
+    "tools.utils.GarbageCollection",
     "components.dataloader.BaseDataLoader",
     "components.tokenizer.BaseTokenizer",
     "train.CheckpointManager",

@@ -2,67 +2,19 @@
 a checkpoint gives."""
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
-from symbiotic_titan.checkpoint.manager import SymbioticCheckpointManager
 from symbiotic_titan.checkpoint.start import find_start, share_start
-from symbiotic_titan.model.initialize import leaving_out
-from symbiotic_titan.optim.build import ParamGroupOptimizers, param_group_optimizers
-from symbiotic_titan.optim.group_record import GroupRecord
+from symbiotic_titan.optim.build import ParamGroupOptimizers
 from symbiotic_titan.training.train_spec import register
 from symbiotic_titan.weights.reader import TensorSpec
 from symbiotic_titan.weights.safetensors import SafetensorsModel, write_folder
-from tests.helpers.debug_model import build, config_of
+from tests.helpers.debug_model import config_of
 from tests.helpers.gloo import run_on_ranks
-
-
-class Number:
-    """State that is no tensor."""
-
-    def __init__(self, value=0):
-        self.step = value
-
-    def state_dict(self):
-        return {"step": self.step}
-
-    def load_state_dict(self, state):
-        self.step = state["step"]
-
-
-def adam(model, config):
-    return param_group_optimizers(model, config.optimizer, None)
-
-
-def parts_of_run(config, given=(), make_optimizers=None):
-    """A model, its checkpointer and its state that is no tensor."""
-    with leaving_out(given) if given else nullcontext():
-        model, _ = build(config)
-    optimizers = (make_optimizers or adam)(model, config)
-    step = Number()
-    manager = SymbioticCheckpointManager(
-        dataloader=None,
-        model_parts=[model],
-        optimizers=optimizers,
-        lr_schedulers=Number(3),
-        states={"train_state": step, "param_groups": GroupRecord(model, optimizers)},
-        checkpoint_config=config.checkpoint,
-        sd_adapter=None,
-        base_folder=config.job.dump_folder,
-    )
-    return model, manager, optimizers, step
-
-
-def whole(tensors):
-    return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t.detach()).clone()
-        for name, t in tensors.items()
-        if isinstance(t, torch.Tensor)
-    }
+from tests.helpers.saved_run import parts_of_run, whole
 
 
 def saved(rank, overrides, export):
@@ -99,7 +51,7 @@ def resumed(rank, overrides, export):
     config, opened = config_of(overrides), []
     register()
     count_openings(".metadata", opened)
-    start = share_start(find_start(config), config.checkpoint)
+    start = share_start(find_start(config), config)
     assert start is not None and config.checkpoint.load_step == 3
     model, manager, optimizers, step = parts_of_run(config, start.entries)
     drawn = [name for name, p in model.named_parameters() if not torch.isnan(p).any()]
@@ -125,7 +77,7 @@ def refused(rank, options, export):
     """What a run with another optimizer is told when it loads."""
     config = config_of(options)
     register()
-    start = share_start(find_start(config), config.checkpoint)
+    start = share_start(find_start(config), config)
     _, manager, _, _ = parts_of_run(config, start.entries, with_momentum)
     manager.begin(start, config.checkpoint, None)
     with pytest.raises(ValueError, match="optimizer.builder: ") as caught:
