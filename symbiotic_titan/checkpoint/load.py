@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from symbiotic_titan.weights.dcp import check_holds
+from symbiotic_titan.weights.dcp import SafePlanner, SafeReader, cause_of, check_holds
 from symbiotic_titan.weights.reader import Box, Entries, box_of
 
 
@@ -44,23 +43,22 @@ def load(state: dict[str, Any], folder: Path, entries: Entries, metadata: Metada
     entries: of the checkpoint. metadata: also of the checkpoint; the first rank needs it, the others pass None.
 
     Raises:
-        ValueError: the checkpoint lacks an entry of ``state``, or its bytes are damaged.
+        ValueError: the checkpoint lacks an entry of ``state``, or its bytes are damaged, or name what may run code.
     """
     planner = _Planner(folder, entries, metadata)
     try:
         dcp.load(state, storage_reader=_Reader(folder), planner=planner)
     except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        cause = next((c for c in causes if isinstance(c, ValueError)), causes[0])
+        cause = cause_of(error)
         if isinstance(cause, ValueError):
-            raise ValueError(str(cause)) from None
+            raise cause from None
         raise ValueError(
             f"checkpoint {folder} cannot be read, its bytes are damaged ({type(cause).__name__}: {cause}); use another copy of the "
             "checkpoint, or name an older one with checkpoint.load_step"
         ) from error
 
 
-class _Reader(FileSystemReader):
+class _Reader(SafeReader):
     """Leaves the metadata to the planner."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -71,7 +69,7 @@ class _Reader(FileSystemReader):
         return super().read_data(plan, planner)
 
 
-class _Planner(DefaultLoadPlanner):
+class _Planner(SafePlanner):
     def __init__(self, folder: Path, entries: Entries, stored: Metadata | None) -> None:
         super().__init__()
         self._folder, self._entries, self._stored = folder, entries, stored

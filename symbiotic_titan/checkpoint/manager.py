@@ -133,11 +133,13 @@ class SymbioticCheckpointManager(CheckpointManager):
         self.exclude_from_loading = [*options.exclude_from_loading, *excluded]
         self._start = start
 
-    def dcp_load(self, state_dict: dict[str, Any], *args: Any, **formats: Any) -> None:
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, **formats: Any) -> None:
         """Fill ``state_dict`` from the checkpoint that ``begin`` was given. Collective."""
-        if self._start is None:
-            super().dcp_load(state_dict, *args, **formats)
-            return
+        if self._start is None:  # upstream would unpickle what it finds
+            raise ValueError(
+                f"checkpoint.load_step: {checkpoint_id} was not there when this run started, or is of no step; name a step that was "
+                "saved, or -1 for the newest"
+            )
         start, self._start = self._start, None  # the metadata are freed once they are loaded
         load_from(start, state_dict)
         model = self.states[MODEL]

@@ -4,29 +4,33 @@ A checkpoint is a folder written by torch.distributed.checkpoint on any number o
 in it, whether or not it has training state too.
 """
 
+import io
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+)
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, WriteItem
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.weights.damage import read_metadata
 from symbiotic_titan.weights.digests import DigestingWriter
+from symbiotic_titan.weights.metadata import REMEDY, UnsafeContent
 from symbiotic_titan.weights.new_folder import new_folder
-from symbiotic_titan.weights.reader import (
-    Entries,
-    TensorSpec,
-    some_of,
-    total_bytes,
-)
+from symbiotic_titan.weights.reader import Entries, TensorSpec, total_bytes
 
 # Prefixes of what a training checkpoint has besides the model.
 _TRAINING_STATE = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.", "ema.")
@@ -41,7 +45,70 @@ def _single_process():
         yield
 
 
-class _CachedReader(FileSystemReader):
+class SafePlanner(DefaultLoadPlanner):
+    """Loads entries that are not tensors with ``weights_only``; upstream's planner unpickles them."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        loaded = torch.load(value, weights_only=True)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], loaded)
+        else:
+            self.state_dict[name] = loaded
+
+
+class SafeReader(FileSystemReader):
+    """Reads what a ``SafePlanner`` asks for. Metadata come from ``load_metadata``, never from here.
+
+    Raises:
+        UnsafeContent: an entry names a function or class that ``weights_only`` does not allow; the message names file and entry.
+        ValueError: an entry is damaged; as above.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        raise NotImplementedError
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        try:
+            return super().read_data(plan, planner)
+        except Exception:
+            for item in plan.items:  # again one by one, to find the entry
+                try:
+                    super().read_data(replace(plan, items=[item]), planner)
+                except Exception as error:
+                    raise self._explained(item, error) from error
+            raise
+
+    def _explained(self, item: ReadItem, error: Exception) -> Exception:
+        place = self.storage_data[item.storage_index]
+        where = f"checkpoint {self.path}: {place.relative_path}"
+        entry = f"its entry {item.storage_index.fqn}"
+        if names := _unsafe_names(Path(self.path) / place.relative_path, place):
+            text = ", ".join(names)[:100]
+            return UnsafeContent(
+                f"{where}: {entry} names {text!r}, which checkpoints have no use for: {REMEDY}"
+            )
+        return ValueError(
+            f"{where} cannot be read, its bytes are damaged ({entry}, {type(error).__name__}); use another copy of the checkpoint"
+        )
+
+
+def cause_of(error: CheckpointException) -> BaseException:
+    """What went wrong on one of the ranks, rather what a ``SafeReader`` explained."""
+    causes = [cause for cause, _ in error.failures.values()]
+    return next((cause for cause in causes if isinstance(cause, ValueError)), causes[0])
+
+
+def _unsafe_names(file: Path, place: Any) -> list[str]:
+    try:
+        with file.open("rb") as stream:
+            stream.seek(place.offset)
+            return get_unsafe_globals_in_checkpoint(io.BytesIO(stream.read(place.length)))
+    except Exception:  # noqa: BLE001  whatever the disassembly of damaged bytes raises
+        return []
+
+
+class _CachedReader(SafeReader):
     """Has the metadata: a training checkpoint's can be large, and dcp.load reads it anew for every tensor."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
@@ -95,7 +162,7 @@ class DistributedCheckpoint:
         return tensors[name]
 
     def read_into(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See ``CheckpointReader``. Raises ValueError where a file's bytes are damaged."""
+        """See ``CheckpointReader``. Raises ValueError where a file's bytes are damaged, or name what may run code."""
         self._load({self._keys[name]: tensor for name, tensor in tensors.items()})
 
     @property
@@ -118,18 +185,9 @@ class DistributedCheckpoint:
     def _load(self, state: dict[str, Any]) -> None:
         try:
             with _single_process():
-                dcp.load(state, storage_reader=self._reader, no_dist=True)
+                dcp.load(state, storage_reader=self._reader, planner=SafePlanner(), no_dist=True)
         except CheckpointException as error:
-            if len(state) > 1:  # again one by one, to find the damaged file
-                for name, value in state.items():
-                    self._load({name: value})
-            storage = self._reader.read_metadata().storage_data or {}
-            files = {info.relative_path for index, info in storage.items() if index.fqn in state}
-            cause, _ = next(iter(error.failures.values()))
-            raise ValueError(
-                f"checkpoint {self.folder}: {some_of(sorted(files))} cannot be read, its bytes are damaged "
-                f"({type(cause).__name__}); use another copy of the checkpoint"
-            ) from None
+            raise cause_of(error) from None
 
 
 def check_has_average(
