@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "images and texts from a checkpoint",
     "evaluate": "scores of checkpoints, side by side",
     "plot": "figures of one or several runs",
+    "reliability": "kills, signals, damage, full disks: do runs go on as if nothing had happened?",
     "run-study": "the study of train_configs/mini from beginning to end",
 }
 

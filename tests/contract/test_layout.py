@@ -72,7 +72,8 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {"checkpoint": "which checkpoint a run resumes from, and what it starts from"},
     {
-        "inference": "a trained model without a trainer: loading, prompts, text, images, held-out losses"
+        "inference": "a trained model without a trainer: loading, prompts, text, images, held-out losses",
+        "reliability": "hurts runs as symbiotic reliability does, and judges what became of them",
     },
     {"evaluation": "runs suites of scores on checkpoints and keeps their results"},
     {

@@ -29,6 +29,10 @@ ELSEWHERE = {
         "tests/unit/commands/test_run_study.py",
         "test_a_documented_study_calls_documented_commands",
     ),
+    "symbiotic reliability": (
+        "tests/integration/test_reliability.py",
+        "test_a_campaign_hurts_runs_and_finds_them_well",
+    ),
     f"{STEP}debug.toml train_configs/mini.toml --steps": (
         "tests/unit/bench/test_bench_step.py",
         "test_shares_of_a_step_of_a_shipped_config",

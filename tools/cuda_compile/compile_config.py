@@ -105,11 +105,18 @@ def build(config: JobConfig, args: ModelArgs, *, as_fsdp: bool) -> SymbioticMode
         model = SymbioticModel(args)
     build_model_converters(config, dims).convert(model)
     if as_fsdp:
-        model.bfloat16()
-        for module in model.modules():
-            if isinstance(module, Router):
-                module.float()
+        to_bfloat16(model)
     return parallelize(model, dims, config)
+
+
+def to_bfloat16(model: SymbioticModel) -> None:
+    """The weights as FSDP gives them; routers keep theirs in float32. Replaced, since fake tensors cannot change their dtype."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            continue
+        for name, weight in list(module.named_parameters(recurse=False)):
+            cast = torch.nn.Parameter(weight.detach().bfloat16(), weight.requires_grad)
+            setattr(module, name, cast)
 
 
 class Step:
