@@ -165,9 +165,9 @@ class SmallDisk:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        assert self._holder.stdout is not None and self._holder.stderr is not None
+        assert self._holder.stdout is not None
         if not self._holder.stdout.readline():
-            raise OSError(self._holder.stderr.read().decode().strip())
+            raise OSError(self._holder.communicate()[1].decode().strip())
         pid = self._holder.pid
         enter = ["nsenter", "--preserve-credentials", "--user", "--mount", f"--wd={ROOT}"]
         self.prefix = [*enter, "--target", str(pid), "--"]
@@ -185,8 +185,7 @@ class SmallDisk:
         (self.seen / "filler").unlink(missing_ok=True)
 
     def close(self) -> None:
-        self._holder.kill()
-        self._holder.wait()
+        self._holder.communicate()
 
 
 def small_disk(folder: Path, megabytes: int) -> SmallDisk | None:

@@ -179,7 +179,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from symbiotic_titan.checkpoint.load import load
-    from symbiotic_titan.checkpoint.resume import entries_of
+    from symbiotic_titan.checkpoint.start import entries_of
     from symbiotic_titan.weights.damage import read_metadata
 
     metadata, damage = read_metadata(folder)
