@@ -41,6 +41,14 @@ case $CONFIG_FILE in
 esac
 [ -f "$config" ] || fail "CONFIG_FILE: no such file: $CONFIG_FILE (looked in $caller and $root)"
 
+# Until the trainer runs, which handles them itself. (A SIGHUP that nohup ignores cannot be trapped.)
+stopped() {
+    [ -z "${helper:-}" ] || kill "$helper" 2>/dev/null || true
+    printf 'SIG%s: stopped before the first step\n' "$1" >&2
+    exit 0
+}
+for name in INT TERM HUP USR1; do trap "stopped $name" "$name"; done
+
 python=$("$root/tools/setup_env.sh")
 cd "$root"
 config=${config#"$root"/}
@@ -66,18 +74,24 @@ if [ "$NNODES" -eq 1 ] && [ ! -e demo_data ]; then
     merged=$("$python" -P symbiotic_titan/config/extends.py "$config") # the config and all that it extends
     if grep -q '["/]demo_data/' <<<"$merged"; then
         printf 'run_train.sh: writing the demo data to demo_data\n' >&2
-        "$python" tools/make_demo_data.py --out demo_data
+        "$python" tools/make_demo_data.py --out demo_data &
+        helper=$! # waited for, since bash answers a signal only when a command in the foreground has ended
+        wait "$helper"
+        helper=
     fi
 fi
 
 if [ "$NGPU" -eq 1 ] && [ "$NNODES" -eq 1 ]; then
     # No launcher: starts faster, and signals reach the trainer itself. Port 0 lets the system choose a free one.
     export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=0
-    exec "$python" -m symbiotic_titan.train --job.config_file "$config" "$@"
+    # Signals wait until the trainer handles them; where env is too old, Python ends on one in its first tenth of a second.
+    hold='env --block-signal=INT,TERM,HUP,USR1'
+    $hold true 2>/dev/null || hold=
+    exec $hold "$python" -m symbiotic_titan.train --job.config_file "$config" "$@"
 fi
 
-# The launcher answers a signal by ending the processes within 30 s and failing. Sent to the processes themselves, it lets
-# them finish the step, save and end well. In a process group of its own the launcher sees no Ctrl-C.
+# In a process group of its own the launcher gets one Ctrl-C, passed on from here; it passes signals on to the ranks, which finish the
+# step, save and end well.
 set -m
 "$python" -P tools/launch.py --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d \
     --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv_id "${RDZV_ID:-symbiotic_titan}" \
@@ -86,10 +100,9 @@ set -m
 launcher=$!
 pass_on() {
     interrupted=1
-    pkill "-$1" -P "$launcher" 2>/dev/null || kill "-$1" "$launcher" 2>/dev/null || true
+    kill "-$1" "$launcher" 2>/dev/null || true
 }
-trap 'pass_on INT' INT
-trap 'pass_on TERM' TERM HUP
+for name in INT TERM HUP USR1 USR2; do trap "pass_on $name" "$name"; done
 interrupted=1
 while [ -n "$interrupted" ]; do # a signal that is handled also ends wait
     interrupted= status=0

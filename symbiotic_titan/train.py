@@ -8,16 +8,19 @@ import gc
 import logging
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, NoReturn
 
 from symbiotic_titan.process import (
     DISK_FULL,
     DIVERGED,
+    INTERRUPTED,
     MISTAKE,
     DiskFull,
     loading,
     raised_by_us,
 )
+from symbiotic_titan.signals import Stopped, StopRequest, ignore_stop_signals
 
 # What a run reports in one line, and its exit status then.
 STATUSES: dict[type[Exception], int] = {
@@ -31,13 +34,13 @@ if TYPE_CHECKING:
     from symbiotic_titan.config.job import JobConfig
 
 
-def train(config: "JobConfig", start: "Start | None") -> None:
-    """Train a checked config. A function of its own, so that the model and its process groups are freed when it returns."""
+def train(config: "JobConfig", start: "Start | None", stop: StopRequest) -> None:
+    """Train a checked config until ``stop``. A function of its own, so that the model and its process groups are freed when it returns."""
     from symbiotic_titan.training.trainer import SymbioticTrainer
 
     trainer = None
     try:
-        trainer = SymbioticTrainer(config, start)
+        trainer = SymbioticTrainer(config, start, stop)
         if config.sampling.enable:
             from symbiotic_titan.training.sample_grids import (
                 add_sample_grids,  # loads the generator
@@ -50,10 +53,11 @@ def train(config: "JobConfig", start: "Start | None") -> None:
             trainer.close()
 
 
-def run(args: list[str]) -> None:
+def run(args: list[str], stop: StopRequest) -> None:
     """Read the config from ``args``, check it, train.
 
     Raises:
+        Stopped: by a signal, before the first step was done.
         ValueError: a user's mistake, raised before anything is built wherever possible.
         DiskFull: there is no room for a checkpoint.
         FloatingPointError: a loss, a gradient or what a checkpoint would hold is not finite.
@@ -73,13 +77,14 @@ def run(args: list[str]) -> None:
             "no rank is set: start training with symbiotic train, ./run_train.sh or torchrun"
         )
     config = load_job_config(args)
+    stop.install(config.checkpoint.stop_signals)
     config = with_rows_of_rank(config, int(os.environ.get("WORLD_SIZE", "1")))
     register()
     check_job(config)
     check_extension(config)
     start = find_start(config)
     try:
-        train(config, start)
+        train(config, start, stop)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -89,23 +94,37 @@ def run(args: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when the run ended or was stopped by a signal; reported in one line, 2 on a user's mistake, 3 where a disk is full, 4
     where numbers are not finite."""
-    with loading():
-        from torch.distributed.elastic.multiprocessing.errors import record
-        from torchtitan.tools.logging import init_logger, logger
-    init_logger()
+    stop = StopRequest()
     try:
-        record(run)(sys.argv[1:] if arguments is None else arguments)
-    except tuple(STATUSES) as error:
-        if not raised_by_us(error):
+        stop.begin()
+        with loading():
+            from torch.distributed.elastic.multiprocessing.errors import record
+            from torchtitan.tools.logging import init_logger, logger
+        init_logger()
+        record(run)(sys.argv[1:] if arguments is None else arguments, stop)
+    except Stopped:
+        stop.end(0)
+    except KeyboardInterrupt:  # SIGINT is none of the stop signals
+        stop.end(INTERRUPTED)
+    except Exception as error:
+        if stop.nothing_to_save and stop.signal_name is not None:
+            stop.end(0)  # of the interruption, here or on another rank
+        if not (isinstance(error, tuple(STATUSES)) and raised_by_us(error)):
+            if stop.leave_at_once:
+                traceback.print_exc()
+                stop.status(1)
             raise
         logger.error(f"{error}")
-        return next(status for kind, status in STATUSES.items() if isinstance(error, kind))
-    return 0
+        return stop.status(next(s for kind, s in STATUSES.items() if isinstance(error, kind)))
+    finally:
+        stop.close()
+    return stop.status(0)
 
 
 def leave(status: int) -> NoReturn:
     """End the process. With several processes the interpreter's shutdown is skipped: torch's caches keep process groups alive until
     then, and one of their threads that takes the GIL during shutdown aborts the process (seen in 2 of 60 runs on gloo)."""
+    ignore_stop_signals()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)
     logging.shutdown()

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from torchtitan.config import JobConfig as UpstreamJobConfig
@@ -27,6 +27,7 @@ from symbiotic_titan.config.losses import (
 from symbiotic_titan.config.optimizer import LR_DECAYS, Ema, Optimizer, Weights
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.registry import choice
+from symbiotic_titan.signals import STOP_SIGNALS, StopSignal
 
 
 @dataclass
@@ -110,7 +111,17 @@ class Checkpoint(UpstreamCheckpoint):
     or refused where the config names it. Each rank reads its share of the files for that, which the load then finds in the page cache if
     the memory holds them: with 45 GB a rank about half a minute. Digests are written in any case"""
 
+    stop_signals: list[StopSignal] = field(default_factory=lambda: list(STOP_SIGNALS))
+    """Signals on which the last step is saved and the run ends with status 0: Ctrl-C, what ``kill`` and schedulers send, a terminal
+    that is gone (unless ``nohup`` ignores it), and SLURM's ``--signal=USR1@60``. Others do what they do to any process. Those of the
+    default count until the config is read"""
+
     def __post_init__(self) -> None:
+        for name in self.stop_signals:
+            if name not in get_args(StopSignal):
+                raise ValueError(
+                    f"checkpoint.stop_signals: {name!r} is none of {', '.join(get_args(StopSignal))}; choose from these"
+                )
         if self.interval < 1:
             raise ValueError(f"checkpoint.interval: must be at least 1, got {self.interval}")
         if self.keep_latest_k < 0 or self.keep_latest_k == 1:

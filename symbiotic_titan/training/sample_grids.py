@@ -25,10 +25,7 @@ from symbiotic_titan.inference.session import Autocast
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.parallel.ranks import DataRanks
 from symbiotic_titan.training.metrics import SymbioticMetrics
-from symbiotic_titan.training.stop import (
-    Interrupted,
-    paused_training,
-)
+from symbiotic_titan.training.pause import Interrupted, paused_training
 from symbiotic_titan.training.trainer import SymbioticTrainer
 
 

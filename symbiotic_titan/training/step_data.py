@@ -24,15 +24,20 @@ from symbiotic_titan.device import copy_from_host
 from symbiotic_titan.parallel.ranks import DataRanks, gather_over_ranks, on_host
 from symbiotic_titan.process import raised_by_us
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.training.stop import StopRequest
+from symbiotic_titan.signals import StopRequest
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Why the run ends before its last step; ``error``: that in the data, in one line, where it is the reason."""
+    """Why the run ends before its last step.
+
+    error:     that in the data, in one line, where it is the reason.
+    is_signal: to any rank.
+    """
 
     reason: str
     error: str | None = None
+    is_signal: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,8 @@ class StepData(Iterator[StepBatches]):
         if error is not None:
             return Stop("error in the data", error)
         if signals:
-            return Stop(self.signals.signal_name or "a stop signal on another rank")
+            name = self.signals.signal_name or "a stop signal on another rank"
+            return Stop(name, is_signal=True)
         if not rows_left:
             return Stop(f"data ended, all samples of {', '.join(self._ended)} were read")
         return None
@@ -194,6 +200,20 @@ class StepData(Iterator[StepBatches]):
         except ValueError as error:
             return str(error)
         return None
+
+    def count_skipped(self) -> dict[str, float]:
+        """Samples that all ranks have skipped since the run began: ``skipped``, the number for each reason that occurred, and
+        ``bad_share``, the share of ``skipped`` in the samples read."""
+        own = {"skipped": self._loader.num_skipped, "read": self._loader.skip_counts[0]} | {
+            name if name == "truncated" else f"skipped/{name}": count
+            for name, count in self._loader.skip_reasons.items()
+        }
+        numbers = torch.tensor(self._ranks.once(list(own.values())))
+        totals = self._ranks.sum(copy_from_host(numbers, self._ranks.device))
+        counts: dict[str, float] = dict(zip(own, totals.tolist(), strict=True))  # device sync
+        counts["bad_share"] = counts["skipped"] / max(counts.pop("read"), 1)
+        always = ("skipped", "bad_share")
+        return {name: count for name, count in counts.items() if count or name in always}
 
     def __next__(self) -> StepBatches:
         """Take the step that was read, or where none was, the next one."""

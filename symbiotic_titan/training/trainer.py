@@ -43,10 +43,10 @@ from symbiotic_titan.parallel.ranks import data_ranks, gather_over_ranks, on_hos
 from symbiotic_titan.process import is_first_process
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
+from symbiotic_titan.signals import Stopped, StopRequest
 from symbiotic_titan.training.gradients import StepGradients
 from symbiotic_titan.training.metrics import StepReport, SymbioticMetrics
 from symbiotic_titan.training.step_data import MicroBatch, StepBatches, StepData
-from symbiotic_titan.training.stop import StopRequest
 
 if TYPE_CHECKING:  # loaded by the runs that use them
     from symbiotic_titan.optim.ema import EMA
@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # loaded by the runs that use them
 
 class SymbioticTrainer(Trainer):
     """Trains the model of the train spec ``symbiotic`` from a checked JobConfig. ``start``: what ``find_start`` found; None: new
-    weights."""
+    weights. ``stop``: where signals are handled already; None: from ``train`` on."""
 
     job_config: JobConfig
     metrics_processor: SymbioticMetrics  # type: ignore[assignment]
@@ -63,9 +63,11 @@ class SymbioticTrainer(Trainer):
     checkpointer: SymbioticCheckpointManager
     loss_fn: LossFunction  # type: ignore[assignment]
 
-    def __init__(self, job_config: JobConfig, start: Start | None = None) -> None:
+    def __init__(
+        self, job_config: JobConfig, start: Start | None = None, stop: StopRequest | None = None
+    ) -> None:
         self.start, self.given = start, set[str]()
-        self.stop, self.saved_config = StopRequest(), SavedConfig(job_config)
+        self.stop, self.saved_config = stop or StopRequest(), SavedConfig(job_config)
         self.first_step = 0  # the step that this process continued from
         self.tokens_seen = torch.zeros(len(MODALITY_NAMES), dtype=torch.int64)
         with warnings.catch_warnings(), leaving_out(self.given), in_use():
@@ -228,19 +230,22 @@ class SymbioticTrainer(Trainer):
                     routing=self.gradients.sum_routing(routing) if routing else None,
                     shield_scale=scale,
                     fill=float(totals.modality.sum() / totals.positions),
-                    skipped=self.count_skipped(),
+                    skipped=self.step_data.count_skipped(),
                     tokens_seen=self.tokens_seen,
                 )
             )
         for hook in self.step_hooks:
             hook(self.step)
+        self.stop.nothing_to_save = False
 
     def before_the_first_step(self) -> None:
-        """What measures the initial weights."""
+        """What measures the initial weights. Raises Stopped on a stop signal to any rank."""
         if self.job_config.validation.enable:
             self.validator.validate(self.model_parts, step=0)
         for hook in self.step_hooks:
             hook(0)
+        if self.step_hooks or self.job_config.validation.enable:
+            self.leave_if(self.stop_requested())
 
     def read_step(
         self, results: list[MicroBatchResult], *others: torch.Tensor
@@ -268,21 +273,6 @@ class SymbioticTrainer(Trainer):
             refresh_scales(self.model_parts[0], self.job_config)
             yield
         refresh_scales(self.model_parts[0], self.job_config)
-
-    def count_skipped(self) -> dict[str, float]:
-        """Samples that all ranks have skipped since the run began: ``skipped``, the number for each reason that occurred, and
-        ``bad_share``, the share of ``skipped`` in the samples read."""
-        loader = cast(PackedLoader, self.dataloader)
-        own = {"skipped": loader.num_skipped, "read": loader.skip_counts[0]} | {
-            name if name == "truncated" else f"skipped/{name}": count
-            for name, count in loader.skip_reasons.items()
-        }
-        numbers = torch.tensor(self.ranks.once(list(own.values())))
-        totals = self.sum_over_ranks(copy_from_host(numbers, self.device))
-        counts: dict[str, float] = dict(zip(own, totals.tolist(), strict=True))  # device sync
-        counts["bad_share"] = counts["skipped"] / max(counts.pop("read"), 1)
-        always = ("skipped", "bad_share")
-        return {name: count for name, count in counts.items() if count or name in always}
 
     def count_tokens(self, totals: StepTotals, pairs: torch.Tensor) -> None:
         """Add the step's tokens, and the ``pairs`` that attention computed, to the running totals. Both on the host."""
@@ -312,7 +302,7 @@ class SymbioticTrainer(Trainer):
 
     def train(self) -> None:
         """Load what the run starts from, train, and save when a signal asks to stop."""
-        self.stop.install()
+        self.stop.install(self.job_config.checkpoint.stop_signals)
         if self.start is not None:
             self.checkpointer.begin(self.start, self.job_config.checkpoint, self.ema)
             self.start = None  # its metadata are freed once they are loaded
@@ -335,10 +325,10 @@ class SymbioticTrainer(Trainer):
             not self.step_data.is_agreed
         ):  # before the first step; later ones read and agree on the next
             self.step_data.agree(*on_host(self.step_data.read()))
-        # The first step is taken even so: there is nothing to save before it.
         stop = self.step_data.reason_to_stop()
-        if stop is None or (self.step == 0 and stop.error is None):
+        if stop is None:
             return True
+        self.leave_if(self.step == self.first_step and stop.is_signal)
         outcome = self.save_before_stop(stop.reason)
         if stop.error is not None:
             raise ValueError(f"step {self.step + 1}: {stop.error}. {outcome}")
@@ -357,6 +347,11 @@ class SymbioticTrainer(Trainer):
         logger.info(f"{reason}: saving a checkpoint at step {self.step} and stopping")
         self.checkpointer.save_now(self.step)
         return f"The checkpoint of step {self.step} is saved: started again, the run goes on from there"
+
+    def leave_if(self, stopped: bool) -> None:
+        """End a run that has nothing to save, on all ranks together."""
+        if stopped and self.stop.nothing_to_save:
+            raise Stopped
 
     def stop_requested(self) -> bool:
         """Whether any rank received a stop signal."""

@@ -29,11 +29,8 @@ from symbiotic_titan.inference.held_out import held_out_data, held_out_losses
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.sequence.batch import PackedBatch
+from symbiotic_titan.training.pause import Interrupted, paused_training
 from symbiotic_titan.training.step_data import error_of_ranks
-from symbiotic_titan.training.stop import (
-    Interrupted,
-    paused_training,
-)
 
 
 @dataclass(frozen=True)

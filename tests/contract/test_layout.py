@@ -43,6 +43,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "registry": "parts that a config chooses by name",
     },
     {
+        "signals": "stop signals: what they do at which moment, and how the process ends",
         "sequence": "the contract between data and model: tasks, modalities, packed batch, positions",
     },
     {"config": "one dataclass per config section; loading, checking and saving a config"},

@@ -25,9 +25,10 @@ IMPORT_TRAIN = f"""
 import os, sys, time
 os.environ.pop("LOCAL_RANK", None)
 start = time.perf_counter()
+from {PACKAGE}.signals import StopRequest
 from {PACKAGE}.train import run
 try:
-    run([])
+    run([], StopRequest())
 except ValueError:  # no rank is set, which is found once everything is imported
     pass
 print(time.perf_counter() - start, *sys.modules)

@@ -34,6 +34,6 @@ def test_the_host_reads_the_device_once_a_step_and_a_few_times_more_to_log_it(tm
     report = {
         "optim/group_norms.py group_ratios": 1,
         "training/metrics.py routing": 1,
-        "training/trainer.py count_skipped": 1,
+        "training/step_data.py count_skipped": 1,
     }
     assert logged == last == first == once | report

@@ -2,7 +2,6 @@
 
 import logging
 import resource
-import signal
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from symbiotic_titan.training.metrics import (
     SymbioticMetrics,
     TolerantSink,
 )
-from symbiotic_titan.training.stop import StopRequest
 
 GROUPS = (ExpertGroup("und", (TEXT, VIT), 4), ExpertGroup("gen", (VAE,), 2))
 COUNTS = torch.tensor([[[4, 4, 2, 2, 0, 0], [0] * 6, [0, 0, 0, 0, 6, 2]]]).repeat(2, 1, 1)
@@ -208,18 +206,3 @@ def test_utilisation_is_that_of_tokens_labels_and_pairs_since_the_last_log(make_
     metrics.gpu_peak_flops = float("nan")
     metrics.log_step(report(4))
     assert not {"perf/mfu", "perf/mfu_full_rows"} & seen[-1].keys()
-
-
-def test_first_signal_is_remembered_and_a_second_interrupt_is_not_held_back():
-    stop = StopRequest()
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        stop.install()
-        assert stop.signal_name is None
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.signal_name == "SIGTERM"
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

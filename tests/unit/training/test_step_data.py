@@ -8,8 +8,8 @@ import torch
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.parallel.ranks import DataRanks, on_host
 from symbiotic_titan.process import raised_by_us
+from symbiotic_titan.signals import StopRequest
 from symbiotic_titan.training.step_data import MovedAhead, StepData, Stop, error_of_ranks
-from symbiotic_titan.training.stop import StopRequest
 
 ALONE = DataRanks(torch.device("cpu"), 0, 1, None)
 
@@ -87,7 +87,10 @@ def test_an_error_between_micro_batches_leaves_the_loader_before_those_that_were
 
 
 def test_an_error_goes_before_a_signal_and_the_limit_of_bad_samples_is_one():
-    for skipped, expected in ((4, Stop("error in the data", "skipped 4")), (3, Stop("SIGTERM"))):
+    for skipped, expected in (
+        (4, Stop("error in the data", "skipped 4")),
+        (3, Stop("SIGTERM", is_signal=True)),
+    ):
         data = step_data(Loader(skip_counts=(10, skipped)))
         data.signals.signal_name = "SIGTERM"
         assert read_and_agree(data) == expected
@@ -100,7 +103,7 @@ def test_a_signal_that_comes_after_reading_stops_the_run_one_step_later():
     data.agree(*on_host(sums))
     assert data.reason_to_stop() is None
     next(data)
-    assert read_and_agree(data) == Stop("SIGTERM")
+    assert read_and_agree(data) == Stop("SIGTERM", is_signal=True)
 
 
 def test_the_next_micro_batch_is_on_its_way_when_one_is_handed_over():

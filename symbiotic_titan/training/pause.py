@@ -1,34 +1,14 @@
-"""Stop signals, and pauses of training for validation and sampling."""
+"""Pauses of training for validation and sampling, which a stop signal interrupts."""
 
 import contextlib
-import signal
 import time
 from collections.abc import Iterator
-from types import FrameType
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
-
-
-class StopRequest:
-    """Records the first stop signal. A second SIGINT interrupts at once, as a user who presses Ctrl-C twice expects."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-
-    def install(self) -> None:
-        """Handle SIGTERM and SIGINT in this process (main thread only)."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        # Only recorded: the step must finish, or its collectives would hang on the other ranks.
-        self.signal_name = signal.Signals(number).name
 
 
 class Interrupted(Exception):
