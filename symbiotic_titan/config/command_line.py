@@ -7,17 +7,15 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
-import tyro
-
-from symbiotic_titan.config.rows import COMMAND_LINE, check_value, unknown_key_message
+from symbiotic_titan.config.rows import COMMAND_LINE, unknown_key_message
+from symbiotic_titan.config.upstream import Setting, check_setting, settings
 from symbiotic_titan.process import raised_by_us
-from symbiotic_titan.registry import Registry, registry_of
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,6 @@ class Given:
     key: str
     values: tuple[str, ...]
     words: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Known:
-    """An option of the config: its type, whether only a TOML file can set it, and the registry that its value names a part of."""
-
-    annotation: Any
-    in_file_only: bool
-    registry: Registry[Any] | None
 
 
 def split_options(args: Sequence[str]) -> list[Given]:
@@ -62,26 +51,13 @@ def option_of(args: Sequence[str], name: str) -> str | None:
     return values[-1][0] if values and values[-1] else None
 
 
-def known_options(cls: type, prefix: str = "") -> Iterator[tuple[str, Known]]:
-    """``section.key`` -> what it is, for every field of a config class and of the sections in it."""
-    hints = get_type_hints(cls, include_extras=True)
-    for f in fields(cls):
-        hint = hints[f.name]
-        if is_dataclass(hint):
-            yield from known_options(hint, f"{prefix}{f.name}.")  # type: ignore[arg-type]
-        else:
-            notes = getattr(hint, "__metadata__", ())
-            plain = hint.__origin__ if notes else hint
-            yield f"{prefix}{f.name}", Known(plain, tyro.conf.Fixed in notes, registry_of(f))
-
-
 def check_options(args: Sequence[str], cls: type) -> None:
     """Pass if every option is one of the config class ``cls`` and has a value of its type.
 
     Raises:
         ValueError: names the key, the value, the rule and what to do.
     """
-    known = dict(known_options(cls))
+    known = dict(settings(cls))
     for option in split_options(args):
         if option.key:
             _check_option(option, known)
@@ -91,7 +67,7 @@ def check_options(args: Sequence[str], cls: type) -> None:
             )
 
 
-def _check_option(option: Given, known: dict[str, Known]) -> None:
+def _check_option(option: Given, known: dict[str, Setting]) -> None:
     switch = _switch_of(option.key, known)
     if switch is not None:
         if option.values:
@@ -118,7 +94,7 @@ def _check_option(option: Given, known: dict[str, Known]) -> None:
     _check_text(option.key, option.values[0], found)
 
 
-def _switch_of(key: str, known: dict[str, Known]) -> str | None:
+def _switch_of(key: str, known: dict[str, Setting]) -> str | None:
     """The key of type bool that ``--<key>`` switches on or, as ``section.no_key``, off."""
     section, _, name = key.rpartition(".")
     for candidate in (key, f"{section}.{name.removeprefix('no_')}"):
@@ -127,7 +103,7 @@ def _switch_of(key: str, known: dict[str, Known]) -> str | None:
     return None
 
 
-def _unknown(key: str, known: dict[str, Known]) -> str:
+def _unknown(key: str, known: dict[str, Setting]) -> str:
     section, _, name = key.rpartition(".")
     of_section = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
     if of_section:
@@ -137,17 +113,17 @@ def _unknown(key: str, known: dict[str, Known]) -> str:
     return unknown_key_message(COMMAND_LINE, key, list(known if is_near else sections))
 
 
-def _check_text(key: str, text: str, known: Known) -> None:
-    """Pass if ``text`` is a value of the option; whether it is a list is left to tyro."""
+def _check_text(key: str, text: str, known: Setting) -> None:
+    """Pass if ``text`` is a value of the option; whether it is a list of lists is left to tyro."""
     annotation = known.annotation
     is_union = get_origin(annotation) in (Union, UnionType)
     kinds = get_args(annotation) if is_union else (annotation,)
     if text == "None" and NoneType in kinds:
         return
-    if known.registry is not None:
-        known.registry.check(key, text)
+    if list[str] in kinds:
+        check_setting(key, text.split(",") if text else [], known)
     elif not any(get_origin(kind) is list for kind in kinds):
-        check_value(key, _value(text, kinds), annotation)
+        check_setting(key, _value(text, kinds), known)
 
 
 def _value(text: str, kinds: tuple[Any, ...]) -> Any:

@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from symbiotic_titan.config.rows import row_from_dict
+from symbiotic_titan.config.rows import (
+    LINE,
+    NAME,
+    NO_PATH_OR,
+    NOT_NEGATIVE,
+    PATH,
+    SEED,
+    SHARE,
+    Range,
+    Rows,
+    check_row,
+    row_from_dict,
+)
 from symbiotic_titan.config.stages import MixtureBy, Stage, Weights, stage_rows, weights_by_stage
 from symbiotic_titan.registry import Registry, choice
 from symbiotic_titan.sequence.tasks import TASKS
@@ -31,6 +43,7 @@ PACKINGS: Registry[Any] = Registry(
     {"longest_first": f"{_PACKINGS}:longest_first", "fullest": f"{_PACKINGS}:fullest"},
 )
 
+_PIXELS = Range(1, 2**26)  # of one image: 8192 x 8192
 AtEnd = Literal["repeat", "stop"]
 TooLong = Literal["bad", "skip", "truncate"]
 
@@ -39,10 +52,10 @@ TooLong = Literal["bad", "skip", "truncate"]
 class DataSource:
     """One row of [[data.sources]]."""
 
-    name: str
+    name: Annotated[str, NAME]
     """Name of the source, unique; used in messages, metrics and the saved state."""
 
-    task: str
+    task: Annotated[str, NAME]
     """What its samples train: ``lm``: plain text; ``mmu``: questions about images; ``t2i`` and ``t2i_long``: images from short or long
     captions; ``interleaved``: text among input and target images; or a task that ``experimental.custom_import`` registers."""
 
@@ -50,19 +63,19 @@ class DataSource:
     """``webdataset``: tar shards; ``jsonl``: one JSON object a line; ``json``: files that are one array of objects; ``parquet``:
     tables. All but the last may be compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``), see ``data.cache_folder``."""
 
-    path: str  # type: ignore[misc]  # mypy takes what ``choice`` returns for a default
+    path: Annotated[str, PATH]  # type: ignore[misc]  # mypy takes what ``choice`` returns for a default
     """Path or fsspec URL (``s3://``, ``hf://datasets/NAME/...``) of the files: one of them; a pattern, where ``*`` matches any
     characters, and braces as in ``shards/{0000..0099}.tar`` or ``{a,b}/*.tar`` name files that must all exist; or a folder, whose
     files of this format are taken, also those further down. Hidden files and those that Spark adds (``_SUCCESS``) are no data, and
     valid files without samples are left out."""
 
-    keys: dict[str, str | list[str]] = field(default_factory=dict)
+    keys: Annotated[dict[str, str | list[str]], LINE] = field(default_factory=dict)
     """Which of the samples' own names stands for a field such as ``text``, ``image``, ``caption``, ``question``, ``answer``,
     ``messages``, ``conversations`` or ``segments``: a tar member by its extension, a JSON key, a Parquet column; dots lead into
     tables. E.g. ``{image = "jpg", caption = "json.prompt"}``. Where ``caption`` has several names, as in
     ``{caption = ["short", "long"]}``, one of a sample's captions is chosen at random in each epoch."""
 
-    image_folder: str = ""
+    image_folder: Annotated[str, NO_PATH_OR] = ""
     """Folder or fsspec URL in which relative paths of images are looked up; empty: the folder of the file that names them."""
 
     truncated_images: Literal["bad", "decode"] = "bad"
@@ -70,7 +83,7 @@ class DataSource:
     is grey or black. Decoders cannot tell how much of a JPEG is missing: its last two bytes or its lower half. A resumed run
     may change from ``bad`` to ``decode``."""
 
-    weight: float = 1.0
+    weight: Annotated[float, NOT_NEGATIVE] = 1.0
     """Share of the samples, or with ``data.mixture_by = "tokens"`` of the tokens, that come from this source, relative to the other
     sources' weights. 0: not read. May change on a resumed run, and by [[data.stages]] at a given step: every source goes on where it
     was, and the new shares count from then on."""
@@ -84,7 +97,7 @@ class DataSource:
     too_long: TooLong | None = None
     """Like ``data.too_long``, which holds where this is not given."""
 
-    skip_list: str = ""
+    skip_list: Annotated[str, NO_PATH_OR] = ""
     """Samples to pass over: the file ``bad_samples.jsonl`` that ``symbiotic check-data`` writes. They do not count as bad, also with
     ``bad_samples = "raise"``; the order of the others stays the same. May change on a resumed run."""
 
@@ -155,8 +168,6 @@ def source_rows(rows: list[Any], table: str) -> list[DataSource]:
         TASKS.check(f"{table} #{i}.task", s.task)
         if names.count(s.name) > 1:
             raise ValueError(f"{where}: name is used twice; every source needs its own")
-        if not 0 <= s.weight < float("inf"):
-            raise ValueError(f"{where}: weight must be zero or positive, got {s.weight}")
         _check_keys(s, where)
         _check_image_options(s, where)
     if sources and not sum(s.weight for s in sources) > 0:
@@ -174,19 +185,19 @@ def used_sources(sources: list[DataSource], stages: Sequence[Stage] = ()) -> lis
 
 @dataclass
 class Data:
-    sources: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
+    sources: Annotated[list[Any], tyro.conf.Fixed, Rows(DataSource)] = field(default_factory=list)
     """Rows of [[data.sources]]; set in TOML. On a resumed run sources may be added, which start at their beginning, or removed; one
     that comes back goes on where it was. They are recognised by name."""
 
-    stages: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
+    stages: Annotated[list[Any], tyro.conf.Fixed, Rows(Stage)] = field(default_factory=list)
     """Rows of [[data.stages]]; set in TOML: from ``from_step`` on, ``weights = {source = 2.0}`` and ``lr = {group = 1e-5}`` replace
     what held before. The change reaches the packed sequences within the ``lookahead``: samples that wait are still packed. On a
     resumed run later stages may be changed or added; one at or before the checkpoint's step must be as it was in that run."""
 
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the sample order. Changing it on a resumed run is refused."""
 
-    num_lanes: int = 0
+    num_lanes: Annotated[int, Range(0, 2**20)] = 0
     """Independent streams of packed rows that the ranks share out; fixed for the life of a run. 0 means the global batch size.
     Every data rank takes an equal share, so the number must be a multiple of that of the ranks, now and whenever the run is resumed;
     a rank starts no more loader workers than it has streams. Where the number divides the global batch size, a global batch holds the
@@ -204,7 +215,7 @@ class Data:
     ``training.steps`` in any case, and the learning rate follows that number. May change on a resumed run: with ``repeat`` it
     goes on."""
 
-    lookahead: int = 32
+    lookahead: Annotated[int, Range(1, 2**16)] = 32
     """Samples a stream holds while it looks for one that fills the row."""
 
     packing: str = choice(PACKINGS, "longest_first")
@@ -213,53 +224,55 @@ class Data:
     holds few, the second fills it better (mini.toml: 97.6 instead of 93.0 %) for some tenths of a millisecond a row of 2048, more
     the longer the row. May change on a resumed run."""
 
-    max_row_share: Annotated[dict[str, float], tyro.conf.Fixed] = field(default_factory=dict)
+    max_row_share: Annotated[dict[str, float], tyro.conf.Fixed, Range(0, 1, "(]")] = field(
+        default_factory=dict
+    )
     """Task -> share of a row's positions that its samples may take, e.g. ``{t2i = 0.6, lm = 0.3}``; other tasks may take all. So
     every row holds the mixture also where images dominate, not only the average over many rows. A text of ``lm`` is split
     accordingly; another sample that is longer than its task's share is handled as ``too_long`` says. A share below what the task
     has of the mixture's tokens leaves the rest of the rows empty: control the average by weights and ``mixture_by``, and give each
     task some room above it. Set in TOML."""
 
-    max_vit_tokens: int = 0
+    max_vit_tokens: Annotated[int, Range(0, 2**20)] = 0
     """ViT tokens a row may hold; 0 means as many as the row is long. A smaller number saves compute on rows without images."""
 
-    max_vae_tokens: int = 0
+    max_vae_tokens: Annotated[int, Range(0, 2**20)] = 0
     """Latent tokens a row may hold; 0 means as many as the row is long."""
 
-    vit_pixels: int = 1024
+    vit_pixels: Annotated[int, _PIXELS] = 1024
     """Pixel budget of an input image, which keeps its aspect. Where learned queries read the images (Aria): the pixels of the square
     that every image is laid in; the model must have queries for that size."""
 
-    vit_min_pixels: int = 0
+    vit_min_pixels: Annotated[int, Range(0, 2**26)] = 0
     """Smaller input images are enlarged to about this many pixels; 0 leaves them as they are. Where learned queries read the images:
     the shorter side is stretched to at least its square root."""
 
-    vae_pixels: int = 1024
+    vae_pixels: Annotated[int, _PIXELS] = 1024
     """Pixel budget of a target image, which is resized to the nearest aspect bucket."""
 
-    max_aspect: float = 2.0
+    max_aspect: Annotated[float, Range(1.0, 1000.0)] = 2.0
     """Longest side over shortest side of the aspect buckets."""
 
-    condition_dropout: float = 0.1
+    condition_dropout: Annotated[float, SHARE] = 0.1
     """Share of the captions of T2I samples that are dropped, so that guidance can be used."""
 
     bad_samples: Literal["raise", "skip"] = "raise"
     """What happens on a corrupt sample: stop and name shard and key, or skip and count it."""
 
-    cache_folder: str = ""
+    cache_folder: Annotated[str, NO_PATH_OR] = ""
     """Local folder for compressed shards, which are unpacked into it, since samples are read from anywhere in a file, and for what
     was found in tar and JSON files, which makes the next start fast and is one copy for all processes of a machine, however many
     samples there are. Processes and runs may share it. Nothing is removed from it."""
 
-    max_bad_samples: int = 100
+    max_bad_samples: Annotated[int, NOT_NEGATIVE] = 100
     """With ``skip``: how many bad samples the run tolerates, over all ranks, before it saves a checkpoint and stops."""
 
-    max_bad_share: float = 0.0
+    max_bad_share: Annotated[float, Range(0, 1, "[)")] = 0.0
     """With ``skip``: share of the samples read so far, over all ranks, that may be bad. The run stops once the bad samples are more than
     this share and more than ``max_bad_samples``. For images from the web, where some 5 % are missing, 0.1 is a useful value. 0 makes
     ``max_bad_samples`` the only limit. May change on a resumed run."""
 
-    max_bad_in_a_row: int = 100
+    max_bad_in_a_row: Annotated[int, Range(1)] = 100
     """With ``skip``: how many consecutive samples of one source a stream skips before the run stops; those that ``too_long`` skips
     count too."""
 
@@ -268,51 +281,27 @@ class Data:
     counted apart from the bad ones; or its text is truncated: a caption at its end, everything else where the row ends, never
     inside an image. Plain text of ``lm`` is split over rows instead."""
 
-    max_image_pixels: int = 100_000_000
+    max_image_pixels: Annotated[int, Range(1)] = 100_000_000
     """Images of more pixels are bad samples; they are not decoded. (RGB pixels take 3 bytes, in every worker at once.)"""
 
     def __post_init__(self) -> None:
+        check_row("data", self)
         self.sources = source_rows(self.sources, "[[data.sources]]")
         self.stages = stage_rows(self.stages, {s.name: s.weight for s in self.sources})
-        for name, low in (
-            ("num_lanes", 0),
-            ("lookahead", 1),
-            ("max_vit_tokens", 0),
-            ("max_vae_tokens", 0),
-            ("vit_pixels", 1),
-            ("vit_min_pixels", 0),
-            ("vae_pixels", 1),
-            ("max_bad_samples", 0),
-            ("max_bad_in_a_row", 1),
-            ("max_image_pixels", 1),
-        ):
-            if getattr(self, name) < low:
-                raise ValueError(f"data.{name}: must be at least {low}, got {getattr(self, name)}")
         if self.vit_min_pixels > self.vit_pixels:
             raise ValueError(
                 f"data.vit_min_pixels: must be at most data.vit_pixels = {self.vit_pixels}, got {self.vit_min_pixels}"
             )
         self._check_row_shares()
-        if not 0.0 <= self.condition_dropout <= 1.0:
-            raise ValueError(
-                f"data.condition_dropout: must lie in [0, 1], got {self.condition_dropout}"
-            )
-        if not 0.0 <= self.max_bad_share < 1.0:
-            raise ValueError(
-                f"data.max_bad_share: must be at least 0 and less than 1, got {self.max_bad_share}"
-            )
-        if self.max_aspect < 1.0:
-            raise ValueError(f"data.max_aspect: must be at least 1, got {self.max_aspect}")
 
     def _check_row_shares(self) -> None:
         """Refuse shares with which no row could be filled, or that have no effect."""
         tasks = list(dict.fromkeys(source.task for source in self.sources))
-        for task, share in self.max_row_share.items():
-            where = f"data.max_row_share.{task}"
+        for task in self.max_row_share:
             if task not in tasks:
-                raise ValueError(f"{where}: no source has this task; there are {', '.join(tasks)}")
-            if not 0.0 < share <= 1.0:
-                raise ValueError(f"{where}: must lie above 0 and be at most 1, got {share}")
+                raise ValueError(
+                    f"data.max_row_share.{task}: no source has this task; there are {', '.join(tasks)}"
+                )
         for first_step, weights in self.weights_by_stage if self.sources else []:
             self._check_row_shares_of(weights, f" from step {first_step} on" * (first_step > 1))
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from symbiotic_titan.config.rows import row_from_dict
+from symbiotic_titan.config.rows import NAME, POSITIVE, SHARE, Range, Rows, check_row, row_from_dict
 from symbiotic_titan.registry import Registry, choice
 
 _SCORES = "symbiotic_titan.moe.router"
@@ -40,26 +40,27 @@ SHIELD_SCHEDULES: Registry[ShieldSchedule] = Registry(
 
 
 WIDTH_MULTIPLE = 8
+_COUNT = Range(1, 2**16)
 
 
 @dataclass
 class ExpertGroupRow:
     """One table of [experts.partition.<name>]."""
 
-    modalities: list[str]
+    modalities: Annotated[list[str], NAME]
     """Modalities whose tokens are routed within this group: text, vit, vae."""
 
-    num_experts: int
+    num_experts: Annotated[int, _COUNT]
     """Number of experts in the group, in every MoE layer."""
 
-    hidden_dim: int | None = None
+    hidden_dim: Annotated[int | None, Range(1, 2**20)] = None
     """Width of the group's experts, a multiple of 8 (grouped matmuls read rows of 16 bytes). None: the flavor's."""
 
-    top_k: int | None = None
+    top_k: Annotated[int | None, _COUNT] = None
     """Experts that a token of the group is routed to. None: the flavor's. With 1 and normalized weights the weight is always 1, and the
     group's router learns from the balancing loss alone."""
 
-    source: str | None = None
+    source: Annotated[str | None, NAME] = None
     """Group of the checkpoint that ``symbiotic convert`` takes the group's experts from; needed where a checkpoint has several. Groups
     with one source divide its experts among them. Training does not read it."""
 
@@ -69,10 +70,7 @@ class ExpertGroupRow:
 
     def check(self, where: str) -> None:
         """Pass if the sizes are possible; ValueError, which begins with ``where``, otherwise."""
-        for key, least in (("num_experts", 1), ("hidden_dim", 1), ("top_k", 1)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise ValueError(f"{where}.{key}: must be at least {least}, got {value}")
+        check_row(where, self)
         if self.hidden_dim is not None and self.hidden_dim % WIDTH_MULTIPLE:
             raise ValueError(
                 f"{where}.hidden_dim: must be a multiple of {WIDTH_MULTIPLE} (grouped matmuls read rows of 16 bytes), got "
@@ -82,7 +80,9 @@ class ExpertGroupRow:
 
 @dataclass
 class Experts:
-    partition: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=dict)
+    partition: Annotated[dict[str, Any], tyro.conf.Fixed, Rows(ExpertGroupRow)] = field(
+        default_factory=dict
+    )
     """Tables [experts.partition.<name>] with ``modalities``, ``num_experts`` and, where they differ from the flavor's, ``hidden_dim``
     and ``top_k``; ``source`` and ``copy`` say how a checkpoint is converted. Set in TOML. Without any, the flavor's own groups are kept;
     in most flavors all modalities share all experts."""
@@ -97,46 +97,39 @@ class Experts:
     shared: bool = True
     """Whether the flavor's shared expert is kept."""
 
-    new_shared_experts: int = 0
+    new_shared_experts: Annotated[int, Range(0, 1024)] = 0
     """For a flavor without a shared expert: adds one, N times a routed expert's width. ``symbiotic convert plan`` chooses the most
     used experts of each layer and ``partition`` copies them into it, with output weights of zero, so that the model's outputs at
     step 0 do not change. (Ours; the paper's backbone has a shared expert.)"""
 
-    capacity_factor: float = 1.0
+    capacity_factor: Annotated[float, POSITIVE] = 1.0
     """Factor on an expert's fair share of assignments in the capacity-rate metric. It has no effect on training: no token is dropped."""
 
     def __post_init__(self) -> None:
+        check_row("experts", self)
         self.partition = {
             name: row_from_dict(ExpertGroupRow, row, f"experts.partition.{name}")
             for name, row in self.partition.items()
         }
         for name, row in self.partition.items():
             row.check(f"experts.partition.{name}")
-        if self.new_shared_experts < 0:
-            raise ValueError(
-                f"experts.new_shared_experts: must be zero or positive, got {self.new_shared_experts}"
-            )
         if self.new_shared_experts and not self.shared:
             raise ValueError(
                 f"experts.new_shared_experts = {self.new_shared_experts}: has no effect with experts.shared = false; remove "
                 "one of them"
             )
-        if self.capacity_factor <= 0:
-            raise ValueError(
-                f"experts.capacity_factor: must be positive, got {self.capacity_factor}"
-            )
 
 
 @dataclass
 class Shielding:
-    steps: int = 0
+    steps: Annotated[int, Range(0, 10**9)] = 0
     """Steps of the warm-up shield, from the first: ``ramp`` scales the gradient that shielded tokens send through the shared
     experts. 0: no warm-up shield."""
 
-    after_scale: float = 1.0
+    after_scale: Annotated[float, SHARE] = 1.0
     """Scale of that gradient after the warm-up shield (0.1 in the paper). 1: untouched."""
 
-    modalities: list[str] = field(default_factory=lambda: ["vae"])
+    modalities: Annotated[list[str], NAME] = field(default_factory=lambda: ["vae"])
     """Modalities that are shielded."""
 
     mode: Literal["output", "weights"] = "output"
@@ -146,10 +139,7 @@ class Shielding:
     """The scale within the first ``steps`` steps: ``step`` is 0, ``linear`` rises from 0 at step 1 towards ``after_scale``."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"shielding.steps: must be zero or positive, got {self.steps}")
-        if not 0.0 <= self.after_scale <= 1.0:
-            raise ValueError(f"shielding.after_scale: must lie in [0, 1], got {self.after_scale}")
+        check_row("shielding", self)
         if self.ramp != "step" and self.steps == 0:
             raise ValueError(
                 f"shielding.ramp: {self.ramp!r} rises over shielding.steps, which is 0; "

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 KEY = "extends"
+DEEPEST = 32
+_TOO_DEEP = f"{{}}: tables and lists may be nested at most {DEEPEST} deep; take levels out"
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,36 @@ def _read(path: str, above: tuple[str, ...]) -> list[Layer]:
             if above
             else f"job.config_file: no such file: {path}"
         )
+    where = f"{KEY}: {chain}" if above else f"job.config_file: {path}"
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        where = f"{KEY}: {chain}" if above else f"job.config_file: {path}"
-        raise ValueError(f"{where} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ValueError(_TOO_DEEP.format(where)) from None
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # no TOML, no UTF-8, or more digits than Python reads
+        reason = str(error).partition(";")[0]
+        raise ValueError(f"{where} is not valid TOML: {reason}") from None
+    if _depth_of(table) > DEEPEST:
+        raise ValueError(_TOO_DEEP.format(where))
     named = _paths_of(table.pop(KEY, []), chain)
     folder = os.path.dirname(path)
     bases = [os.path.normpath(os.path.join(folder, name)) for name in named]
     layers = [layer for base in bases for layer in _read(base, (*above, path))]
     return [*layers, Layer(path, table)]
+
+
+def _depth_of(table: dict[str, Any]) -> int:
+    """How deep lists and tables are nested, counted without recursion: at most one more than ``DEEPEST``."""
+    depth, level = 0, [table]
+    while level and depth <= DEEPEST:
+        depth += 1
+        below: list[Any] = []
+        for value in level:
+            items = value.values() if isinstance(value, dict) else value
+            below += [item for item in items if isinstance(item, (dict, list))]
+        level = below
+    return depth
 
 
 def _paths_of(value: Any, chain: str) -> list[str]:

@@ -5,9 +5,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from symbiotic_titan.config.losses import SHIFT
 from symbiotic_titan.config.optimizer import Weights
+from symbiotic_titan.config.rows import NO_PATH_OR, SEED, STEPS, TEXT, Range, Text, check_row
 from symbiotic_titan.registry import Registry, choice
 
 # Name -> subclass of ``codecs.codec.Codec``.
@@ -31,28 +33,31 @@ SOLVERS: Registry[SolverStep] = Registry(
 )
 
 
+_ASPECT = Text("width:height, as 3:2", r"[1-9]\d{0,4}:[1-9]\d{0,4}")
+
+
 @dataclass
 class Latents:
     codec: str = choice(CODECS, "pixel")
     """``pixel``: patches of pixels, scaled to [-1, 1]; for small runs, needs no autoencoder. ``flux``: torchtitan's Flux autoencoder.
     ``autoencoder_kl``: one of diffusers, which must be installed. Their latents are means, without noise."""
 
-    patch: int = 4
+    patch: Annotated[int, Range(1, 1024)] = 4
     """Latent positions along one side of one sequence token (pixels, for the ``pixel`` codec)."""
 
-    path: str = ""
+    path: Annotated[str, NO_PATH_OR] = ""
     """Weights of the autoencoder: a safetensors file for ``flux``, a folder that diffusers wrote for ``autoencoder_kl``."""
 
-    scale: float | None = None
+    scale: Annotated[float | None, Range()] = None
     """Latents are scale * (mean - shift). Left out: what the autoencoder was released with."""
 
-    shift: float | None = None
+    shift: Annotated[float | None, Range()] = None
     """See ``scale``."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the autoencoder computes and in which a cache keeps its latents; the flow's own is float32 always."""
 
-    cache: str = ""
+    cache: Annotated[str, NO_PATH_OR] = ""
     """Folder that symbiotic cache-latents wrote for this config. Latents of target images are then read from it, and nothing is
     encoded while training."""
 
@@ -62,8 +67,7 @@ class Latents:
         return self.codec != "pixel" and not self.cache
 
     def __post_init__(self) -> None:
-        if self.patch < 1:
-            raise ValueError(f"latents.patch: must be at least 1, got {self.patch}")
+        check_row("latents", self)
         if self.scale == 0:
             raise ValueError("latents.scale: must not be zero, which would make all latents equal")
 
@@ -74,37 +78,35 @@ class Sampling:
     """Whether to generate images for ``prompts`` and show them in TensorBoard: before the first step, every ``freq`` steps and at
     the last step"""
 
-    freq: int = 500
+    freq: Annotated[int, STEPS] = 500
     """Steps from one grid of images to the next"""
 
     weights: Weights = "trained"
     """Which weights generate; ``ema``: the average that [ema] keeps"""
 
-    prompts: list[str] = field(default_factory=list)
+    prompts: Annotated[list[str], TEXT] = field(default_factory=list)
     """Captions; an image is generated for each, with the same noise every time"""
 
-    aspect: str = "1:1"
+    aspect: Annotated[str, _ASPECT] = "1:1"
     """Width:height of the images; the nearest bucket of data.vae_pixels and data.max_aspect is taken"""
 
-    steps: int = 20
+    steps: Annotated[int, Range(1, 10**4)] = 20
     """Steps of the sampler"""
 
     sampler: str = choice(SOLVERS, "euler")
     """Solver of the flow; ``heun`` takes two forwards a step"""
 
-    guidance: float = 3.0
+    guidance: Annotated[float, Range(0, 1000)] = 3.0
     """1 follows the caption as trained, more exaggerates what it changes and takes twice the rows"""
 
-    shift: float | None = None
+    shift: Annotated[float | None, SHIFT] = None
     """As flow.shift, which it is where left out"""
 
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the noise"""
 
-    batch_size: int = 8
+    batch_size: Annotated[int, Range(1, 2**16)] = 8
     """Images that one process generates at once. Several processes share the prompts"""
 
     def __post_init__(self) -> None:
-        for name in ("freq", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name}: must be at least 1, got {getattr(self, name)}")
+        check_row("sampling", self)

@@ -13,7 +13,7 @@ from torchtitan.config.job_config import Model as UpstreamModel
 from torchtitan.config.job_config import Parallelism as UpstreamParallelism
 from torchtitan.config.job_config import Validation as UpstreamValidation
 
-from symbiotic_titan.config.data import Data, source_rows
+from symbiotic_titan.config.data import Data, DataSource, source_rows
 from symbiotic_titan.config.experts import Experts, Shielding
 from symbiotic_titan.config.generation import Latents, Sampling
 from symbiotic_titan.config.losses import (
@@ -25,6 +25,7 @@ from symbiotic_titan.config.losses import (
     losses_class,
 )
 from symbiotic_titan.config.optimizer import LR_DECAYS, Ema, Optimizer, Weights
+from symbiotic_titan.config.rows import NAME, STEPS, Range, Rows, check_row
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.registry import choice
 from symbiotic_titan.signals import STOP_SIGNALS, StopSignal
@@ -61,41 +62,37 @@ class Validation(UpstreamValidation):
     enable: bool = False
     """Whether to measure the losses on held-out data: before the first step, every ``freq`` steps and at the last step"""
 
-    freq: int = 100
+    freq: Annotated[int, STEPS] = 100
     """Steps between two validations"""
 
-    steps: int = 4
+    steps: Annotated[int, Range(1, 10**5)] = 4
     """Batches of one validation, each as large as a global batch of training. The same rows, made once, are used every time"""
 
     weights: Weights = "trained"
     """Which weights are measured; ``ema``: the average that [ema] keeps"""
 
-    sources: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
+    sources: Annotated[list[Any], tyro.conf.Fixed, Rows(DataSource)] = field(default_factory=list)
     """Rows of [[validation.sources]], with the keys of [[data.sources]]; set in TOML. [data] applies to them, except that their
     order does not depend on data.seed and no caption is dropped."""
 
     def __post_init__(self) -> None:
-        for name in ("freq", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"validation.{name}: must be at least 1, got {getattr(self, name)}"
-                )
+        check_row("validation", self)
         self.sources = source_rows(self.sources, "[[validation.sources]]")
 
 
 @dataclass
 class Model(UpstreamModel):
-    name: str = "symbiotic"
+    name: Annotated[str, NAME] = "symbiotic"
     """Which train spec to use"""
 
-    flavor: str = "debug"
+    flavor: Annotated[str, NAME] = "debug"
     """Which named size to train"""
 
     attention_backend: Literal["sdpa", "flex"] = "sdpa"
     """``sdpa``: dense mask, runs anywhere; ``flex``: FlexAttention with one block mask per step, needs CUDA"""
 
     hf_assets_path: str = "."
-    """Folder of Hugging Face assets; not used by the flavors that train from scratch"""
+    """Not used"""
 
 
 @dataclass
@@ -122,13 +119,6 @@ class Checkpoint(UpstreamCheckpoint):
                 raise ValueError(
                     f"checkpoint.stop_signals: {name!r} is none of {', '.join(get_args(StopSignal))}; choose from these"
                 )
-        if self.interval < 1:
-            raise ValueError(f"checkpoint.interval: must be at least 1, got {self.interval}")
-        if self.keep_latest_k < 0 or self.keep_latest_k == 1:
-            raise ValueError(
-                "checkpoint.keep_latest_k: must be 0 (all) or at least 2, since the newest may still be "
-                f"in the middle of its save, got {self.keep_latest_k}"
-            )
 
 
 @dataclass
@@ -141,16 +131,10 @@ class Parallelism(UpstreamParallelism):
 
 @dataclass
 class Metrics(UpstreamMetrics):
-    routing_freq: int = 100
+    routing_freq: Annotated[int, Range(0, 10**9)] = 100
     """Steps between two full routing reports (counts, heat maps, statistics of every layer); 0: none. The first and the last step have
     one. These steps are logged even if they are no multiple of ``log_freq``. A report of 47 layers with 128 experts takes 160 kB of
     the log."""
-
-    def __post_init__(self) -> None:
-        if self.routing_freq < 0:
-            raise ValueError(
-                f"metrics.routing_freq: must be zero (never) or positive, got {self.routing_freq}"
-            )
 
 
 @dataclass

@@ -5,7 +5,7 @@ choices that come from TOML. They are checked here first, in every file that the
 """
 
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from torchtitan.config import ConfigManager
 
@@ -18,8 +18,9 @@ from symbiotic_titan.config.command_line import (
 )
 from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig, job_config_class
-from symbiotic_titan.config.rows import CONFIG_FILE, check_value, unknown_key_message
-from symbiotic_titan.registry import offer_choices, registry_of
+from symbiotic_titan.config.rows import CONFIG_FILE, shown, unknown_key_message
+from symbiotic_titan.config.upstream import check_setting, settings
+from symbiotic_titan.registry import offer_choices
 
 
 def check_table(cls: type, table: Any, where: str = "") -> None:
@@ -29,24 +30,22 @@ def check_table(cls: type, table: Any, where: str = "") -> None:
         ValueError: names the key, the value and the rule.
     """
     if not isinstance(table, dict):
-        raise ValueError(f"{where}: must be a table [{where}], got {table!r}")
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}
+        raise ValueError(f"{where}: must be a table [{where}], got {shown(table)}")
+    sections = {f.name: f.type for f in fields(cls) if is_dataclass(f.type)}
+    keys = dict(settings(cls, f"{where}." if where else ""))
+    known = [f.name for f in fields(cls)]
     for key, value in table.items():
         if key == extends.KEY and key not in known:
             raise ValueError(
                 f"{where}.{key}: a whole file extends others, not a section; put it above the first [section]"
             )
         if key not in known:
-            raise ValueError(unknown_key_message(where or CONFIG_FILE, key, list(known)))
+            raise ValueError(unknown_key_message(where or CONFIG_FILE, key, known))
         name = f"{where}.{key}" if where else key
-        registry = registry_of(known[key])
-        if is_dataclass(hints[key]):
-            check_table(hints[key], value, name)  # type: ignore[arg-type]
-        elif registry is not None and isinstance(value, str):
-            registry.check(name, value)
+        if key in sections:
+            check_table(sections[key], value, name)  # type: ignore[arg-type]
         else:
-            check_value(name, value, hints[key])
+            check_setting(name, value, keys[name])
 
 
 def check_layers(layers: list[extends.Layer], cls: type[JobConfig], *, only_ours: bool) -> None:

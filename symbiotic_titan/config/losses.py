@@ -7,7 +7,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from symbiotic_titan.config.rows import SEED, Range, check_row
 from symbiotic_titan.registry import Registry, choice, load_part
+
+_WEIGHT = Range(0, remedy="set 0 to train without this term")
+SHIFT = Range(0, 10**6, "(]")
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,8 @@ class LossSettings:
     gradient accumulation runs every micro-batch's forward once more, without gradients, to know the shares beforehand."""
 
     def __post_init__(self) -> None:
-        for name in self.terms():
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"losses.{name}: must be zero or positive, got {getattr(self, name)}; set 0 to train without this term"
-                )
+        check_row("losses", self)
+        self.terms()
 
     def terms(self) -> dict[str, LossTerm]:
         """The terms that have a weight here, in the order in which they are added up.
@@ -145,7 +146,7 @@ def check_term_name(name: str) -> str:
 def losses_class() -> type[LossSettings]:
     """The class of [losses]: a weight per registered term, and ``LossSettings``."""
     weights = [
-        (name, Annotated[float, tyro.conf.arg(help=term.help)], field(default=term.weight))
+        (name, Annotated[float, tyro.conf.arg(help=term.help), _WEIGHT], field(default=term.weight))
         for name in LOSS_TERMS
         for term in (LOSS_TERMS[name],)
     ]
@@ -173,20 +174,17 @@ class Flow:
     timesteps: str = choice(TIMESTEP_DISTRIBUTIONS, "logit_normal")
     """Distribution of the timestep t, before the shift."""
 
-    mean: float = 0.0
+    mean: Annotated[float, Range(-1000, 1000)] = 0.0
     """Mean of the normal under ``logit_normal``."""
 
-    std: float = 1.0
+    std: Annotated[float, Range(0, 1000, "(]")] = 1.0
     """Standard deviation of the normal under ``logit_normal``."""
 
-    shift: float = 1.0
+    shift: Annotated[float, SHIFT] = 1.0
     """s in t <- s t / (1 + (s - 1) t); above 1 it moves timesteps towards noise."""
 
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of noise and timesteps."""
 
     def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise ValueError(f"flow.std: must be positive, got {self.std}")
-        if self.shift <= 0:
-            raise ValueError(f"flow.shift: must be positive, got {self.shift}")
+        check_row("flow", self)

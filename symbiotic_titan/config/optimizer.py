@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 from torchtitan.config.job_config import Optimizer as UpstreamOptimizer
 
-from symbiotic_titan.config.rows import row_from_dict
+from symbiotic_titan.config.rows import (
+    NAME,
+    NOT_NEGATIVE,
+    SHARE,
+    STEPS,
+    TEXT,
+    Range,
+    Rows,
+    check_row,
+    row_from_dict,
+)
 from symbiotic_titan.registry import Registry, choice
 
 LRDecay = Callable[[float], float]
@@ -29,6 +39,8 @@ LR_DECAYS: Registry[LRDecay] = Registry(
     "lr_scheduler.decay_type",
     {"linear": f"{_DECAYS}:linear", "sqrt": f"{_DECAYS}:sqrt", "cosine": f"{_DECAYS}:cosine"},
 )
+
+_BETA = Range(0, 1, "[)")
 
 # Prefixes that activation checkpointing and torch.compile put into parameter names.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -49,34 +61,34 @@ SCHEDULE_KEYS = ("warmup_steps", "decay_ratio", "decay_type", "min_lr_factor")
 class ParamGroupRow:
     """One row of [[optimizer.param_groups]]. A parameter belongs to the first row that matches its name."""
 
-    name: str
+    name: Annotated[str, NAME]
     """Name of the group, unique; used in metrics (``lr/<name>``)."""
 
-    match: list[str]
+    match: Annotated[list[str], TEXT]
     """Regular expressions, searched in the parameter's name."""
 
-    lr: float | None = None
+    lr: Annotated[float | None, NOT_NEGATIVE] = None
     """Learning rate; ``optimizer.lr`` where absent."""
 
-    weight_decay: float | None = None
+    weight_decay: Annotated[float | None, NOT_NEGATIVE] = None
     """Weight decay; ``optimizer.weight_decay`` where absent."""
 
-    betas: list[float] | None = None
+    betas: Annotated[list[float] | None, _BETA] = None
     """Adam betas; ``optimizer.beta1`` and ``beta2`` where absent."""
 
     frozen: bool = False
     """Whether these parameters are not trained."""
 
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int | None, Range(0, 10**9)] = None
     """Steps over which the group's learning rate rises; ``lr_scheduler.warmup_steps`` where absent."""
 
-    decay_ratio: float | None = None
+    decay_ratio: Annotated[float | None, SHARE] = None
     """Share of the run, at its end, over which the learning rate decays; ``lr_scheduler.decay_ratio`` where absent."""
 
     decay_type: str | None = choice(LR_DECAYS, None)
     """Curve of the decay; ``lr_scheduler.decay_type`` where absent."""
 
-    min_lr_factor: float | None = None
+    min_lr_factor: Annotated[float | None, SHARE] = None
     """Final learning rate over the peak; ``lr_scheduler.min_lr_factor`` where absent."""
 
     def schedule(self) -> dict[str, Any]:
@@ -89,11 +101,20 @@ class Optimizer(UpstreamOptimizer):
     name: Literal["Adam", "AdamW"] = "AdamW"
     """Optimizer to use"""
 
-    lr: float = 1e-4
+    lr: Annotated[float, NOT_NEGATIVE] = 1e-4
     """Learning rate of groups that set none."""
 
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight decay of groups that set none."""
+
+    beta1: Annotated[float, _BETA] = 0.9
+    """Decay of the gradients' mean."""
+
+    beta2: Annotated[float, _BETA] = 0.95
+    """Decay of the squared gradients' mean."""
+
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8
+    """Added to the root of the squared gradients' mean, by which an update is divided."""
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How Adam's arithmetic is launched: one kernel for many parameters (``fused``), one per operation (``foreach``), or one per
@@ -106,18 +127,13 @@ class Optimizer(UpstreamOptimizer):
     builder_options: Annotated[dict[str, Any], tyro.conf.Fixed] = field(default_factory=dict)
     """Options of a registered builder, a table set in TOML; ``param_groups`` has none."""
 
-    param_groups: Annotated[list[Any], tyro.conf.Fixed] = field(default_factory=list)
+    param_groups: Annotated[list[Any], tyro.conf.Fixed, Rows(ParamGroupRow)] = field(
+        default_factory=list
+    )
     """Rows of [[optimizer.param_groups]]; set in TOML. Without any, all parameters form one group."""
 
     def __post_init__(self) -> None:
-        for key in ("lr", "weight_decay", "eps"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(
-                    f"optimizer.{key}: must be zero or positive, got {getattr(self, key)}"
-                )
-        for key in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, key) < 1.0:
-                raise ValueError(f"optimizer.{key}: must lie in [0, 1), got {getattr(self, key)}")
+        check_row("optimizer", self)
         if self.builder == DEFAULT_BUILDER and self.builder_options:
             raise ValueError(
                 f"optimizer.builder_options: the builder 'param_groups' has no options, got {self.builder_options}; "
@@ -154,27 +170,24 @@ class Ema:
     enable: bool = False
     """Whether to keep an average of the weights; 4 bytes per averaged parameter"""
 
-    decay: float = 0.9999
+    decay: Annotated[float, Range(0, 1, "()", remedy="0.999 averages over about 1000 updates")] = (
+        0.9999
+    )
     """An update multiplies the average by ``decay`` and adds 1 - ``decay`` times the weights"""
 
     warmup: bool = True
     """Whether update number n uses at most (n + 1) / (n + 10) as decay, with n from 0, so that the average forgets the initial weights
     within a short run. With 0.9999 this ends after 90,000 updates"""
 
-    interval: int = 1
+    interval: Annotated[int, STEPS] = 1
     """Steps between two updates; ``decay`` is that of an update, not of a step"""
 
-    groups: list[str] = field(default_factory=list)
+    groups: Annotated[list[str], NAME] = field(default_factory=list)
     """Groups of [[optimizer.param_groups]] that are averaged; by default all that are trained. Of the other parameters, which have no
     average, the weights themselves are used"""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.decay < 1.0:
-            raise ValueError(
-                f"ema.decay: must lie between 0 and 1, exclusive, got {self.decay}; 0.999 averages over about 1000 updates"
-            )
-        if self.interval < 1:
-            raise ValueError(f"ema.interval: must be at least 1, got {self.interval}")
+        check_row("ema", self)
         if self.groups and not self.enable:
             raise ValueError(
                 f"ema.groups = {self.groups}: no average is kept with ema.enable = false; set it to true, or remove ema.groups"
@@ -182,8 +195,6 @@ class Ema:
 
 
 def _check_names(where: str, row: ParamGroupRow, names: list[str]) -> None:
-    if not row.name:
-        raise ValueError(f"{where}: name is empty; metrics need one")
     if names.count(row.name) > 1:
         raise ValueError(f"{where}: name is used twice; every group needs its own")
     if row.name == "all" and len(names) > 1:
@@ -208,15 +219,5 @@ def _check_numbers(where: str, row: ParamGroupRow) -> None:
         value = getattr(row, key)
         if row.frozen and value is not None:
             raise ValueError(f"{where}: a frozen group has no {key}; remove {key} = {value}")
-    for key in ("lr", "weight_decay", "warmup_steps"):
-        value = getattr(row, key)
-        if value is not None and value < 0:
-            raise ValueError(f"{where}: {key} must be zero or positive, got {value}")
-    for key in ("decay_ratio", "min_lr_factor"):
-        value = getattr(row, key)
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise ValueError(f"{where}: {key} must lie in [0, 1], got {value}")
-    if row.betas is not None and not (
-        len(row.betas) == 2 and all(0.0 <= beta < 1.0 for beta in row.betas)
-    ):
+    if row.betas is not None and len(row.betas) != 2:
         raise ValueError(f"{where}: betas must be two numbers in [0, 1), got {row.betas}")

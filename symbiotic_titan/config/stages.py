@@ -1,9 +1,9 @@
 """[[data.stages]]: weights of the sources, and learning rates of parameter groups, that change at given steps of a run."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from symbiotic_titan.config.rows import row_from_dict
+from symbiotic_titan.config.rows import NOT_NEGATIVE, STEPS, row_from_dict
 
 MixtureBy = Literal["samples", "tokens"]
 """What the weights of the sources are shares of."""
@@ -16,15 +16,15 @@ Weights = dict[str, float]
 class Stage:
     """One row of [[data.stages]]. What it does not name stays as it was in the stage before."""
 
-    from_step: int
+    from_step: Annotated[int, STEPS]
     """First training step of the stage, counted from 1 as the console prints steps; at least 2, since [[data.sources]] says what
     holds from step 1."""
 
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: Annotated[dict[str, float], NOT_NEGATIVE] = field(default_factory=dict)
     """Source -> its weight from this step on. A source that is not named keeps the weight it had; 0 pauses a source, which goes on
     where it was when it gets a positive weight again."""
 
-    lr: dict[str, float] = field(default_factory=dict)
+    lr: Annotated[dict[str, float], NOT_NEGATIVE] = field(default_factory=dict)
     """Group of [[optimizer.param_groups]] -> its learning rate from this step on, instead of the group's ``lr``. Warm-up and decay
     of the group go on as they are: they multiply the new rate. A group that is not named keeps its rate."""
 
@@ -49,10 +49,6 @@ def stage_rows(rows: list[Any], sources: Weights) -> list[Stage]:
         last = stage.from_step
         if not stage.weights and not stage.lr:
             raise ValueError(f"{where}: changes nothing; give it weights or lr, or remove it")
-        for key, values in (("weights", stage.weights), ("lr", stage.lr)):
-            for name, value in values.items():
-                if value < 0:
-                    raise ValueError(f"{where}.{key}.{name}: must be zero or positive, got {value}")
         for name in stage.weights:
             if name not in sources:
                 raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from symbiotic_titan.config.rows import unknown_key_message
+from symbiotic_titan.config.rows import NAME, NO_PATH_OR, TEXT, unknown_key_message
 from symbiotic_titan.registry import Registry, choice
 
 
@@ -200,28 +200,28 @@ class Tokenizer:
     kind: str = choice(TOKENIZER_KINDS, "bytes")
     """``bytes``: one token per byte, needs no file; ``huggingface``: a ``tokenizer.json``; ``sentencepiece``: a ``.model``"""
 
-    path: str = ""
+    path: Annotated[str, NO_PATH_OR] = ""
     """The file, or the folder that holds it. Nothing is downloaded."""
 
-    family: str = AUTO
+    family: Annotated[str, NAME] = AUTO
     """Whose special tokens and turns are the defaults: ``qwen`` (ChatML and <|vision_start|>), ``aria``, ``glm`` (GLM-4.5V),
     ``ernie`` (ERNIE 4.5 VL), ``hunyuan`` (Hunyuan-A13B), or ``plain`` (<user>, <vit_start> and so on; begin, end and padding as the
     file declares them). ``auto``: the one whose tokens the file has, e.g. qwen with <|im_start|>, else plain."""
 
-    special: Annotated[dict[str, str], tyro.conf.Fixed] = field(default_factory=dict)
+    special: Annotated[dict[str, str], tyro.conf.Fixed, TEXT] = field(default_factory=dict)
     """[tokenizer.special]: role = "token", for roles whose token is not the family's: pad, bos, eos, vit_start, vit, vit_end,
     vae_start, vae, vae_end. A token that the file lacks is added after its vocabulary."""
 
-    turns: Annotated[dict[str, list[str]], tyro.conf.Fixed] = field(default_factory=dict)
+    turns: Annotated[dict[str, list[str]], tyro.conf.Fixed, TEXT] = field(default_factory=dict)
     """[tokenizer.turns]: role = ["before", "after"], what surrounds a turn of system, user, assistant or a role of yours.
     Special tokens in it count as such, ``{eos}`` is the token of that role, the rest is text. What comes after an assistant's
     turn is trained with it; a turn that begins with the same tokens does not repeat them. A chat template beside the file is not
     run: it does not say which of its tokens to train."""
 
-    turn_tokens: list[str] = field(default_factory=list)
+    turn_tokens: Annotated[list[str], TEXT] = field(default_factory=list)
     """Further special tokens that ``turns`` uses; those that the file lacks are added after its vocabulary."""
 
-    turn_separator: str | None = None
+    turn_separator: Annotated[str | None, TEXT] = None
     """What separates two turns, never trained; None means the family's"""
 
     def __post_init__(self) -> None:

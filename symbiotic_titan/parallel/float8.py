@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
 
 
-from torchtitan.config.job_config import Quantize
-
 from symbiotic_titan.config.job import Float8
 from symbiotic_titan.device import cuda_capability, device_type
 from symbiotic_titan.model.args import ModelArgs
@@ -170,11 +168,6 @@ def check_converters(config: JobConfig) -> None:
             )
         if chosen.count(name) > 1:
             raise ValueError(f"model.converters: {name!r} is given twice; name it once")
-    if config.quantize != Quantize():
-        raise ValueError(
-            "[quantize] has no effect: its converters do not handle grouped experts; "
-            f"use model.converters = ['{NAME}'] and [float8]"
-        )
     if config.float8 != Float8() and NAME not in chosen:
         raise ValueError(
             f"[float8] has no effect without its converter; set model.converters = ['{NAME}'] or remove it"

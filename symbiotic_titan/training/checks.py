@@ -6,10 +6,14 @@ from pathlib import Path
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.build import global_batch_size
-from symbiotic_titan.config.experts import PARTITION_RULES
 from symbiotic_titan.config.files import check_output_folder
 from symbiotic_titan.config.job import JobConfig
-from symbiotic_titan.config.optimizer import OPTIMIZER_BUILDERS
+from symbiotic_titan.config.upstream import (
+    check_installed,
+    check_ranges,
+    check_supported,
+    value_of,
+)
 from symbiotic_titan.data.loader import streams_of_rank
 from symbiotic_titan.device import device_type, has_slow_bfloat16, supports_flex_attention
 from symbiotic_titan.model.args import ModelArgs
@@ -19,12 +23,6 @@ from symbiotic_titan.moe.router import check_score
 from symbiotic_titan.optim.shield_schedule import check_schedule
 from symbiotic_titan.parallel.float8 import check_converters, check_float8
 from symbiotic_titan.parallel.ranks import check_degrees
-from symbiotic_titan.training.upstream_options import (
-    check_installed,
-    check_numbers,
-    check_supported,
-    value_of,
-)
 
 
 def check_device(config: JobConfig, args: ModelArgs) -> None:
@@ -235,16 +233,14 @@ def check_job(
     Raises:
         ValueError: names key, value, rule and remedy.
     """
+    check_ranges(config)
     check_supported(config)
-    check_numbers(config)
     if config.model.name != "symbiotic":
         raise ValueError(
             f"model.name = {config.model.name!r}: this trainer trains 'symbiotic'; choose its size with model.flavor"
         )
     if not config.data.sources:
         raise ValueError("[[data.sources]]: none given; name at least one source of samples")
-    PARTITION_RULES.check("experts.partition_rule", config.experts.partition_rule)
-    OPTIMIZER_BUILDERS.check("optimizer.builder", config.optimizer.builder)
     check_stages(config)
     check_validation(config)
     check_start(config)

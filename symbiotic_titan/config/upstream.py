@@ -1,0 +1,329 @@
+"""Every key of the config: what it may be. Of torchtitan's own: the ranges, and those that this trainer ignores, which are refused."""
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, get_type_hints
+
+import tyro
+from torchtitan.config.job_config import (
+    DataLoader,
+    FaultTolerance,
+    MemoryEstimation,
+    Quantize,
+)
+
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.rows import (
+    LINE,
+    MODULE,
+    NO_PATH_OR,
+    PATH,
+    POSITIVE,
+    SEED,
+    SHARE,
+    STEPS,
+    TEXT,
+    Range,
+    Rows,
+    Rule,
+    Text,
+    check_row,
+    check_value,
+    rules_in,
+    shown,
+)
+from symbiotic_titan.registry import Registry, registry_of
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A torchtitan option, or a section of them, that this trainer ignores, so it must stay at its default ``allowed``."""
+
+    key: str
+    allowed: Any
+    remedy: str
+
+
+_UNSUPPORTED = (
+    Unsupported(
+        "parallelism.tensor_parallel_degree",
+        1,
+        "use parallelism.expert_parallel_degree and FSDP",
+    ),
+    Unsupported("parallelism.pipeline_parallel_degree", 1, "use FSDP and expert parallelism"),
+    Unsupported("parallelism.disable_loss_parallel", False, "there is no tensor parallelism"),
+    *(
+        Unsupported(f"parallelism.{key}", default, "there is no pipeline parallelism")
+        for key, default in (
+            ("module_fqns_per_model_part", None),
+            ("pipeline_parallel_first_stage_less_layers", 1),
+            ("pipeline_parallel_last_stage_less_layers", 1),
+            ("pipeline_parallel_layers_per_stage", None),
+            ("pipeline_parallel_schedule", "1F1B"),
+            ("pipeline_parallel_schedule_csv", ""),
+            ("pipeline_parallel_microbatch_size", 1),
+            ("pipeline_parallel_expert_parallel_overlap", True),
+        )
+    ),
+    Unsupported("parallelism.context_parallel_load_balancer", "headtail", "leave it at 'headtail'"),
+    Unsupported(
+        "parallelism.context_parallel_rotate_method", "allgather", "leave it at 'allgather'"
+    ),
+    Unsupported("parallelism.expert_tensor_parallel_degree", 1, "leave it at 1"),
+    Unsupported("parallelism.expert_parallel_comm_backend", "standard", "leave it at 'standard'"),
+    Unsupported("training.dataset", "c4_test", "name files in [[data.sources]]"),
+    Unsupported("training.dataset_path", None, "name files in [[data.sources]]"),
+    Unsupported(
+        "training.dataloader.persistent_workers",
+        False,
+        "loader workers always live as long as the run",
+    ),
+    Unsupported("validation.dataset", "c4_validation", "name files in [[validation.sources]]"),
+    Unsupported("validation.dataset_path", None, "name files in [[validation.sources]]"),
+    Unsupported("validation.local_batch_size", 8, "validation uses the batch size of training"),
+    Unsupported("validation.seq_len", 2048, "validation uses training.seq_len"),
+    Unsupported(
+        "validation.dataloader", DataLoader(), "held-out sequences are packed once, before training"
+    ),
+    Unsupported("fault_tolerance", FaultTolerance(), "resume from a checkpoint"),
+    Unsupported("checkpoint.enable_ft_dataloader_checkpoints", True, "resume from a checkpoint"),
+    Unsupported("memory_estimation", MemoryEstimation(), "run a few steps with metrics on"),
+    Unsupported(
+        "activation_checkpoint.memory_budget", 0.5, "choose an activation_checkpoint.mode instead"
+    ),
+    Unsupported(
+        "activation_checkpoint.visualize_memory_budget_pareto",
+        False,
+        "choose an activation_checkpoint.mode instead",
+    ),
+    Unsupported(
+        "optimizer.early_step_in_backward",
+        False,
+        "gradients are clipped, which needs all of them at once",
+    ),
+    Unsupported("checkpoint.last_save_in_hf", False, "save a distributed checkpoint"),
+    Unsupported(
+        "checkpoint.initial_load_in_hf",
+        False,
+        "leave it out; checkpoint.initial_load_path is read according to what it contains",
+    ),
+    Unsupported(
+        "checkpoint.initial_load_in_hf_quantized",
+        False,
+        "leave it out; checkpoint.initial_load_path is read according to what it contains",
+    ),
+    Unsupported(
+        "checkpoint.create_seed_checkpoint",
+        False,
+        "initial weights do not depend on the number of ranks",
+    ),
+    Unsupported(
+        "parallelism.enable_async_tensor_parallel", False, "there is no tensor parallelism"
+    ),
+    Unsupported("model.tokenizer_path", None, "name the file in tokenizer.path"),
+    Unsupported(
+        "model.hf_assets_path",
+        ".",
+        "name a tokenizer in tokenizer.path, weights in checkpoint.initial_load_path",
+    ),
+    Unsupported("experimental.custom_args_module", "", "use job.custom_config_module"),
+    Unsupported(
+        "quantize",
+        Quantize(),
+        "its converters do not handle grouped experts; use model.converters = ['float8'] and [float8]",
+    ),
+    Unsupported("comm.mode", "default", "for a dry run use `symbiotic show-parallel`"),
+    Unsupported("debug.moe_force_load_balance", False, "train with real routing"),
+)
+
+
+def value_of(config: JobConfig, key: str) -> Any:
+    """The value of ``section.key``, or of a key in a section of a section."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check_supported(config: JobConfig) -> None:
+    """Options of torchtitan that this trainer ignores must stay at their defaults."""
+    for option in _UNSUPPORTED:
+        key, value = _first_difference(option.key, value_of(config, option.key), option.allowed)
+        if value != option.allowed:
+            raise ValueError(
+                f"{key} = {shown(value)} is not supported by this trainer; {option.remedy}"
+            )
+    if config.activation_checkpoint.mode == "memory_budget":
+        raise ValueError(
+            "activation_checkpoint.mode = 'memory_budget' is not supported by this trainer; "
+            "use 'none', 'selective' or 'full'"
+        )
+    check_compile(config)
+
+
+def _first_difference(key: str, value: Any, allowed: Any) -> tuple[str, Any]:
+    """The key whose value is not the allowed one, and that value: in a section, that of a key in it."""
+    if is_dataclass(allowed) and value != allowed:
+        for f in fields(allowed):
+            own = getattr(value, f.name)
+            if own != getattr(allowed, f.name):
+                return _first_difference(f"{key}.{f.name}", own, getattr(allowed, f.name))
+    return key, value
+
+
+_COUNT = Range(1, 2**20)  # of rows, positions or ranks
+_DEGREE = Range(1, 2**20)
+_STEPS_OR_NONE = Range(0, 10**9)
+_TIMEOUT = Range(1, 10**7)  # seconds; torch's are 64-bit nanoseconds
+
+# Key of a section that is torchtitan's -> its range. Ours are written in the annotations of our own classes. Keys that must stay at
+# their defaults (``_UNSUPPORTED``) need none.
+_RANGES: dict[str, Rule] = {
+    "job.config_file": PATH,
+    "job.dump_folder": PATH,
+    "job.description": TEXT,
+    "job.save_config_file": PATH,
+    "job.custom_config_module": MODULE,
+    "profiling.save_traces_folder": PATH,
+    "profiling.profile_freq": STEPS,
+    "profiling.profiler_active": STEPS,
+    "profiling.profiler_warmup": _STEPS_OR_NONE,
+    "profiling.save_memory_snapshot_folder": PATH,
+    "metrics.log_freq": STEPS,
+    "metrics.save_tb_folder": PATH,
+    "model.converters": LINE,
+    "lr_scheduler.warmup_steps": _STEPS_OR_NONE,
+    "lr_scheduler.total_steps": STEPS,
+    "lr_scheduler.decay_ratio": SHARE,
+    "lr_scheduler.min_lr_factor": SHARE,
+    "training.local_batch_size": _COUNT,
+    "training.global_batch_size": replace(_COUNT, also={-1: "one micro-batch on each rank"}),
+    "training.seq_len": _COUNT,
+    "training.max_norm": POSITIVE,
+    "training.steps": STEPS,
+    "training.gc_freq": STEPS,
+    "training.dataloader.num_workers": Range(0, 4096),
+    "training.dataloader.prefetch_factor": Range(1, 4096),
+    "parallelism.data_parallel_replicate_degree": _DEGREE,
+    "parallelism.data_parallel_shard_degree": replace(_DEGREE, also={-1: "all ranks left"}),
+    "parallelism.context_parallel_degree": _DEGREE,
+    "parallelism.expert_parallel_degree": _DEGREE,
+    "checkpoint.folder": PATH,
+    "checkpoint.interval": STEPS,
+    "checkpoint.initial_load_path": NO_PATH_OR,
+    "checkpoint.keep_latest_k": Range(
+        2,
+        10**6,
+        also={0: "all"},
+        remedy="the newest may still be in the middle of its save, so one alone cannot be kept",
+    ),
+    "checkpoint.load_step": Range(1, 10**9, also={-1: "the newest"}),
+    "checkpoint.exclude_from_loading": LINE,
+    "activation_checkpoint.selective_ac_option": Text(
+        "'op' or a positive number of layers", r"op|[1-9]\d{0,5}"
+    ),
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": LINE,
+    "activation_checkpoint.determinism_check": Text("'default' or 'none'", "default|none"),
+    "compile.components": Text("'model' or 'loss'", "model|loss"),
+    "compile.backend": LINE,
+    "comm.init_timeout_seconds": _TIMEOUT,
+    "comm.train_timeout_seconds": _TIMEOUT,
+    "comm.trace_buf_size": Range(0, 10**8),
+    "comm.save_traces_folder": PATH,
+    "comm.save_traces_file_prefix": NO_PATH_OR,
+    "experimental.custom_import": MODULE,
+    "debug.seed": SEED,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key of the config.
+
+    annotation    its type, without what else the annotation says.
+    rules         its range; a bool, a Literal and what names a part of a ``registry`` have none but their values.
+    in_file_only  whether the command line cannot set it.
+    row           the class of its tables, if it is a list or a table of them.
+    """
+
+    annotation: Any
+    rules: tuple[Rule, ...]
+    in_file_only: bool
+    registry: Registry[Any] | None
+    row: type | None
+
+
+def settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Setting]]:
+    """``section.key`` -> what it is, for every field of a config class and of the sections in it: all that a user can set."""
+    hints = get_type_hints(cls, include_extras=True)
+    for f in fields(cls):
+        hint, key = hints[f.name], f"{prefix}{f.name}"
+        if is_dataclass(hint):
+            yield from settings(hint, f"{key}.")  # type: ignore[arg-type]
+            continue
+        notes = getattr(hint, "__metadata__", ())
+        rules = (*rules_in(hint), *((_RANGES[key],) if key in _RANGES else ()))
+        rows = [note.row for note in notes if isinstance(note, Rows)]
+        yield (
+            key,
+            Setting(
+                hint.__origin__ if notes else hint,
+                rules,
+                tyro.conf.Fixed in notes,
+                registry_of(f),
+                rows[0] if rows else None,
+            ),
+        )
+
+
+def check_setting(key: str, value: Any, setting: Setting) -> None:
+    """Pass if ``value`` is one that the setting ``key`` can have.
+
+    Raises:
+        ValueError: names key, value and rule.
+    """
+    if setting.registry is not None and isinstance(value, str):
+        setting.registry.check(key, value)
+    else:
+        check_value(key, value, setting.annotation, setting.rules)
+
+
+def check_ranges(config: JobConfig) -> None:
+    """Every key of a config that was read, or changed since, has its type and range."""
+    for key, setting in settings(type(config)):
+        value = value_of(config, key)
+        check_setting(key, value, setting)
+        rows = value if isinstance(value, list) else value.values() if setting.row else ()
+        for number, row in enumerate(rows, 1):
+            if setting.row is not None and isinstance(row, setting.row):
+                check_row(f"{key} #{number}", row)
+    profiling = config.profiling
+    needed = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < needed:
+        raise ValueError(
+            f"profiling.profile_freq = {profiling.profile_freq}: must be at least profiling.profiler_warmup + profiler_active = {needed}"
+        )
+
+
+def check_installed(config: JobConfig) -> None:
+    """Refuse on this machine what needs a package that it lacks."""
+    if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "metrics.enable_wandb = true needs the package wandb, which is not installed; install it, or set it to false"
+        )
+
+
+def check_compile(config: JobConfig) -> None:
+    """Where anything is compiled, torch must have the backend."""
+    if not config.compile.enable:
+        return
+    # Imported here: it takes as long as all other imports of a check, and is needed by what compiles.
+    from torch._dynamo import list_backends
+
+    known = list_backends(exclude_tags=())
+    if config.compile.backend not in known:
+        usual = ", ".join(list_backends())
+        raise ValueError(
+            f"compile.backend = {config.compile.backend!r}: torch has no such backend; choose from {usual}"
+        )
