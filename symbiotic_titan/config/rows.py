@@ -222,10 +222,12 @@ def _check_rules(where: str, value: Any, rules: tuple[Rule, ...]) -> None:
 
 
 def check_row(where: str, row: Any) -> None:
-    """Raise ValueError unless every field of the dataclass ``row`` has its type and range."""
+    """Raise ValueError unless every field of the dataclass ``row`` has its type and range. Names of registered parts are checked where
+    they are read: those of another run's module may be unknown by now."""
     hints = get_type_hints(type(row), include_extras=True)
     for f in fields(row):
-        check_value(f"{where}.{f.name}", getattr(row, f.name), hints[f.name])
+        if registry_of(f) is None:
+            check_value(f"{where}.{f.name}", getattr(row, f.name), hints[f.name])
 
 
 def row_from_dict(cls: type[T], row: Any, where: str) -> T:

@@ -1,6 +1,5 @@
 """Every key of the config: what it may be. Of torchtitan's own: the ranges, and those that this trainer ignores, which are refused."""
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_type_hints
@@ -159,7 +158,6 @@ def check_supported(config: JobConfig) -> None:
             "activation_checkpoint.mode = 'memory_budget' is not supported by this trainer; "
             "use 'none', 'selective' or 'full'"
         )
-    check_compile(config)
 
 
 def _first_difference(key: str, value: Any, allowed: Any) -> tuple[str, Any]:
@@ -303,27 +301,4 @@ def check_ranges(config: JobConfig) -> None:
     if profiling.enable_profiling and profiling.profile_freq < needed:
         raise ValueError(
             f"profiling.profile_freq = {profiling.profile_freq}: must be at least profiling.profiler_warmup + profiler_active = {needed}"
-        )
-
-
-def check_installed(config: JobConfig) -> None:
-    """Refuse on this machine what needs a package that it lacks."""
-    if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            "metrics.enable_wandb = true needs the package wandb, which is not installed; install it, or set it to false"
-        )
-
-
-def check_compile(config: JobConfig) -> None:
-    """Where anything is compiled, torch must have the backend."""
-    if not config.compile.enable:
-        return
-    # Imported here: it takes as long as all other imports of a check, and is needed by what compiles.
-    from torch._dynamo import list_backends
-
-    known = list_backends(exclude_tags=())
-    if config.compile.backend not in known:
-        usual = ", ".join(list_backends())
-        raise ValueError(
-            f"compile.backend = {config.compile.backend!r}: torch has no such backend; choose from {usual}"
         )

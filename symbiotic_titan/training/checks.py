@@ -1,5 +1,6 @@
 """Rules that span several config sections, checked before anything is built."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -9,7 +10,6 @@ from symbiotic_titan.build import global_batch_size
 from symbiotic_titan.config.files import check_output_folder
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.upstream import (
-    check_installed,
     check_ranges,
     check_supported,
     value_of,
@@ -50,6 +50,29 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
         logger.warning(
             "training.mixed_precision_param = 'bfloat16': this CPU has no instructions for it (AVX512, AMX), and steps take several times "
             "as long as with 'float32'"
+        )
+
+
+def check_installed(config: JobConfig) -> None:
+    """Refuse on this machine what needs a package that it lacks."""
+    if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "metrics.enable_wandb = true needs the package wandb, which is not installed; install it, or set it to false"
+        )
+
+
+def check_compile(config: JobConfig) -> None:
+    """Where anything is compiled, torch must have the backend."""
+    if not config.compile.enable:
+        return
+    # Imported here: it takes as long as all other imports of a check, and is needed by what compiles.
+    from torch._dynamo import list_backends
+
+    known = list_backends(exclude_tags=())
+    if config.compile.backend not in known:
+        usual = ", ".join(list_backends())
+        raise ValueError(
+            f"compile.backend = {config.compile.backend!r}: torch has no such backend; choose from {usual}"
         )
 
 
@@ -235,6 +258,7 @@ def check_job(
     """
     check_ranges(config)
     check_supported(config)
+    check_compile(config)
     if config.model.name != "symbiotic":
         raise ValueError(
             f"model.name = {config.model.name!r}: this trainer trains 'symbiotic'; choose its size with model.flavor"

@@ -215,6 +215,8 @@ CONFIG_FIELDS = {
     | {"checkpoint", "activation_checkpoint", "metrics", "experimental", "debug", "comm"},
     "Model": {"name", "flavor", "hf_assets_path", "converters"},
     "Quantize": {"linear", "grouped_mm"},
+    "FaultTolerance": {"enable"},
+    "MemoryEstimation": {"enable"},
     "Optimizer": {"name", "lr", "beta1", "beta2", "eps", "weight_decay", "implementation"},
     "LRScheduler": {"warmup_steps", "total_steps", "decay_ratio", "decay_type", "min_lr_factor"},
     "ActivationCheckpoint": {"mode", "selective_ac_option"},

@@ -91,12 +91,10 @@ def test_a_word_before_the_options_is_no_option():
 
 
 def test_values_of_every_kind_are_read():
-    options = (
-        "--losses.text 1e-3 --latents.scale None --compile.components a,b --training.max_norm 2"
-    )
+    options = "--losses.text 1e-3 --latents.scale None --compile.components loss,model --training.max_norm 2"
     config = load_job_config([*DEBUG, *options.split(), "--job.description=--x y"])
     assert (config.losses.weight("text"), config.latents.scale) == (1e-3, None)
-    assert (config.compile.components, config.training.max_norm) == (["a", "b"], 2)
+    assert (config.compile.components, config.training.max_norm) == (["loss", "model"], 2)
     assert config.job.description == "--x y"
 
 

@@ -97,7 +97,7 @@ def test_partition_and_groups_survive_the_command_line_parser(tmp_path):
         ("[checkpoint]\ninterval = 0", "checkpoint.interval: must be at least 1, got 0"),
         (
             "[checkpoint]\nkeep_latest_k = 1",
-            "checkpoint.keep_latest_k: must be 0 (all) or at least 2",
+            "checkpoint.keep_latest_k: must be at least 2, or 0 (all), got 1; the newest may still be in the middle of its save",
         ),
     ],
 )
@@ -120,7 +120,7 @@ ROW = {"name": "a", "task": "lm", "format": "jsonl", "path": "x"}
     [
         (
             [{**ROW, "weight": -1}],
-            "[[data.sources]] #1 (a): weight must be zero or positive, got -1",
+            "[[data.sources]] #1.weight: must be zero or positive, got -1",
         ),
         ([{**ROW, "weight": 0}], "[[data.sources]]: the weights sum to zero"),
         ([ROW, ROW], "[[data.sources]] #1 (a): name is used twice"),

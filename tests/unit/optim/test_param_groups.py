@@ -88,10 +88,10 @@ def test_rule_without_parameters_is_named():
             {"name": "a", "match": ["x"], "frozen": True},
             "every group is frozen, so nothing would be trained; unfreeze one",
         ),
-        ({"name": "", "match": ["x"]}, "name is empty; metrics need one"),
+        ({"name": "", "match": ["x"]}, "name: must be a name of 1 to 100 characters"),
         (
             {"name": "a", "match": ["x"], "warmup_steps": -1},
-            r"#1 \(a\): warmup_steps must be zero or positive, got -1",
+            r"#1.warmup_steps: must be zero or positive, got -1",
         ),
         (
             {"name": "a", "match": ["x"], "warmup_steps": 1.5},
@@ -99,11 +99,11 @@ def test_rule_without_parameters_is_named():
         ),
         (
             {"name": "a", "match": ["x"], "decay_ratio": 1.5},
-            r"#1 \(a\): decay_ratio must lie in \[0, 1\], got 1.5",
+            r"#1.decay_ratio: must lie in \[0, 1\], got 1.5",
         ),
         (
             {"name": "a", "match": ["x"], "min_lr_factor": -0.1},
-            r"#1 \(a\): min_lr_factor must lie in \[0, 1\], got -0.1",
+            r"#1.min_lr_factor: must lie in \[0, 1\], got -0.1",
         ),
         (
             {"name": "a", "match": ["x"], "decay_type": "cosin"},
@@ -115,13 +115,13 @@ def test_rule_without_parameters_is_named():
         ),
         (
             {"name": "a", "match": ["x"], "weight_decay": -0.1},
-            "weight_decay must be zero or positive, got -0.1",
+            "weight_decay: must be zero or positive, got -0.1",
         ),
         (
             {"name": "a", "match": ["x"], "betas": [0.9, 1.5]},
-            r"betas must be two numbers in \[0, 1\)",
+            r"#1.betas\[1\]: must lie in \[0, 1\), got 1.5",
         ),
-        ({"name": "a", "match": ["x"], "lr": -1.0}, "lr must be zero or positive, got -1.0"),
+        ({"name": "a", "match": ["x"], "lr": -1.0}, "lr: must be zero or positive, got -1.0"),
         ({"name": "a", "match": "x"}, r"match: must be a list, each item a string, got 'x'"),
         ({"name": "a", "match": ["x"], "rate": 1.0}, "unknown key 'rate'"),
     ],

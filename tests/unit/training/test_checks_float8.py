@@ -170,7 +170,7 @@ def test_float8_gather_needs_one_scale_per_weight():
         (("--float8.emulate",), "[float8] has no effect without its converter"),
         (
             ("--quantize.linear.float8.emulate",),
-            "[quantize] has no effect: its converters do not handle grouped experts",
+            "is not supported by this trainer; its converters do not handle grouped experts; use model.converters",
         ),
     ],
 )

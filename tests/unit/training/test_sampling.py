@@ -193,12 +193,12 @@ def test_a_codec_that_training_has_is_not_loaded_again():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("--sampling.steps 0", "[sampling] steps: must be at least 1, got 0"),
-        ("--sampling.guidance -1", "[sampling] guidance: must be zero or positive, got -1.0"),
-        ("--sampling.shift 0", "[sampling] shift: must be positive, got 0.0"),
+        ("--sampling.steps 0", "sampling.steps: must be at least 1, got 0"),
+        ("--sampling.guidance -1", "sampling.guidance: must be zero or positive, got -1.0"),
+        ("--sampling.shift 0", "sampling.shift: must be positive, got 0.0"),
         ("--sampling.sampler ode", "sampling.sampler = 'ode': nothing is registered under this"),
         ("--sampling.aspect 9:1", "[sampling] aspect '9:1': must be width:height, as 3:2"),
-        ("--sampling.aspect square", "[sampling] aspect 'square': must be width:height"),
+        ("--sampling.aspect square", "sampling.aspect: must be width:height, as 3:2, got 'square'"),
         (
             "--training.seq_len 64",
             "[sampling] prompt #0: its 16 tokens and 64 of its image are more than a row holds",

@@ -136,6 +136,6 @@ def test_a_foreign_error_is_told_in_one_line_and_logged_with_its_traceback(
 def test_an_error_for_the_user_is_told_without_traceback(caplog):
     with pytest.raises(ValueError) as caught:
         Data(max_bad_share=1.0)
-    message = "data.max_bad_share: must be at least 0 and less than 1, got 1.0"
+    message = "data.max_bad_share: must lie in [0, 1), got 1.0"
     assert raised_by_us(caught.value) and error_of_ranks(caught.value) == message
     assert error_of_ranks(None) is None and not caplog.records

@@ -347,7 +347,7 @@ def test_validation_without_sources_is_refused(config_of):
 def test_a_bad_source_is_named_by_its_table(config_of):
     for extra, message in (
         ("waight = 2", r"\[\[validation.sources\]\] #1: unknown key 'waight'; did you mean 'weigh"),
-        ("weight = -1", r"\[\[validation.sources\]\] #1 \(lm\): weight must be zero or positive"),
+        ("weight = -1", r"\[\[validation.sources\]\] #1.weight: must be zero or positive"),
         ("weight = 0", r"\[\[validation.sources\]\]: the weights sum to zero"),
     ):
         with pytest.raises(ValueError, match=message):
