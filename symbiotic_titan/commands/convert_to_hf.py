@@ -115,6 +115,6 @@ def exported_model(
                 f"{own} has the model's shape, so there is no use for {' '.join(others)} without --config"
             )
         return model_config.read_model_config(own), None, []
-    path = options.config or str(saved_config(options.checkpoint))
+    path = options.config or str(saved_config(options.checkpoint, overrides))
     config = read_config(path, overrides)
     return model_args(config), config, files_of(config, path)

@@ -9,7 +9,8 @@ Examples:
 
 A checkpoint is its folder, .../step-N, or that of a run, whose newest complete one is taken. Its config is the one that the run kept;
 --config names another, once for all checkpoints or once for each. Options of a suite follow as --suite_name.option value, those of the
-config as --section.key value. A module in --experimental.custom_import is imported besides the run's own.
+config as --section.key value. A module in --experimental.custom_import is imported besides the one that a config names; one that only a
+run's kept config names is not, unless --config names that file.
 
 The table is printed, and everything is written below --out, a folder per checkpoint: <suite>.json, and <suite>/ with images and
 answers. A suite that was finished with the same settings is not run again, and existing images are reused. With --compare one table
@@ -80,9 +81,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_intermixed_args(others), sections
 
 
-def config_paths(given: Sequence[str], checkpoints: Sequence[Path]) -> Sequence[str]:
+def config_paths(
+    given: Sequence[str], checkpoints: Sequence[Path], overrides: Sequence[str]
+) -> Sequence[str]:
     """The config files ``given``, or else those that the runs kept."""
-    return given or [str(saved_config(path)) for path in checkpoints]
+    return given or [str(saved_config(path, overrides)) for path in checkpoints]
 
 
 def import_parts(paths: Sequence[str], overrides: list[str]) -> None:
@@ -105,7 +108,7 @@ def read_configs(
     """
     if not checkpoints:
         raise ValueError("no checkpoint; name its folder, or that of a run")
-    paths = config_paths(given, checkpoints)
+    paths = config_paths(given, checkpoints, overrides)
     count = len(checkpoints)
     if len(paths) not in (1, count):
         raise ValueError(
@@ -132,7 +135,7 @@ def find_suites(names: Sequence[str]) -> list[Suite[Any]]:
 
 def print_suites(options: argparse.Namespace, overrides: list[str]) -> None:
     """All suites and their options, those of the modules that are named among them."""
-    import_parts(config_paths(options.config, options.checkpoints), overrides)
+    import_parts(config_paths(options.config, options.checkpoints, overrides), overrides)
     for name in SUITES:
         suite = SUITES[name]
         try:

@@ -151,7 +151,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
     if trained is None and options.config is None:
         raise ValueError("no model; give --run, --checkpoint or --config")
     generator = Generator.load(
-        options.config or saved_config(trained),
+        options.config or saved_config(trained, overrides),
         trained,
         overrides,
         cached=not options.uncached,

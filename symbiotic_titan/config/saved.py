@@ -6,13 +6,15 @@ The standard library reads TOML but does not write it; the writer here knows the
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torchtitan.tools.logging import logger
 
+from symbiotic_titan.config import extends
+from symbiotic_titan.config.command_line import option_of
 from symbiotic_titan.config.files import replacing
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import check_table
@@ -109,18 +111,40 @@ class SavedConfig:
             unfinished.write_text(self._text, encoding="utf-8")
 
 
-def saved_config(path: Path) -> Path:
-    """The config file of a run. ``path``: its folder, that of its checkpoints, or one of them.
+# Keys whose values are modules, which are imported as soon as a config is read.
+_MODULES = ("experimental.custom_import", "job.custom_config_module")
+
+
+def saved_config(path: Path, overrides: Sequence[str] = ()) -> Path:
+    """The config file of a run. ``path``: its folder, that of its checkpoints, or one of them. The file may be a stranger's, as nobody
+    has named it: modules that it would import must be named in ``overrides``, the options of the command line, or be part of this
+    package.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it names another module.
     """
     for folder in (path, path.parent, path.parent.parent):
         if (folder / NAME).is_file():
+            _check_imports(folder / NAME, overrides)
             return folder / NAME
     raise ValueError(
         f"--config: {path} is not in the folder of a run that kept its {NAME}; name the TOML file of its config"
     )
+
+
+def _check_imports(path: Path, overrides: Sequence[str]) -> None:
+    table = extends.merged_table(extends.read_layers(str(path)))
+    for key in _MODULES:
+        section, _, name = key.partition(".")
+        rows = table.get(section)
+        module = rows.get(name) if isinstance(rows, dict) else None
+        if not module or str(module).startswith("symbiotic_titan."):
+            continue
+        if option_of(overrides, key) != module:
+            raise ValueError(
+                f"{key} = {module!r} in {path}: the module would be imported, and the folder may be a stranger's; if you trust it, say "
+                f"--{key} {module}, or name the file with --config"
+            )
 
 
 def check_extension(config: JobConfig) -> None:

@@ -42,7 +42,8 @@ def index_files(work: Work, parent: int) -> None:
 def main() -> int:
     # An orderly end, which removes files that are written in part.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    source, format_class, *rest = pickle.load(sys.stdin.buffer)
+    # Of the process that started this one; nothing from a file is unpickled.
+    source, format_class, *rest = pickle.load(sys.stdin.buffer)  # noqa: S301
     index_files(Work(source, format_class, *rest), os.getppid())
     return 0
 

@@ -129,13 +129,14 @@ class Generator:
         see [ema].
 
         Raises:
-            ValueError: a bad config, or no complete checkpoint of its model with these ``weights``.
+            ValueError: a bad config, one found in a folder that names a module which ``overrides`` do not, or no complete checkpoint of
+                its model with these ``weights``.
         """
         if not isinstance(config, JobConfig):
             path = Path(config)
             if path.is_dir():
                 checkpoint = checkpoint or path
-                path = saved_config(path)
+                path = saved_config(path, overrides)
             config = load_job_config(["--job.config_file", str(path), *overrides])
         config = copy.deepcopy(config)
         config.model.attention_backend = "sdpa"  # FlexAttention would compile for every new length

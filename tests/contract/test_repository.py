@@ -1,5 +1,6 @@
 """What every file of the repository keeps to."""
 
+import ast
 import os
 import re
 import subprocess
@@ -58,6 +59,36 @@ def test_no_link_is_tracked():
     command = ["git", "ls-files", "--stage"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
     assert not [line for line in listed.splitlines() if line.startswith("120000")]
+
+
+# What loads may come from a stranger. A call -> the keyword that keeps it from running what it finds; None: there is none.
+SAFE_BY = {
+    **{"torch.load": "weights_only", "dcp.load": "planner"},
+    # Unlike transformers, which reads pickled tensors with weights_only by itself.
+    **{"AutoencoderKL.from_pretrained": "use_safetensors"},
+    **dict.fromkeys(("pickle.load", "pickle.loads", "np.load", "yaml.load", "FileSystemReader")),
+}
+# Its own parent writes what it reads.
+OWN_PICKLES = {"symbiotic_titan/data/index_helper.py"}
+
+
+def unsafe_loads(source: str) -> list[str]:
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        f"{call.lineno}: {name}"
+        for call in calls
+        if (name := ast.unparse(call.func)) in SAFE_BY
+        and SAFE_BY[name] not in [keyword.arg for keyword in call.keywords]
+        or any(keyword.arg == "trust_remote_code" for keyword in call.keywords)
+    ]
+
+
+def test_the_package_loads_nothing_that_could_run():
+    wrong = "torch.load(f)", "np.load(f)", "FileSystemReader(f)", "f(trust_remote_code=x)"
+    assert all(map(unsafe_loads, wrong)) and not unsafe_loads("torch.load(f, weights_only=True)")
+    files = {str(path.relative_to(ROOT)): path for path in ROOT.glob("symbiotic_titan/**/*.py")}
+    found = {name: unsafe_loads(path.read_text()) for name, path in files.items()}
+    assert {name for name, calls in found.items() if calls} == OWN_PICKLES
 
 
 def test_license_is_bsd_3_clause_and_says_whose():

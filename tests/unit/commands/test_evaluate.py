@@ -322,6 +322,10 @@ def test_the_runs_own_module_and_that_of_the_command_line_both_hold(
         assert evaluate.main(["--suites", *brought]) == 0
         assert "--lengths.answers 4" in capsys.readouterr().out
         options = ["--suite", "lengths", "--lengths.answers", "1", "--out", str(tmp_path / "out")]
+        # The folder of a run may be a stranger's; a config that is named is one's own.
+        assert evaluate.main([str(tmp_path / "run"), *options, *brought]) == 2
+        assert "softplus_score' in" in capsys.readouterr().err and "softplus" not in ROUTER_SCORES
+        options += ["--config", str(tmp_path / "run" / "config.toml")]
         assert evaluate.main([str(tmp_path / "run"), *options, *brought]) == 0
         assert "softplus" in ROUTER_SCORES
     assert list(tmp_path.glob("out/*/lengths.json"))

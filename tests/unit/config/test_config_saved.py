@@ -1,5 +1,6 @@
 """What a run keeps of its config is the config, wherever it came from."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from symbiotic_titan.config.experts import ROUTER_SCORES, SHIELD_SCHEDULES
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.losses import LOSS_TERMS
 from symbiotic_titan.config.saved import SavedConfig, check_extension, saved_config
+from symbiotic_titan.inference.generator import Generator
 from tests.helpers.users_parts import forget_modules, users_parts
 
 CONFIGS = Path(__file__).parents[3] / "train_configs"
@@ -105,3 +107,21 @@ def test_a_resumed_run_that_needs_nothing_of_its_extension_is_told_what_changed(
     with caplog.at_level("WARNING"):
         check_extension(config_of("debug.toml", tmp_path))
     assert "were trained with 'json', this run has 'none'" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["experimental.custom_import", "job.custom_config_module"])
+def test_a_module_that_a_kept_config_names_is_imported_only_if_it_is_named_again(tmp_path, key):
+    section, name = key.split(".")
+    (tmp_path / "base.toml").write_text(f'[{section}]\n{name} = "antigravity"\n')
+    kept = tmp_path / "config.toml"
+    kept.write_text('extends = "base.toml"\n')
+    message = f"{key} = 'antigravity' in {kept}: .* if you trust it, say --{key} antigravity, or"
+    for overrides in ([], [f"--{key}", "this"], ["--experimental.custom_import"]):
+        with pytest.raises(ValueError, match=message):
+            saved_config(tmp_path, overrides)
+    with pytest.raises(ValueError, match=message):
+        Generator.load(tmp_path)
+    assert saved_config(tmp_path, [f"--{key}", "antigravity"]) == kept
+    kept.write_text(f'[{section}]\n{name} = "symbiotic_titan.extensions.momentum_projection"\n')
+    assert saved_config(tmp_path) == kept
+    assert "antigravity" not in sys.modules
