@@ -7,6 +7,8 @@
 #   NGPU=N            processes on this machine, default 1: one per GPU, or gloo processes where there is no GPU
 #   LOG_RANK=R[,R]    ranks whose output is shown when there are several, default 0
 #   NNODES=M RDZV_ENDPOINT=HOST:PORT   several machines: start this on each of them (RDZV_ID names the job)
+#   RDZV_TIMEOUT=S    seconds to wait for all machines, default 600; then status 75
+#   MAX_RESTARTS=N    how often several processes start again from the newest checkpoint when one crashes or is killed, default 0
 #   SYMBIOTIC_PYTHON=PATH              use this Python instead of making a .venv (see tools/setup_env.sh)
 #
 # The environment and the demo data are made when they are missing. Paths in configs and options are relative to the
@@ -18,6 +20,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 NGPU=${NGPU:-1}
 NNODES=${NNODES:-1}
 LOG_RANK=${LOG_RANK:-0}
+RDZV_TIMEOUT=${RDZV_TIMEOUT:-600}
+MAX_RESTARTS=${MAX_RESTARTS:-0}
 CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
 
 fail() { printf 'run_train.sh: %s\n' "$*" >&2; exit 2; }
@@ -25,6 +29,9 @@ is_count() { case $1 in '' | *[!0-9]* | 0*) return 1 ;; esac; }
 
 is_count "$NGPU" || fail "NGPU must be a positive integer, got: $NGPU"
 is_count "$NNODES" || fail "NNODES must be a positive integer, got: $NNODES"
+is_count "$RDZV_TIMEOUT" || fail "RDZV_TIMEOUT must be a positive number of seconds, got: $RDZV_TIMEOUT"
+[ "$MAX_RESTARTS" = 0 ] || is_count "$MAX_RESTARTS" || fail "MAX_RESTARTS must be a number of restarts, got: $MAX_RESTARTS"
+case $LOG_RANK in '' | *[!0-9,]*) fail "LOG_RANK must be numbers of ranks with commas between them, got: $LOG_RANK" ;; esac
 if [ "$NNODES" -gt 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
     fail "NNODES=$NNODES needs RDZV_ENDPOINT=HOST:PORT, the same on every machine"
 fi
@@ -93,8 +100,9 @@ fi
 # In a process group of its own the launcher gets one Ctrl-C, passed on from here; it passes signals on to the ranks, which finish the
 # step, save and end well.
 set -m
-"$python" -P tools/launch.py --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d \
+"$python" -P tools/launch.py --follow-parent --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend symbiotic \
     --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv_id "${RDZV_ID:-symbiotic_titan}" \
+    --rdzv_conf "join_timeout=$RDZV_TIMEOUT" --max_restarts "$MAX_RESTARTS" \
     --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
     -m symbiotic_titan.train --job.config_file "$config" "$@" &
 launcher=$!

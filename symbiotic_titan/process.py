@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Exit statuses.
+# Exit statuses; docs/running.md explains them.
 MISTAKE = 2
 DISK_FULL = 3
 DIVERGED = 4  # a loss, a gradient or a weight is not finite: started again, the run would come to the same point
+MACHINES_MISSING = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the run, try again
 INTERRUPTED = 130
 
 # What a system says of a full disk, a used up quota, and a file that may not become larger.

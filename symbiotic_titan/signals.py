@@ -29,6 +29,8 @@ STOP_SIGNALS: tuple[StopSignal, ...] = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
 GRACE = 10.0
 # Seconds between two SIGINTs of a user who presses Ctrl-C twice. A launcher and a terminal may both send the first one.
 APART = 1.0
+# Seconds in which a rank without a launcher can finish its step and save.
+GRACE_TO_SAVE = 300.0
 
 
 class Stopped(BaseException):
@@ -138,6 +140,29 @@ class StopRequest:
         with suppress(OSError):  # a terminal that is gone
             os.write(2, f"{line}\n".encode())
         os._exit(status)
+
+
+def follow_parent() -> None:
+    """Stop this process, as a signal would, when the one that has started it is gone, whatever ended that one: it would train on beside
+    the run that a queue starts in its place. It is ended hard if it has not saved within ``GRACE_TO_SAVE``, since other ranks may be gone.
+    """
+    parent = os.getppid()
+
+    def follow() -> None:
+        # PR_SET_PDEATHSIG of Linux would come 0.5 s earlier, but also when only a thread of the parent ends.
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        with suppress(OSError):
+            os.write(
+                2, f"process {parent}, which has started this one, is gone: stopping\n".encode()
+            )
+        chosen = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+        handled = (number for number in chosen if callable(signal.getsignal(number)))
+        os.kill(os.getpid(), next(handled, signal.SIGTERM))
+        time.sleep(GRACE_TO_SAVE)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, name="follow_parent", daemon=True).start()
 
 
 def ignore_stop_signals() -> None:

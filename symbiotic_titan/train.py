@@ -20,7 +20,7 @@ from symbiotic_titan.process import (
     loading,
     raised_by_us,
 )
-from symbiotic_titan.signals import Stopped, StopRequest, ignore_stop_signals
+from symbiotic_titan.signals import Stopped, StopRequest, follow_parent, ignore_stop_signals
 
 # What a run reports in one line, and its exit status then.
 STATUSES: dict[type[Exception], int] = {
@@ -97,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     stop = StopRequest()
     try:
         stop.begin()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of run_train.sh or torchrun
+            follow_parent()
         with loading():
             from torch.distributed.elastic.multiprocessing.errors import record
             from torchtitan.tools.logging import init_logger, logger

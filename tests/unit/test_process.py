@@ -1,15 +1,11 @@
 """One of several processes writes, progress is shown on a terminal only, and a user's mistake is one line."""
 
-import importlib.util
-import json
 import types
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from symbiotic_titan.process import Counter, exit_status, is_first_process, raised_by_us
 from symbiotic_titan.registry import Registry
-from tests.helpers.launch import ROOT
 
 
 @pytest.mark.parametrize(("rank", "is_first"), [(None, True), ("0", True), ("3", False)])
@@ -73,41 +69,3 @@ def test_an_error_of_this_package_is_ours():
 @pytest.mark.parametrize("module", ["my_parts", "symbiotic_titan_extras", "torch.utils"])
 def test_an_error_of_a_foreign_module_keeps_its_traceback(module):
     assert not raised_by_us(raised_in(module))
-
-
-def launch_ending_with(monkeypatch, tmp_path, statuses):
-    """What tools/launch.py makes of the exit status of each rank; a rank's message is its number."""
-    spec = importlib.util.spec_from_file_location("launch", ROOT / "tools" / "launch.py")
-    launch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launch)
-    failures = {}
-    for rank, status in enumerate(statuses):
-        file = tmp_path / f"{rank}.json"
-        told = {"message": f"ValueError: mistake {rank}", "extraInfo": {"timestamp": "1"}}
-        file.write_text(json.dumps({"message": told}))
-        if status:
-            failures[rank] = ProcessFailure(rank, 1, status, str(file))
-
-    def main(arguments):
-        if failures:
-            raise ChildFailedError("train", failures)
-
-    monkeypatch.setattr("torch.distributed.run.main", main)
-    return launch.main()
-
-
-def test_the_launcher_passes_on_a_mistake_and_tells_one_of_a_hidden_rank(
-    monkeypatch, tmp_path, capsys
-):
-    monkeypatch.delenv("LOG_RANK", raising=False)
-    assert launch_ending_with(monkeypatch, tmp_path, [0, 0]) == 0
-    assert launch_ending_with(monkeypatch, tmp_path, [2, 2]) == 2
-    assert capsys.readouterr().err == ""
-    assert launch_ending_with(monkeypatch, tmp_path, [-15, 2]) == 2
-    assert capsys.readouterr().err == "error: rank 1: mistake 1\n"
-    monkeypatch.setenv("LOG_RANK", "0,1")
-    assert launch_ending_with(monkeypatch, tmp_path, [-15, 2]) == 2
-    assert capsys.readouterr().err == ""
-    for statuses in ([1, 2], [-9, -15]):
-        with pytest.raises(ChildFailedError):
-            launch_ending_with(monkeypatch, tmp_path, statuses)
