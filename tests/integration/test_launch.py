@@ -2,12 +2,15 @@
 
 import importlib.util
 import re
+import time
+from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from symbiotic_titan.weights.damage import choose_step
 from tests.helpers import forked
-from tests.helpers.launch import ROOT, free_port
+from tests.helpers.launch import ROOT, arguments_of, environments, free_port
 
 ONE_MACHINE = ["--rdzv_backend", "symbiotic", "--rdzv_endpoint", "localhost:0", "--rdzv_id", "test"]
 
@@ -94,6 +97,36 @@ def test_ranks_that_are_killed_start_again_at_most_as_often_as_allowed(ended):
 def test_a_restart_begins_with_an_empty_store(ended):
     status, lines = ended["store"]
     assert status == 0 and "[default0]:attempt 1" in lines, lines
+
+
+def is_running(pid):
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path, demo):
+    settings = {"training.steps": 1000, "training.seq_len": 256, "compile.enable": False}
+    arguments = arguments_of(tmp_path, demo, settings)
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    process = forked.start(
+        forked.launcher_here, arguments, environments(2), [str(log) for log in logs]
+    )
+    wait_until(lambda: logs[0].exists() and "step:  2" in logs[0].read_text())
+    ranks = [int(Path(f"{log}.pid").read_text()) for log in logs]
+    assert all(map(is_running, ranks))
+    process.kill()
+    wait_until(lambda: not any(map(is_running, ranks)))
+    text = logs[0].read_text()
+    assert f"process {process.pid}, which has started this one, is gone: stopping" in text
+    saved = int(re.search(r"SIGTERM: saving a checkpoint at step (\d+)", text)[1])
+    assert 2 <= saved < 1000 and choose_step(tmp_path / "checkpoint")[:2] == (saved, {})
+
+
+def wait_until(holds, seconds=120):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
