@@ -3,11 +3,13 @@
 import errno
 import gc
 import os
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -92,6 +94,39 @@ class Counter:
         for item in items:
             yield item
             self()
+
+
+def machine() -> str:
+    """Names this machine since it was booted, or this container on it: where a process number means one process."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def process_start(pid: int) -> str:
+    """When process ``pid`` of this machine was started, in ticks since boot: tells it from a later one with its number. Empty where
+    there is no such process, or no /proc."""
+    try:
+        # The name of the program, in parentheses, may itself have spaces and parentheses.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return ""
+    return "" if state in ("Z", "X") else fields[18]  # one that was killed and not yet waited for
+
+
+def is_running(pid: int, start: str = "") -> bool:
+    """Whether this machine has the process ``pid``. ``start``: its ``process_start``; empty: any process of that number counts."""
+    if start:
+        return process_start(pid) == start
+    try:
+        os.kill(pid, 0)  # signal 0: does the process exist?
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it does, and belongs to another user
+    return True
 
 
 def exit_status(

@@ -82,13 +82,16 @@ def run(args: list[str], stop: StopRequest) -> None:
     register()
     check_job(config)
     check_extension(config)
-    start = find_start(config)
-    try:
-        train(config, start, stop)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        gc.collect()  # frees the trainer's reference cycles, and with them the loader's worker processes
+    from symbiotic_titan.checkpoint.lock import holding_folder  # not for a config that is refused
+
+    with holding_folder(config):
+        start = find_start(config)
+        try:
+            train(config, start, stop)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            gc.collect()  # frees the trainer's reference cycles, and with them the loader's worker processes
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,6 +5,8 @@ a save at any step, and an end that waits for an asynchronous save. The trainer'
 """
 
 import concurrent.futures
+import functools
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -26,9 +28,11 @@ from torchtitan.tools.utils import GarbageCollection
 from symbiotic_titan.checkpoint.start import Start, averaged, open_weights
 from symbiotic_titan.config.job import Checkpoint
 from symbiotic_titan.config.optimizer import Weights, clean_name
+from symbiotic_titan.process import is_first_process
 from symbiotic_titan.weights.reader import some_of
 
-if TYPE_CHECKING:  # loaded by the runs that use it
+if TYPE_CHECKING:  # loaded by the runs that use them
+    from symbiotic_titan.checkpoint.history import History
     from symbiotic_titan.optim.ema import EMA
 
 # After an error on one rank the others may be gone, and the save would never finish.
@@ -41,6 +45,9 @@ class SymbioticCheckpointManager(CheckpointManager):
     """Checkpoints in ``checkpoint.folder`` of a run. Without ``checkpoint.enable`` it saves and loads nothing."""
 
     _start: Start | None = None  # what ``load`` reads instead of the folder that upstream finds
+    _begun_with: tuple[int, str, int] | None = None  # its step, source and ``went_back_to``
+    _unfinished: int | None = None  # the step whose save was not seen to end
+    _ending = threading.Lock()
 
     # ---- saving -------------------------------------------------------------------------------------------------------
 
@@ -56,16 +63,49 @@ class SymbioticCheckpointManager(CheckpointManager):
     def before_save(self, step: int) -> None:
         """Called on all ranks before anything of a checkpoint is written, the one before being complete. Where it raises, nothing is
         saved."""
+        if is_first_process():
+            from symbiotic_titan.checkpoint.lock import check_held
+
+            check_held(Path(self.folder))
+            self.history.begin_save(step)
 
     def after_save(self, step: int) -> None:
         """Called on all ranks once the checkpoint of ``step`` is written, or, where saves are asynchronous, handed over for that."""
+        self._unfinished = step
+        if self.save_future is None:
+            self._end_save()
+        else:
+            self.save_future.add_done_callback(self._end_save)
 
-    def purge(self) -> None:
-        """Remove the checkpoints that ``checkpoint.keep_latest_k`` does not keep. Called on all ranks after a save."""
-        super()._purge_stale_checkpoints()
+    def _end_save(self, future: Future[Any] | None = None) -> None:
+        """The last save is complete, or ``future`` says that it failed. The first to notice calls this."""
+        with self._ending:
+            step, self._unfinished = self._unfinished, None
+            if step is None or (future is not None and future.exception() is not None):
+                return
+            if is_first_process():
+                try:
+                    surplus = self.history.end_save(step)
+                except OSError as error:  # the checkpoint itself is fine
+                    logger.warning(f"{self.folder} could not be tidied after step {step}: {error}")
+                    return
+                for path in surplus:
+                    self.purge_queue.put(str(path))
+
+    @functools.cached_property
+    def history(self) -> "History":
+        """What is known of the folder's checkpoints; the first process uses it."""
+        from symbiotic_titan.checkpoint.history import History
+
+        return History(Path(self.folder), self.keep_latest_k)
 
     def _purge_stale_checkpoints(self) -> None:
-        self.purge()
+        """Upstream's moment, at which an asynchronous save is not complete; ``_end_save`` does it."""
+
+    def _async_wait(self) -> None:
+        super()._async_wait()
+        self.save_future = None
+        self._end_save()
 
     @torch.no_grad()
     def dcp_save(
@@ -118,6 +158,8 @@ class SymbioticCheckpointManager(CheckpointManager):
                 logger.warning(
                     "the last asynchronous save did not finish; its folder is incomplete"
                 )
+            elif pending.exception() is None:
+                self._end_save()
         super().close()
 
     # ---- loading ------------------------------------------------------------------------------------------------------
@@ -125,26 +167,30 @@ class SymbioticCheckpointManager(CheckpointManager):
     def begin(self, start: Start, options: Checkpoint, ema: "EMA | None") -> None:
         """Read what ``load``, which is called next, cannot, and let it read the rest from ``start``. Collective."""
         (model,) = self.states[MODEL].model
+        source = "" if start.step else str(start.folder)
+        self._begun_with = (start.step, source, start.went_back_to)
         if start.step == 0 and options.initial_load_model_only:
             read_weights(start, model, options.initial_load_weights, ema)
-            self.initial_load_path = None
             return
         excluded = read_beforehand(start, ema)
         self.exclude_from_loading = [*options.exclude_from_loading, *excluded]
         self._start = start
 
-    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, **formats: Any) -> None:
-        """Fill ``state_dict`` from the checkpoint that ``begin`` was given. Collective."""
-        if self._start is None:  # upstream would unpickle what it finds
-            raise ValueError(
-                f"checkpoint.load_step: {checkpoint_id} was not there when this run started, or is of no step; name a step that was "
-                "saved, or -1 for the newest"
-            )
+    @torch.no_grad()
+    def load(self, step: int = -1) -> bool:
+        """Read what ``begin`` was given, unless it has read it. Checkpoints after it, or all where ``step`` is 0, then get other
+        names, since the run goes another way from here. Collective."""
         start, self._start = self._start, None  # the metadata are freed once they are loaded
-        load_from(start, state_dict)
-        model = self.states[MODEL]
-        model.load_state_dict(state_dict)
-        check_given(model.model[0], start.folder)
+        if start is not None:
+            logger.info(f"Loading the checkpoint from {start.folder}.")
+            state, model = self._states_to_load(model_only=False), self.states[MODEL]
+            load_from(start, state)
+            model.load_state_dict(state)
+            check_given(model.model[0], start.folder)
+        if self.enable and not self.load_only and is_first_process():
+            if self._begun_with or step == 0:
+                self.history.begin(*self._begun_with or (0,))
+        return start is not None
 
 
 @contextmanager

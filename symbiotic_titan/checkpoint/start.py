@@ -14,17 +14,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torchtitan.protocols.train_spec import get_train_spec
-from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import DEFAULT_BUILDER, Weights
 from symbiotic_titan.optim.build import ADAM_STATE, freeze_parameters
 from symbiotic_titan.process import is_first_process
-from symbiotic_titan.weights.damage import (
-    choose_step,
-    complete_metadata,
-    rename_damaged,
-)
+from symbiotic_titan.weights.damage import complete_metadata
 from symbiotic_titan.weights.reader import CheckpointReader, Entries, Shape
 from symbiotic_titan.weights.weight_files import has_weights
 
@@ -36,6 +31,7 @@ class Start:
     """A checkpoint that a run begins with.
 
     step:           of the run's own checkpoint, 0 for initial weights.
+    went_back_to:   ``checkpoint.load_step`` of the config; 0 where that names none.
     entries:        what it has.
     is_distributed: whether torch.distributed.checkpoint reads it; if not, it is in safetensors.
     metadata:       of a distributed checkpoint, on the first process; None on the others.
@@ -46,6 +42,7 @@ class Start:
     entries: Entries
     is_distributed: bool
     metadata: Metadata | None
+    went_back_to: int = 0
 
 
 # ---- before anything is built ---------------------------------------------------------------------------------------------
@@ -53,23 +50,24 @@ class Start:
 
 def find_start(config: JobConfig) -> Start | None:
     """The checkpoint that will be loaded, checked; None for a run from scratch. Where ``checkpoint.load_step`` names none, it is the
-    newest complete one of the run, and damaged ones after it are renamed. Only the first process looks; the others get None.
+    newest complete one of the run. What was damaged or cut off after it is renamed, unless the run only reads. Only the first process
+    looks; the others get None.
 
     Raises:
-        ValueError: no complete checkpoint, or it does not suit the config's model.
+        ValueError: none of several checkpoints is complete, or the one chosen does not suit the config's model.
     """
     options = config.checkpoint
     if not options.enable or not is_first_process():
         return None
+    from symbiotic_titan.checkpoint.history import step_to_resume
+
     folder = Path(config.job.dump_folder) / options.folder
-    step, metadata = options.load_step, None
-    if step == -1 and folder.is_dir():
-        step, damaged, metadata = choose_step(folder)
-        _rename_all(damaged)
+    step, metadata = step_to_resume(folder, options.load_step, may_change=not options.load_only)
     if step > 0:
-        return _own_checkpoint(config, folder / f"step-{step}", step, metadata)
+        start = _own_checkpoint(config, folder / f"step-{step}", step, metadata)
+        return replace(start, went_back_to=max(options.load_step, 0))
     if options.initial_load_path:
-        return _initial_weights(config, Path(options.initial_load_path), folder)
+        return _initial_weights(config, Path(options.initial_load_path))
     return None
 
 
@@ -86,7 +84,7 @@ def _own_checkpoint(config: JobConfig, chosen: Path, step: int, metadata: Metada
     return start
 
 
-def _initial_weights(config: JobConfig, folder: Path, checkpoints: Path) -> Start:
+def _initial_weights(config: JobConfig, folder: Path) -> Start:
     options, metadata = config.checkpoint, None
     is_distributed = (folder / ".metadata").is_file() or not has_weights(folder)
     if is_distributed:
@@ -96,7 +94,7 @@ def _initial_weights(config: JobConfig, folder: Path, checkpoints: Path) -> Star
     else:
         entries = {name: spec.shape for name, spec in open_weights(folder).tensors.items()}
     shapes = _shapes(_model_without_values(config))
-    check_weights(folder, checkpoints, entries, shapes, model_only=options.initial_load_model_only)
+    check_weights(folder, entries, shapes, model_only=options.initial_load_model_only)
     if options.initial_load_weights == "ema":
         _check_has_average(folder, entries)
     return Start(folder, 0, entries, is_distributed, metadata)
@@ -120,13 +118,6 @@ def _check_has_average(folder: Path, entries: Entries) -> None:
     from symbiotic_titan.weights.dcp import check_has_average
 
     check_has_average(folder, averaged(entries), "checkpoint.initial_load_weights = 'ema'")
-
-
-def _rename_all(damaged: dict[Path, str]) -> None:
-    for path, damage in damaged.items():
-        logger.warning(
-            f"checkpoint {path} is skipped and renamed to {rename_damaged(path).name}: {damage}"
-        )
 
 
 # ---- whether a checkpoint suits the run -----------------------------------------------------------------------------------
@@ -177,23 +168,16 @@ def check_resumable(
 
 def check_weights(
     start: Path,
-    checkpoints: Path,
     held: Entries,
     shapes: Mapping[str, Shape],
     *,
     model_only: bool,
 ) -> None:
-    """Pass if a new run, which saves into ``checkpoints``, can start from ``start``, which has the entries ``held``. ``shapes``: of all
-    tensors of the model, by name.
+    """Pass if a new run can start from ``start``, which has the entries ``held``. ``shapes``: of all tensors of the model, by name.
 
     Raises:
-        ValueError: they belong to another model, would be ignored because ``checkpoints`` exists, or lack the training state that
-            the config asks for.
+        ValueError: they belong to another model, or lack the training state that the config asks for.
     """
-    if checkpoints.is_dir():
-        raise ValueError(
-            f"{START}: {start} is not read where {checkpoints} exists, and that holds no checkpoint; remove it"
-        )
     mismatch = _mismatch(held, shapes)
     if mismatch:
         raise ValueError(
@@ -257,17 +241,24 @@ def _start_instead(start: Start, config: JobConfig, damage: str) -> Start | None
     """What the run starts from since ``start`` is damaged.
 
     Raises:
-        ValueError: the config names ``start``, or no other checkpoint is complete.
+        ValueError: the config names ``start`` or forbids renaming it, or no other checkpoint is complete.
     """
     if start.step == 0:
         raise ValueError(
             f"{START}: checkpoint {start.folder} is damaged: {damage}; use another copy of it"
         )
-    if config.checkpoint.load_step > 0:
+    options = config.checkpoint
+    if start.step == options.load_step:
         raise ValueError(
             f"checkpoint.load_step: checkpoint {start.folder} is damaged: {damage}; name another step, or leave the key out"
         )
-    _rename_all({start.folder: damage})
+    if options.load_only:
+        raise ValueError(
+            f"checkpoint.load_only: checkpoint {start.folder} is damaged: {damage}; name an older one with checkpoint.load_step"
+        )
+    from symbiotic_titan.checkpoint.history import skip_damaged
+
+    skip_damaged({start.folder: damage}, rename=True)
     return find_start(config)
 
 

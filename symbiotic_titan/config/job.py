@@ -108,6 +108,10 @@ class Checkpoint(UpstreamCheckpoint):
     or refused where the config names it. Each rank reads its share of the files for that, which the load then finds in the page cache if
     the memory holds them: with 45 GB a rank about half a minute. Digests are written in any case"""
 
+    lock_timeout: Annotated[int, Range(0, 3600)] = 60
+    """Seconds that a run waits for another one that still writes into its folder, as the ranks of the job before may for a while; then
+    it is refused. 0: refused at once"""
+
     stop_signals: list[StopSignal] = field(default_factory=lambda: list(STOP_SIGNALS))
     """Signals on which the last step is saved and the run ends with status 0: Ctrl-C, what ``kill`` and schedulers send, a terminal
     that is gone (unless ``nohup`` ignores it), and SLURM's ``--signal=USR1@60``. Others do what they do to any process. Those of the

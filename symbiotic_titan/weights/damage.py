@@ -124,9 +124,10 @@ def find_checkpoint(path: Path | str, subfolder: str) -> Path:
     return path
 
 
-def rename_damaged(path: Path) -> Path:
-    """Rename ``step-N`` to ``damaged-N`` (or the next free name), so that nothing resumes from it or saves into it."""
-    base = path.with_name(f"damaged-{step_of(path)}")
+def rename_as(path: Path, kind: str) -> Path:
+    """Rename ``step-N``, or another folder with a number, to ``KIND-N`` (or the next free name), so that nothing resumes from it or
+    saves into it."""
+    base = path.with_name(f"{kind}-{path.name.split('-')[1]}")
     target, number = base, 2
     while target.exists():
         target, number = base.with_name(f"{base.name}-{number}"), number + 1

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from symbiotic_titan.config.files import read_json, write_json
+from symbiotic_titan.process import is_running
 
 # The list of files in every folder that we write. A downloaded release has no such list, so --overwrite never deletes it: it may be
 # the only copy.
@@ -116,18 +117,8 @@ def _remove_abandoned(final: Path) -> None:
     start = f"{final.name}.incomplete-{socket.gethostname()}-"
     for left in final.parent.glob(glob.escape(start) + "*"):
         process = left.name.removeprefix(start)
-        if process.isdecimal() and not _runs(int(process)):
+        if process.isdecimal() and not is_running(int(process)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # signal 0: does the process exist?
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it does, and belongs to another user
-    return True
 
 
 def _swap_in(finished: Path, final: Path) -> Path | None:
