@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from symbiotic_titan.config.rows import (
+    FILES,
     LINE,
     NAME,
-    NO_PATH_OR,
     NOT_NEGATIVE,
-    PATH,
+    PATH_OR_NONE,
     SEED,
     SHARE,
     Range,
@@ -63,7 +63,7 @@ class DataSource:
     """``webdataset``: tar shards; ``jsonl``: one JSON object a line; ``json``: files that are one array of objects; ``parquet``:
     tables. All but the last may be compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``), see ``data.cache_folder``."""
 
-    path: Annotated[str, PATH]  # type: ignore[misc]  # mypy takes what ``choice`` returns for a default
+    path: Annotated[str, FILES]  # type: ignore[misc]  # mypy takes what ``choice`` returns for a default
     """Path or fsspec URL (``s3://``, ``hf://datasets/NAME/...``) of the files: one of them; a pattern, where ``*`` matches any
     characters, and braces as in ``shards/{0000..0099}.tar`` or ``{a,b}/*.tar`` name files that must all exist; or a folder, whose
     files of this format are taken, also those further down. Hidden files and those that Spark adds (``_SUCCESS``) are no data, and
@@ -75,7 +75,7 @@ class DataSource:
     tables. E.g. ``{image = "jpg", caption = "json.prompt"}``. Where ``caption`` has several names, as in
     ``{caption = ["short", "long"]}``, one of a sample's captions is chosen at random in each epoch."""
 
-    image_folder: Annotated[str, NO_PATH_OR] = ""
+    image_folder: Annotated[str, PATH_OR_NONE] = ""
     """Folder or fsspec URL in which relative paths of images are looked up; empty: the folder of the file that names them."""
 
     truncated_images: Literal["bad", "decode"] = "bad"
@@ -97,7 +97,7 @@ class DataSource:
     too_long: TooLong | None = None
     """Like ``data.too_long``, which holds where this is not given."""
 
-    skip_list: Annotated[str, NO_PATH_OR] = ""
+    skip_list: Annotated[str, PATH_OR_NONE] = ""
     """Samples to pass over: the file ``bad_samples.jsonl`` that ``symbiotic check-data`` writes. They do not count as bad, also with
     ``bad_samples = "raise"``; the order of the others stays the same. May change on a resumed run."""
 
@@ -259,7 +259,7 @@ class Data:
     bad_samples: Literal["raise", "skip"] = "raise"
     """What happens on a corrupt sample: stop and name shard and key, or skip and count it."""
 
-    cache_folder: Annotated[str, NO_PATH_OR] = ""
+    cache_folder: Annotated[str, PATH_OR_NONE] = ""
     """Local folder for compressed shards, which are unpacked into it, since samples are read from anywhere in a file, and for what
     was found in tar and JSON files, which makes the next start fast and is one copy for all processes of a machine, however many
     samples there are. Processes and runs may share it. Nothing is removed from it."""

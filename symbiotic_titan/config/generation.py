@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from symbiotic_titan.config.losses import SHIFT
 from symbiotic_titan.config.optimizer import Weights
-from symbiotic_titan.config.rows import NO_PATH_OR, SEED, STEPS, TEXT, Range, Text, check_row
+from symbiotic_titan.config.rows import PATH_OR_NONE, SEED, STEPS, TEXT, Range, Text, check_row
 from symbiotic_titan.registry import Registry, choice
 
 # Name -> subclass of ``codecs.codec.Codec``.
@@ -45,7 +45,7 @@ class Latents:
     patch: Annotated[int, Range(1, 1024)] = 4
     """Latent positions along one side of one sequence token (pixels, for the ``pixel`` codec)."""
 
-    path: Annotated[str, NO_PATH_OR] = ""
+    path: Annotated[str, PATH_OR_NONE] = ""
     """Weights of the autoencoder: a safetensors file for ``flux``, a folder that diffusers wrote for ``autoencoder_kl``."""
 
     scale: Annotated[float | None, Range()] = None
@@ -57,7 +57,7 @@ class Latents:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the autoencoder computes and in which a cache keeps its latents; the flow's own is float32 always."""
 
-    cache: Annotated[str, NO_PATH_OR] = ""
+    cache: Annotated[str, PATH_OR_NONE] = ""
     """Folder that symbiotic cache-latents wrote for this config. Latents of target images are then read from it, and nothing is
     encoded while training."""
 

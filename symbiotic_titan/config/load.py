@@ -4,7 +4,7 @@ torchtitan's ConfigManager merges defaults, TOML and command line; it rejects un
 choices that come from TOML. They are checked here first, in every file that the config extends.
 """
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 from torchtitan.config import ConfigManager
@@ -19,7 +19,7 @@ from symbiotic_titan.config.command_line import (
 from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig, job_config_class
 from symbiotic_titan.config.rows import CONFIG_FILE, shown, unknown_key_message
-from symbiotic_titan.config.upstream import check_setting, settings
+from symbiotic_titan.config.upstream import Setting, check_setting, own_settings
 from symbiotic_titan.registry import offer_choices
 
 
@@ -31,8 +31,7 @@ def check_table(cls: type, table: Any, where: str = "") -> None:
     """
     if not isinstance(table, dict):
         raise ValueError(f"{where}: must be a table [{where}], got {shown(table)}")
-    sections = {f.name: f.type for f in fields(cls) if is_dataclass(f.type)}
-    keys = dict(settings(cls, f"{where}." if where else ""))
+    keys = own_settings(cls, f"{where}." if where else "")
     known = [f.name for f in fields(cls)]
     for key, value in table.items():
         if key == extends.KEY and key not in known:
@@ -42,10 +41,11 @@ def check_table(cls: type, table: Any, where: str = "") -> None:
         if key not in known:
             raise ValueError(unknown_key_message(where or CONFIG_FILE, key, known))
         name = f"{where}.{key}" if where else key
-        if key in sections:
-            check_table(sections[key], value, name)  # type: ignore[arg-type]
+        setting = keys[name]
+        if isinstance(setting, Setting):
+            check_setting(name, value, setting)
         else:
-            check_setting(name, value, keys[name])
+            check_table(setting, value, name)
 
 
 def check_layers(layers: list[extends.Layer], cls: type[JobConfig], *, only_ours: bool) -> None:

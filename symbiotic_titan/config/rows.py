@@ -121,13 +121,20 @@ class Rows:
 # Control characters, and surrogates, which no file in UTF-8 can hold.
 _CONTROL = r"\x00-\x1f\x7f-\x9f\ud800-\udfff"
 TEXT = Text("text that UTF-8 can write, without NUL", r"[^\x00\ud800-\udfff]*")
-LINE = Text("text without control characters", rf"[^{_CONTROL}]+")
+LINE = Text("1 to 1000 characters, no control character among them", rf"[^{_CONTROL}]{{1,1000}}")
 NAME = Text(
     "a name of 1 to 100 characters, no space or slash at its ends, no control character",
     rf"(?![ /])[^{_CONTROL}]{{1,100}}(?<![ /])",
 )
-PATH = Text("a path without control characters, not empty", rf"[^{_CONTROL}]+")
-NO_PATH_OR = Text("a path without control characters, or empty", rf"[^{_CONTROL}]*")
+PATH = Text(
+    "a path of 1 to 4096 characters, no control character among them",
+    rf"[^{_CONTROL}]{{1,4096}}",
+)
+FILES = Text("a path or pattern without control characters, not empty", rf"[^{_CONTROL}]+")
+PATH_OR_NONE = Text(
+    "empty, or a path of at most 4096 characters, no control character among them",
+    rf"[^{_CONTROL}]{{0,4096}}",
+)
 MODULE = Text(
     "the name of a module, with dots as in 'package.module', or empty",
     r"([^\W\d]\w*(\.[^\W\d]\w*)*)?",

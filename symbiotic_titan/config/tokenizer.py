@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from symbiotic_titan.config.rows import NAME, NO_PATH_OR, TEXT, unknown_key_message
+from symbiotic_titan.config.rows import NAME, PATH_OR_NONE, TEXT, unknown_key_message
 from symbiotic_titan.registry import Registry, choice
 
 
@@ -200,7 +200,7 @@ class Tokenizer:
     kind: str = choice(TOKENIZER_KINDS, "bytes")
     """``bytes``: one token per byte, needs no file; ``huggingface``: a ``tokenizer.json``; ``sentencepiece``: a ``.model``"""
 
-    path: Annotated[str, NO_PATH_OR] = ""
+    path: Annotated[str, PATH_OR_NONE] = ""
     """The file, or the folder that holds it. Nothing is downloaded."""
 
     family: Annotated[str, NAME] = AUTO

@@ -1,8 +1,9 @@
 """Every key of the config: what it may be. Of torchtitan's own: the ranges, and those that this trainer ignores, which are refused."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import tyro
 from torchtitan.config.job_config import (
@@ -16,8 +17,8 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.rows import (
     LINE,
     MODULE,
-    NO_PATH_OR,
     PATH,
+    PATH_OR_NONE,
     POSITIVE,
     SEED,
     SHARE,
@@ -44,7 +45,7 @@ class Unsupported:
     remedy: str
 
 
-_UNSUPPORTED = (
+UNSUPPORTED = (
     Unsupported(
         "parallelism.tensor_parallel_degree",
         1,
@@ -147,7 +148,7 @@ def value_of(config: JobConfig, key: str) -> Any:
 
 def check_supported(config: JobConfig) -> None:
     """Options of torchtitan that this trainer ignores must stay at their defaults."""
-    for option in _UNSUPPORTED:
+    for option in UNSUPPORTED:
         key, value = _first_difference(option.key, value_of(config, option.key), option.allowed)
         if value != option.allowed:
             raise ValueError(
@@ -176,8 +177,8 @@ _STEPS_OR_NONE = Range(0, 10**9)
 _TIMEOUT = Range(1, 10**7)  # seconds; torch's are 64-bit nanoseconds
 
 # Key of a section that is torchtitan's -> its range. Ours are written in the annotations of our own classes. Keys that must stay at
-# their defaults (``_UNSUPPORTED``) need none.
-_RANGES: dict[str, Rule] = {
+# their defaults (``UNSUPPORTED``) need none.
+RANGES: dict[str, Rule] = {
     "job.config_file": PATH,
     "job.dump_folder": PATH,
     "job.description": TEXT,
@@ -207,9 +208,10 @@ _RANGES: dict[str, Rule] = {
     "parallelism.data_parallel_shard_degree": replace(_DEGREE, also={-1: "all ranks left"}),
     "parallelism.context_parallel_degree": _DEGREE,
     "parallelism.expert_parallel_degree": _DEGREE,
+    "parallelism.context_parallel_load_balancer": LINE,
     "checkpoint.folder": PATH,
     "checkpoint.interval": STEPS,
-    "checkpoint.initial_load_path": NO_PATH_OR,
+    "checkpoint.initial_load_path": PATH_OR_NONE,
     "checkpoint.keep_latest_k": Range(
         2,
         10**6,
@@ -231,7 +233,7 @@ _RANGES: dict[str, Rule] = {
     "comm.train_timeout_seconds": _TIMEOUT,
     "comm.trace_buf_size": Range(0, 10**8),
     "comm.save_traces_folder": PATH,
-    "comm.save_traces_file_prefix": NO_PATH_OR,
+    "comm.save_traces_file_prefix": PATH_OR_NONE,
     "experimental.custom_import": MODULE,
     "debug.seed": SEED,
 }
@@ -256,25 +258,33 @@ class Setting:
 
 def settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Setting]]:
     """``section.key`` -> what it is, for every field of a config class and of the sections in it: all that a user can set."""
+    for name, setting in own_settings(cls, prefix).items():
+        if isinstance(setting, Setting):
+            yield name, setting
+        else:
+            yield from settings(setting, f"{name}.")
+
+
+@functools.lru_cache(maxsize=256)
+def own_settings(cls: type, prefix: str = "") -> Mapping[str, Setting | type]:
+    """The same for the fields of ``cls`` itself, and the class of each section in it."""
+    found: dict[str, Setting | type] = {}
     hints = get_type_hints(cls, include_extras=True)
     for f in fields(cls):
         hint, key = hints[f.name], f"{prefix}{f.name}"
-        if is_dataclass(hint):
-            yield from settings(hint, f"{key}.")  # type: ignore[arg-type]
-            continue
         notes = getattr(hint, "__metadata__", ())
-        rules = (*rules_in(hint), *((_RANGES[key],) if key in _RANGES else ()))
         rows = [note.row for note in notes if isinstance(note, Rows)]
-        yield (
-            key,
-            Setting(
-                hint.__origin__ if notes else hint,
-                rules,
-                tyro.conf.Fixed in notes,
-                registry_of(f),
-                rows[0] if rows else None,
-            ),
+        if is_dataclass(hint):
+            found[key] = cast(type, hint)
+            continue
+        found[key] = Setting(
+            hint.__origin__ if notes else hint,
+            (*rules_in(hint), *((RANGES[key],) if key in RANGES else ())),
+            tyro.conf.Fixed in notes,
+            registry_of(f),
+            rows[0] if rows else None,
         )
+    return found
 
 
 def check_setting(key: str, value: Any, setting: Setting) -> None:
