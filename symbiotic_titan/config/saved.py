@@ -116,9 +116,8 @@ _MODULES = ("experimental.custom_import", "job.custom_config_module")
 
 
 def saved_config(path: Path, overrides: Sequence[str] = ()) -> Path:
-    """The config file of a run. ``path``: its folder, that of its checkpoints, or one of them. The file may be a stranger's, as nobody
-    has named it: modules that it would import must be named in ``overrides``, the options of the command line, or be part of this
-    package.
+    """The config file of a run. ``path``: its folder, that of its checkpoints, or one of them. The file was found, not named, and may be
+    a stranger's: a module that it would import must be part of this package, or named in ``overrides``, the command line's options.
 
     Raises:
         ValueError: there is none, or it names another module.

@@ -159,7 +159,8 @@ def start_helpers(
     helpers = []
     for _ in range(count):
         helper = subprocess.Popen(
-            [sys.executable, "-m", HELPER],
+            # -P: the folder that the command was called in may be a stranger's, with a random.py in it.
+            [sys.executable, "-P", "-m", HELPER],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -248,6 +248,9 @@ def test_helper_processes_fill_the_cache_and_change_nothing(files, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     (files / "5.tar").write_bytes(b"no tar" * 500)
     paths = sorted(str(path) for path in files.glob("*.tar"))
+    # The folder that the command is called in may be a stranger's.
+    (files / "random.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(files)
     [helper] = readers.start_helpers(row, [*paths, "gone"], cache, WHERE)
     assert helper.wait(60) == 0
     monkeypatch.setattr(FORMATS["webdataset"], "index", refuse)
