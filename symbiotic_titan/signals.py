@@ -80,6 +80,10 @@ class StopRequest:
             self._before[name] = before
             signal.signal(number, self._handle)
 
+    def request(self, reason: str) -> None:
+        """Stop as after a signal, for another ``reason``."""
+        self.signal_name = self.signal_name or reason
+
     def close(self) -> None:
         """Handle none any more."""
         self.install(())

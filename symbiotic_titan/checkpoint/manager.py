@@ -7,7 +7,7 @@ a save at any step, and an end that waits for an asynchronous save. The trainer'
 import concurrent.futures
 import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torchtitan.train
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
@@ -28,7 +29,7 @@ from torchtitan.tools.utils import GarbageCollection
 from symbiotic_titan.checkpoint.start import Start, averaged, open_weights
 from symbiotic_titan.config.job import Checkpoint
 from symbiotic_titan.config.optimizer import Weights, clean_name
-from symbiotic_titan.process import is_first_process
+from symbiotic_titan.process import DiskFull, is_first_process
 from symbiotic_titan.weights.reader import some_of
 
 if TYPE_CHECKING:  # loaded by the runs that use them
@@ -44,6 +45,10 @@ NO_STAGING = StagingOptions(False, False, False, False)
 class SymbioticCheckpointManager(CheckpointManager):
     """Checkpoints in ``checkpoint.folder`` of a run. Without ``checkpoint.enable`` it saves and loads nothing."""
 
+    on_failed_save: Callable[[], object] = staticmethod(lambda: None)
+    """Called in a thread when an asynchronous save has failed; the next call of ``save`` or ``save_now`` raises its error."""
+
+    _saving = 0  # the step whose save was begun last
     _start: Start | None = None  # what ``load`` reads instead of the folder that upstream finds
     _begun_with: tuple[int, str, int] | None = None  # its step, source and ``went_back_to``
     _unfinished: int | None = None  # the step whose save was not seen to end
@@ -56,18 +61,45 @@ class SymbioticCheckpointManager(CheckpointManager):
         if not self._should_save(curr_step, last_step):
             return
         self._async_wait()
-        self.before_save(curr_step)
-        super().save(curr_step, last_step)
+        self.before_save(curr_step, last_step)
+        self._saving = curr_step
+        with self._saying_what_is_full():
+            super().save(curr_step, last_step)
         self.after_save(curr_step)
 
-    def before_save(self, step: int) -> None:
+    def before_save(self, step: int, last_step: bool) -> None:
         """Called on all ranks before anything of a checkpoint is written, the one before being complete. Where it raises, nothing is
-        saved."""
+        saved.
+
+        Raises:
+            FloatingPointError: the checkpoint would hold NaN or infinities.
+            DiskFull: the disk has no room for it.
+        """
+        from symbiotic_titan.checkpoint import save_checks  # only runs that save need it
+
+        model_only = last_step and self.last_save_model_only
+        state = self._flattened_model_states_sd({MODEL: self.states[MODEL]} if model_only else None)
+        save_checks.check_finite(state, step)
+        save_checks.check_room(state, Path(self.folder), step, purging=self.keep_latest_k > 0)
         if is_first_process():
             from symbiotic_titan.checkpoint.lock import check_held
 
             check_held(Path(self.folder))
             self.history.begin_save(step)
+
+    @contextmanager
+    def _saying_what_is_full(self) -> Iterator[None]:
+        try:
+            yield
+        except DiskFull:
+            raise
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
+            from symbiotic_titan.checkpoint.save_checks import as_disk_full
+
+            full = as_disk_full(error, Path(self.folder), self._saving)
+            if full is None:
+                raise
+            raise full from None
 
     def after_save(self, step: int) -> None:
         """Called on all ranks once the checkpoint of ``step`` is written, or, where saves are asynchronous, handed over for that."""
@@ -81,7 +113,10 @@ class SymbioticCheckpointManager(CheckpointManager):
         """The last save is complete, or ``future`` says that it failed. The first to notice calls this."""
         with self._ending:
             step, self._unfinished = self._unfinished, None
-            if step is None or (future is not None and future.exception() is not None):
+            if future is not None and future.exception() is not None:
+                self.on_failed_save()
+                return
+            if step is None:
                 return
             if is_first_process():
                 try:
@@ -103,8 +138,19 @@ class SymbioticCheckpointManager(CheckpointManager):
         """Upstream's moment, at which an asynchronous save is not complete; ``_end_save`` does it."""
 
     def _async_wait(self) -> None:
-        super()._async_wait()
-        self.save_future = None
+        """Wait for the save that is under way. Collective.
+
+        Raises:
+            DiskFull: it did not find room.
+        """
+        with self._saying_what_is_full():
+            try:
+                super()._async_wait()
+            except (Exception, CheckpointException):
+                self._unfinished = None
+                raise
+            finally:
+                self.save_future = None
         self._end_save()
 
     @torch.no_grad()
@@ -158,8 +204,10 @@ class SymbioticCheckpointManager(CheckpointManager):
                 logger.warning(
                     "the last asynchronous save did not finish; its folder is incomplete"
                 )
-            elif pending.exception() is None:
+            elif (error := pending.exception()) is None:
                 self._end_save()
+            else:
+                logger.warning(f"the save of step {self._saving} failed: {error}")
         super().close()
 
     # ---- loading ------------------------------------------------------------------------------------------------------
@@ -187,6 +235,9 @@ class SymbioticCheckpointManager(CheckpointManager):
             load_from(start, state)
             model.load_state_dict(state)
             check_given(model.model[0], start.folder)
+            from symbiotic_titan.checkpoint.save_checks import check_loaded
+
+            check_loaded(state, start.folder)
         if self.enable and not self.load_only and is_first_process():
             if self._begun_with or step == 0:
                 self.history.begin(*self._begun_with or (0,))

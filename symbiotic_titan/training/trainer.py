@@ -98,6 +98,7 @@ class SymbioticTrainer(Trainer):
         # Called with the step after each step, and with 0 before the first one of a new run.
         self.step_hooks: list[Callable[[int], None]] = []
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
+        self.checkpointer.on_failed_save = functools.partial(self.stop.request, "a failed save")
         self.shield_scale = torch.ones((), device=self.device)
         self.gradients = StepGradients(
             model=cast(SymbioticModel, self.model_parts[0]),

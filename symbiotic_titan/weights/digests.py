@@ -45,10 +45,17 @@ class HashedFile(io.RawIOBase):
     def __init__(self, file: BinaryIO | io.FileIO) -> None:
         super().__init__()
         self._file, self._hash, self._threads = file, hashlib.sha256(), ThreadPoolExecutor(1)
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """All of ``data``, which may be reused afterwards."""
-        chunk = memoryview(data).cast("B")
+        """All of ``data``, which may be reused afterwards. What makes it fail is kept as ``failure``: torch.save reports another error."""
+        try:
+            return self._write(memoryview(data).cast("B"))
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def _write(self, chunk: memoryview) -> int:
         if len(chunk) < _WORTH_A_THREAD:
             self._hash.update(chunk)
             _write_all(self._file, chunk)
@@ -107,7 +114,12 @@ class _HashingFileSystem(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         with super().create_stream(path, mode) as file, HashedFile(cast(BinaryIO, file)) as hashed:
-            yield hashed
+            try:
+                yield hashed
+            except RuntimeError:
+                if hashed.failure is not None:
+                    raise hashed.failure from None
+                raise
             self.written[Path(path).name] = hashed.digest
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

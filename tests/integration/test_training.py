@@ -263,6 +263,15 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, demo):
     assert newest_complete_step(tmp_path / "checkpoint")[:2] == (1, {})
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, demo):
+    """Without Adam's eps, 0 / 0 is the update of rows that no token has read; losses and gradients of the step are finite."""
+    run = launch(tmp_path, demo, training__steps=1, training__seq_len=256, optimizer__eps=0.0)
+    assert run.status == DIVERGED and "Traceback" not in run.text
+    assert "step 1: its checkpoint was not written, because it is not finite in" in run.text
+    assert "tok_embeddings.weight (NaN)" in run.text
+    assert not list(tmp_path.glob("checkpoint/step-*"))
+
+
 def test_text_only_rank_and_batches_without_images_do_not_hang(tmp_path, demo):
     folder = tmp_path / "run"
     arguments = arguments_of(
