@@ -7,7 +7,9 @@
 This loads nothing that takes time, so that the handlers are there before torch is imported.
 """
 
+import ctypes
 import logging
+import multiprocessing
 import os
 import select
 import signal
@@ -29,6 +31,7 @@ STOP_SIGNALS: tuple[StopSignal, ...] = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
 GRACE = 10.0
 # Seconds between two SIGINTs of a user who presses Ctrl-C twice. A launcher and a terminal may both send the first one.
 APART = 1.0
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # Seconds in which a rank without a launcher can finish its step and save.
 GRACE_TO_SAVE = 300.0
 
@@ -43,7 +46,7 @@ class StopRequest:
     signal_name:     its name; None: none came.
     nothing_to_save: while it holds, a signal ends the run at once, wherever it is. Of several connected ranks, which would wait for
                      each other, each only records it; they end together where they agree on it next, or alone after ``GRACE``.
-    leave_at_once:   whether a thread hangs that the end of the interpreter would wait for.
+    leave_at_once:   whether a thread reads, which may hang, and processes for whose end that of the interpreter would wait.
     """
 
     def __init__(self) -> None:
@@ -60,7 +63,7 @@ class StopRequest:
         self.install()
         # run_train.sh holds them back until there are handlers.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.Signals[name] for name in STOP_SIGNALS])
-        sys.unraisablehook = _report_unless_stopped
+        self._hook, sys.unraisablehook = sys.unraisablehook, _report_unless_stopped
         pipe, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         # Handlers run once the main thread is back in Python; this thread also learns of a signal while torch waits for other ranks.
@@ -88,6 +91,7 @@ class StopRequest:
         """Handle none any more."""
         self.install(())
         if self._wake >= 0:
+            sys.unraisablehook = self._hook
             signal.set_wakeup_fd(-1)
             os.close(self._wake)  # the end of the thread
             self._wake = -1
@@ -167,6 +171,32 @@ def follow_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=follow, name="follow_parent", daemon=True).start()
+
+
+def parent_pid() -> int:
+    """Of a process that multiprocessing started: the process that did, even if it has ended since."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    return parent.pid
+
+
+def end_with_parent(parent: int) -> None:
+    """Have this process killed when the thread that started it ends, whatever it does then, or its process ``parent`` does.
+
+    On Linux the system does it; elsewhere a thread looks every second, which code that keeps the interpreter's lock holds up.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended before
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def ignore_stop_signals() -> None:

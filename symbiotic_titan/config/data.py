@@ -281,6 +281,12 @@ class Data:
     counted apart from the bad ones; or its text is truncated: a caption at its end, everything else where the row ends, never
     inside an image. Plain text of ``lm`` is split over rows instead."""
 
+    read_timeout_seconds: Annotated[float, Range(0, ends="(]")] = 600.0
+    """Seconds that one sample, with the image files that it names, may take to be read and prepared while the trainer waits for it: a
+    disk in the network may hang for ever. Then the last step is saved and the run ends, with one line that names source, file and
+    sample. With several ranks it is at most 0.8 of ``comm.train_timeout_seconds``, after which those that wait for this rank would end
+    the run unsaved. A stop signal does not wait for a read."""
+
     max_image_pixels: Annotated[int, Range(1)] = 100_000_000
     """Images of more pixels are bad samples; they are not decoded. (RGB pixels take 3 bytes, in every worker at once.)"""
 

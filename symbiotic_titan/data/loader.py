@@ -9,6 +9,7 @@ that the trainer has received, for every stream of every rank; rows that workers
 """
 
 import atexit
+import copy
 import json
 import logging
 import signal
@@ -42,9 +43,10 @@ from symbiotic_titan.data.stream_state import (
     saved_form,
     skip_counts,
 )
-from symbiotic_titan.data.streams import OpenSource, Stream, open_mixture
+from symbiotic_titan.data.streams import OpenSource, ReadLog, Stream, open_mixture
 from symbiotic_titan.process import raised_by_us
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
+from symbiotic_titan.signals import end_with_parent, ignore_stop_signals, parent_pid
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,17 @@ class PackedLoader(BaseDataLoader):
         self._pin_memory = pin_memory
         self._prefetch_factor = prefetch_factor
         self._gather = gather
+        self._log = ReadLog(self._num_workers)
+
+    def ahead(self) -> "PackedLoader":
+        """A loader that stands where this one stands, for another thread: reading it does not move this one."""
+        other = copy.copy(self)
+        other.position = self.position
+        return other
+
+    def check_reads(self, waited: float, limit: float) -> None:
+        """Raise ValueError, which names source and file, if a read takes longer than ``limit`` seconds; the caller has ``waited``."""
+        self._log.check(self._spec, waited, limit)
 
     @property
     def spec(self) -> PipelineSpec:
@@ -243,7 +256,7 @@ class PackedLoader(BaseDataLoader):
         return current if self._saved is None else with_absent(current, self._saved)
 
     def _rows(self) -> Iterator[StreamRow]:
-        dataset = StreamDataset(self._spec, self._states, *self._begin)
+        dataset = StreamDataset(self._spec, self._states, *self._begin, self._log)
         if not self._num_workers:
             return _checked(iter(dataset))
         return _in_stream_order(_checked(self._worker_rows(dataset)), self._states)
@@ -258,7 +271,7 @@ class PackedLoader(BaseDataLoader):
                     collate_fn=_serialized,
                     num_workers=self._num_workers,
                     prefetch_factor=(self._prefetch_factor or 2) * self._local_batch_size,
-                    worker_init_fn=_ignore_signals,
+                    worker_init_fn=_begin_worker,
                     # DataLoader draws a base seed; its own generator keeps the global random state independent of num_workers.
                     generator=torch.Generator(),
                 )
@@ -286,10 +299,18 @@ class WorkerError:
 class StreamDataset(IterableDataset):
     """Rows of the streams in ``states``, of a run that had made ``rows`` rows after ``step`` steps; in a worker, of its share of them."""
 
-    def __init__(self, spec: PipelineSpec, states: States, step: int = 0, rows: int = 0) -> None:
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        states: States,
+        step: int = 0,
+        rows: int = 0,
+        log: ReadLog | None = None,
+    ) -> None:
         self._spec = spec
         self._states = states
         self._begin = step, rows
+        self._log = log
 
     def __iter__(self) -> Iterator[StreamRow | WorkerError | None]:
         numbers, idle = sorted(self._states), False
@@ -299,7 +320,8 @@ class StreamDataset(IterableDataset):
             idle = len(numbers) < len(most)
         spec, mixture = self._spec, open_mixture(self._spec, *self._begin)
         # Files are opened here, in the worker: processes that inherit an open file share its position.
-        sources = [OpenSource(spec, i) for i in range(len(spec.sources))]
+        own = self._log, worker.id if worker is not None else 0
+        sources = [OpenSource(spec, i, *own) for i in range(len(spec.sources))]
         try:
             streams = {n: Stream(spec, sources, mixture, n, self._states[n]) for n in numbers}
             rows = {n: self._states[n]["rows"] for n in numbers}
@@ -352,7 +374,9 @@ def _serialized(item: Any) -> Any:
     return (item[0], SerializedRow.of(item[1]), item[2]) if is_row else item
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the process group is meant for the trainer, which still needs rows to finish its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin_worker(worker: int) -> None:
+    """A signal to the process group is meant for the trainer, which still needs rows to finish its step, and without which no worker
+    is needed, also where it was killed."""
+    ignore_stop_signals()
+    signal.set_wakeup_fd(-1)  # the trainer's
+    end_with_parent(parent_pid())

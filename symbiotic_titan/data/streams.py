@@ -17,7 +17,10 @@ holds no tokens or pixels, whatever the look-ahead.
 """
 
 import logging
+import time
 from dataclasses import dataclass
+
+import torch
 
 from symbiotic_titan.config.data import PACKINGS
 from symbiotic_titan.data.documents import Document
@@ -30,11 +33,50 @@ from symbiotic_titan.data.stream_state import PipelineSpec, StreamState, check_s
 from symbiotic_titan.sequence.batch import PackedBatch
 
 
-class OpenSource:
-    """A source in the process that reads it: its order and open files, shared by all streams of the process."""
+class ReadLog:
+    """What each process that reads samples is at, for the one that waits for them. In shared memory where there are several."""
 
-    def __init__(self, spec: PipelineSpec, number: int) -> None:
-        self.config = spec.sources[number]
+    def __init__(self, num_workers: int) -> None:
+        """One row for each worker, or for the main process: when the last sample was begun or done, its source, shard and number (a
+        source of -1: none is being read)."""
+        self._rows = torch.full((max(1, num_workers), 4), -1.0, dtype=torch.float64)
+        if num_workers:
+            self._rows.share_memory_()
+
+    def begin(self, worker: int, source: int, shard: int, sample: int) -> None:
+        self._rows.numpy()[worker] = (time.monotonic(), source, shard, sample)
+
+    def done(self, worker: int) -> None:
+        self._rows.numpy()[worker, :2] = (time.monotonic(), -1)
+
+    def check(self, spec: PipelineSpec, waited: float, limit: float) -> None:
+        """Raise ValueError if a sample has been read for longer than ``limit`` seconds, or nothing has happened in the ``waited`` ones."""
+        now = time.monotonic()
+        rows = self._rows.tolist()
+        stuck = min((row for row in rows if row[1] >= 0), default=None)
+        if stuck is not None and now - stuck[0] > limit:
+            source, shard, sample = map(int, stuck[1:])
+            where = f"source {spec.sources[source].name!r}, {spec.shards[source][shard].path}, sample number {sample}"
+            raise ValueError(
+                f"{where}: reading it takes longer than {limit:g} s; see whether the file and the files it names can be read, or raise "
+                "data.read_timeout_seconds"
+            )
+        if stuck is None and min(waited, now - max(row[0] for row in rows)) > limit:
+            raise ValueError(
+                f"no sample was read for {limit:g} s, though data are needed; see what the data's workers do, or raise "
+                "data.read_timeout_seconds"
+            )
+
+
+class OpenSource:
+    """A source in the process that reads it: its order and open files, shared by all streams of the process. ``log`` learns what is read
+    by ``worker``."""
+
+    def __init__(
+        self, spec: PipelineSpec, number: int, log: ReadLog | None = None, worker: int = 0
+    ) -> None:
+        self.config, self._number = spec.sources[number], number
+        self._log, self._worker = log, worker
         self._maker = spec.maker
         sizes = [shard.num_samples for shard in spec.shards[number]]
         self._order = SourceOrder(
@@ -58,7 +100,13 @@ class OpenSource:
 
     def documents(self, index: int) -> list[Document]:
         """The documents of the sample at ``index`` in the endless sequence; raises BadSample."""
-        return self._maker.make(self.config, self.sample(index), index)
+        if self._log is None:
+            return self._maker.make(self.config, self.sample(index), index)
+        self._log.begin(self._worker, self._number, *self._order.locate(index))
+        try:
+            return self._maker.make(self.config, self.sample(index), index)
+        finally:
+            self._log.done(self._worker)
 
     def sample(self, index: int) -> Sample:
         """Raises BadSample."""

@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from symbiotic_titan.signals import end_with_parent, parent_pid
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -147,7 +149,7 @@ def _serve(work: Work, pipe: connection.Connection, position: Position) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    parent = os.getppid()
+    end_with_parent(parent := parent_pid())
     while True:
         # The end of the pipe would not tell that the parent was killed: workers that were forked later hold it open as well.
         while not pipe.poll(PATIENCE):

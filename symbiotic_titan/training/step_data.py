@@ -6,10 +6,15 @@ it: the sums come to the host with the losses of this step. Reading and agreeing
 
 Until a step is taken, the loader stands before it. An error in its data, on any rank, so costs no work, and the checkpoint that is
 saved before it goes on with it.
+
+A thread reads, because a read may hang for ever. Whoever waits for it gives up where a stop signal came or the read takes too long.
 """
 
+import queue
+import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,12 +24,18 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from symbiotic_titan.codecs.batch import ImagePlace
+from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.device import copy_from_host
 from symbiotic_titan.parallel.ranks import DataRanks, gather_over_ranks, on_host
 from symbiotic_titan.process import raised_by_us
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.signals import StopRequest
+
+# Seconds between two looks for a stop signal, and for a read that takes too long, while a batch is waited for; and those that a read may
+# still take after a signal.
+POLL_SECONDS = 0.1
+PATIENCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,84 @@ class StepBatches:
     counts_on_host: Tensor
 
 
+class GivenUp(Exception):
+    """A stop signal came while a read did not end."""
+
+
+class Reading:
+    """A thread that reads batches ahead of ``loader``, some at a time.
+
+    signals: those to this rank, which end the wait for a read that does not end by itself soon.
+    limit:   seconds that the read of a sample may take.
+    """
+
+    def __init__(
+        self, loader: PackedLoader, device: torch.device, signals: StopRequest, limit: float
+    ) -> None:
+        self.loader = loader.ahead()
+        self._signals, self._limit = signals, limit
+        self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[list[PackedBatch] | Exception] = queue.SimpleQueue()
+        given = self.loader, device, self._wanted, self._found
+        # A daemon, since it may hang. It is also what the loader's workers end with.
+        self._thread = threading.Thread(target=_read, args=given, name="data", daemon=True)
+        self._thread.start()
+        weakref.finalize(self, self._wanted.put, 0)
+
+    def take(self, number: int) -> list[PackedBatch]:
+        """The next batches.
+
+        Raises:
+            GivenUp: a stop signal came. As after the next error, there are no more batches.
+            ValueError: a read takes too long.
+            Exception: what reading raised.
+        """
+        self._signals.leave_at_once = True  # until the read has ended
+        self._wanted.put(number)
+        start, since = time.monotonic(), float("inf")
+        while True:
+            try:
+                found = self._found.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                now = time.monotonic()
+                if self._signals.signal_name is not None:
+                    since = min(since, now)
+                if now - since >= PATIENCE:
+                    raise GivenUp from None
+                self.loader.check_reads(now - start, self._limit)
+                continue
+            self._signals.leave_at_once = False
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+    def close(self) -> None:
+        """End the thread and the loader's workers, unless a read hangs."""
+        self._wanted.put(0)
+        if not self._signals.leave_at_once:
+            self._thread.join()
+
+
+def _read(
+    loader: PackedLoader,
+    device: torch.device,
+    wanted: "queue.SimpleQueue[int]",
+    found: "queue.SimpleQueue[list[PackedBatch] | Exception]",
+) -> None:
+    """Runs in the thread."""
+    if device.type != "cpu":
+        utils.device_module.set_device(
+            device
+        )  # a thread starts with the first one; memory is pinned for it
+    batches = iter(loader)
+    while number := wanted.get():
+        try:
+            found.put([next(batches) for _ in range(number)])
+        except Exception as error:  # noqa: BLE001 - a user's layout may raise any
+            found.put(error)
+            return
+
+
 class StepData(Iterator[StepBatches]):
     """The micro-batches of one step after another.
 
@@ -123,11 +212,12 @@ class StepData(Iterator[StepBatches]):
         count: Callable[[Sequence[PackedBatch]], Tensor],
         move: Callable[[PackedBatch], MicroBatch],
         signals: StopRequest,
+        read_seconds: float,
     ) -> None:
         """``loading_times`` takes the seconds that each step waited for its batches. ``count``: (N,) float64 of batches on the host, of
-        the same length for no batch. ``signals``: to this rank."""
+        the same length for no batch. ``signals``: to this rank. ``read_seconds``: what the read of a sample may take."""
         self._loader = loader
-        self._micro_batches = iter(loader)
+        self._reading = Reading(loader, ranks.device, signals, read_seconds)
         self._num_micro_batches = num_micro_batches
         self._ranks = ranks
         self._loading_times = loading_times
@@ -153,12 +243,15 @@ class StepData(Iterator[StepBatches]):
         any, is kept in ``error``.
         """
         start = time.perf_counter()
-        before, ended = self._loader.position, self._loader.ended_sources
+        ended, after = self._loader.ended_sources, self._loader
         counts = self._count([])
         try:
-            step = [next(self._micro_batches) for _ in range(self._num_micro_batches)]
+            step = self._reading.take(self._num_micro_batches)
+            after = self._reading.loader
             counts = self._count(step)
             self._moved = MovedAhead(step, self._move, self._stream)
+        except GivenUp:
+            pass  # the signal ends the run
         except Exception as error:  # noqa: BLE001
             self.error = error
         self._loading_times.append(time.perf_counter() - start)
@@ -167,13 +260,17 @@ class StepData(Iterator[StepBatches]):
             # Ranks reach the end at different steps; all go on, some with padding, until none has a row left.
             not (self._loader.can_end and ended),
             self.error is not None,
-            *self._ranks.once(self._loader.skip_counts),
+            *self._ranks.once(after.skip_counts),
         ]
-        self._ended, self._after, self._loader.position = ended, self._loader.position, before
+        self._ended, self._after = ended, after.position
         values = torch.cat([torch.tensor(own, dtype=torch.float64), counts])
         self._num_counts = counts.numel()
         self._sums = self._ranks.sum(copy_from_host(values, self._ranks.device))
         return self._sums
+
+    def close(self) -> None:
+        """End what reads."""
+        self._reading.close()
 
     def agree(self, values: Tensor) -> None:
         """Take the values of the sums that ``read`` returned."""
@@ -229,6 +326,12 @@ class StepData(Iterator[StepBatches]):
         self._loader.position = self._after
         self._moved = self._sums = self._values = None
         return step
+
+
+def read_seconds(config: JobConfig, num_ranks: int) -> float:
+    """Seconds that the read of a sample may take. Other ranks wait for this one, and fail after ``comm.train_timeout_seconds``."""
+    limit = config.data.read_timeout_seconds
+    return limit if num_ranks == 1 else min(limit, 0.8 * config.comm.train_timeout_seconds)
 
 
 def error_of_ranks(error: Exception | None) -> str | None:

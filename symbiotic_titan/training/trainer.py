@@ -46,7 +46,12 @@ from symbiotic_titan.sequence.modality import MODALITY_NAMES
 from symbiotic_titan.signals import Stopped, StopRequest
 from symbiotic_titan.training.gradients import StepGradients
 from symbiotic_titan.training.metrics import StepReport, SymbioticMetrics
-from symbiotic_titan.training.step_data import MicroBatch, StepBatches, StepData
+from symbiotic_titan.training.step_data import (
+    MicroBatch,
+    StepBatches,
+    StepData,
+    read_seconds,
+)
 
 if TYPE_CHECKING:  # loaded by the runs that use them
     from symbiotic_titan.optim.ema import EMA
@@ -139,6 +144,7 @@ class SymbioticTrainer(Trainer):
             count=self.count,
             move=self.move,
             signals=self.stop,
+            read_seconds=read_seconds(self.job_config, self.parallel_dims.world_size),
         )
         return self.step_data
 
@@ -358,6 +364,11 @@ class SymbioticTrainer(Trainer):
         """Whether any rank received a stop signal."""
         flag = torch.tensor(float(self.stop.signal_name is not None), device=self.device)
         return bool(self.sum_over_ranks(flag) > 0)
+
+    def close(self) -> None:
+        if hasattr(self, "step_data"):
+            self.step_data.close()
+        super().close()
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "tokens_seen": self.tokens_seen}

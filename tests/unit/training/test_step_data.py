@@ -1,6 +1,8 @@
 """The data of a step: read ahead, agreed on, moved, and what all ranks learn of an error."""
 
+import copy
 import logging
+import threading
 
 import pytest
 import torch
@@ -32,6 +34,13 @@ class Loader:
             self.position = self.read
             yield self.read
 
+    def ahead(self):
+        return copy.copy(self)
+
+    def check_reads(self, waited, limit):
+        if waited > limit:
+            raise ValueError(f"waited {limit}")
+
     def check_skip_counts(self, counts):
         if counts[1] > 3:
             raise ValueError(f"skipped {counts[1]}")
@@ -57,6 +66,7 @@ def step_data(loader, num_micro_batches=1, times=None, ranks=ALONE):
         count=lambda batches: torch.tensor([sum(batches), len(batches)], dtype=torch.float64),
         move=lambda batch: -batch,
         signals=StopRequest(),
+        read_seconds=0.3,
     )
 
 
@@ -104,6 +114,23 @@ def test_a_signal_that_comes_after_reading_stops_the_run_one_step_later():
     assert data.reason_to_stop() is None
     next(data)
     assert read_and_agree(data) == Stop("SIGTERM", is_signal=True)
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", None])
+def test_a_read_that_hangs_ends_with_a_signal_or_its_deadline_and_moves_nothing(
+    monkeypatch, signal_name
+):
+    monkeypatch.setattr("symbiotic_titan.training.step_data.PATIENCE", 0.2)
+    loader, hangs = Loader(), threading.Event()
+    monkeypatch.setattr(Loader, "__iter__", lambda self: iter([1, 2]) if hangs.wait() else None)
+    data = step_data(loader)
+    data.signals.signal_name = signal_name
+    error = None if signal_name else "ValueError: waited 0.3"
+    stop = Stop(signal_name or "error in the data", error, is_signal=signal_name is not None)
+    assert read_and_agree(data) == stop
+    assert loader.position == 0 and data.signals.leave_at_once
+    data.close()  # does not wait for the thread
+    hangs.set()
 
 
 def test_the_next_micro_batch_is_on_its_way_when_one_is_handed_over():
