@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-from symbiotic_titan.process import loading
+from symbiotic_titan.process import INTERRUPTED, loading
+from symbiotic_titan.signals import ignore_stop_signals
 
 COMMANDS = {
     "make-demo-data": "write the demo world",
@@ -56,8 +57,26 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: the command's own, 2 where there is no such command or a package is missing."""
-    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    """Exit status: the command's own, 2 where there is no such command or a package is missing, 130 after Ctrl-C. Without ``arguments``:
+    those of this process, which then ends."""
+    try:
+        status = run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:  # while the command was loaded, or a second one while it ended
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    if arguments is None:
+        ignore_stop_signals()
+        if status == INTERRUPTED:
+            # Python would end itself by SIGINT where the first one came in a string that was executed, as dataclasses do.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return status
+
+
+def run(arguments: list[str]) -> int:
+    """Find the command and run it."""
+    name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
         return 0

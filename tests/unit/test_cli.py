@@ -115,3 +115,12 @@ def test_the_module_is_the_command(tmp_path):
     command = [sys.executable, "-m", "symbiotic_titan.cli", "train", "no.toml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no such file: no.toml" in done.stdout + done.stderr
+
+
+def test_an_interrupt_while_a_command_is_loaded_is_one_line(monkeypatch, capsys):
+    def load(module):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", load)
+    assert cli.main(["plot", "run"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
