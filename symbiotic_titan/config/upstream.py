@@ -218,9 +218,7 @@ RANGES: dict[str, Rule] = {
         also={0: "all"},
         remedy="the newest may still be in the middle of its save, so one alone cannot be kept",
     ),
-    "checkpoint.load_step": Range(
-        1, 10**9, also={-1: "the newest", 0: "none: the run begins anew"}
-    ),
+    "checkpoint.load_step": Range(-1, 10**9),
     "checkpoint.exclude_from_loading": LINE,
     "activation_checkpoint.selective_ac_option": Text(
         "'op' or a positive number of layers", r"op|[1-9]\d{0,5}"
