@@ -11,6 +11,7 @@ again whose processes still live. So the first process of a run locks a file bes
 
 import fcntl
 import json
+import math
 import os
 import socket
 import threading
@@ -87,7 +88,7 @@ class FolderLock:
                 raise ValueError(self._refusal(holder, seconds))
             if not said:
                 logger.warning(
-                    f"{_writes(holder, self.folder)}, or did lately: waiting for its end"
+                    f"{_writes(holder, self.folder)}, or did lately: waiting up to {max(seconds, SILENCE):.0f} s for its end"
                 )
             said = True
             time.sleep(_POLL)
@@ -225,7 +226,7 @@ def holding_folder(config: JobConfig) -> Iterator[None]:
     try:
         made = [path for path in lock.path.parents if not path.exists()]
         lock.path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(options.lock_timeout)
+        lock.acquire(min(options.lock_timeout, _others_wait(config)))
     except OSError as error:
         raise ValueError(
             f"job.dump_folder: {lock.path} cannot be written ({error.strerror or error}); name a folder that can be written to"
@@ -239,6 +240,12 @@ def holding_folder(config: JobConfig) -> Iterator[None]:
         with suppress(OSError):  # they are empty if the run was refused
             for path in made:
                 path.rmdir()
+
+
+def _others_wait(config: JobConfig) -> float:
+    """Seconds that the other ranks wait for the first one, but for those that it needs to connect."""
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return math.inf if is_alone else max(0, config.comm.init_timeout_seconds - 30)
 
 
 def check_held(folder: Path) -> None:

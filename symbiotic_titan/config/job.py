@@ -108,9 +108,9 @@ class Checkpoint(UpstreamCheckpoint):
     or refused where the config names it. Each rank reads its share of the files for that, which the load then finds in the page cache if
     the memory holds them: with 45 GB a rank about half a minute. Digests are written in any case"""
 
-    lock_timeout: Annotated[int, Range(0, 3600)] = 60
+    lock_timeout: Annotated[int, Range(0, 3600)] = 240
     """Seconds that a run waits for another one that still writes into its folder, as the ranks of the job before may for a while; then
-    it is refused. 0: refused at once"""
+    it is refused. 0: refused at once. With several ranks, less than ``comm.init_timeout_seconds``, for which the others wait"""
 
     stop_signals: list[StopSignal] = field(default_factory=lambda: list(STOP_SIGNALS))
     """Signals on which the last step is saved and the run ends with status 0: Ctrl-C, what ``kill`` and schedulers send, a terminal

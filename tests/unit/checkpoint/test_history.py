@@ -1,5 +1,6 @@
 """What a folder of checkpoints goes through: branches, set-aside folders and deletion, each cut off at every moment."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ from symbiotic_titan.checkpoint.history import (
     History,
     go_back,
     had_a_complete_one,
-    is_restart,
     read_lineage,
+    skip_damaged,
+    step_to_resume,
     surplus,
     tidy,
 )
@@ -309,17 +311,81 @@ def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path, dies):
     assert not was_killed and changes > 8
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "expected"),
-    [
-        ("TORCHELASTIC_RESTART_COUNT", "1", True),
-        ("TORCHELASTIC_RESTART_COUNT", "0", False),
-        ("SLURM_RESTART_COUNT", "2", True),
-        ("SLURM_RESTART_COUNT", "x", False),
-    ],
-)
-def test_a_restart_is_known_by_its_launcher(monkeypatch, variable, value, expected):
+# ---- where a run goes on --------------------------------------------------------------------------------------------------
+
+
+def resumed(folder, load_step=-1, *, may_change=True):
+    return step_to_resume(folder, load_step, may_change=may_change)[0]
+
+
+@pytest.fixture
+def restarted(monkeypatch):
+    """Lets the launcher start the process again."""
     for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, value)
-    assert is_restart() is expected
+    return lambda name, value: monkeypatch.setenv(name, value)
+
+
+def test_a_job_that_is_started_again_goes_back_once(tmp_path, restarted):
+    a_run(tmp_path, 9, 12, 15)
+    restarted("SLURM_RESTART_COUNT", "x")
+    assert resumed(tmp_path, 9) == 9
+    restarted("TORCHELASTIC_RESTART_COUNT", "1")
+    assert resumed(tmp_path, 9) == 9  # the branch has no checkpoint yet
+    a_run(tmp_path, 12, after=9, went_back_to=9)
+    assert resumed(tmp_path, 9) == 12
+    restarted("TORCHELASTIC_RESTART_COUNT", "0")
+    assert resumed(tmp_path, 9) == 9  # the user asks for it again
+    restarted("SLURM_RESTART_COUNT", "2")
+    assert resumed(tmp_path, 9) == 12
+
+
+def test_a_run_that_goes_back_to_the_start_begins_anew_also_when_it_is_killed(tmp_path):
+    a_run(tmp_path, 9, 12)
+    assert resumed(tmp_path, 0) == 0
+    a_run_from_nothing = History(tmp_path, 0)
+    a_run_from_nothing.begin(0)
+    assert names(tmp_path) == ["abandoned-12", "abandoned-9"]
+    assert resumed(tmp_path) == -1
+    save(a_run_from_nothing, 3)
+    assert resumed(tmp_path) == 3 and read_lineage(tmp_path / "step-3").parent_step == 0
+
+
+def test_a_run_that_only_reads_renames_nothing(tmp_path):
+    save(a_run(tmp_path, 3, 6), 9, complete=False)
+    assert resumed(tmp_path, may_change=False) == 6 and resumed(tmp_path, 3, may_change=False) == 3
+    for step in (3, 6):
+        shutil.rmtree(tmp_path / f"step-{step}")
+    (tmp_path / "step-9" / LINEAGE).unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is complete \(step-9: it has no"):
+        resumed(tmp_path, may_change=False)
+    assert names(tmp_path) == ["step-9"]
+    assert resumed(tmp_path) == -1 and names(tmp_path) == ["damaged-9"]
+
+
+def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew_by_itself(tmp_path):
+    a_run(tmp_path, 3, 6)
+    for step in (3, 6):
+        next((tmp_path / f"step-{step}").glob("*.distcp")).unlink()
+    message = r"no checkpoint in .* is complete \(step-6: its file .* begin anew with --checkpoint.load_step 0"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            resumed(tmp_path)
+    assert names(tmp_path) == ["step-3", "step-6"]
+    for step in (3, 6):  # as one whose bytes turn out to be damaged when all ranks read them
+        skip_damaged({tmp_path / f"step-{step}": "other bytes"}, rename=True)
+    with pytest.raises(ValueError, match=r"is complete \(damaged-3 was complete once\)"):
+        resumed(tmp_path)
+
+
+def test_a_folder_that_cannot_be_changed_is_told_in_one_line(tmp_path, monkeypatch):
+    save(a_run(tmp_path, 3), 6, complete=False)
+
+    def rename(path, target):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(
+        ValueError, match=r"checkpoint.folder: .* cannot be tidied \(Read-only file"
+    ):
+        resumed(tmp_path)
