@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from symbiotic_titan.config.files import InputLimits
 from symbiotic_titan.config.rows import (
     FILES,
     LINE,
@@ -78,6 +79,12 @@ class DataSource:
     image_folder: Annotated[str, PATH_OR_NONE] = ""
     """Folder or fsspec URL in which relative paths of images are looked up; empty: the folder of the file that names them."""
 
+    image_roots: Annotated[list[str], PATH] = field(default_factory=list)
+    """More folders, or beginnings of URLs, whose images samples may name. By default they may name regular files below
+    ``image_folder`` and below the folder of their own file, once symbolic links are followed, and no URL. E.g. ``["/data/coco"]``
+    where the data hold absolute paths, ``["https://images.example.org/"]`` where they hold URLs; ``["/"]`` trusts them with any file
+    of the machine. May change on a resumed run."""
+
     truncated_images: Literal["bad", "decode"] = "bad"
     """What becomes of an image file that breaks off: the sample is ``bad``; or ``decode`` keeps what there is, and the missing part
     is grey or black. Decoders cannot tell how much of a JPEG is missing: its last two bytes or its lower half. A resumed run
@@ -145,6 +152,7 @@ def _check_image_options(source: DataSource, where: str) -> None:
         return
     for key, is_set in (
         ("image_folder", bool(source.image_folder)),
+        ("image_roots", bool(source.image_roots)),
         ("truncated_images", source.truncated_images != "bad"),
     ):
         if is_set:
@@ -184,7 +192,7 @@ def used_sources(sources: list[DataSource], stages: Sequence[Stage] = ()) -> lis
 
 
 @dataclass
-class Data:
+class Data(InputLimits):
     sources: Annotated[list[Any], tyro.conf.Fixed, Rows(DataSource)] = field(default_factory=list)
     """Rows of [[data.sources]]; set in TOML. On a resumed run sources may be added, which start at their beginning, or removed; one
     that comes back goes on where it was. They are recognised by name."""
@@ -286,9 +294,6 @@ class Data:
     disk in the network may hang for ever. Then the last step is saved and the run ends, with one line that names source, file and
     sample. With several ranks it is at most 0.8 of ``comm.train_timeout_seconds``, after which those that wait for this rank would end
     the run unsaved. A stop signal does not wait for a read."""
-
-    max_image_pixels: Annotated[int, Range(1)] = 100_000_000
-    """Images of more pixels are bad samples; they are not decoded. (RGB pixels take 3 bytes, in every worker at once.)"""
 
     def __post_init__(self) -> None:
         check_row("data", self)

@@ -1,4 +1,6 @@
-"""Files that are written whole or not at all, and JSON files that name their own kind, so that a mix-up is reported."""
+"""Files that are written whole or not at all; JSON files that name their own kind, so that a mix-up is reported; and how much of a
+file of others is read.
+"""
 
 import errno
 import json
@@ -6,10 +8,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from uuid import uuid4
 
+from symbiotic_titan.config.rows import Range
 from symbiotic_titan.process import FULL, DiskFull, is_full
 
 
@@ -120,3 +124,43 @@ def read_json(path: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{kind}: {path} lacks {', '.join(missing)}; write it anew")
     return values
+
+
+@dataclass
+class InputLimits:
+    """What one file, record or image may cost, since who made the data is not known. All are keys of [data]; one that is exceeded is
+    named by the message. They bound the memory of a worker, which holds a few such things at once."""
+
+    max_image_pixels: Annotated[int, Range(1)] = 100_000_000
+    """Images of more pixels are bad samples; they are not decoded. (A pixel takes 8 bytes while it is decoded, of WebP 16, in every
+    worker at once.)"""
+
+    max_image_bytes: Annotated[int, Range(1)] = 2**28
+    """Bytes of an encoded image; a sample with a larger one is bad. No more than this is read of a file."""
+
+    max_record_bytes: Annotated[int, Range(1)] = 2**28
+    """Bytes of a sample: its row, its line of JSON or its members in a tar file, with the image files that it names. A larger sample
+    is bad and not read."""
+
+    max_text_bytes: Annotated[int, Range(1)] = 2**23
+    """Bytes of one text of a sample, as UTF-8; a sample with a longer one is bad. A tokenizer takes up to 250 bytes of memory for each
+    of them, and some microseconds."""
+
+    max_row_group_bytes: Annotated[int, Range(1)] = 2**31
+    """Bytes of a decoded Parquet row group, of the columns that are read; a larger one is not decoded. A reader keeps two."""
+
+    max_unpacked_bytes: Annotated[int, Range(1)] = 2**38
+    """Bytes that a compressed shard may unpack to in ``cache_folder``; more is refused before the disk is full."""
+
+    @property
+    def limits(self) -> "InputLimits":
+        """The limits alone."""
+        return InputLimits(**{f.name: getattr(self, f.name) for f in fields(InputLimits)})
+
+
+def format_bytes(count: int) -> str:
+    """``count`` in a message: ``1.5 GiB``."""
+    size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.4g} {units[0]}"

@@ -122,7 +122,8 @@ def _indexed(
 
     def index(path: str) -> list[Shard]:
         alone = replace(source, path=path)
-        return index_source(alone, where, cache_folder=config.cache_folder, tolerant=True)
+        folder, limits = config.cache_folder, config.limits
+        return index_source(alone, where, cache_folder=folder, tolerant=True, limits=limits)
 
     try:
         return index(source.path), []

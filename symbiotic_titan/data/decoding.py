@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from itertools import count
 
 import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
@@ -36,6 +37,11 @@ MAX_PIXELS = 178_956_970
 # Pillow's limit for a compressed text or colour profile of a PNG is 1 MB, and released data have longer ones.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 
+# Scans of a JPEG, each of which goes over all pixels; usual are 10. Colour profiles of a PNG, each unpacked; there is one.
+MAX_SCANS, MAX_PROFILES = 200, 4
+# Pixels that are converted at a time, so that the steps of a conversion are not all in memory as a whole.
+BAND = 2**22
+
 # Tags of a TIFF.
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
@@ -55,6 +61,7 @@ UPRIGHT = {
 COMMON_FORMATS = ("PNG", "JPEG", "WEBP")
 NEVER_DECODED = {
     *("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"),
+    "FITS",  # numbers without a range, and Pillow unpacks compressed ones without a limit
     *("IM", "IMT", "IPTC", "PCD", "SPIDER", "TGA"),
 }
 
@@ -89,6 +96,7 @@ OTHER_FILES = (
     (b"PK\x03\x04", "a zip archive", "unpack it"),
     (b"\x89HDF", "HDF5", _CONVERT),
     (b"GRIB", "GRIB", _CONVERT),
+    (b"SIMPLE  =", "FITS", _CONVERT),
 )  # fmt: skip
 
 # Brands of ISO media files ("ftyp").
@@ -158,27 +166,49 @@ def decode_image(
     with warnings.catch_warnings(), _truncated_files() if keep_truncated else nullcontext():
         # Pillow warns of damage that it can repair, and raises where it cannot.
         warnings.simplefilter("ignore")
-        try:
-            image = _opened(data)
-        except Image.DecompressionBombError as error:
-            raise ImageSizeError(str(error)) from error
-        with image:
-            if not 0 < image.width * image.height <= max_pixels:
-                raise ImageSizeError(
-                    f"{image.width} x {image.height} pixels, data.max_image_pixels = {max_pixels}"
-                )
+        with _opened(data) as image:
+            return _checked(image, max_pixels)
+
+
+def _checked(image: Image.Image, max_pixels: int) -> Image.Image:
+    """An opened ``image`` as ``decode_image`` gives it; raises as that does."""
+    if not 0 < image.width * image.height <= max_pixels:
+        raise ImageSizeError(
+            f"{image.width} x {image.height} pixels, data.max_image_pixels = {max_pixels}"
+        )
+    before = Image.MAX_IMAGE_PIXELS
+    # A file of icons says one size and may hold an image of another: Pillow compares that with its own limit, and warns.
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             return upright_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageSizeError(
+            f"an image in it has more pixels than data.max_image_pixels = {max_pixels}"
+        ) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _opened(data: bytes) -> Image.Image:
+    """Raises ImageSizeError for more than MAX_PIXELS pixels, or one of DECODE_ERRORS."""
+    if data[:3] == b"\xff\xd8\xff" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"it has more than {MAX_SCANS} scans; write it again")
+    if data[:4] == b"\x89PNG" and data.count(b"iCCP") > MAX_PROFILES:
+        raise ValueError("it has several colour profiles; write it again")
     try:
         return Image.open(io.BytesIO(data), formats=COMMON_FORMATS)
     except UnidentifiedImageError:
         pass
+    except Image.DecompressionBombError as error:
+        raise ImageSizeError(str(error)) from error
     try:
         return Image.open(io.BytesIO(data), formats=formats_to_try(data))
     except UnidentifiedImageError:
         raise ValueError(what_it_is(data)) from None
+    except Image.DecompressionBombError as error:
+        raise ImageSizeError(str(error)) from error
 
 
 @contextmanager
@@ -192,19 +222,17 @@ def _truncated_files() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def num_frames(data: bytes) -> int:
-    """Frames or pages of encoded ``data``; raises one of DECODE_ERRORS."""
+def frames(data: bytes, max_pixels: int) -> Iterator[bytes]:
+    """Each frame or page of encoded ``data`` as a file of its own, decoded when it is asked for; raises as ``decode_image`` does."""
     with _opened(data) as image:
-        return getattr(image, "n_frames", 1)
-
-
-def one_frame(data: bytes, number: int) -> bytes:
-    """Frame ``number`` of encoded ``data`` as a file of its own; raises one of DECODE_ERRORS."""
-    buffer = io.BytesIO()
-    with _opened(data) as image:
-        image.seek(number)
-        upright_rgb(image).save(buffer, "PPM")
-    return buffer.getvalue()
+        for number in count():
+            try:
+                image.seek(number)
+            except EOFError:
+                return
+            buffer = io.BytesIO()
+            _checked(image, max_pixels).save(buffer, "PPM")
+            yield buffer.getvalue()
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -223,23 +251,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"its pixels are {kind} without a range; convert it to 8 or 16 bits a channel"
         )
-    if image.mode.startswith("I"):
-        image = _eight_bits(image)
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, which Pillow would clip instead of scale."""
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    bits, inverted = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+
+    def convert(part: Image.Image) -> Image.Image:
+        if part.mode.startswith("I"):
+            part = _eight_bits(part, bits, inverted)
+        if part.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in part.info:
+            part = part.convert("RGBA")
+            part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part)
+        return part.convert("RGB")
+
+    image.load()
+    rows = max(1, BAND // image.width)
+    if rows >= image.height:
+        return convert(image)
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        rgb.paste(convert(image.crop(box)), box)
+    return rgb
+
+
+def _eight_bits(image: Image.Image, bits: int, inverted: bool) -> Image.Image:
+    """Grey of more than 8 bits, which Pillow would clip instead of scale."""
     grey = np.asarray(image).astype(np.int64).clip(0, 2**bits - 1) >> bits - 8
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        grey = 255 - grey
-    return Image.fromarray(grey.astype(np.uint8))
+    return Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -5,11 +5,11 @@ Parquet columns. A name that no sample has may lead into a table by its dots: ``
 the member ``meta.json``, ``image.bytes`` a field of a column.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any, Protocol
 
-from symbiotic_titan.data.formats.shard import BadSample, Sample, brief
+from symbiotic_titan.config.files import InputLimits
+from symbiotic_titan.data.formats.shard import BadSample, Sample, brief, load_json
 from symbiotic_titan.sequence.tasks import DRAWN_FIELDS, FIELDS, IMAGE_EXTENSIONS, IMAGE_KEYS, Task
 
 # Extension of the member with the latents of an image, in shards of a latent cache.
@@ -40,8 +40,8 @@ class ReadsImages(Protocol):
 class Fields:
     """The values of ``sample`` by field.
 
-    files: reads its images; None where only other fields are asked for.
-    draw:  chooses among several captions of the sample.
+    files:  reads its images; None where only other fields are asked for.
+    draw:   chooses among several captions. limits: what a part may cost.
     """
 
     def __init__(
@@ -51,11 +51,13 @@ class Fields:
         *,
         files: ReadsImages | None = None,
         draw: Draw = first_of_all,
+        limits: InputLimits | None = None,
     ) -> None:
         """Raises BadSample: the JSON object cannot be read."""
         self.sample = sample
         self.keys = keys
         self.draw = draw
+        self.limits = limits or InputLimits()
         self._files = files
         self._values = sample.members
         if isinstance(sample.members.get("json"), bytes):
@@ -274,7 +276,7 @@ def alternatives(value: Any) -> list[Any]:
 def _from_json(text: str) -> Any:
     """What ``text`` is JSON of; ``text`` itself where it is none."""
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError):
         return text
 
@@ -294,7 +296,7 @@ def items_of(value: Any, name: str) -> list[Any]:
     """A list, a table of lists, or JSON text of one of these, that is not empty; raises BadSample."""
     if isinstance(value, (str, bytes)):
         try:
-            value = json.loads(value)
+            value = load_json(value)
         except (ValueError, RecursionError) as error:
             raise BadSample("json", f"its {name} cannot be parsed ({error})") from error
     value = rows_of(value)
@@ -308,7 +310,7 @@ def items_of(value: Any, name: str) -> list[Any]:
 def parse_json(data: bytes | str) -> dict[str, Any]:
     """The JSON object in ``data``; raises BadSample."""
     try:
-        value = json.loads(data)
+        value = load_json(data)
     except UnicodeDecodeError as error:
         raise BadSample("encoding", f"its JSON cannot be parsed ({error})") from error
     except (ValueError, RecursionError) as error:

@@ -21,9 +21,9 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from symbiotic_titan.config.data import FORMATS, DataSource
-from symbiotic_titan.config.files import replacing
-from symbiotic_titan.data.formats.index_cache import version_of
-from symbiotic_titan.data.formats.shard import File
+from symbiotic_titan.config.files import InputLimits, replacing
+from symbiotic_titan.data.formats.index_cache import version_of, writing_cache
+from symbiotic_titan.data.formats.shard import File, one_line
 
 # Files that Spark and Hugging Face write beside the data.
 SIDE_FILES = re.compile(r"_SUCCESS|_metadata|_common_metadata|(_committed_|_started_).*")
@@ -56,6 +56,9 @@ SIGNATURES = {
 
 UNPACK_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
+# Characters that are quoted of what another file system says.
+LONGEST_REASON = 200
+
 # Bytes unpacked at a time.
 CHUNK = 2**20
 
@@ -66,8 +69,21 @@ def source_files(source: DataSource, where: str) -> list[str]:
     where: the config row, for messages.
 
     Raises:
-        ValueError: there is none, braces name some that do not exist, or the protocol is unknown or its package is missing.
+        ValueError: there is none, braces name some that do not exist, the protocol is unknown or its package is missing, or the file
+            system says no.
     """
+    try:
+        return _found(source, where)
+    except Exception as error:  # noqa: BLE001  other packages raise what they like
+        if isinstance(error, ValueError) and str(error).startswith(where):
+            raise
+        reason = one_line(f"{type(error).__name__}: {error}", LONGEST_REASON)
+        raise ValueError(
+            f"{where}: path {source.path!r} cannot be read ({reason}); correct path, or load the data down"
+        ) from error
+
+
+def _found(source: DataSource, where: str) -> list[str]:
     filesystem, path = _file_system(source.path, where)
     suffixes = _suffixes(FORMATS[source.format].suffixes)
     found = _match(filesystem, path, suffixes)
@@ -228,13 +244,13 @@ def _range(first: str, last: str, step: str | None) -> list[str]:
     return [f"{number:0{width}d}" for number in numbers]
 
 
-def open_file(path: str, cache_folder: str, where: str) -> tuple[File, str]:
+def open_file(path: str, cache_folder: str, where: str, limits: InputLimits) -> tuple[File, str]:
     """The file ``path``, unpacked if it is compressed; and why unpacking stopped early ("" if it did not)."""
     data, damage = path, ""
     if compression_of(path):
-        data, damage = unpacked(path, cache_folder, where)
+        data, damage = unpacked(path, cache_folder, where, limits.max_unpacked_bytes)
     with fsspec.open(path, "rb") as opened:
-        return File(path, data, opened.seek(0, 2)), damage
+        return File(path, data, opened.seek(0, 2), limits), damage
 
 
 def other_kind(path: str, own: str) -> str:
@@ -250,7 +266,7 @@ def compression_of(path: str) -> str | None:
     return next((name for end, name in COMPRESSIONS.items() if path.endswith(end)), None)
 
 
-def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
+def unpacked(path: str, cache_folder: str, where: str, max_bytes: int) -> tuple[str, str]:
     """An uncompressed copy of the file ``path`` in the cache folder.
 
     Processes that start together may each unpack the file: the copies are equal, and the last one remains.
@@ -259,7 +275,7 @@ def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
         the path of the copy, and why unpacking stopped early ("" if it did not).
 
     Raises:
-        ValueError: there is no cache folder, or no library for the compression.
+        ValueError: there is no cache folder, or no room in it; no library for the compression; or more than ``max_bytes``.
     """
     compression = compression_of(path)
     if compression not in compr:
@@ -276,27 +292,43 @@ def unpacked(path: str, cache_folder: str, where: str) -> tuple[str, str]:
     target = Path(cache_folder) / f"{version_of(path)}-{Path(path).stem}"
     damage = target.with_name(target.name + ".damage")
     if not target.exists():
-        _unpack(path, compression, target, damage)
+        try:
+            _unpack(path, compression, target, damage, max_bytes)
+        except OverflowError as error:
+            raise ValueError(
+                f"{where}: {path} unpacks to more than data.max_unpacked_bytes = {max_bytes}; raise it if the file is right"
+            ) from error
     return str(target), damage.read_text() if damage.exists() else ""
 
 
-def _unpack(path: str, compression: Any, target: Path, damage: Path) -> None:
-    """Write ``target``. If ``path`` is damaged, keep what precedes the damage, whose samples can be used, and say why in ``damage``."""
-    with replacing(target) as unfinished, unfinished.open("wb") as out:
-        error = _copy(path, compression, out)
+def _unpack(path: str, compression: Any, target: Path, damage: Path, max_bytes: int) -> None:
+    """Write ``target``. If ``path`` is damaged, keep what precedes the damage, whose samples can be used, and say why in ``damage``.
+
+    Raises:
+        OverflowError: ``target`` would have more than ``max_bytes``.
+        ValueError: it cannot be written.
+    """
+    with (
+        fsspec.open(path, "rb", compression=compression) as file,
+        writing_cache(target),
+        replacing(target) as unfinished,
+        unfinished.open("wb") as out,
+    ):
+        error = _copy(file, out, max_bytes)
         if error:
             # Before the rename of ``target``: no process can find the copy without its damage.
             damage.write_text(f"cannot be unpacked to its end ({error}); copy or write it again")
 
 
-def _copy(path: str, compression: Any, out: Any) -> str:
-    """Decompress ``path`` to ``out``. Returns the error that stopped it, or "" at the end of the file."""
-    with fsspec.open(path, "rb", compression=compression) as file:
-        while True:
-            try:
-                chunk = file.read1(CHUNK)  # unlike read, returns the bytes before the damage
-            except UNPACK_ERRORS as error:
-                return str(error) or type(error).__name__
-            if not chunk:
-                return ""
-            out.write(chunk)
+def _copy(file: Any, out: Any, max_bytes: int) -> str:
+    """Decompress ``file`` to ``out``. Returns the error that stopped it, or ""; raises OverflowError after ``max_bytes``."""
+    while True:
+        try:
+            chunk = file.read1(CHUNK)  # unlike read, returns the bytes before the damage
+        except UNPACK_ERRORS as error:
+            return str(error) or type(error).__name__
+        if not chunk:
+            return ""
+        if out.tell() + len(chunk) > max_bytes:
+            raise OverflowError
+        out.write(chunk)

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 
 from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.config.files import InputLimits
 from symbiotic_titan.data.readers import index_file
 
 
@@ -26,6 +27,7 @@ class Work:
     paths: list[str]
     cache_folder: str
     where: str
+    limits: InputLimits | None = None
 
 
 def index_files(work: Work, parent: int) -> None:
@@ -34,7 +36,7 @@ def index_files(work: Work, parent: int) -> None:
         if os.getppid() != parent:
             return
         try:
-            index_file(work.source, path, work.cache_folder, work.where)
+            index_file(work.source, path, work.cache_folder, work.where, work.limits)
         except (OSError, ValueError):
             continue  # the process that needs the file finds the error itself
 

@@ -106,7 +106,7 @@ class CacheWriter:
         if isinstance(sample, BadSample):
             return None
         try:
-            image = image_of(self.source, sample, self.config.max_image_pixels)
+            image = image_of(self.source, sample, self.config.limits)
         except BadSample as error:
             self._refuse_or_pass(error)
             return None

@@ -13,7 +13,7 @@ the tokenizer puts around turns (``turn``, ``separator``). Otherwise trained: al
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -36,6 +36,9 @@ from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.tasks import TASKS, Task
 
+# Images of the largest size that a sample may have; or more of smaller ones.
+LARGE_IMAGES = 10
+
 
 @dataclass(frozen=True)
 class TaskSample:
@@ -44,6 +47,7 @@ class TaskSample:
     source:         the row of the config that it comes from.
     max_tokens:     positions that a document of the task may take.
     drops_caption:  this sample is trained without its caption.
+    sizes:          pixels of the images that were decoded.
     """
 
     task: Task
@@ -55,16 +59,33 @@ class TaskSample:
     geometry: ImageGeometry
     targets: TargetImages
     tokenizer: Tokenizer
+    sizes: list[int] = field(default_factory=list)
 
     def text(self, text: str, *, trained: bool = False) -> TextSegment:
-        return TextSegment(self.tokenizer.encode(text), trained)
+        return TextSegment(self.encoded(text), trained)
+
+    def encoded(self, text: str) -> list[int]:
+        """Ids of ``text``; raises BadSample where it is too long for a tokenizer."""
+        limit = self.config.max_text_bytes
+        # A character has up to 4 bytes.
+        if len(text) > limit // 4 and (size := len(text.encode("utf-8", "replace"))) > limit:
+            message = f"a text of it has {size} bytes, more than data.max_text_bytes = {limit}"
+            raise BadSample("too_large", message)
+        return self.tokenizer.encode(text)
 
     def special(self, role: str, *, trained: bool = False) -> TextSegment:
         """One special token; ``role`` is a field of SpecialTokens."""
         return TextSegment([getattr(self.tokenizer.special, role)], trained)
 
     def decoded(self, data: bytes) -> Image.Image:
-        return decoded(data, self.config.max_image_pixels, self.source.truncated_images)
+        """Raises BadSample; also where the sample has so many large images that decoding them would take minutes."""
+        limit = self.config.max_image_pixels
+        image = decoded(data, limit, self.source.truncated_images)
+        self.sizes.append(image.width * image.height)
+        if sum(self.sizes) > LARGE_IMAGES * limit:
+            message = f"its images have more than {LARGE_IMAGES} x data.max_image_pixels = {limit}"
+            raise BadSample("too_large", message)
+        return image
 
     def input_image(self, data: bytes) -> list[Segment]:
         """An encoded image between its special tokens; raises BadSample."""
@@ -152,7 +173,7 @@ def _text(sample: TaskSample) -> list[list[Segment]]:
     opening = tokenizer.opening
     text = sample.fields.text("text")
     refuse_placeholders(text, sample.fields, "its text")
-    ids = [*tokenizer.encode(text), tokenizer.special.eos]
+    ids = [*sample.encoded(text), tokenizer.special.eos]
     size = sample.max_tokens - len(opening) if sample.task.splits_text else len(ids)
     trained = "text" in sample.task.trained_fields
     return [
@@ -168,7 +189,7 @@ def _caption(sample: TaskSample) -> list[list[Segment]]:
     before = [*tokenizer.separator, *assistant.prefix]
     text = sample.fields.text("caption")
     refuse_placeholders(text, sample.fields, "its caption", has_target=task.has_targets)
-    caption = [] if sample.drops_caption else tokenizer.encode(text)
+    caption = [] if sample.drops_caption else sample.encoded(text)
     document: list[Segment] = [
         TextSegment([*tokenizer.opening, *drop_overlap(tokenizer.opening, user.prefix)]),
         TextSegment(caption, "caption" in task.trained_fields, shrinks=task.shortens_caption),

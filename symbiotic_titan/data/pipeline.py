@@ -173,7 +173,8 @@ def indexed(
     skips = source.bad_samples_of(config) == "skip"
     # A damaged end of a file is then one more bad sample, instead of an error before training.
     tolerant = skips or bool(source.skip_list)
-    shards = index_source(source, where, cache_folder=config.cache_folder, tolerant=tolerant)
+    folder, limits = config.cache_folder, config.limits
+    shards = index_source(source, where, cache_folder=folder, tolerant=tolerant, limits=limits)
     check_names(source, shards, where)
     _log_recognised(source, shards)
     listed = read_skip_list(source, encoded or shards, where)
@@ -188,7 +189,7 @@ def _log_recognised(source: DataSource, shards: list[Shard]) -> None:
     for sample in range(min(shards[0].num_samples, LOOKED_AT)):
         try:
             text = recognised(task, reader.read(0, sample), source.keys)
-        except BadSample:
+        except (BadSample, RecursionError):
             continue
         if text:
             logging.getLogger(__name__).info(f"source {source.name!r}: {text}")

@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from symbiotic_titan.config.data import FORMATS, DataSource
+from symbiotic_titan.config.files import InputLimits
 from symbiotic_titan.data.fields import (
     Fields,
     Keys,
@@ -57,13 +58,19 @@ ADVISED_BYTES = 64 * 2**20
 
 
 def index_source(
-    source: DataSource, where: str, *, cache_folder: str = "", tolerant: bool = False
+    source: DataSource,
+    where: str,
+    *,
+    cache_folder: str = "",
+    tolerant: bool = False,
+    limits: InputLimits | None = None,
 ) -> list[Shard]:
     """All shards of ``source``, sorted by path. Reads of every file what its index needs: tar headers, lines or footers.
 
     where:        the config row, for messages.
     cache_folder: for indexes and unpacked files; "": keep neither.
     tolerant:     count the unreadable part of a file as one bad sample after the others, instead of raising.
+    limits:       what one file and one of its samples may cost.
 
     Raises:
         ValueError: no file matches, none has samples, or one is damaged or not of its format.
@@ -74,8 +81,9 @@ def index_source(
     order = random.Random().sample(paths, len(paths)) if cache_folder else paths
     found: dict[str, list[Shard]] = {}
     remarks: dict[str, Indexed] = {}
-    for path in _watched(order, source, cache_folder, where):
-        file, indexed = index_file(source, path, cache_folder, where)
+    limits = limits or InputLimits()
+    for path in _watched(order, source, cache_folder, where, limits):
+        file, indexed = index_file(source, path, cache_folder, where, limits)
         if indexed.damage and not tolerant:
             raise ValueError(f"{where}: {path} {indexed.damage}")
         shards = list(indexed.shards)
@@ -123,7 +131,9 @@ def _advise(shards: list[Shard], where: str) -> None:
         )
 
 
-def _watched(paths: list[str], source: DataSource, cache_folder: str, where: str) -> Iterator[str]:
+def _watched(
+    paths: list[str], source: DataSource, cache_folder: str, where: str, limits: InputLimits
+) -> Iterator[str]:
     """``paths``. Reports how far the caller is, and gets it help if it takes long."""
     start = last = time.monotonic()
     helpers: list[subprocess.Popen[bytes]] = []
@@ -134,7 +144,7 @@ def _watched(paths: list[str], source: DataSource, cache_folder: str, where: str
                 last = now
                 logging.getLogger(__name__).info(f"{where}: indexed {number} of {len(paths)} files")
             if now - start > HELP_SECONDS and cache_folder and not helpers:
-                helpers = start_helpers(source, paths[number:], cache_folder, where)
+                helpers = start_helpers(source, paths[number:], cache_folder, where, limits)
                 start = float("inf")
             yield path
     finally:
@@ -145,7 +155,11 @@ def _watched(paths: list[str], source: DataSource, cache_folder: str, where: str
 
 
 def start_helpers(
-    source: DataSource, paths: list[str], cache_folder: str, where: str
+    source: DataSource,
+    paths: list[str],
+    cache_folder: str,
+    where: str,
+    limits: InputLimits | None = None,
 ) -> list["subprocess.Popen[bytes]"]:
     """Processes that index ``paths`` into the cache folder; the ranks of a machine share its cores."""
     if not FORMATS[source.format].cached_shard:
@@ -153,7 +167,7 @@ def start_helpers(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     count = min(cores // ranks - 1, len(paths) // 2, MAX_HELPERS)
-    work = pickle.dumps((source, FORMATS[source.format], paths, cache_folder, where))
+    work = pickle.dumps((source, FORMATS[source.format], paths, cache_folder, where, limits))
     places = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     helpers = []
@@ -175,10 +189,14 @@ def start_helpers(
 
 
 def index_file(
-    source: DataSource, path: str, cache_folder: str, where: str
+    source: DataSource,
+    path: str,
+    cache_folder: str,
+    where: str,
+    limits: InputLimits | None = None,
 ) -> tuple[File, Indexed]:
     """The file ``path`` and its shards."""
-    file, damage = open_file(path, cache_folder, where)
+    file, damage = open_file(path, cache_folder, where, limits or InputLimits())
     file_format: FileFormat = FORMATS[source.format]()
     index = functools.partial(_index, source, file, functools.partial(_columns, source))
     if not file.num_bytes and not file_format.may_be_empty:

@@ -6,6 +6,7 @@ from functools import partial
 from PIL import Image
 
 from symbiotic_titan.config.data import Data, DataSource
+from symbiotic_titan.config.files import InputLimits
 from symbiotic_titan.data.documents import Document, Segment, TextSegment, VaeSegment
 from symbiotic_titan.data.fields import Draw, Fields, first_of_all, refuse_unread
 from symbiotic_titan.data.formats.shard import BadSample, Sample
@@ -37,6 +38,7 @@ class DocumentMaker:
         seq_len: int,
     ) -> None:
         self._config = config
+        self._limits = config.limits
         self._geometry = geometry
         self._targets = targets
         self._tokenizer = tokenizer
@@ -67,6 +69,12 @@ class DocumentMaker:
             return [self._fitted(document, truncates) for document in documents]
         except BadSample as error:
             raise error.at(sample.shard, sample.key) from error.__cause__
+        except (RecursionError, MemoryError) as error:
+            if self._tasks[number].layout is not None:
+                raise  # by a user's layout, whose author needs the traceback
+            what = "nested too deeply" if isinstance(error, RecursionError) else "too large"
+            bad = BadSample("too_large", f"it is {what} to be taken apart")
+            raise bad.at(sample.shard, sample.key) from error
 
     def _task_sample(self, source: DataSource, sample: Sample, index: int) -> TaskSample:
         number = self._numbers[source.task]
@@ -74,7 +82,7 @@ class DocumentMaker:
         return TaskSample(
             task=task,
             source=source,
-            fields=fields_of(source, sample, partial(self._draw, source, index)),
+            fields=fields_of(source, sample, partial(self._draw, source, index), self._limits),
             max_tokens=self._max_tokens[number],
             drops_caption=task.drops_caption and self._drops_condition(source, index),
             config=self._config,
@@ -156,18 +164,24 @@ def _has_target(document: Document) -> bool:
     )
 
 
-def fields_of(source: DataSource, sample: Sample, draw: Draw = first_of_all) -> Fields:
+def fields_of(
+    source: DataSource,
+    sample: Sample,
+    draw: Draw = first_of_all,
+    limits: InputLimits | None = None,
+) -> Fields:
     """The fields of ``sample``; raises BadSample where it has more than its task can train."""
-    files = ImageFiles(source.image_folder or sample.shard.rpartition("/")[0])
-    fields = Fields(sample, source.keys, files=files, draw=draw)
+    own = sample.shard.rpartition("/")[0]
+    files = ImageFiles(source.image_folder or own, (own, *source.image_roots), limits)
+    fields = Fields(sample, source.keys, files=files, draw=draw, limits=limits)
     refuse_unread(TASKS[source.task], fields)
     return fields
 
 
-def image_of(source: DataSource, sample: Sample, max_pixels: int) -> Image.Image:
+def image_of(source: DataSource, sample: Sample, limits: InputLimits) -> Image.Image:
     """The one image of ``sample``, upright and RGB; raises BadSample."""
     try:
-        data = fields_of(source, sample).image()
-        return decoded(data, max_pixels, source.truncated_images)
+        data = fields_of(source, sample, limits=limits).image()
+        return decoded(data, limits.max_image_pixels, source.truncated_images)
     except BadSample as error:
         raise error.at(sample.shard, sample.key) from error.__cause__

@@ -130,7 +130,7 @@ def image_uses(loader: PackedLoader, geometry: ImageGeometry) -> Iterator[ImageU
                     documents = spec.maker.make(source, sample, index)
                 except BadSample:
                     continue
-                images = images_of(source, fields_of(source, sample))
+                images = images_of(source, fields_of(source, sample, limits=spec.config.limits))
                 yield from _uses_of(documents, images, geometry)
 
 

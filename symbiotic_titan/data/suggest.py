@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 
 from symbiotic_titan.config.data import FORMATS, Data, DataSource
+from symbiotic_titan.config.files import InputLimits
 from symbiotic_titan.config.generation import Latents
 from symbiotic_titan.data.decoding import format_of
 from symbiotic_titan.data.documents import Document, Segment, TextSegment, VaeSegment, VitSegment
@@ -219,7 +220,7 @@ def _format_of(path: str, where: str) -> tuple[str, list[str]]:
 
 def _samples(form: str, path: str, where: str, cache: str) -> tuple[list[Sample], int]:
     """(up to NUM_SAMPLES readable samples, how many the file has)."""
-    file, damage = open_file(path, cache, where)
+    file, damage = open_file(path, cache, where, InputLimits())
     indexed = FORMATS[form]().index(file, lambda names: names)
     shards: list[Shard] = list(indexed.shards)
     count = sum(shard.num_samples for shard in shards)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import fsspec
 import numpy as np
 
-from symbiotic_titan.data.formats.shard import BadSample, FilePart
+from symbiotic_titan.data.formats.shard import BadSample, FilePart, check_record
 
 
 def compact(numbers: np.ndarray) -> np.ndarray:
@@ -40,15 +40,18 @@ class OpenByteRanges:
         self._shard = shard
         self._file = fsspec.open(shard.file.data, "rb").open()
         self._num_bytes = self._file.seek(0, 2)
+        self._max_bytes = shard.file.limits.max_record_bytes
 
     def read(self, sample: int) -> dict[str, Any]:
         ranges = self._shard.byte_ranges(sample)
-        return {name: self._read(name, *byte_range) for name, byte_range in ranges.items()}
-
-    def _read(self, name: str, offset: int, length: int) -> bytes:
         # A header may claim more bytes than a truncated file has, and a read past the end is no error: it returns fewer.
-        if offset + length > self._num_bytes:
-            raise BadSample("unreadable", f"the file ends inside its .{name}")
+        for name, (offset, length) in ranges.items():
+            if offset + length > self._num_bytes:
+                raise BadSample("unreadable", f"the file ends inside its .{name}")
+        check_record(sum(length for _, length in ranges.values()), self._max_bytes)
+        return {name: self._read(*byte_range) for name, byte_range in ranges.items()}
+
+    def _read(self, offset: int, length: int) -> bytes:
         self._file.seek(offset)
         return self._file.read(length)
 

@@ -15,6 +15,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from hashlib import file_digest, sha256
@@ -255,18 +256,24 @@ def _is_intact(path: Path, header: Header) -> bool:
         return file_digest(opened, "sha256").digest() == header.digest
 
 
+@contextmanager
+def writing_cache(path: Path) -> Iterator[None]:
+    """What is raised where ``path``, in the cache folder, cannot be written becomes a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_folder: {path.parent} cannot be written ({error.strerror or error}); free space there, or name another folder"
+        ) from error
+
+
 def _write(path: Path, content: bytes) -> None:
     length = 8 + int.from_bytes(content[:8], "little")
     view = memoryview(content)
-    try:
-        with replacing(path) as unfinished, unfinished.open("wb") as out:
-            out.write(sha256(view[:length]).digest())
-            out.write(sha256(view[length:]).digest())
-            out.write(content)
-    except OSError as error:
-        raise ValueError(
-            f"data.cache_folder: {path.parent} cannot be written ({error}); name another folder"
-        ) from error
+    with writing_cache(path), replacing(path) as unfinished, unfinished.open("wb") as out:
+        out.write(sha256(view[:length]).digest())
+        out.write(sha256(view[length:]).digest())
+        out.write(content)
 
 
 def _packed(indexed: Indexed) -> bytes:

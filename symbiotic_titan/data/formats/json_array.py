@@ -10,6 +10,8 @@ from typing import IO
 
 import numpy as np
 
+# A file of that many rows has at least so many bytes for each: an index takes 16, and must not be much larger than its file.
+MANY_ROWS, SHORTEST_ROW = 2**22, 8
 # Bytes read at a time.
 BLOCK = 2**22
 BOM = b"\xef\xbb\xbf"
@@ -18,6 +20,14 @@ QUOTE, BACKSLASH, COMMA = b'"\\,'
 SIGNS = np.isin(np.arange(256), list(b'"[]{},'))
 STEPS = np.isin(np.arange(256), list(b"[{")) * 1 - np.isin(np.arange(256), list(b"]}")) * 1
 SPACES = np.isin(np.arange(256), list(b" \t\n\r\x0b\x0c"))
+
+
+def check_rows(count: int, num_bytes: int) -> None:
+    """Refuse ``count`` rows or lines in ``num_bytes``; raises ValueError."""
+    if count > MANY_ROWS and num_bytes < SHORTEST_ROW * count:
+        raise ValueError(
+            f"has {count} rows or blank lines in its first {num_bytes} bytes, which cannot be samples; write it again"
+        )
 
 
 class ArrayScan:
@@ -48,6 +58,7 @@ class ArrayScan:
             if len(ends):
                 self.count += len(ends)
                 self.begin = int(ends[-1]) + 1
+                check_rows(self.count, self.begin)
                 yield ends
             place += len(content)
 
@@ -89,6 +100,9 @@ def elements(opened: IO[bytes], begin: int, block: int = BLOCK) -> tuple[np.ndar
 
     Returns:
         (N, 2) int64: offset and length of each, white space included; and what is wrong with the file after them, "" if nothing.
+
+    Raises:
+        ValueError: there are so many that they are no samples.
     """
     scan = ArrayScan(opened, begin, block)
     ends = np.concatenate([np.empty(0, dtype=np.int64), *scan])

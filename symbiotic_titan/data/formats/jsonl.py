@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 
 from symbiotic_titan.data.formats.byte_ranges import ByteRangeShard, compact
-from symbiotic_titan.data.formats.json_array import BLOCK, BOM, SPACES, elements
+from symbiotic_titan.data.formats.json_array import BLOCK, BOM, SPACES, check_rows, elements
 from symbiotic_titan.data.formats.shard import ChooseColumns, File, FileFormat, Indexed
 
 # Bytes at the beginning of a file that show what it holds.
@@ -112,13 +112,19 @@ def _is_lines(opened: IO[bytes]) -> bool:
 
 
 def _rows(file: File, opened: IO[bytes], begin: int, note: str = "") -> Indexed:
-    ranges, damage = elements(opened, begin)
+    try:
+        ranges, damage = elements(opened, begin)
+    except ValueError as error:
+        return Indexed([], str(error))
     return _indexed(file, "row", ranges, np.empty(0, dtype=np.int64), damage, note)
 
 
 def _lines(file: File, opened: IO[bytes], note: str = "") -> Indexed:
     opened.seek(0)
-    ranges, blanks = lines(opened)
+    try:
+        ranges, blanks = lines(opened)
+    except ValueError as error:
+        return Indexed([], str(error))
     return _indexed(file, "line", ranges, blanks, "", note)
 
 
@@ -131,8 +137,10 @@ def _indexed(
 
 
 def lines(opened: IO[bytes], block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 2) int64: offset and length of each line that is not blank; and the number of such lines before each blank one."""
+    """(N, 2) int64: offset and length of each line that is not blank; and the number of such lines before each blank one. Raises
+    ValueError where the lines are too short."""
     found, blanks, count = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.int64)], 0
+    num_lines = 0
     start, place, has_text = 0, 0, False  # of the line that the last block began
     while content := opened.read(block):
         data = np.frombuffer(content, dtype=np.uint8)
@@ -144,6 +152,8 @@ def lines(opened: IO[bytes], block: int = BLOCK) -> tuple[np.ndarray, np.ndarray
             found.append(np.stack([offsets, place + ends - offsets], axis=1)[full])
             blanks.append((count + np.cumsum(full))[~full])
             count += int(full.sum())
+            num_lines += len(ends)
+            check_rows(num_lines, place + int(ends[-1]))
             start, has_text = place + int(ends[-1]), False
         has_text |= bool(content[ends[-1] if len(ends) else 0 :].strip())
         place += len(content)

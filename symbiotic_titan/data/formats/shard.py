@@ -5,10 +5,13 @@ Shard.open()            ->  OpenShard                in the process that reads
 OpenShard.read(sample)  ->  the values of a sample
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
+
+from symbiotic_titan.config.files import InputLimits
 
 # Column names of a file -> those that the source's task needs.
 ChooseColumns = Callable[[list[str]], list[str]]
@@ -69,11 +72,13 @@ class File:
     path:      as the user named it.
     data:      path of the uncompressed bytes: ``path``, or a copy in the cache folder if that is compressed.
     num_bytes: length of the file at ``path``.
+    limits:    what one of its samples may cost.
     """
 
     path: str
     data: str
     num_bytes: int
+    limits: InputLimits = field(default_factory=InputLimits, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -161,12 +166,20 @@ class DamagedRest:
 # every sample.
 LONGEST_MESSAGE, LONGEST_VALUE, LONGEST_PATH, LONGEST_KEY = 190, 80, 240, 50
 
+# How many values a sample may have: each takes up to 100 bytes as an object of Python. They are counted in JSON of so many bytes.
+MAX_VALUES, LARGE_JSON = 2**23, 2**24
+
+# What reading a damaged file may raise: it may be too large or too deeply nested to be taken apart.
+READ_ERRORS = (OSError, ValueError, OverflowError, RecursionError, MemoryError)
+
 # Why a sample is bad; skipped samples are counted by these names.
 REASONS = (
     "unreadable",
     "json",
     "encoding",
     "missing",
+    "outside",  # an image that is not in the folders of its source
+    "too_large",  # more bytes than a limit of [data]
     "wrong_type",
     "empty",
     "image",
@@ -213,6 +226,34 @@ class BadSample(Exception):
         return self
 
 
+def check_record(num_bytes: int, max_bytes: int) -> None:
+    """Refuse a sample before its ``num_bytes`` are read; raises BadSample."""
+    if num_bytes > max_bytes:
+        raise BadSample(
+            "too_large", f"it has {num_bytes} bytes, more than data.max_record_bytes = {max_bytes}"
+        )
+
+
+def load_json(text: str | bytes) -> Any:
+    """What ``text`` is JSON of.
+
+    Raises:
+        BadSample: its values would take gigabytes.
+        ValueError, RecursionError: it is no JSON, or too deeply nested.
+    """
+    if len(text) > LARGE_JSON:
+        content: Any = text
+        signs = (b"[", b"{", b",") if isinstance(text, bytes) else ("[", "{", ",")
+        check_values(sum(content.count(sign) for sign in signs))
+    return json.loads(text)
+
+
+def check_values(count: int) -> None:
+    """Refuse a sample of ``count`` values before they are made; raises BadSample."""
+    if count > MAX_VALUES:
+        raise BadSample("too_large", f"it has more than {MAX_VALUES} values")
+
+
 @dataclass(frozen=True)
 class Sample:
     """Values of one sample, as its format stores them, and their source.
@@ -240,8 +281,11 @@ class Reader:
             return Sample(at.path, key, self._open(shard).read(sample))
         except BadSample as error:
             raise error.at(at.path, key) from error.__cause__
-        except (OSError, ValueError) as error:
-            raise BadSample("unreadable", f"it cannot be read ({error})").at(
+        except Exception as error:  # noqa: BLE001  file systems of other packages raise what they like
+            if not isinstance(error, READ_ERRORS) and "://" not in at.path:
+                raise
+            reason = str(error) or type(error).__name__
+            raise BadSample("unreadable", f"it cannot be read ({reason})").at(
                 at.path, key
             ) from error
 

@@ -27,7 +27,16 @@ MIN_RUN = 16
 MAX_RUN = 1024
 
 # What tarfile raises on damaged headers.
-TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, OverflowError, IndexError)
+TAR_ERRORS = (
+    tarfile.TarError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    IndexError,
+    RecursionError,  # it calls itself for each of the headers that precede a member
+)
+# Bytes of a header with a long name or many records, which ``tarfile`` would read whatever it claims.
+MAX_HEADER = 2**20
 
 ENCODING: str = tarfile.ENCODING  # type: ignore[attr-defined]
 NUL = b"\0"
@@ -83,7 +92,7 @@ class TarWalk:
         end = self._next
         self._opened.seek(self._next if again is None else again)
         try:
-            with tarfile.open(fileobj=self._opened, mode="r:") as archive:
+            with tarfile.open(fileobj=_SmallReads(self._opened), mode="r:") as archive:  # type: ignore[call-overload]
                 if again is not None:
                     archive.next()
                 count = 0
@@ -92,11 +101,13 @@ class TarWalk:
                     archive.members.clear()  # type: ignore[attr-defined]
                     if not 0 <= member.size <= MAX_MEMBER:
                         raise ValueError(f"size {member.size} of {member.name!r}")
+                    at = archive.offset  # type: ignore[attr-defined]
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     count += 1
-                    if member.isfile():
+                    if member.issparse():  # its bytes are in pieces elsewhere
+                        end = at
+                    elif member.isfile():
                         yield member.name, member.offset_data, member.size
-                    at = archive.offset  # type: ignore[attr-defined]
                     is_plain = end == at and not archive.pax_headers
                     if limit is not None and count >= limit and is_plain:
                         self._next, self._last = at, member.offset
@@ -115,6 +126,19 @@ class TarWalk:
             self.damage = f"breaks off after byte {end}; copy or write it again"
             return
         self.goes_on = bool(self._opened.read(WINDOW).strip(b"\0"))
+
+
+class _SmallReads:
+    """An open archive, of which no more than a header is read at a time."""
+
+    def __init__(self, opened: IO[bytes]) -> None:
+        self._opened = opened
+        self.tell, self.seek = opened.tell, opened.seek
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._opened.read(size)
 
 
 class UsualHeaders:

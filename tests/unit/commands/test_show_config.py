@@ -64,7 +64,7 @@ def test_diff_goes_key_by_key_and_compares_rows_by_name(tmp_path, capsys):
     ]
     new.write_text("[losses]\ntext = 2.0\n" + row.format("a", 1))
     assert shown(capsys, old, "--diff", new).splitlines()[1:] == [
-        'data.sources[b]: {name = "b", task = "lm", format = "jsonl", path = "x", keys = {}, image_folder = "", '
+        'data.sources[b]: {name = "b", task = "lm", format = "jsonl", path = "x", keys = {}, image_folder = "", image_roots = [], '
         'truncated_images = "bad", weight = 1, skip_list = ""} -> (not set)'
     ]
     assert shown(capsys, old, "--diff", old) == f"# {old} -> {old}: no difference\n"

@@ -90,8 +90,8 @@ def test_relative_paths_begin_in_the_folder_of_images(tmp_path):
         assert "<make blue>" in made(path, shard=shard)
         assert "<make red>" in made(path, shard=shard, options=folder)
     whole = f"{tmp_path}/shards/a b/1.png"
-    assert "<make blue>" in made(whole, options=folder)
-    assert "<make blue>" in made(f"file://{whole}", options=folder)
+    assert "<make blue>" in made(whole, shard=shard, options=folder)
+    assert "<make blue>" in made(f"file://{whole}", shard=shard, options=folder)
     (tmp_path / "images" / "a%20b").mkdir()
     (tmp_path / "images" / "a%20b" / "1.png").write_bytes(BLUE)
     assert "<make blue>" in made("a%20b/1.png", options=folder)
@@ -131,7 +131,7 @@ def test_options_of_images_are_refused_for_a_task_without_images(option):
         ("A" * 300_000, "image ...AAAA"),
         (TEXT * 100 + "!", "the base64 text of its image is damaged"),
         ("data:image/png;base64", "the data URI of its image has no content"),
-        ("https://example.invalid/a.png", "image https://example.invalid/a.png cannot be read"),
+        ("https://example.invalid/a.png", "image https://example.invalid/a.png is a URL"),
         ({"bytes": None, "path": "x" * 9999}, "cannot be read"),
         (7, "an image must be bytes or a path, got 7"),
         ({"what": "x" * 9999}, "an image must be bytes or a path, got {'what'"),
