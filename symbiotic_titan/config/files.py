@@ -156,11 +156,3 @@ class InputLimits:
     def limits(self) -> "InputLimits":
         """The limits alone."""
         return InputLimits(**{f.name: getattr(self, f.name) for f in fields(InputLimits)})
-
-
-def format_bytes(count: int) -> str:
-    """``count`` in a message: ``1.5 GiB``."""
-    size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.4g} {units[0]}"

@@ -37,7 +37,7 @@ MAX_PIXELS = 178_956_970
 # Pillow's limit for a compressed text or colour profile of a PNG is 1 MB, and released data have longer ones.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 
-# Scans of a JPEG, each of which goes over all pixels; usual are 10. Colour profiles of a PNG, each unpacked; there is one.
+# Scans of a JPEG, each over all pixels; usual are 10. Colour profiles of a PNG, each unpacked; there is one.
 MAX_SCANS, MAX_PROFILES = 200, 4
 # Pixels that are converted at a time, so that the steps of a conversion are not all in memory as a whole.
 BAND = 2**22

@@ -8,7 +8,6 @@ the member ``meta.json``, ``image.bytes`` a field of a column.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any, Protocol
 
-from symbiotic_titan.config.files import InputLimits
 from symbiotic_titan.data.formats.shard import BadSample, Sample, brief, load_json
 from symbiotic_titan.sequence.tasks import DRAWN_FIELDS, FIELDS, IMAGE_EXTENSIONS, IMAGE_KEYS, Task
 
@@ -36,12 +35,14 @@ class ReadsImages(Protocol):
 
     def read(self, value: Any, members: Mapping[str, Any]) -> bytes: ...
 
+    def pages(self, data: bytes, number: int) -> list[bytes]: ...
+
 
 class Fields:
     """The values of ``sample`` by field.
 
     files:  reads its images; None where only other fields are asked for.
-    draw:   chooses among several captions. limits: what a part may cost.
+    draw:   chooses among several captions of the sample.
     """
 
     def __init__(
@@ -51,14 +52,12 @@ class Fields:
         *,
         files: ReadsImages | None = None,
         draw: Draw = first_of_all,
-        limits: InputLimits | None = None,
     ) -> None:
         """Raises BadSample: the JSON object cannot be read."""
         self.sample = sample
         self.keys = keys
         self.draw = draw
-        self.limits = limits or InputLimits()
-        self._files = files
+        self.files = files
         self._values = sample.members
         if isinstance(sample.members.get("json"), bytes):
             self._values = parse_json(sample.members["json"]) | sample.members
@@ -179,8 +178,8 @@ class Fields:
 
     def image_bytes(self, value: Any) -> bytes:
         """Encoded image that ``value`` holds or names, see ``ImageFiles.read``; a string may also name a member of the sample."""
-        assert self._files is not None, "fields made without files read no images"
-        return self._files.read(value, self._values)
+        assert self.files is not None, "fields made without files read no images"
+        return self.files.read(value, self._values)
 
     def _missing(self, field: str) -> BadSample:
         names = names_of(field, self.keys)

@@ -19,9 +19,10 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from symbiotic_titan.config.files import InputLimits
-from symbiotic_titan.data.decoding import format_of
+from symbiotic_titan.data.decoding import DECODE_ERRORS, format_of, frames
 from symbiotic_titan.data.fields import own_image
 from symbiotic_titan.data.formats.shard import BadSample, brief, one_line
+from symbiotic_titan.data.images import ImageSizeError
 
 # Base64 text of an image is at least this long; a shorter string is a name.
 SHORTEST_BASE64 = 64
@@ -32,7 +33,7 @@ SNAPSHOT = re.compile(r"(.*/(?:datasets|models|spaces)--[^/]+)/snapshots/[^/]+(?
 # A FIFO must not wait for a writer, nor a terminal become that of the process.
 FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 # Characters of a URI that are unescaped at a time.
-PIECE = 2**16
+PART = 2**16
 
 
 class ImageFiles:
@@ -72,6 +73,34 @@ class ImageFiles:
         data = self._content(value)
         self._check_size(len(data), "its image")
         return data
+
+    def pages(self, data: bytes, number: int) -> list[bytes]:
+        """The ``number`` pages of the encoded image ``data``, each as a file of its own.
+
+        Raises:
+            BadSample: it has another number of pages, cannot be decoded, or has too many pixels or bytes.
+        """
+        pages: list[bytes] = []
+        try:
+            for page in frames(data, self._limits.max_image_pixels):
+                pages.append(page)
+                if len(pages) > number:
+                    break
+                self._left -= len(page)
+                if self._left < 0:
+                    limit = self._limits.max_record_bytes
+                    message = f"the pages of its TIFF have more bytes than data.max_record_bytes = {limit}"
+                    raise BadSample("too_large", message)
+        except ImageSizeError as error:
+            raise BadSample("image_size", f"its TIFF has the wrong size ({error})") from error
+        except DECODE_ERRORS as error:
+            raise BadSample("image", f"its TIFF cannot be decoded ({error})") from error
+        if len(pages) != number:
+            found = f"more than {number}" if len(pages) > number else len(pages)
+            raise BadSample(
+                "conversation", f"its TIFF has {found} pages for {number} places of images"
+            )
+        return pages
 
     def _content(self, value: str | bytes) -> bytes:
         limit = self._limits.max_image_bytes
@@ -224,11 +253,11 @@ def _from_data_uri(uri: str) -> bytes:
 
 
 def _unescaped(text: str) -> Iterator[bytes]:
-    """``text`` with its escapes replaced, piece by piece: ``unquote_to_bytes`` makes an object of each escape first."""
+    """``text`` with its escapes replaced, part by part: ``unquote_to_bytes`` makes an object of each escape first."""
     start = 0
     while start < len(text):
-        stop = start + PIECE
-        cut = text.find("%", stop - 2, stop)  # no piece ends inside an escape
+        stop = start + PART
+        cut = text.find("%", stop - 2, stop)  # no part ends inside an escape
         stop = cut if cut > start else stop
         yield unquote_to_bytes(text[start:stop])
         start = stop

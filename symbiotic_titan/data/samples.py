@@ -173,7 +173,7 @@ def fields_of(
     """The fields of ``sample``; raises BadSample where it has more than its task can train."""
     own = sample.shard.rpartition("/")[0]
     files = ImageFiles(source.image_folder or own, (own, *source.image_roots), limits)
-    fields = Fields(sample, source.keys, files=files, draw=draw, limits=limits)
+    fields = Fields(sample, source.keys, files=files, draw=draw)
     refuse_unread(TASKS[source.task], fields)
     return fields
 

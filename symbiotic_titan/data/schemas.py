@@ -16,10 +16,8 @@ from symbiotic_titan.data.conversations import (
     messages_from,
     parts_from,
 )
-from symbiotic_titan.data.decoding import DECODE_ERRORS, frames
 from symbiotic_titan.data.fields import Fields, Keys, as_text, is_empty, items_of, schema_of
 from symbiotic_titan.data.formats.shard import BadSample, Sample, brief
-from symbiotic_titan.data.images import ImageSizeError
 from symbiotic_titan.sequence.tasks import (
     ALPACA_SCHEMA,
     CONVERSATION_SCHEMAS,
@@ -187,25 +185,8 @@ def _pages(fields: Fields, images: list[Any]) -> list[Any]:
         not isinstance(name, str) or name in members for name in images
     ):
         return images
-    limits, pages = fields.limits, list[bytes]()
-    try:
-        for page in frames(tiff, limits.max_image_pixels):
-            pages.append(page)
-            if len(pages) > len(images):
-                break
-            if sum(map(len, pages)) > limits.max_record_bytes:
-                message = f"the pages of its TIFF have more bytes than data.max_record_bytes = {limits.max_record_bytes}"
-                raise BadSample("too_large", message)
-    except ImageSizeError as error:
-        raise BadSample("image_size", f"its TIFF has the wrong size ({error})") from error
-    except DECODE_ERRORS as error:
-        raise BadSample("image", f"its TIFF cannot be decoded ({error})") from error
-    if len(pages) != len(images):
-        found = f"more than {len(images)}" if len(pages) > len(images) else len(pages)
-        raise BadSample(
-            "conversation", f"its TIFF has {found} pages for {len(images)} places of images"
-        )
-    return pages
+    assert fields.files is not None, "fields made without files read no images"
+    return fields.files.pages(tiff, len(images))
 
 
 def _mmc4(task: Task, fields: Fields) -> Content:
@@ -358,6 +339,9 @@ class _NoImages:
 
     def read(self, value: Any, members: Mapping[str, Any]) -> bytes:
         return b""
+
+    def pages(self, data: bytes, number: int) -> list[bytes]:
+        return [b""] * number
 
 
 def recognised(task: Task, sample: Sample, keys: Keys) -> str:

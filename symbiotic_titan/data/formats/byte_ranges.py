@@ -40,7 +40,6 @@ class OpenByteRanges:
         self._shard = shard
         self._file = fsspec.open(shard.file.data, "rb").open()
         self._num_bytes = self._file.seek(0, 2)
-        self._max_bytes = shard.file.limits.max_record_bytes
 
     def read(self, sample: int) -> dict[str, Any]:
         ranges = self._shard.byte_ranges(sample)
@@ -48,7 +47,7 @@ class OpenByteRanges:
         for name, (offset, length) in ranges.items():
             if offset + length > self._num_bytes:
                 raise BadSample("unreadable", f"the file ends inside its .{name}")
-        check_record(sum(length for _, length in ranges.values()), self._max_bytes)
+        check_record(sum(length for _, length in ranges.values()), self._shard.file.limits)
         return {name: self._read(*byte_range) for name, byte_range in ranges.items()}
 
     def _read(self, offset: int, length: int) -> bytes:

@@ -9,6 +9,7 @@ dictionary, and each sample is measured before it is taken out.
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -71,7 +72,7 @@ class OpenRowGroup:
 
     def __init__(self, shard: RowGroup) -> None:
         self._names = shard.columns
-        self._max_bytes = shard.file.limits.max_record_bytes
+        self._limits = shard.file.limits
         try:
             with fsspec.open(shard.file.data, "rb") as opened:
                 table = _decoded(opened, shard)
@@ -88,7 +89,7 @@ class OpenRowGroup:
     def read(self, sample: int) -> dict[str, Any]:
         cells = [column.slice(sample, 1) for column in self._columns]
         sizes = [_size(chunk) for cell in cells for chunk in cell.chunks]
-        check_record(sum(num_bytes for _, num_bytes in sizes), self._max_bytes)
+        check_record(sum(num_bytes for _, num_bytes in sizes), self._limits)
         check_values(sum(count for count, _ in sizes))
         return {n: _value(n, cell) for n, cell in zip(self._names, cells, strict=True)}
 
@@ -99,7 +100,8 @@ class OpenRowGroup:
 def _decoded(opened: Any, shard: RowGroup) -> pa.Table:
     """The columns of ``shard``; as dictionaries and indices where the entries written out might take too much. Raises one of
     PARQUET_ERRORS."""
-    limit, columns = shard.file.limits.max_row_group_bytes, list(shard.columns)
+    limits, columns = shard.file.limits, list(shard.columns)
+    limit = limits.max_row_group_bytes if limits else sys.maxsize
     metadata = pq.read_metadata(opened)
     group, schema = metadata.row_group(shard.number), metadata.schema
     num_bytes = 0
@@ -165,15 +167,15 @@ def _size(values: pa.Array) -> tuple[int, int]:
     return len(values) + sum(n for n, _ in sizes), sum(num_bytes for _, num_bytes in sizes)
 
 
-def _value(name: str, cell: pa.ChunkedArray) -> Any:
-    """The only value of ``cell``, of column ``name``; raises BadSample."""
+def _value(name: str, one: pa.ChunkedArray) -> Any:
+    """The only value of ``one``, of column ``name``; raises BadSample."""
     try:
-        return cell[0].as_py()
+        return one[0].as_py()
     except UnicodeDecodeError as error:
         raise BadSample("encoding", f"its text is not UTF-8 ({error})") from error
     except Exception as error:  # noqa: BLE001  each type of Arrow raises what its conversion does
         raise BadSample(
-            "wrong_type", f"its {name} ({cell.type}) cannot be converted ({_one_line(error)})"
+            "wrong_type", f"its {name} ({one.type}) cannot be converted ({_one_line(error)})"
         ) from error
 
 

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from symbiotic_titan.config.files import InputLimits
-
 # Column names of a file -> those that the source's task needs.
 ChooseColumns = Callable[[list[str]], list[str]]
 
@@ -65,6 +63,13 @@ class Shard(Stored, Protocol):
         """Raises OSError."""
 
 
+class Limits(Protocol):
+    """What formats need of ``config.files.InputLimits``."""
+
+    max_record_bytes: int
+    max_row_group_bytes: int
+
+
 @dataclass(frozen=True)
 class File:
     """A file of samples.
@@ -72,13 +77,13 @@ class File:
     path:      as the user named it.
     data:      path of the uncompressed bytes: ``path``, or a copy in the cache folder if that is compressed.
     num_bytes: length of the file at ``path``.
-    limits:    what one of its samples may cost.
+    limits:    what one of its samples may cost; None: anything.
     """
 
     path: str
     data: str
     num_bytes: int
-    limits: InputLimits = field(default_factory=InputLimits, compare=False, repr=False)
+    limits: Limits | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -226,12 +231,11 @@ class BadSample(Exception):
         return self
 
 
-def check_record(num_bytes: int, max_bytes: int) -> None:
+def check_record(num_bytes: int, limits: Limits | None) -> None:
     """Refuse a sample before its ``num_bytes`` are read; raises BadSample."""
-    if num_bytes > max_bytes:
-        raise BadSample(
-            "too_large", f"it has {num_bytes} bytes, more than data.max_record_bytes = {max_bytes}"
-        )
+    if limits is not None and num_bytes > limits.max_record_bytes:
+        limit = f"data.max_record_bytes = {limits.max_record_bytes}"
+        raise BadSample("too_large", f"it has {num_bytes} bytes, more than {limit}")
 
 
 def load_json(text: str | bytes) -> Any:

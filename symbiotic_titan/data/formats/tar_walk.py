@@ -104,7 +104,7 @@ class TarWalk:
                     at = archive.offset  # type: ignore[attr-defined]
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     count += 1
-                    if member.issparse():  # its bytes are in pieces elsewhere
+                    if member.issparse():  # its bytes do not lie together
                         end = at
                     elif member.isfile():
                         yield member.name, member.offset_data, member.size
@@ -129,7 +129,7 @@ class TarWalk:
 
 
 class _SmallReads:
-    """An open archive, of which no more than a header is read at a time."""
+    """An open archive that reads no more than a header at a time."""
 
     def __init__(self, opened: IO[bytes]) -> None:
         self._opened = opened

@@ -184,10 +184,10 @@ def test_a_sample_that_names_many_files_reads_at_most_so_many_bytes(data):
     assert error.value.reason == "too_large"
 
 
-def test_escapes_in_a_data_uri_are_read_piece_by_piece(data, monkeypatch):
+def test_escapes_in_a_data_uri_are_read_part_by_part(data, monkeypatch):
     whole = f"data:image/png,{''.join(f'%{byte:02x}' for byte in RED)}"
-    for piece in (3, 4, 5, 64):
-        monkeypatch.setattr(image_files, "PIECE", piece)
+    for part in (3, 4, 5, 64):
+        monkeypatch.setattr(image_files, "PART", part)
         assert "<make red>" in made(data, whole)
 
 
