@@ -13,6 +13,7 @@ from symbiotic_titan.config.rows import (
     LINE,
     NAME,
     NOT_NEGATIVE,
+    PATH,
     PATH_OR_NONE,
     SEED,
     SHARE,
