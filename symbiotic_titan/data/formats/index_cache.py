@@ -28,6 +28,7 @@ from safetensors.numpy import save
 
 from symbiotic_titan.config.files import replacing
 from symbiotic_titan.data.formats.shard import File, FileFormat, FilePart, Indexed, OpenShard
+from symbiotic_titan.process import DiskFull, is_full
 
 # Part of the file names: increment it with every change to the contents.
 VERSION = 3
@@ -258,12 +259,14 @@ def _is_intact(path: Path, header: Header) -> bool:
 
 @contextmanager
 def writing_cache(path: Path) -> Iterator[None]:
-    """What is raised where ``path``, in the cache folder, cannot be written becomes a ValueError."""
+    """What is raised where ``path``, in the cache folder, cannot be written becomes a DiskFull or a ValueError, of one line."""
     try:
         yield
     except OSError as error:
-        raise ValueError(
-            f"data.cache_folder: {path.parent} cannot be written ({error.strerror or error}); free space there, or name another folder"
+        full = is_full(error)
+        remedy = "free space there, or name another folder" if full else "name another folder"
+        raise (DiskFull if full else ValueError)(
+            f"data.cache_folder: {path.parent} cannot be written ({error.strerror or error}); {remedy}"
         ) from error
 
 

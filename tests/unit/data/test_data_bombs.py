@@ -24,6 +24,7 @@ from symbiotic_titan.data.formats import json_array, shard
 from symbiotic_titan.data.formats.shard import BadSample, Reader
 from symbiotic_titan.data.images import ImageSizeError
 from symbiotic_titan.data.readers import index_source
+from symbiotic_titan.process import DiskFull
 from tests.helpers.memory import cost_of
 from tests.helpers.read_documents import document_of
 from tests.helpers.released_data import picture
@@ -279,7 +280,7 @@ def test_a_compressed_shard_unpacks_to_at_most_so_many_bytes_and_a_full_disk_is_
     assert not list(cache.iterdir())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pathlib.Path.open", lambda self, mode: open("/dev/full", mode))
-        with pytest.raises(ValueError, match=r"cache_folder: .* cannot be written .No space left") as error:  # fmt: skip
+        with pytest.raises(DiskFull, match=r"cache_folder: .* cannot be written .No space left") as error:  # fmt: skip
             read_all(path, "jsonl", cache=cache)
     assert "\n" not in str(error.value)
     assert not list(cache.iterdir())
