@@ -46,11 +46,15 @@ def _single_process():
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """Loads entries that are not tensors with ``weights_only``; upstream's planner unpickles them."""
+    """Loads entries that are not tensors with ``weights_only``; upstream's planner unpickles them. Numbers and texts stay what they are:
+    the state that is given says which.
+    """
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
-        loaded = torch.load(value, weights_only=True)
+        loaded, before = torch.load(value, weights_only=True), self.state_dict[name]
+        if type(before) in (int, str) and type(loaded) is not type(before):
+            raise ValueError(f"a {type(loaded).__name__} in place of a {type(before).__name__}")
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], loaded)
         else:

@@ -125,7 +125,7 @@ def _is_place(state: Mapping[str, Any]) -> bool:
 @lru_cache
 def _is_file_name(name: str) -> bool:
     """Whether a file of this name lies in the checkpoint's folder, and nowhere else."""
-    return name not in ("", "..") and "\0" not in name and name == Path(name).name
+    return name.isprintable() and name not in ("", "..") and name == Path(name).name
 
 
 def _is_chunk(state: Mapping[str, Any]) -> bool:
@@ -165,10 +165,9 @@ def _checked(top: Any) -> Metadata:
     if type(entries) is not dict or type(places) is not dict:
         raise ValueError("it has no tables of entries and of their places")
     for name, entry in entries.items():
-        if type(name) is not str or type(entry) not in (
-            TensorStorageMetadata,
-            BytesStorageMetadata,
-        ):
+        if type(name) is not str or not name.isprintable():
+            raise ValueError("an entry has a name that is none")
+        if type(entry) not in (TensorStorageMetadata, BytesStorageMetadata):
             raise ValueError("an entry is neither a tensor nor bytes")
     tensors = {name: e for name, e in entries.items() if type(e) is TensorStorageMetadata}
     if len({id(entry.chunks) for entry in tensors.values()}) < len(tensors):
@@ -302,7 +301,6 @@ def _operations(m: _Machine) -> dict[int, Callable[[], Any]]:
     operations: dict[bytes, Callable[[], Any]] = {
         pickle.PROTO: lambda: m.take(1),
         pickle.FRAME: lambda: m.take(8),
-        pickle.MEMOIZE: lambda: memo.append(stack[-1]),
         pickle.BINGET: lambda: push(memo[next(coming)]),
         pickle.LONG_BINGET: lambda: push(memo[m.word()]),
         pickle.NONE: partial(push, None),
@@ -340,8 +338,11 @@ def _operations(m: _Machine) -> dict[int, Callable[[], Any]]:
 def _value_of(data: bytes) -> Any:
     m = _Machine(data)
     operations = _operations(m)
+    memoize, remember, stack = pickle.MEMOIZE[0], m.memo.append, m.stack
     for opcode in m.bytes:
-        if opcode in operations:
+        if opcode == memoize:  # a third of all
+            remember(stack[-1])
+        elif opcode in operations:
             operations[opcode]()
         elif opcode == pickle.STOP[0]:
             break

@@ -180,7 +180,10 @@ def changed(**fields) -> bytes:
 @pytest.mark.parametrize(
     "fields",
     [
-        *({"relative_path": path} for path in ("../a", "/etc/passwd", "a/b", "..", "", "a\0b", 3)),
+        *(
+            {"relative_path": path}
+            for path in ("../a", "/etc/passwd", "a/b", "..", "", "a\0b", "\x1b[2J", 3)
+        ),
         *({"offset": -1}, {"length": 2**70}, {"length": 1.0}, {"transform_descriptors": ["zstd"]}),
         *({"sizes": torch.Size((2**40,))}, {"sizes": torch.Size((4, 1))}, {"sizes": (4,)}),
     ],

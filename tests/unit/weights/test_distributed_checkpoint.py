@@ -76,3 +76,9 @@ def test_weights_without_an_average_are_refused(folder):
     with pytest.raises(ValueError, match=r"weights = 'ema': .*vlm has no averaged weights; use"):
         DistributedCheckpoint(folder, "ema")
     assert DistributedCheckpoint(folder).num_updates is None
+
+
+def test_a_number_that_is_a_text_is_damage(tmp_path):
+    folder = save({**TENSORS, "train_state": {"step": "12"}}, tmp_path / "step-12")
+    with pytest.raises(ValueError, match=r"step-12: .* \(its entry train_state.step, ValueError\)"):
+        _ = DistributedCheckpoint(folder).step
