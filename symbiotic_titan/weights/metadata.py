@@ -369,7 +369,7 @@ def _without_collection() -> Iterator[None]:
 
 def metadata_of(data: bytes) -> Metadata:
     """The metadata of a distributed checkpoint from the bytes of its ``.metadata``: entries and where they are, without what loading
-    does not use. Takes about twice as long as pickle.
+    does not use. Takes 2.6 times as long as pickle.
 
     Raises:
         UnsafeContent: they name a function or class other than those of metadata.
