@@ -221,6 +221,8 @@ class SymbioticCheckpointManager(CheckpointManager):
             read_weights(start, model, options.initial_load_weights, ema)
             return
         excluded = read_beforehand(start, ema)
+        if "stability" in self.states and "stability.json" not in start.entries:
+            excluded.append("stability")  # saved without [stability], which begins anew
         self.exclude_from_loading = [*options.exclude_from_loading, *excluded]
         self._start = start
 

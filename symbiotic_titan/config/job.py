@@ -142,6 +142,45 @@ class Metrics(UpstreamMetrics):
 
 
 @dataclass
+class Stability:
+    """[stability]: what follows a bad step, one whose loss or gradient norm is not finite or far above those of the steps before. It is
+    found before the weights change."""
+
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """``stop``: the run ends. ``skip``: the step's data are used up, and step number and learning rate go on, but weights, optimizer
+    state and average ([ema]) stay as they are"""
+
+    max_in_a_row: Annotated[int, Range(1, 10**6)] = 3
+    """Bad steps in a row that are skipped; one more stops the run"""
+
+    loss_spike: Annotated[float, Range(1, ends="(]", also={0: "no limit"})] = 0.0
+    """A step is bad whose total loss is more than this many times the median of the last ``window`` good steps; 0: no limit"""
+
+    grad_norm_spike: Annotated[float, Range(1, ends="(]", also={0: "no limit"})] = 0.0
+    """As ``loss_spike``, of the gradient norm before clipping"""
+
+    window: Annotated[int, Range(2, 10_000)] = 100
+    """Good steps that a spike is compared with. Until there are so many, none is a spike. Checkpoints keep them"""
+
+    def __post_init__(self) -> None:
+        check_row("stability", self)
+        if self.on_bad_step == "stop" and self.max_in_a_row != Stability.max_in_a_row:
+            raise ValueError(
+                f"stability.max_in_a_row = {self.max_in_a_row} has no effect with stability.on_bad_step = 'stop'; set that to 'skip', or "
+                "remove max_in_a_row"
+            )
+        if self.window != Stability.window and not self.has_limits:
+            raise ValueError(
+                f"stability.window = {self.window} has no effect without stability.loss_spike and stability.grad_norm_spike; set one of "
+                "them, or remove window"
+            )
+
+    @property
+    def has_limits(self) -> bool:
+        return self.loss_spike > 0 or self.grad_norm_spike > 0
+
+
+@dataclass
 class LRScheduler(UpstreamLRScheduler):
     decay_type: str = choice(LR_DECAYS, "linear")  # type: ignore[assignment]
     """Shape of the learning rate's decay"""
@@ -158,6 +197,7 @@ class JobConfig(UpstreamJobConfig):
     experts: Experts = field(default_factory=Experts)
     shielding: Shielding = field(default_factory=Shielding)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    stability: Stability = field(default_factory=Stability)
     losses: LossSettings = field(default_factory=lambda: losses_class()())
     flow: Flow = field(default_factory=Flow)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)

@@ -22,7 +22,7 @@ from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup, tokens_of_groups
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
 from symbiotic_titan.parallel.fsdp import reduce_after
-from symbiotic_titan.parallel.ranks import DataRanks
+from symbiotic_titan.parallel.ranks import DataRanks, gather_over_ranks
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.training.step_data import MicroBatch
 
@@ -98,6 +98,26 @@ class StepGradients:
         """Counts of several micro-batches, summed over them and over all ranks."""
         # Copied, because a single micro-batch's own counts are reported, too.
         return functools.reduce(operator.add, totals).map(lambda n: self.ranks.sum(n.clone()))
+
+    def check_finite(
+        self,
+        step: int,
+        losses: dict[str, float],
+        grad_norm: float,
+        results: Iterable[MicroBatchResult],
+    ) -> None:
+        """Raise FloatingPointError if a loss of ``step`` or the gradient norm is not finite, before the weights change. Collective then."""
+        bad = self.loss_fn.not_finite(losses, grad_norm)
+        if not bad:
+            return
+        # Losses and norm are global, so all ranks get here together and the collective cannot hang.
+        flags = gather_over_ranks(all(bool(result.is_finite) for result in results))
+        ranks = [rank for rank, finite in enumerate(flags) if not finite]
+        where = f"on ranks {ranks}" if ranks else "in the backward pass"
+        raise FloatingPointError(
+            f"step {step}: {', '.join(bad)} not finite, {where} ({bad}); the weights were not changed. Resume from the last checkpoint "
+            "with a lower learning rate or other data, or skip such steps with stability.on_bad_step"
+        )
 
     def forward_backward(
         self,

@@ -39,7 +39,7 @@ from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_rat
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.parallel.float8 import refresh_scales
-from symbiotic_titan.parallel.ranks import data_ranks, gather_over_ranks, on_host
+from symbiotic_titan.parallel.ranks import data_ranks, on_host
 from symbiotic_titan.process import is_first_process
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
@@ -55,6 +55,7 @@ from symbiotic_titan.training.step_data import (
 
 if TYPE_CHECKING:  # loaded by the runs that use them
     from symbiotic_titan.optim.ema import EMA
+    from symbiotic_titan.training.stability import BadSteps
     from symbiotic_titan.training.validation import SymbioticValidator
 
 
@@ -104,6 +105,12 @@ class SymbioticTrainer(Trainer):
         self.step_hooks: list[Callable[[int], None]] = []
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.checkpointer.on_failed_save = functools.partial(self.stop.request, "a failed save")
+        self.bad_steps: BadSteps | None = None
+        if job_config.stability.on_bad_step != "stop" or job_config.stability.has_limits:
+            from symbiotic_titan.training import stability
+
+            self.bad_steps = stability.BadSteps(job_config.stability)
+            self.checkpointer.states["stability"] = self.bad_steps
         self.shield_scale = torch.ones((), device=self.device)
         self.gradients = StepGradients(
             model=cast(SymbioticModel, self.model_parts[0]),
@@ -210,17 +217,12 @@ class SymbioticTrainer(Trainer):
         sums, norm, *group_norms = self.read_step(results, grad_norm, *norms.values())
         totals = self.loss_fn.totals(data.counts_on_host[:-NUM_PAIRS])
         losses = self.loss_fn.step_losses(sums.float(), totals)
-        self.check_finite(losses, float(norm), results)
+        is_taken = self.takes_step(losses, float(norm), results)
         rates = {group["name"]: group["lr"] for group in self.optimizers.groups}  # type: ignore[attr-defined]
-        # An asynchronous save may still be copying the weights that the optimizer is about to change.
-        self.checkpointer.maybe_wait_for_staging()
-        self.optimizers.step()
-        ratios = group_update_ratios(self.optimizers) if should_log else {}
-        if self.ema is not None:
-            self.ema.update(self.step)
+        ratios = self.update_weights(should_log) if is_taken else {}
         self.lr_schedulers.step()
         self.count_tokens(totals, data.counts_on_host[-NUM_PAIRS:])
-        if should_log:
+        if should_log and is_taken:
             routing = [result.routing for result in results if result.routing is not None]
             self.metrics_processor.log_step(
                 StepReport(
@@ -239,11 +241,38 @@ class SymbioticTrainer(Trainer):
                     fill=float(totals.modality.sum() / totals.positions),
                     skipped=self.step_data.count_skipped(),
                     tokens_seen=self.tokens_seen,
+                    skipped_steps=self.bad_steps.num_skipped if self.bad_steps else None,
                 )
             )
         for hook in self.step_hooks:
             hook(self.step)
         self.stop.nothing_to_save = False
+
+    def takes_step(
+        self, losses: dict[str, float], norm: float, results: list[MicroBatchResult]
+    ) -> bool:
+        """Whether the weights may change by this step; if not, [stability] skips it. The same on all ranks.
+
+        Raises:
+            FloatingPointError: the step is bad, and is not to be skipped. The last checkpoint is kept.
+        """
+        if self.bad_steps is not None:
+            bad = self.loss_fn.not_finite(losses, norm)
+            if self.bad_steps.skips(self.step, losses["total"], norm, bad):
+                self.metrics_processor.log_skipped(self.step, self.bad_steps.num_skipped)
+                return False
+        self.gradients.check_finite(self.step, losses, norm, results)
+        return True
+
+    def update_weights(self, should_log: bool) -> dict[str, float]:
+        """The optimizer's step. Returns the update ratios where they are logged."""
+        # An asynchronous save may still be copying the weights that the optimizer is about to change.
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step()
+        ratios = group_update_ratios(self.optimizers) if should_log else {}
+        if self.ema is not None:
+            self.ema.update(self.step)
+        return ratios
 
     def before_the_first_step(self) -> None:
         """What measures the initial weights. Raises Stopped on a stop signal to any rank."""
@@ -288,22 +317,6 @@ class SymbioticTrainer(Trainer):
         self.ntokens_seen = int(self.tokens_seen.sum())
         num_labels = int(totals.counts["text"].sum())
         self.metrics_processor.count(tokens, num_labels, pairs)
-
-    def check_finite(
-        self, losses: dict[str, float], grad_norm: float, results: list[MicroBatchResult]
-    ) -> None:
-        """Raise before the weights change if a loss or the gradient norm is not finite. The last checkpoint is kept."""
-        bad = self.loss_fn.not_finite(losses, grad_norm)
-        if not bad:
-            return
-        # Losses and norm are global, so all ranks get here together and the collective cannot hang.
-        flags = gather_over_ranks(all(bool(result.is_finite) for result in results))
-        ranks = [rank for rank, finite in enumerate(flags) if not finite]
-        where = f"on ranks {ranks}" if ranks else "in the backward pass"
-        raise FloatingPointError(
-            f"step {self.step}: {', '.join(bad)} not finite, {where} ({bad}); the weights were not changed. "
-            "Resume from the last checkpoint with a lower learning rate or other data"
-        )
 
     # ---- stopping, saving, resuming -----------------------------------------------------------------------------------
 
