@@ -21,6 +21,7 @@ COMMANDS = {
     "show-parallel": "dry run: shapes, memory and traffic per rank",
     "cache-latents": "encode the target images once, as shards",
     "profile-experts": "how often text and ViT tokens choose each expert",
+    "check-checkpoint": "list the checkpoints of a run and verify their bytes",
     "convert": "a released model to groups of experts, and back",
     "generate": "images and texts from a checkpoint",
     "evaluate": "scores of checkpoints, side by side",

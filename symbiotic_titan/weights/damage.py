@@ -25,16 +25,16 @@ def read_metadata(folder: Path) -> tuple[Metadata | None, str | None]:
 
     if not (folder / ".metadata").is_file():
         return None, "it has no .metadata: the save did not finish"
-    from symbiotic_titan.weights.digests import METADATA, read_sums, wrong_file
+    from symbiotic_titan.weights.digests import METADATA, read_sums
 
     try:
         sums = read_sums(folder)
     except ValueError as error:
         return None, str(error)
-    if sums is not None and (damage := wrong_file(folder, sums, [METADATA])) is not None:
-        return None, damage
+    if sums is not None and METADATA not in sums:
+        return None, "its SHA256SUMS has no digest of .metadata"
     try:
-        metadata = load_metadata(folder)
+        metadata = load_metadata(folder, sums[METADATA] if sums is not None else None)
     except UnsafeContent:
         raise
     except ValueError as error:

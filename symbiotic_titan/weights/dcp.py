@@ -27,7 +27,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.weights.damage import read_metadata
-from symbiotic_titan.weights.digests import DigestingWriter
+from symbiotic_titan.weights.digests import DigestingWriter, in_order, read_sums, wrong_file
 from symbiotic_titan.weights.metadata import REMEDY, UnsafeContent
 from symbiotic_titan.weights.new_folder import new_folder
 from symbiotic_titan.weights.reader import Entries, TensorSpec, total_bytes
@@ -124,7 +124,8 @@ class _CachedReader(SafeReader):
 
 
 class DistributedCheckpoint:
-    """The model in a distributed checkpoint: a ``CheckpointReader``.
+    """The model in a distributed checkpoint: a ``CheckpointReader``. A file is compared with its digest before the first read of it, as a
+    whole, with the training state that it may hold.
 
     weights: "ema" reads the average that the run kept, see [ema], for the parameters that have one.
 
@@ -142,6 +143,12 @@ class DistributedCheckpoint:
             raise ValueError(f"checkpoint {folder}: {damage}")
         self.folder = folder
         self._reader = _CachedReader(folder, metadata)
+        self._sums = read_sums(folder) or {}
+        self._files: dict[str, set[str]] = {}  # entry -> its files
+        self._verified: set[str] = set()
+        for index, place in (metadata.storage_data or {}).items():
+            if place.relative_path in self._sums:
+                self._files.setdefault(index.fqn, set()).add(place.relative_path)
         stored = {
             key: TensorSpec(tuple(entry.size), entry.properties.dtype)
             for key, entry in self._reader.read_metadata().state_dict_metadata.items()
@@ -186,7 +193,18 @@ class DistributedCheckpoint:
         self._load(state)
         return state[key]
 
+    def _verify(self, names: Iterable[str]) -> None:
+        """Raises ValueError if a file that has one of the entries ``names`` is damaged."""
+        files = {file for name in names for file in self._files.get(name, ())}
+        damage = wrong_file(self.folder, self._sums, in_order(files - self._verified))
+        if damage is not None:
+            raise ValueError(
+                f"checkpoint {self.folder}: {damage}; use another copy of the checkpoint"
+            )
+        self._verified |= files
+
     def _load(self, state: dict[str, Any]) -> None:
+        self._verify(state)
         try:
             with _single_process():
                 dcp.load(state, storage_reader=self._reader, planner=SafePlanner(), no_dist=True)

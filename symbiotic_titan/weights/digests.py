@@ -200,9 +200,9 @@ def sha256_of(path: Path) -> str:
     raise AssertionError  # the loop has no other end
 
 
-def wrong_file(folder: Path, sums: Mapping[str, str], names: Iterable[str]) -> str | None:
-    """What is wrong with one of the files ``names``, which are read for it; None if each has its digest in ``sums``. Files are read
-    several at a time where the process has cores for it."""
+def wrong_files(folder: Path, sums: Mapping[str, str], names: Iterable[str]) -> Iterator[str]:
+    """What is wrong with those of the files ``names`` that have not their digest in ``sums``. Files are read several at a time where the
+    process has cores for it."""
 
     def check(name: str) -> str | None:
         path = folder / name
@@ -216,7 +216,12 @@ def wrong_file(folder: Path, sums: Mapping[str, str], names: Iterable[str]) -> s
 
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(max(1, min(cores // 2, 8))) as threads:
-        return next((found for found in threads.map(check, names) if found), None)
+        yield from filter(None, threads.map(check, names))
+
+
+def wrong_file(folder: Path, sums: Mapping[str, str], names: Iterable[str]) -> str | None:
+    """The first of ``wrong_files``; None if there is none."""
+    return next(wrong_files(folder, sums, names), None)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

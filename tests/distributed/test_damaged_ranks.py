@@ -74,6 +74,7 @@ def both(checkpoints):
 
 
 OTHER_BYTES = "damaged (another SHA-256 than in SHA256SUMS)"
+ITS_METADATA = "its .metadata cannot be read (its bytes have another SHA-256 than in SHA256SUMS)"
 # Case -> (damage of the newest checkpoint, what is logged of it). The one before is then used.
 PASSED_OVER = {
     "bit_of_the_first_rank": (
@@ -91,8 +92,8 @@ PASSED_OVER = {
     "longer": (longer, OTHER_BYTES),
     "cut": (cut, "its file __0_0.distcp has 999 bytes instead of"),
     "missing": (lambda f: (f / "__1_0.distcp").unlink(), "its file __1_0.distcp is missing"),
-    "metadata_bit": (lambda f: flip(f / ".metadata"), f".metadata are {OTHER_BYTES}"),
-    "metadata_zeros": (lambda f: overwrite(f / ".metadata", b"\0"), f".metadata are {OTHER_BYTES}"),
+    "metadata_bit": (lambda f: flip(f / ".metadata"), ITS_METADATA),
+    "metadata_zeros": (lambda f: overwrite(f / ".metadata", b"\0"), ITS_METADATA),
     "metadata_missing": (lambda f: (f / ".metadata").unlink(), "it has no .metadata"),
     "sums_garbage": (lambda f: overwrite(f / SUMS, b"\xff"), "its SHA256SUMS is damaged"),
     "sums_empty": (lambda f: (f / SUMS).write_bytes(b""), "its SHA256SUMS is damaged"),

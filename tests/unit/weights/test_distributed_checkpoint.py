@@ -33,12 +33,28 @@ def file_of(folder, name):
     return folder / place.relative_path
 
 
-def test_the_damaged_file_is_named_and_others_are_read(folder):
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("has_digests", "harm", "message"),
+    [
+        (False, damage, "NAME cannot be read, its bytes are damaged"),
+        (True, damage, "the bytes of its file NAME are damaged (another SHA-256"),
+        (True, flip, "the bytes of its file NAME are damaged (another SHA-256"),
+    ],
+)
+def test_the_damaged_file_is_named_and_others_are_read(folder, has_digests, harm, message):
     damaged = file_of(folder, "t1")
-    damage(damaged)
+    harm(damaged)
+    if not has_digests:
+        (folder / "SHA256SUMS").unlink()
     stored = DistributedCheckpoint(folder)
     assert torch.equal(stored.read("t2"), TENSORS["t2"])
-    message = f"checkpoint {folder}: {damaged.name} cannot be read, its bytes are damaged"
+    message = f"checkpoint {folder}: {message.replace('NAME', damaged.name)}"
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         stored.read("t1")
     assert "\n" not in str(caught.value)
