@@ -22,6 +22,7 @@ BENCHES = [
 # What a toy run changes of the documented line: counts and sizes, nothing that chooses what is measured.
 TOY: dict[str, dict[str, str]] = {
     "attention": {"--length": "32", "--rows": "1", "--repeats": "2"},
+    "checkpoint": {"--gigabytes": "0.01", "--repeats": "2"},
     "context_parallel": {"--seq-len": "256", "--degrees": "2", "--steps": "2"},
     "convert": {"--gigabytes": "0.03", "--shard-gigabytes": "0.01", "--narrow": "32"},
     "generate": {"--batch": "1", "--steps": "1", "--tokens": "2", "--repeats": "2"},
@@ -40,6 +41,10 @@ MACHINE = {"torch", "threads", "device", "commit"}
 # The keys of the JSON, beside those of the machine. A dot leads into a table.
 KEYS: dict[str, set[str]] = {
     "attention": {"layers", "lengths.32.times.dense", "lengths.32.dense_over_causal"},
+    "checkpoint": {
+        *("save_s.plain", "save_s.digests", "save_over", "load_s.plain", "load_s.verified"),
+        *("load_over", "gigabytes", "share_of_training", "hash_gb_per_s.sha256"),
+    },
     "context_parallel": {
         *("saved_share.2", "largest_loss_difference", "seq_len"),
         *("degrees.2.saved_mib", "degrees.2.rss_mib", "degrees.2.state_mib", "degrees.2.losses"),
