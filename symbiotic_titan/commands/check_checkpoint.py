@@ -9,7 +9,7 @@ state:  whole          every file has its digest
         no digests     every file has its length; written by an older version or by another program, so nothing shows the bytes right
         not verified   the same, with --fast
         damaged        what is wrong follows; training would pass over it
-        set aside      renamed by a run that found it damaged
+        renamed        by a run that found it damaged
 
 Exit status: 0 if nothing is damaged, 1 if something is, 2 on a mistake such as a folder without checkpoints.
 """
@@ -54,7 +54,7 @@ def report_on(folder: Path, *, fast: bool) -> Report:
         files=len(files),
         bytes=sum(path.stat().st_size for path in files),
         written=datetime.fromtimestamp(newest).isoformat(" ", "seconds"),
-        state="set aside",
+        state="renamed",
     )
     if not folder.name.startswith("damaged-"):
         report.holds, report.damage = _metadata_of(folder)
@@ -92,7 +92,7 @@ def _verified(folder: Path, damage: list[str], fast: bool) -> str:
 
 
 def checkpoints_in(path: Path, subfolder: str) -> list[Path]:
-    """The checkpoints of a run by their steps, those set aside after them; or ``path`` itself.
+    """The checkpoints of a run by their steps, those renamed after them; or ``path`` itself.
 
     Raises:
         ValueError: there is no checkpoint in ``path``.
@@ -101,9 +101,9 @@ def checkpoints_in(path: Path, subfolder: str) -> list[Path]:
         raise ValueError(f"{path}: no such folder; name a run, its checkpoints or one of them")
     for folder in (path / subfolder, path):
         found = [child for child in folder.glob("*") if step_of(child) is not None]
-        aside = [child for child in folder.glob("damaged-*") if child.is_dir()]
-        if found or aside:
-            return [*sorted(found, key=lambda child: step_of(child) or 0), *sorted(aside)]
+        renamed = [child for child in folder.glob("damaged-*") if child.is_dir()]
+        if found or renamed:
+            return [*sorted(found, key=lambda child: step_of(child) or 0), *sorted(renamed)]
     if not (has_weights(path) or (path / METADATA).is_file() or any(path.glob("*.distcp"))):
         raise ValueError(
             f"{path} holds no checkpoint; name a run, its checkpoints or one of them, and with --folder their folder's name in the run"

@@ -6,6 +6,7 @@ digests that were written with them, see ``weights.digests``; all ranks read the
 a folder that already contains a checkpoint would go unnoticed, so damaged folders are renamed before training goes on.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,10 +32,16 @@ def read_metadata(folder: Path) -> tuple[Metadata | None, str | None]:
         sums = read_sums(folder)
     except ValueError as error:
         return None, str(error)
+    data = (folder / METADATA).read_bytes()
     if sums is not None and METADATA not in sums:
         return None, "its SHA256SUMS has no digest of .metadata"
+    if sums is not None and hashlib.sha256(data).hexdigest() != sums[METADATA]:
+        return (
+            None,
+            f"the bytes of its file {METADATA} are damaged (another SHA-256 than in SHA256SUMS)",
+        )
     try:
-        metadata = load_metadata(folder, sums[METADATA] if sums is not None else None)
+        metadata = load_metadata(folder, data)
     except UnsafeContent:
         raise
     except ValueError as error:

@@ -12,7 +12,6 @@ tuples takes exponential time; no number in it reserves memory; and tensors are 
 """
 
 import gc
-import hashlib
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -387,19 +386,15 @@ def metadata_of(data: bytes) -> Metadata:
             raise ValueError(f"it is damaged, {type(error).__name__}") from None
 
 
-def load_metadata(folder: Path, sha256: str | None = None) -> Metadata:
-    """The metadata of the checkpoint ``folder``, whose file must have this digest. Everything that reads a distributed checkpoint gets
-    them here.
+def load_metadata(folder: Path, data: bytes | None = None) -> Metadata:
+    """The metadata of the checkpoint ``folder``, in ``data``, or in its file. All that reads a distributed checkpoint gets them here.
 
     Raises:
         UnsafeContent: they name a function or class other than those of metadata; the message names the file.
         ValueError: they are damaged.
         OSError: the file cannot be read.
     """
-    data = (folder / ".metadata").read_bytes()
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError("its bytes have another SHA-256 than in SHA256SUMS")
     try:
-        return metadata_of(data)
+        return metadata_of((folder / ".metadata").read_bytes() if data is None else data)
     except UnsafeContent as error:
         raise UnsafeContent(f"checkpoint {folder}: its .metadata {error}: {REMEDY}") from None

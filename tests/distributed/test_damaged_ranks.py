@@ -74,7 +74,7 @@ def both(checkpoints):
 
 
 OTHER_BYTES = "damaged (another SHA-256 than in SHA256SUMS)"
-ITS_METADATA = "its .metadata cannot be read (its bytes have another SHA-256 than in SHA256SUMS)"
+ITS_METADATA = f"the bytes of its file .metadata are {OTHER_BYTES}"
 # Case -> (damage of the newest checkpoint, what is logged of it). The one before is then used.
 PASSED_OVER = {
     "bit_of_the_first_rank": (

@@ -57,7 +57,7 @@ def test_a_whole_run_is_listed_by_its_steps(run, capsys):
         ("full", "whole"),
         ("full", "whole"),
         ("model only", "whole"),
-        ("?", "set aside"),
+        ("?", "renamed"),
         ("model only", "whole"),
     ]
     assert found["step-9"]["step"] == 9 and found["step-9"]["files"] == 3
@@ -80,7 +80,7 @@ def test_damage_is_named_whatever_is_damaged(run, tmp_path, capsys):
     assert [report["state"] for report in found.values()] == ["damaged"] * 3
     assert [report["damage"] for report in found.values()] == [
         ["the bytes of its file __0_0.distcp are damaged (another SHA-256 than in SHA256SUMS)"],
-        ["its .metadata cannot be read (its bytes have another SHA-256 than in SHA256SUMS)"],
+        ["the bytes of its file .metadata are damaged (another SHA-256 than in SHA256SUMS)"],
         ["it has no .metadata: the save did not finish"],
     ]
 
