@@ -9,7 +9,10 @@ state:  whole          every file has its digest
         no digests     every file has its length; written by an older version or by another program, so nothing shows the bytes right
         not verified   the same, with --fast
         damaged        what is wrong follows; training would pass over it
-        renamed        by a run that found it damaged
+        renamed        to damaged-N, by a run that found it damaged
+
+abandoned-N is a checkpoint of a branch that the run went back from; it is verified like the others. follows: the step that a checkpoint
+was trained on from, or the weights that the run began with, as far as its lineage is kept.
 
 Exit status: 0 if nothing is damaged, 1 if something is, 2 on a mistake such as a folder without checkpoints.
 """
@@ -21,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from symbiotic_titan.checkpoint.history import Lineage, folders_of, read_lineage
 from symbiotic_titan.process import exit_status
 from symbiotic_titan.weights.damage import read_metadata, step_of
 from symbiotic_titan.weights.digests import METADATA, in_order, read_sums, wrong_files
@@ -41,6 +45,7 @@ class Report:
     bytes: int
     written: str
     state: str
+    lineage: Lineage | None
     damage: list[str] = field(default_factory=list)
 
 
@@ -55,6 +60,7 @@ def report_on(folder: Path, *, fast: bool) -> Report:
         bytes=sum(path.stat().st_size for path in files),
         written=datetime.fromtimestamp(newest).isoformat(" ", "seconds"),
         state="renamed",
+        lineage=read_lineage(folder),
     )
     if not folder.name.startswith("damaged-"):
         report.holds, report.damage = _metadata_of(folder)
@@ -92,7 +98,7 @@ def _verified(folder: Path, damage: list[str], fast: bool) -> str:
 
 
 def checkpoints_in(path: Path, subfolder: str) -> list[Path]:
-    """The checkpoints of a run by their steps, those renamed after them; or ``path`` itself.
+    """The checkpoints of a run by their steps, the renamed ones after them; or ``path`` itself.
 
     Raises:
         ValueError: there is no checkpoint in ``path``.
@@ -100,10 +106,8 @@ def checkpoints_in(path: Path, subfolder: str) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; name a run, its checkpoints or one of them")
     for folder in (path / subfolder, path):
-        found = [child for child in folder.glob("*") if step_of(child) is not None]
-        renamed = [child for child in folder.glob("damaged-*") if child.is_dir()]
-        if found or renamed:
-            return [*sorted(found, key=lambda child: step_of(child) or 0), *sorted(renamed)]
+        if found := [*folders_of(folder, "step"), *folders_of(folder, "abandoned", "damaged")]:
+            return found
     if not (has_weights(path) or (path / METADATA).is_file() or any(path.glob("*.distcp"))):
         raise ValueError(
             f"{path} holds no checkpoint; name a run, its checkpoints or one of them, and with --folder their folder's name in the run"
@@ -113,10 +117,19 @@ def checkpoints_in(path: Path, subfolder: str) -> list[Path]:
 
 def lines_of(reports: list[Report]) -> Iterator[str]:
     width = max(len(report.path) for report in reports)
-    yield f"{'checkpoint':{width}}  {'holds':10}  {'files':>6}  {'bytes':>17}  {'written':19}  state"
+    yield f"{'checkpoint':{width}}  {'holds':10}  {'files':>6}  {'bytes':>17}  {'written':19}  {'follows':11}  state"
     for r in reports:
-        yield f"{r.path:{width}}  {r.holds:10}  {r.files:6}  {r.bytes:17,}  {r.written:19}  {r.state}"
+        row = f"{r.path:{width}}  {r.holds:10}  {r.files:6}  {r.bytes:17,}  {r.written:19}"
+        yield f"{row}  {_follows(r.lineage):11}  {r.state}"
         yield from (f"    {text}" for text in r.damage)
+
+
+def _follows(lineage: Lineage | None) -> str:
+    if lineage is None:
+        return "?"
+    if lineage.parent_step:
+        return f"step {lineage.parent_step}"
+    return lineage.source or "new weights"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Whatever is done to the files of the newest checkpoint, two ranks find it, agree, and go on from the one before, bit for bit."""
 
+import copy
 import logging
 import os
 import shutil
@@ -100,29 +101,29 @@ PASSED_OVER = {
     "sums_cut": (lambda f: edit_sums(f, lambda lines: lines[:1]), "no digest of __0_0.distcp"),
     "sums_digest": (lambda f: edit_sums(f, another_digest), f"__0_0.distcp are {OTHER_BYTES}"),
 }
-# Case -> (damage of the folder of checkpoints, options, what the run starts from, what is logged).
+# Case -> (damage of the folder of checkpoints, what [checkpoint] has, what the run starts from, what is logged).
 OTHERS = {
-    "both": (both, "", 2, "step-4 is skipped and renamed to damaged-4"),
-    "whole": (lambda f: None, "", 6, "Verified 0.0"),
-    "without_digests": (newest(lambda f: (f / SUMS).unlink()), "", 6, "bytes were not verified"),
-    "unverified": (newest(lambda f: flip(f / "__1_0.distcp")), "--checkpoint.no_verify", 6, ""),
+    "both": (both, {}, 2, "step-4 is skipped and renamed to damaged-4"),
+    "whole": (lambda f: None, {}, 6, "Verified 0.0"),
+    "without_digests": (newest(lambda f: (f / SUMS).unlink()), {}, 6, "bytes were not verified"),
+    "unverified": (newest(lambda f: flip(f / "__1_0.distcp")), {"verify": False}, 6, ""),
     "named": (
         newest(lambda f: flip(f / "__1_0.distcp")),
-        "--checkpoint.load_step 6",
+        {"load_step": 6},
         f"checkpoint.load_step: checkpoint FOLDER/step-6 is damaged: the bytes of its file __1_0.distcp are {OTHER_BYTES}; name another "
         "step, or leave the key out",
         "",
     ),
     "initial": (
         newest(lambda f: flip(f / "__1_0.distcp")),
-        "--checkpoint.folder new --checkpoint.initial_load_path FOLDER/step-6",
+        {"folder": "new", "initial_load_path": "FOLDER/step-6"},
         f"checkpoint.initial_load_path: checkpoint FOLDER/step-6 is damaged: the bytes of its file __1_0.distcp are {OTHER_BYTES}; use "
         "another copy of it",
         "",
     ),
 }
 CASES = {
-    name: (newest(damage), "", 4, f"step-6 is skipped and renamed to damaged-6: WHY{text}")
+    name: (newest(damage), {}, 4, f"step-6 is skipped and renamed to damaged-6: WHY{text}")
     for name, (damage, text) in PASSED_OVER.items()
 } | OTHERS
 
@@ -130,9 +131,9 @@ CASES = {
 # ---- on the ranks ---------------------------------------------------------------------------------------------------------
 
 
-def save_run(options):
+def save_run(config):
     """Save ``STEPS``. Returns the tensors of step 4."""
-    model, manager, optimizers, step = parts_of_run(config_of(options))
+    model, manager, optimizers, step = parts_of_run(config)
     for tensor in model.parameters():
         tensor.grad = torch.ones_like(tensor)
     for number in STEPS:
@@ -186,15 +187,20 @@ def outcomes(rank, run):
     """Case -> (what the run starts from, what was logged); whether the state that is gone back to is that of step 4."""
     register()
     saving = "--checkpoint.enable --checkpoint.interval 6 --checkpoint.async_mode async"
-    expected, found, equal = save_run(f"{saving} --job.dump_folder {run}"), {}, None
+    base, found, equal = config_of(f"{saving} --job.dump_folder {run}"), {}, None
+    expected = save_run(base)
     for name, (damage, options, *_) in CASES.items():
-        folder = run.with_name(name) / "checkpoint"
+        config, folder = copy.deepcopy(base), run.with_name(name) / "checkpoint"
         if rank == 0:
             shutil.copytree(run / "checkpoint", folder)
             damage(folder)
         dist.barrier()
-        options = options.replace("FOLDER", str(folder))
-        config = config_of(f"--checkpoint.enable --job.dump_folder {folder.parent} {options}")
+        config.job.dump_folder = str(folder.parent)
+        for key, value in options.items():
+            is_path = key == "initial_load_path"
+            setattr(
+                config.checkpoint, key, value.replace("FOLDER", str(folder)) if is_path else value
+            )
         start, *found[name] = begun(config)
         if name == "bit_of_a_state":
             tensors, step = load(start, config)
