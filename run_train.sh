@@ -88,19 +88,19 @@ if [ "$NNODES" -eq 1 ] && [ ! -e demo_data ]; then
     fi
 fi
 
+# Signals wait until Python handles them; where env is too old, it ends on one in its first tenth of a second.
+hold='env --block-signal=INT,TERM,HUP,USR1'
+$hold true 2>/dev/null || hold=
 if [ "$NGPU" -eq 1 ] && [ "$NNODES" -eq 1 ]; then
     # No launcher: starts faster, and signals reach the trainer itself. Port 0 lets the system choose a free one.
     export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=0
-    # Signals wait until the trainer handles them; where env is too old, Python ends on one in its first tenth of a second.
-    hold='env --block-signal=INT,TERM,HUP,USR1'
-    $hold true 2>/dev/null || hold=
     exec $hold "$python" -m symbiotic_titan.train --job.config_file "$config" "$@"
 fi
 
 # In a process group of its own the launcher gets one Ctrl-C, passed on from here; it passes signals on to the ranks, which finish the
 # step, save and end well.
 set -m
-"$python" -P tools/launch.py --follow-parent --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend symbiotic \
+$hold "$python" -P tools/launch.py --follow-parent --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend symbiotic \
     --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv_id "${RDZV_ID:-symbiotic_titan}" \
     --rdzv_conf "join_timeout=$RDZV_TIMEOUT" --max_restarts "$MAX_RESTARTS" \
     --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \

@@ -69,6 +69,8 @@ def handle_signals() -> list[str]:
         # One that is ignored stays so: nohup's SIGHUP. But a script's background process ignores SIGINT, which a user may send.
         if name == "SIGINT" or signal.getsignal(signal.Signals[name]) != signal.SIG_IGN:
             signal.signal(signal.Signals[name], pass_on)
+    # run_train.sh holds them back until there are handlers.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.Signals[name] for name in STOP_SIGNALS])
     return ["--signals-to-handle", "SIGQUIT"]
 
 
