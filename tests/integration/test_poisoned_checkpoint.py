@@ -116,6 +116,13 @@ def test_every_command_refuses_it_in_one_line(run, marker, tmp_path, capsys):
         assert not marker.exists() and not (tmp_path / "new").exists(), words
 
 
+def test_a_list_of_checkpoints_names_it(run, marker, capsys):
+    # Entries are bytes to it, which it does not load.
+    assert cli.main(["check-checkpoint", str(run)]) == has_poisoned_metadata(run)
+    assert (NAMED in capsys.readouterr().out) == has_poisoned_metadata(run)
+    assert not marker.exists()
+
+
 def calls(run: Path):
     """What a program of one's own would call."""
     step = run / "checkpoint" / "step-3"
