@@ -16,10 +16,12 @@ The state between two sequences is a few counters and the indices of the waiting
 holds no tokens or pixels, whatever the look-ahead.
 """
 
+import functools
 import logging
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from symbiotic_titan.config.data import PACKINGS
@@ -43,11 +45,16 @@ class ReadLog:
         if num_workers:
             self._rows.share_memory_()
 
+    @functools.cached_property  # not before the process that reads exists: a copy sent to another would not be shared
+    def _table(self) -> np.ndarray:
+        return self._rows.numpy()
+
     def begin(self, worker: int, source: int, shard: int, sample: int) -> None:
-        self._rows.numpy()[worker] = (time.monotonic(), source, shard, sample)
+        self._table[worker] = (time.monotonic(), source, shard, sample)
 
     def done(self, worker: int) -> None:
-        self._rows.numpy()[worker, :2] = (time.monotonic(), -1)
+        self._table[worker, 1] = -1.0
+        self._table[worker, 0] = time.monotonic()
 
     def check(self, spec: PipelineSpec, waited: float, limit: float) -> None:
         """Raise ValueError if a sample has been read for longer than ``limit`` seconds, or nothing has happened in the ``waited`` ones."""
