@@ -24,6 +24,7 @@ from PIL import Image
 from symbiotic_titan.config.optimizer import WEIGHTS
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.data.decoding import DECODE_ERRORS, decode_image
+from symbiotic_titan.data.image_files import read_picture
 from symbiotic_titan.data.images import ImageSizeError
 from symbiotic_titan.flow.solver import SOLVERS
 from symbiotic_titan.inference.generator import Generator
@@ -52,7 +53,7 @@ def open_image(path: Path) -> Image.Image:
         ValueError: it cannot be read, or is no image.
     """
     try:
-        return decode_image(path.read_bytes())
+        return decode_image(read_picture(str(path)))
     except (*DECODE_ERRORS, ImageSizeError) as error:
         raise ValueError(f"--image {path}: cannot be read as an image ({error})") from error
 

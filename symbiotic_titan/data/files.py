@@ -249,8 +249,12 @@ def open_file(path: str, cache_folder: str, where: str, limits: InputLimits) -> 
     data, damage = path, ""
     if compression_of(path):
         data, damage = unpacked(path, cache_folder, where, limits.max_unpacked_bytes)
-    with fsspec.open(path, "rb") as opened:
-        return File(path, data, opened.seek(0, 2), limits), damage
+    try:
+        with fsspec.open(path, "rb") as opened:
+            return File(path, data, opened.seek(0, 2), limits), damage
+    except Exception as error:  # noqa: BLE001  other packages raise what they like
+        reason = one_line(f"{type(error).__name__}: {error}", LONGEST_REASON)
+        raise ValueError(f"{where}: {path} cannot be read ({reason})") from error
 
 
 def other_kind(path: str, own: str) -> str:

@@ -178,6 +178,22 @@ def _read_local(path: str, roots: Sequence[str], max_bytes: int) -> bytes:
         os.close(descriptor)
 
 
+def read_picture(path: str) -> bytes:
+    """The regular file ``path`` that a user names; no FIFO is waited for, and no more is read than an image may have by default.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is no regular file, or is too large.
+    """
+    limit = InputLimits().max_image_bytes
+    try:
+        data = _read_local(path, ("/",), limit)
+    except BadSample as error:
+        raise ValueError(str(error)) from None
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return data
+
+
 def _path_of(descriptor: int) -> str:
     """The path of an open file; "" where the system does not say."""
     try:

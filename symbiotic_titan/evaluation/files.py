@@ -5,6 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from symbiotic_titan.data.decoding import DECODE_ERRORS, decode_image
+from symbiotic_titan.data.image_files import read_picture
 from symbiotic_titan.data.images import ImageSizeError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -44,6 +45,15 @@ def image_files(folder: str) -> list[Path]:
             f"{folder}: holds {len(paths)} images ({', '.join(IMAGE_SUFFIXES)}); at least 2 are needed"
         )
     return paths
+
+
+def opened(path: str) -> Image.Image:
+    """The RGB image of the file ``path``."""
+    try:
+        data = read_picture(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    return decoded(data, path)
 
 
 def decoded(data: bytes, where: str) -> Image.Image:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from symbiotic_titan.evaluation.files import check_file, check_folder, decoded, image_files
+from symbiotic_titan.evaluation.files import check_file, check_folder, image_files, opened
 from symbiotic_titan.evaluation.suite import Advance, Progress, Scores, Suite, measure
 from symbiotic_titan.evaluation.suites.generation import (
     CaptionOptions,
@@ -60,7 +60,7 @@ def run_fid(generator: Generator, options: FidOptions, folder: Path, progress: P
             "the distance comes out too large; compare it only with one of as many images"
         )
     advance = progress("images", len(references) + len(images))
-    real = (decoded(path.read_bytes(), str(path)) for path in references)
+    real = (opened(str(path)) for path in references)
     distance = frechet_distance(
         network,
         generator.device,

@@ -5,13 +5,11 @@ nothing else imports this module; docs/evaluation.md has a script that runs the 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypedDict
 
-from PIL import Image
 from vlmeval.vlm.base import BaseModel
 
-from symbiotic_titan.evaluation.files import decoded
+from symbiotic_titan.evaluation.files import opened
 from symbiotic_titan.inference.generator import Generator
 
 
@@ -38,10 +36,6 @@ class SymbioticVLM(BaseModel):
 
     def generate_inner(self, message: Sequence[Item], dataset: str | None = None) -> str:
         texts = [item["value"] for item in message if item["type"] == "text"]
-        images = [_opened(item["value"]) for item in message if item["type"] == "image"]
+        images = [opened(item["value"]) for item in message if item["type"] == "image"]
         [completion] = self.generator.text(["\n".join(texts)], [images], max_tokens=self.max_tokens)
         return completion.text
-
-
-def _opened(path: str) -> Image.Image:
-    return decoded(Path(path).read_bytes(), path)

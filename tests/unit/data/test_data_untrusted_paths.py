@@ -6,9 +6,12 @@ from base64 import b64encode
 import fsspec
 import pytest
 
-from symbiotic_titan.config.data import Data
+from symbiotic_titan.commands.generate import open_image
+from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data import image_files
 from symbiotic_titan.data.formats.shard import BadSample
+from symbiotic_titan.data.readers import index_source
+from symbiotic_titan.evaluation.files import opened
 from tests.helpers.read_documents import document_of
 from tests.helpers.released_data import picture
 
@@ -189,6 +192,34 @@ def test_escapes_in_a_data_uri_are_read_part_by_part(data, monkeypatch):
     for part in (3, 4, 5, 64):
         monkeypatch.setattr(image_files, "PART", part)
         assert "<make red>" in made(data, whole)
+
+
+def test_a_path_of_the_config_that_cannot_be_read_is_one_line(data):
+    paths = ("zip://a::/etc/passwd", "zip://", "zip://a.jsonl::/none.zip", "tar://x::/etc/passwd", "reference://x", "github://",
+        "simplecache::/tmp/none.jsonl", "memory://none", "cached://", "dir://x", "data:,x", "/dev/zero", str(data / "fifo.png"),
+        "/proc/self/mem", "no-such-system://a")  # fmt: skip
+    for path in paths:
+        with pytest.raises(ValueError) as error:
+            index_source(DataSource("s", "lm", "jsonl", path), "[[data.sources]] #1 (s)")
+        message = str(error.value)
+        assert message.startswith("[[data.sources]] #1 (s): ") and path in message
+        assert "\n" not in message and len(message) < 400
+
+
+def test_a_picture_that_a_user_names_is_a_regular_file(data):
+    assert opened(f"{data}/inside.png").size == opened(f"{data.parent}/others/blue.png").size
+    for name, message in (
+        ("fifo.png", "is a FIFO, a socket or a device"),
+        ("images", "is a folder"),
+        ("zeros", "is a FIFO, a socket or a device"),
+        ("none.png", "No such file"),
+        ("loop", "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            opened(f"{data}/{name}")
+        assert str(error.value).startswith(f"{data}/{name}: cannot be read (")
+        with pytest.raises(ValueError, match=f"--image .*{name}: cannot be read as an image"):
+            open_image(data / name)
 
 
 def test_roots_and_limits_are_checked():
