@@ -206,7 +206,7 @@ class Data(InputLimits):
     seed: Annotated[int, SEED] = 0
     """Seed of the sample order. Changing it on a resumed run is refused."""
 
-    num_lanes: Annotated[int, Range(0, 2**20)] = 0
+    num_lanes: Annotated[int, Range(0, 2**16)] = 0
     """Independent streams of packed rows that the ranks share out; fixed for the life of a run. 0 means the global batch size.
     Every data rank takes an equal share, so the number must be a multiple of that of the ranks, now and whenever the run is resumed;
     a rank starts no more loader workers than it has streams. Where the number divides the global batch size, a global batch holds the

@@ -1,7 +1,7 @@
 """Every key of the config: what it may be. Of torchtitan's own: the ranges, and those that this trainer ignores, which are refused."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast, get_type_hints
 
@@ -12,6 +12,7 @@ from torchtitan.config.job_config import (
     MemoryEstimation,
     Quantize,
 )
+from torchtitan.tools.logging import logger
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.rows import (
@@ -161,6 +162,67 @@ def check_supported(config: JobConfig) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Unused:
+    """An option of torchtitan that does nothing ``without`` another one, told by its ``has_effect``, and is then at its ``default``."""
+
+    key: str
+    default: Any
+    without: str
+    has_effect: Callable[[JobConfig], bool]
+
+
+_UNUSED = (
+    *(
+        Unused(
+            f"checkpoint.{key}", False, "checkpoint.enable = true", lambda c: c.checkpoint.enable
+        )
+        for key in ("load_only", "enable_first_step_checkpoint", "last_save_model_only")
+    ),
+    Unused(
+        "checkpoint.export_dtype",
+        "float32",
+        "checkpoint.last_save_model_only = true",
+        lambda c: c.checkpoint.last_save_model_only,
+    ),
+    Unused(
+        "checkpoint.initial_load_model_only",
+        True,
+        "checkpoint.initial_load_path",
+        lambda c: bool(c.checkpoint.initial_load_path),
+    ),
+    Unused(
+        "activation_checkpoint.selective_ac_option",
+        "2",
+        "activation_checkpoint.mode = 'selective'",
+        lambda c: c.activation_checkpoint.mode == "selective",
+    ),
+    Unused("compile.backend", "inductor", "compile.enable = true", lambda c: c.compile.enable),
+    Unused(
+        "training.dataloader.prefetch_factor",
+        None,
+        "training.dataloader.num_workers",
+        lambda c: c.training.dataloader.num_workers > 0,
+    ),
+    Unused(
+        "debug.deterministic_warn_only",
+        False,
+        "debug.deterministic = true",
+        lambda c: c.debug.deterministic,
+    ),
+)
+
+
+def warn_of_unused(config: JobConfig) -> None:
+    """A line for each option that is set and has no effect, where it may wait for another one that switches it on."""
+    for option in _UNUSED:
+        value = value_of(config, option.key)
+        if value != option.default and not option.has_effect(config):
+            logger.warning(
+                f"{option.key} = {shown(value)} has no effect without {option.without}; set that, or remove it"
+            )
+
+
 def _first_difference(key: str, value: Any, allowed: Any) -> tuple[str, Any]:
     """The key whose value is not the allowed one, and that value: in a section, that of a key in it."""
     if is_dataclass(allowed) and value != allowed:
@@ -171,7 +233,7 @@ def _first_difference(key: str, value: Any, allowed: Any) -> tuple[str, Any]:
     return key, value
 
 
-_COUNT = Range(1, 2**20)  # of rows, positions or ranks
+_ROWS = Range(1, 2**16)  # of a batch, each with a stream of its own
 _DEGREE = Range(1, 2**20)
 _STEPS_OR_NONE = Range(0, 10**9)
 _TIMEOUT = Range(1, 10**7)  # seconds; torch's are 64-bit nanoseconds
@@ -196,9 +258,9 @@ RANGES: dict[str, Rule] = {
     "lr_scheduler.total_steps": STEPS,
     "lr_scheduler.decay_ratio": SHARE,
     "lr_scheduler.min_lr_factor": SHARE,
-    "training.local_batch_size": _COUNT,
-    "training.global_batch_size": replace(_COUNT, also={-1: "one micro-batch on each rank"}),
-    "training.seq_len": _COUNT,
+    "training.local_batch_size": _ROWS,
+    "training.global_batch_size": replace(_ROWS, also={-1: "one micro-batch on each rank"}),
+    "training.seq_len": Range(1, 2**20),
     "training.max_norm": POSITIVE,
     "training.steps": STEPS,
     "training.gc_freq": STEPS,

@@ -13,6 +13,7 @@ from symbiotic_titan.config.upstream import (
     check_ranges,
     check_supported,
     value_of,
+    warn_of_unused,
 )
 from symbiotic_titan.data.loader import streams_of_rank
 from symbiotic_titan.device import device_type, has_slow_bfloat16, supports_flex_attention
@@ -258,6 +259,7 @@ def check_job(
     """
     check_ranges(config)
     check_supported(config)
+    warn_of_unused(config)
     check_compile(config)
     if config.model.name != "symbiotic":
         raise ValueError(

@@ -151,7 +151,7 @@ def test_any_value_in_a_row_is_valid_or_refused_in_one_line(row):
         ("[training]\nsteps = 0x" + "f" * 6000, "training.steps: must be at most 1000000000, got"),
         ("[training]\nsteps = 1" + "0" * 20, "training.steps: must be at most 1000000000, got"),
         ("[training]\nseq_len = 4096000", "training.seq_len: must be at most 1048576, got 4096000"),
-        ("[data]\nnum_lanes = 1000000000", "data.num_lanes: must be at most 1048576, got"),
+        ("[data]\nnum_lanes = 1000000000", "data.num_lanes: must be at most 65536, got"),
         ("[flow]\nmean = -1e300", "flow.mean: must be at least -1000, got -1e+300"),
         ("[job]\ndump_folder = ''", "job.dump_folder: must be a path of 1 to 4096 characters"),
         (

@@ -95,6 +95,14 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
         ("--training.local_batch_size 0", "training.local_batch_size: must be at least 1, got 0"),
         ("--training.steps 0", "training.steps: must be at least 1, got 0"),
         ("--training.dataset c4", "training.dataset = 'c4' is not supported"),
+        (
+            "--fault_tolerance.replica_id 3",
+            "fault_tolerance.replica_id = 3 is not supported by this trainer; resume from a checkpoint",
+        ),
+        (
+            "--quantize.linear.mx.recipe_name x",
+            "quantize.linear.mx.recipe_name = 'x' is not supported by this trainer; its converters do not",
+        ),
         ("--training.max_norm nan", "training.max_norm: must be a finite number, got nan"),
         ("--flow.mean inf", "flow.mean: must be a finite number, got inf"),
         ("--metrics.log_freq 0", "metrics.log_freq: must be at least 1, got 0"),
@@ -204,6 +212,34 @@ def test_degrees_that_do_not_fit_are_refused(tmp_path, overrides, world_size, me
     with pytest.raises(ValueError) as error:
         check_parallelism(config, args, world_size)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("useless", "useful"),
+    [
+        ("--checkpoint.no-enable --checkpoint.load_only", "--checkpoint.load_only"),
+        (
+            "--checkpoint.export_dtype bfloat16",
+            "--checkpoint.export_dtype bfloat16 --checkpoint.last_save_model_only",
+        ),
+        (
+            "--activation_checkpoint.selective_ac_option op",
+            "--activation_checkpoint.selective_ac_option op --activation_checkpoint.mode selective",
+        ),
+        ("--compile.backend nope", ""),
+        (
+            "--training.dataloader.prefetch_factor 2",
+            "--training.dataloader.prefetch_factor 2 --training.dataloader.num_workers 1",
+        ),
+    ],
+)
+def test_an_option_that_waits_for_another_is_pointed_out(tmp_path, caplog, useless, useful):
+    check_job(config_of(tmp_path, *useful.split()))
+    assert "has no effect" not in caplog.text
+    check_job(config_of(tmp_path, *useless.split()))
+    key = [word for word in useless.split() if word.startswith("--")][-1].removeprefix("--")
+    [line] = [r.message for r in caplog.records if "has no effect" in r.message]
+    assert line.startswith(f"{key} = ") and line.endswith("; set that, or remove it")
 
 
 STAGE = "[[data.stages]]\nfrom_step = 20\nlr = {%s = 1e-5}\n\n[checkpoint]"
