@@ -4,6 +4,7 @@ import pytest
 
 from symbiotic_titan.config.data import Data
 from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.upstream import check_ranges
 
 SOURCE = '[[data.sources]]\nname = "a"\ntask = "lm"\nformat = "jsonl"\npath = "x"\n'
 
@@ -141,7 +142,9 @@ def test_bad_sources_are_refused(rows, message):
 def test_custom_config_module_adds_a_section(tmp_path, monkeypatch):
     (tmp_path / "user_sections.py").write_text(
         "from dataclasses import dataclass, field\n"
-        "@dataclass\nclass Mine:\n    size: int = 1\n"
+        "from typing import Annotated\n"
+        "from symbiotic_titan.config.rows import Range\n"
+        "@dataclass\nclass Mine:\n    size: Annotated[int, Range(1, 64)] = 1\n"
         "@dataclass\nclass JobConfig:\n    mine: Mine = field(default_factory=Mine)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -149,3 +152,6 @@ def test_custom_config_module_adds_a_section(tmp_path, monkeypatch):
     assert config.mine.size == 5 and config.model.name == "symbiotic"
     by_option = load(tmp_path, "[mine]\nsize = 6\n", "--job.custom_config_module", "user_sections")
     assert by_option.mine.size == 6  # type: ignore[attr-defined]
+    beyond = load(tmp_path, '[job]\ncustom_config_module = "user_sections"\n[mine]\nsize = 65\n')
+    with pytest.raises(ValueError, match=r"mine\.size: must be at most 64, got 65"):
+        check_ranges(beyond)
