@@ -224,7 +224,7 @@ class Data(InputLimits):
     ``training.steps`` in any case, and the learning rate follows that number. May change on a resumed run: with ``repeat`` it
     goes on."""
 
-    lookahead: Annotated[int, Range(1, 2**16)] = 32
+    lookahead: Annotated[int, Range(1, 4096)] = 32
     """Samples a stream holds while it looks for one that fills the row."""
 
     packing: str = choice(PACKINGS, "longest_first")

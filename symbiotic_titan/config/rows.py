@@ -4,8 +4,8 @@
     prompts: Annotated[list[str], TEXT] = field(default_factory=list)       # of every item
     stages: Annotated[list[Any], tyro.conf.Fixed, Rows(Stage)] = ...        # tables, each a dataclass
 
-A bool, a ``Literal`` and what ``choice`` makes have no other range. Every bound is one that a run could use: what a check or a loop
-does as often as a number says ends within a second.
+A bool, a ``Literal`` and what ``choice`` makes have no other range. An upper bound is more than a run could use and few enough that
+what a check does as often as the number says ends at once.
 """
 
 import math

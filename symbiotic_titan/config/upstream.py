@@ -265,7 +265,7 @@ RANGES: dict[str, Rule] = {
     "training.steps": STEPS,
     "training.gc_freq": STEPS,
     "training.dataloader.num_workers": Range(0, 4096),
-    "training.dataloader.prefetch_factor": Range(1, 4096),
+    "training.dataloader.prefetch_factor": Range(1, 1024),
     "parallelism.data_parallel_replicate_degree": _DEGREE,
     "parallelism.data_parallel_shard_degree": replace(_DEGREE, also={-1: "all ranks left"}),
     "parallelism.context_parallel_degree": _DEGREE,

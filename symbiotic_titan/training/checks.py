@@ -38,11 +38,15 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
         raise ValueError(
             "training.enable_cpu_offload = True needs an accelerator: without one the weights are on the CPU already; remove it"
         )
-    for key in ("profiling.enable_profiling", "profiling.enable_memory_snapshot"):
+    for key, why in (
+        ("profiling.enable_profiling", "torchtitan traces one's kernels"),
+        ("profiling.enable_memory_snapshot", "it records the allocations of one's memory"),
+        ("training.gc_debug", "it looks for tensors in one's memory"),
+    ):
         if value_of(config, key):
-            raise ValueError(
-                f"{key} needs an accelerator; on a CPU measure with tools/bench/step.py"
-            )
+            raise ValueError(f"{key} = true needs an accelerator: {why}; remove it")
+    if config.training.dataloader.pin_memory:
+        logger.warning("training.dataloader.pin_memory = true has no effect without an accelerator")
     if config.checkpoint.async_mode == "async_with_pinned_mem":
         raise ValueError(
             "checkpoint.async_mode = 'async_with_pinned_mem' needs an accelerator; use 'async'"

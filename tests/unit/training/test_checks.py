@@ -128,7 +128,13 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
         ),
         ("--activation_checkpoint.mode memory_budget", "'memory_budget' is not supported"),
         ("--checkpoint.async_mode async_with_pinned_mem", "needs an accelerator; use 'async'"),
-        ("--profiling.enable_profiling", "profiling.enable_profiling needs an accelerator"),
+        ("--profiling.enable_profiling", "enable_profiling = true needs an accelerator: torchti"),
+        ("--profiling.enable_memory_snapshot", "enable_memory_snapshot = true needs an accelera"),
+        ("--training.gc_debug", "training.gc_debug = true needs an accelerator: it looks for ten"),
+        (
+            "--profiling.enable_profiling --profiling.profile_freq 3",
+            "profiling.profile_freq = 3: must be at least profiling.profiler_warmup + profiler_active = 4",
+        ),
         (
             "--training.enable_cpu_offload",
             "training.enable_cpu_offload = True needs an accelerator",
