@@ -128,6 +128,11 @@ def check_checkpointed_layers(config: JobConfig, args: ModelArgs) -> None:
     """Activation checkpointing of every N-th layer needs N layers."""
     chosen = config.activation_checkpoint
     every = chosen.selective_ac_option
+    if chosen.debug and chosen.mode == "selective" and every == "op":
+        raise ValueError(
+            "activation_checkpoint.debug = true: torch cannot debug the checkpointing of single operators; set it to false, or choose "
+            "another selective_ac_option or mode"
+        )
     if chosen.mode == "selective" and every != "op" and int(every) > args.num_layers:
         raise ValueError(
             f"activation_checkpoint.selective_ac_option = {every!r} checkpoints no layer, flavor {config.model.flavor!r} has "

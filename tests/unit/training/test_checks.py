@@ -130,6 +130,10 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
         ("--checkpoint.async_mode async_with_pinned_mem", "needs an accelerator; use 'async'"),
         ("--profiling.enable_profiling", "enable_profiling = true needs an accelerator: torchti"),
         ("--profiling.enable_memory_snapshot", "enable_memory_snapshot = true needs an accelera"),
+        (
+            "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op --activation_checkpoint.debug",
+            "activation_checkpoint.debug = true: torch cannot debug the checkpointing of single operators",
+        ),
         ("--training.gc_debug", "training.gc_debug = true needs an accelerator: it looks for ten"),
         (
             "--profiling.enable_profiling --profiling.profile_freq 3",
