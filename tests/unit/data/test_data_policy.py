@@ -197,7 +197,7 @@ def test_text_that_gives_fewer_rows_than_when_it_was_saved_is_refused(make_loade
             {"keys": {"image": "x"}},
             "#1 (a).keys: samples of the task lm have no 'image'; choose from conversations",
         ),
-        ({"keys": {"text": ""}}, "#1 (a).keys.text: must not be empty; name what the samples have"),
+        ({"keys": {"text": ""}}, "#1.keys.text: must be 1 to 1000 characters"),
         (
             {"keys": {"text": 3}},
             "#1.keys.text: must be a string or a list, each item a string, got 3",
