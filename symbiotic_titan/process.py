@@ -29,6 +29,10 @@ class DiskFull(OSError):
     """A disk has no room for what is to be written. The message is a line for the user."""
 
 
+class NothingToDo(Exception):
+    """The run has taken all its steps. The message is a line for the user."""
+
+
 def is_full(error: BaseException) -> bool:
     """Whether ``error`` says that a disk is full."""
     return isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in FULL)

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 from symbiotic_titan.process import (
@@ -17,6 +18,7 @@ from symbiotic_titan.process import (
     INTERRUPTED,
     MISTAKE,
     DiskFull,
+    NothingToDo,
     loading,
     raised_by_us,
 )
@@ -27,7 +29,17 @@ STATUSES: dict[type[Exception], int] = {
     ValueError: MISTAKE,
     DiskFull: DISK_FULL,
     FloatingPointError: DIVERGED,
+    NothingToDo: 0,
 }
+
+# Warnings of torch, once for each module on each rank, that mean nothing here: no output of a module is changed in place, no weight is
+# drawn by DTensor, and the groups whose timeout cannot be set have one member.
+MEANINGLESS = (
+    "FSDP2-wrapped module .* returned a view tensor",
+    "DTensor random operators may not have complete support on cpu",
+    "DTensor manual_seed.* may not have complete support on cpu",
+    "Set timeout is now only supported for either nccl or gloo",
+)
 
 if TYPE_CHECKING:
     from symbiotic_titan.checkpoint.start import Start
@@ -59,6 +71,7 @@ def run(args: list[str], stop: StopRequest) -> None:
     Raises:
         Stopped: by a signal, before the first step was done.
         ValueError: a user's mistake, raised before anything is built wherever possible.
+        NothingToDo: the checkpoint that the run goes on from is that of its last step, or of a later one.
         DiskFull: there is no room for a checkpoint.
         FloatingPointError: a loss, a gradient or what a checkpoint would hold is not finite.
     """
@@ -76,6 +89,8 @@ def run(args: list[str], stop: StopRequest) -> None:
         raise ValueError(
             "no rank is set: start training with symbiotic train, ./run_train.sh or torchrun"
         )
+    for message in MEANINGLESS:
+        warnings.filterwarnings("ignore", message=message)
     config = load_job_config(args)
     stop.install(config.checkpoint.stop_signals)
     config = with_rows_of_rank(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -119,8 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
                 traceback.print_exc()
                 stop.status(1)
             raise
-        logger.error(f"{error}")
-        return stop.status(next(s for kind, s in STATUSES.items() if isinstance(error, kind)))
+        status = next(s for kind, s in STATUSES.items() if isinstance(error, kind))
+        logger.log(logging.ERROR if status else logging.INFO, f"{error}")
+        return stop.status(status)
     finally:
         stop.close()
     return stop.status(0)

@@ -18,7 +18,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import DEFAULT_BUILDER, Weights
 from symbiotic_titan.optim.build import ADAM_STATE, freeze_parameters
-from symbiotic_titan.process import is_first_process
+from symbiotic_titan.process import NothingToDo, is_first_process
 from symbiotic_titan.weights.damage import complete_metadata
 from symbiotic_titan.weights.reader import CheckpointReader, Entries, Shape
 from symbiotic_titan.weights.weight_files import has_weights
@@ -208,9 +208,15 @@ def share_start(start: Start | None, config: JobConfig) -> Start | None:
 
     Raises:
         ValueError: a checkpoint that the config names is damaged, or no other one is complete.
+        NothingToDo: the run has no step left to take.
     """
     options = config.checkpoint
     start = _told(start)
+    if start is not None and start.step >= config.training.steps:
+        raise NothingToDo(
+            f"nothing to do: the run is at step {start.step} ({start.folder}), and training.steps = {config.training.steps}; raise it to "
+            "train on"
+        )
     while start is not None and options.verify:
         from symbiotic_titan.checkpoint.verify import damage_on_any_rank, tell_all
 

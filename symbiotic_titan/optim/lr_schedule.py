@@ -167,11 +167,14 @@ def build_schedulers(
     Afterwards every group's ``schedule`` holds all settings that its factor depends on.
     """
     factors = []
+    known: dict[str, Callable[[int], float]] = {}  # each is checked, and warned of, once
     for optimizer in optimizers:
         own = []
         for group in optimizer.param_groups:
             shape = dataclasses.replace(config, **group.get("schedule", {}))
-            own.append(schedule_factor(shape, training_steps))
+            if str(shape) not in known:
+                known[str(shape)] = schedule_factor(shape, training_steps)
+            own.append(known[str(shape)])
             group["schedule"] = dataclasses.asdict(shape)
             if shape.total_steps is None:
                 group["schedule"]["total_steps"] = training_steps

@@ -8,9 +8,12 @@ a stop signal, and an error in the data of the next step, end the run after the 
 
 import contextlib
 import functools
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -132,8 +135,18 @@ class SymbioticTrainer(Trainer):
         )
 
     def init_distributed(self) -> ParallelDims:
+        comm = self.job_config.comm
+        # The folder of traces is made once all ranks know that the run starts; torchtitan would make it on a rank that waits for one
+        # that refuses. torchrun's value of the variable is always overridden, with a warning.
+        os.environ.pop("TORCH_NCCL_ASYNC_ERROR_HANDLING", None)
+        self.job_config.comm = replace(comm, save_traces_folder=tempfile.gettempdir())
         dims = super().init_distributed()
+        self.job_config.comm = comm
         self.start = share_start(self.start, self.job_config)
+        if comm.trace_buf_size > 0:
+            traces = Path(self.job_config.job.dump_folder, comm.save_traces_folder)
+            traces.mkdir(parents=True, exist_ok=True)
+            os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(traces / comm.save_traces_file_prefix)
         self.given |= self.start.entries.keys() if self.start else set()
         return dims
 

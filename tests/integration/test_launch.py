@@ -10,7 +10,15 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from symbiotic_titan.weights.damage import choose_step
 from tests.helpers import forked
-from tests.helpers.launch import ROOT, arguments_of, environments, free_port
+from tests.helpers.launch import (
+    NUM_STEPS,
+    ROOT,
+    arguments_of,
+    environments,
+    free_port,
+    start_ranks,
+    train,
+)
 
 ONE_MACHINE = ["--rdzv_backend", "symbiotic", "--rdzv_endpoint", "localhost:0", "--rdzv_id", "test"]
 
@@ -120,6 +128,30 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path, demo):
     assert f"process {process.pid}, which has started this one, is gone: stopping" in text
     saved = int(re.search(r"SIGTERM: saving a checkpoint at step (\d+)", text)[1])
     assert 2 <= saved < 1000 and choose_step(tmp_path / "checkpoint")[:2] == (saved, {})
+
+
+def files_of(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_a_run_that_has_taken_its_steps_changes_nothing(tmp_path, demo, reference):
+    before = files_of(reference.folder)
+    again = {"training.steps": NUM_STEPS, "job.dump_folder": reference.folder}
+    run = train(tmp_path, arguments_of(tmp_path, demo, again), world_size=2)
+    words = f"nothing to do: the run is at step {NUM_STEPS} ("
+    assert run.status == 0 and run.text.splitlines()[-1].count(words) == 1, run.text
+    assert f"and training.steps = {NUM_STEPS}; raise it to train on" in run.text
+    assert files_of(reference.folder) == before
+
+
+def test_a_start_that_the_first_rank_refuses_leaves_no_folder(tmp_path, demo):
+    refused = {"checkpoint.load_step": 7, "job.dump_folder": tmp_path / "run"}
+    ranks = start_ranks(tmp_path, arguments_of(tmp_path, demo, refused), world_size=2)
+    ranks.wait_for("checkpoint.load_step: no such folder")
+    ranks.wait_for("Starting job", rank=1)
+    time.sleep(1)  # it waits for the first one
+    assert ranks.processes[1].is_alive() and not (tmp_path / "run").exists()
+    ranks.processes[1].kill()
 
 
 def wait_until(holds, seconds=120):

@@ -1,5 +1,7 @@
 """Our learning-rate schedule equals torchtitan's, bit for bit, and takes a decay from outside."""
 
+import itertools
+
 import pytest
 import torch
 from torchtitan.components.lr_scheduler import build_lr_schedulers
@@ -54,6 +56,16 @@ def test_a_run_longer_than_its_schedule_stays_at_the_last_rate(ratio, last):
     config = LRScheduler(warmup_steps=0, decay_ratio=ratio, total_steps=6, min_lr_factor=0.1)
     factor = schedule_factor(config, 20)
     assert [factor(step) for step in range(7, 20)] == pytest.approx([last] * 13)
+
+
+def test_every_combination_of_small_numbers_gives_rates_between_0_and_1():
+    numbers = itertools.product([1, 2, 5], [0, 1, 2, 7], [None, 0.0, 0.3, 0.5, 1.0], [None, 1, 3])
+    for steps, warmup, ratio, total in numbers:
+        config = LRScheduler(warmup_steps=warmup, decay_ratio=ratio, total_steps=total)
+        factor = schedule_factor(config, steps)
+        factors = [factor(step) for step in range(10)]  # a resumed run may be beyond its end
+        assert all(0.0 <= value <= 1.0 for value in factors), (config, steps)
+        assert factors[steps - 1] > 0 or (total or steps) < steps, (config, steps)
 
 
 GROUPS = {"new": 1e-3, "old": 1e-4}
