@@ -1,7 +1,11 @@
 """Degrees of parallelism: their rules, the device meshes they describe, and data ranks, the processes that read different data."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -38,6 +42,24 @@ def parallel_dims_of(
         etp=1,
         world_size=world_size,
     )
+
+
+@contextmanager
+def traces_made_later(config: JobConfig) -> Iterator[None]:
+    """In the block torchtitan makes the process group, and the ranks agree that the run starts; then the folder of ``comm``'s traces is
+    made. torchtitan would make it first, also on a rank that waits for one that refuses the start."""
+    comm = config.comm
+    # Always overridden, which torchtitan warns of; torchrun sets it.
+    os.environ.pop("TORCH_NCCL_ASYNC_ERROR_HANDLING", None)
+    config.comm = replace(comm, save_traces_folder=tempfile.gettempdir())
+    try:
+        yield
+    finally:
+        config.comm = comm
+    if comm.trace_buf_size > 0:
+        traces = Path(config.job.dump_folder, comm.save_traces_folder)
+        traces.mkdir(parents=True, exist_ok=True)
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(traces / comm.save_traces_file_prefix)
 
 
 def check_degrees(

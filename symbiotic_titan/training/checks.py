@@ -24,6 +24,7 @@ from symbiotic_titan.moe.router import check_score
 from symbiotic_titan.optim.shield_schedule import check_schedule
 from symbiotic_titan.parallel.float8 import check_converters, check_float8
 from symbiotic_titan.parallel.ranks import check_degrees
+from symbiotic_titan.process import is_first_process
 
 
 def check_device(config: JobConfig, args: ModelArgs) -> None:
@@ -216,7 +217,10 @@ def check_start(config: JobConfig) -> None:
 
 
 def check_folders(config: JobConfig, *, elsewhere: bool = False) -> None:
-    """Refuse folders of the run that cannot be written."""
+    """Refuse folders of the run that cannot be written. The first process looks: a folder that another one tries out, and removes again,
+    would seem to be one."""
+    if not is_first_process():
+        return
     dump = Path(config.job.dump_folder)
     folders = {"job.dump_folder": dump}
     if config.checkpoint.enable and not config.checkpoint.load_only:

@@ -8,12 +8,9 @@ a stop signal, and an error in the data of the next step, end the run after the 
 
 import contextlib
 import functools
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -42,7 +39,7 @@ from symbiotic_titan.optim.group_norms import group_grad_norms, group_update_rat
 from symbiotic_titan.optim.group_record import GroupRecord
 from symbiotic_titan.optim.shield_schedule import shield_scale
 from symbiotic_titan.parallel.float8 import refresh_scales
-from symbiotic_titan.parallel.ranks import data_ranks, on_host
+from symbiotic_titan.parallel.ranks import data_ranks, on_host, traces_made_later
 from symbiotic_titan.process import is_first_process
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
@@ -135,18 +132,9 @@ class SymbioticTrainer(Trainer):
         )
 
     def init_distributed(self) -> ParallelDims:
-        comm = self.job_config.comm
-        # The folder of traces is made once all ranks know that the run starts; torchtitan would make it on a rank that waits for one
-        # that refuses. torchrun's value of the variable is always overridden, with a warning.
-        os.environ.pop("TORCH_NCCL_ASYNC_ERROR_HANDLING", None)
-        self.job_config.comm = replace(comm, save_traces_folder=tempfile.gettempdir())
-        dims = super().init_distributed()
-        self.job_config.comm = comm
-        self.start = share_start(self.start, self.job_config)
-        if comm.trace_buf_size > 0:
-            traces = Path(self.job_config.job.dump_folder, comm.save_traces_folder)
-            traces.mkdir(parents=True, exist_ok=True)
-            os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(traces / comm.save_traces_file_prefix)
+        with traces_made_later(self.job_config):
+            dims = super().init_distributed()
+            self.start = share_start(self.start, self.job_config)
         self.given |= self.start.entries.keys() if self.start else set()
         return dims
 
