@@ -79,8 +79,9 @@ class SymbioticCheckpointManager(CheckpointManager):
 
         model_only = last_step and self.last_save_model_only
         state = self._flattened_model_states_sd({MODEL: self.states[MODEL]} if model_only else None)
-        save_checks.check_finite(state, step)
-        save_checks.check_room(state, Path(self.folder), step, purging=self.keep_latest_k > 0)
+        tensors = save_checks.tensors_of(state)
+        save_checks.check_finite(tensors, step)
+        save_checks.check_room(tensors, Path(self.folder), step, purging=self.keep_latest_k > 0)
         if is_first_process():
             from symbiotic_titan.checkpoint.lock import check_held
 
@@ -237,9 +238,9 @@ class SymbioticCheckpointManager(CheckpointManager):
             load_from(start, state)
             model.load_state_dict(state)
             check_given(model.model[0], start.folder)
-            from symbiotic_titan.checkpoint.save_checks import check_loaded
+            from symbiotic_titan.checkpoint.save_checks import check_loaded, tensors_of
 
-            check_loaded(state, start.folder)
+            check_loaded(tensors_of(state), start.folder)
         if self.enable and not self.load_only and is_first_process():
             if self._begun_with or step == 0:
                 self.history.begin(*self._begun_with or (0,))

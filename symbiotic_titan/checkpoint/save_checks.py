@@ -28,7 +28,8 @@ PURGE_TIMEOUT_S = 30.0
 
 
 def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of ``state``, as ``torch.distributed.checkpoint.save`` takes it, by their names in a checkpoint."""
+    """The tensors of ``state``, as ``torch.distributed.checkpoint.save`` takes it, by their names in a checkpoint. Collective, since
+    the data loader gathers its state."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
@@ -67,13 +68,13 @@ def not_finite_on_any_rank(tensors: Mapping[str, Tensor]) -> str | None:
     return f"{len(bad)} of {len(tensors)} tensors on rank {ranks}: {named}"
 
 
-def check_finite(state: Mapping[str, Any], step: int) -> None:
-    """Pass if ``state``, which the checkpoint of ``step`` would hold, is finite on all ranks. Collective.
+def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Pass if ``tensors``, which the checkpoint of ``step`` would hold, are finite on all ranks. Collective.
 
     Raises:
         FloatingPointError: names what is not, on all ranks.
     """
-    bad = not_finite_on_any_rank(tensors_of(state))
+    bad = not_finite_on_any_rank(tensors)
     if bad is not None:
         raise FloatingPointError(
             f"step {step}: its checkpoint was not written, because it is not finite in {bad}. The last checkpoint is kept; go on from it "
@@ -81,13 +82,13 @@ def check_finite(state: Mapping[str, Any], step: int) -> None:
         )
 
 
-def check_loaded(state: Mapping[str, Any], folder: Path) -> None:
-    """Pass if ``state``, which was read from the checkpoint in ``folder``, is finite on all ranks. Collective.
+def check_loaded(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Pass if ``tensors``, which were read from the checkpoint in ``folder``, are finite on all ranks. Collective.
 
     Raises:
         ValueError: names what is not, on all ranks.
     """
-    bad = not_finite_on_any_rank(tensors_of(state))
+    bad = not_finite_on_any_rank(tensors)
     if bad is not None:
         raise ValueError(
             f"checkpoint {folder} is not finite in {bad}; go on from an older one, which checkpoint.load_step names"
@@ -103,8 +104,8 @@ def bytes_of(tensors: Mapping[str, Tensor], num_ranks: int) -> int:
     return sum(t.numel() * t.itemsize for t in tensors.values()) + parts * BYTES_BESIDES
 
 
-def check_room(state: Mapping[str, Any], folder: Path, step: int, *, purging: bool) -> None:
-    """Pass if the disk of ``folder`` has room for ``state``. The first process looks, and all agree. Collective.
+def check_room(tensors: Mapping[str, Tensor], folder: Path, step: int, *, purging: bool) -> None:
+    """Pass if the disk of ``folder`` has room for ``tensors``. The first process looks, and all agree. Collective.
 
     purging: older checkpoints may be being removed; that is waited for.
 
@@ -113,7 +114,7 @@ def check_room(state: Mapping[str, Any], folder: Path, step: int, *, purging: bo
     """
     shortage = None
     if is_first_process():
-        needed = bytes_of(tensors_of(state), dist.get_world_size() if dist.is_initialized() else 1)
+        needed = bytes_of(tensors, dist.get_world_size() if dist.is_initialized() else 1)
         free = room_for(needed, folder, PURGE_TIMEOUT_S if purging else 0.0)
         if free < needed:
             shortage = f"it takes {in_words(needed)} and {in_words(free)} are free"
