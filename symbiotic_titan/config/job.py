@@ -25,7 +25,7 @@ from symbiotic_titan.config.losses import (
     losses_class,
 )
 from symbiotic_titan.config.optimizer import LR_DECAYS, Ema, Optimizer, Weights
-from symbiotic_titan.config.rows import NAME, STEPS, Range, Rows, check_row
+from symbiotic_titan.config.rows import NAME, PATH, STEPS, Range, Rows, check_row
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.registry import choice
 from symbiotic_titan.signals import STOP_SIGNALS, StopSignal
@@ -85,8 +85,8 @@ class Model(UpstreamModel):
     name: Annotated[str, NAME] = "symbiotic"
     """Which train spec to use"""
 
-    flavor: Annotated[str, NAME] = "debug"
-    """Which named size to train"""
+    flavor: Annotated[str, PATH] = "debug"
+    """Which size to train: its name, or the path of a model.json"""
 
     attention_backend: Literal["sdpa", "flex"] = "sdpa"
     """``sdpa``: dense mask, runs anywhere; ``flex``: FlexAttention with one block mask per step, needs CUDA"""
