@@ -211,10 +211,10 @@ def _kind(path: Path) -> str:
 
 
 class History:
-    """The checkpoints that a process saves into ``folder``. ``keep``: ``checkpoint.keep_latest_k``."""
+    """The checkpoints that a process saves into ``folder``. ``keep``: ``checkpoint.keep_latest_k``; ``every``: see ``surplus``."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, every: int = 0) -> None:
+        self.folder, self.keep, self.every = folder, keep, every
         self._origin = Lineage(uuid4().hex, 0, "", 0, "", 0, socket.gethostname(), _now())
         self._last: Lineage | None = None  # the checkpoint that the next one follows
 
@@ -246,12 +246,15 @@ class History:
         if lineage is not None:
             self._last = replace(lineage, completed=_now())
             _write_lineage(folder, self._last)
-        return [rename_as(path, "deleting") for path in surplus(self.folder, self.keep)]
+        doomed = surplus(self.folder, self.keep, self.every)
+        return [rename_as(path, "deleting") for path in doomed]
 
 
-def surplus(folder: Path, keep: int) -> list[Path]:
+def surplus(folder: Path, keep: int, every: int = 0) -> list[Path]:
     """The folders beyond ``keep``, where complete checkpoints come first, then abandoned ones, then damaged ones, each the newest first.
     A save that is not complete yet is none of them. Empty for 0: all are kept, and ``tidy`` sees to damaged ones.
+
+    every: the newest complete one at a multiple of it comes before all others; 0: none does.
     """
     if not keep:
         return []
@@ -261,7 +264,11 @@ def surplus(folder: Path, keep: int) -> list[Path]:
     cut_off = [path for path in steps if path not in complete and _is_older(path, newest)]
     damaged = [*cut_off, *sorted(folders_of(folder, "damaged"), key=_written)][::-1]
     aside = [*reversed(folders_of(folder, "abandoned")), *damaged]
-    return [*complete[::-1], *aside][keep:]
+    complete.reverse()
+    if every:
+        first = next((path for path in complete if (step_of(path) or 0) % every == 0), None)
+        complete.sort(key=lambda path: path != first)
+    return [*complete, *aside][keep:]
 
 
 def _is_older(path: Path, newest: Path | None) -> bool:

@@ -22,13 +22,20 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
+from torchtitan.components.checkpoint import (
+    LR_SCHEDULER,
+    MODEL,
+    OPTIMIZER,
+    AsyncMode,
+    CheckpointManager,
+)
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
-from symbiotic_titan.checkpoint.start import Start, averaged, open_weights
-from symbiotic_titan.config.job import Checkpoint
+from symbiotic_titan.checkpoint.start import Start, averaged, open_weights, share_way_back
+from symbiotic_titan.config.job import Checkpoint, JobConfig
 from symbiotic_titan.config.optimizer import Weights, clean_name
+from symbiotic_titan.parallel.float8 import refresh_scales
 from symbiotic_titan.process import DiskFull, is_first_process
 from symbiotic_titan.weights.reader import some_of
 
@@ -52,6 +59,7 @@ class SymbioticCheckpointManager(CheckpointManager):
     _start: Start | None = None  # what ``load`` reads instead of the folder that upstream finds
     _begun_with: tuple[int, str, int] | None = None  # its step, source and ``went_back_to``
     _unfinished: int | None = None  # the step whose save was not seen to end
+    _rolls_back: "tuple[JobConfig, EMA | None] | None" = None  # of a run that does
     _ending = threading.Lock()
 
     # ---- saving -------------------------------------------------------------------------------------------------------
@@ -133,7 +141,8 @@ class SymbioticCheckpointManager(CheckpointManager):
         """What is known of the folder's checkpoints; the first process uses it."""
         from symbiotic_titan.checkpoint.history import History
 
-        return History(Path(self.folder), self.keep_latest_k)
+        every = self.interval if self._rolls_back else 0
+        return History(Path(self.folder), self.keep_latest_k, every)
 
     def _purge_stale_checkpoints(self) -> None:
         """Upstream's moment, at which an asynchronous save is not complete; ``_end_save`` does it."""
@@ -234,17 +243,47 @@ class SymbioticCheckpointManager(CheckpointManager):
         start, self._start = self._start, None  # the metadata are freed once they are loaded
         if start is not None:
             logger.info(f"Loading the checkpoint from {start.folder}.")
-            state, model = self._states_to_load(model_only=False), self.states[MODEL]
-            load_from(start, state)
-            model.load_state_dict(state)
-            check_given(model.model[0], start.folder)
-            from symbiotic_titan.checkpoint.save_checks import check_loaded, tensors_of
-
-            check_loaded(tensors_of(state), start.folder)
+            self._read(start, self._states_to_load(model_only=False))
         if self.enable and not self.load_only and is_first_process():
             if self._begun_with or step == 0:
                 self.history.begin(*self._begun_with or (0,))
         return start is not None
+
+    def _read(self, start: Start, state: dict[str, Any]) -> None:
+        from symbiotic_titan.checkpoint.save_checks import check_loaded, tensors_of
+
+        load_from(start, state)
+        self.states[MODEL].load_state_dict(state)
+        check_given(self.states[MODEL].model[0], start.folder)
+        check_loaded(tensors_of(state), start.folder)
+
+    # ---- rolling back -------------------------------------------------------------------------------------------------
+
+    def prepare_to_roll_back(self, config: JobConfig, ema: "EMA | None") -> None:
+        """Keep what ``find_way_back`` finds among ``checkpoint.keep_latest_k``, if [stability] rolls back. To be called before ``load``."""
+        if config.stability.on_bad_step == "roll_back":
+            self._rolls_back = config, ema
+
+    def find_way_back(self) -> Start | None:
+        """The run's newest complete checkpoint whose step is a multiple of ``checkpoint.interval``: one that was stopped, saved at another
+        step and resumed finds the same. None if there is none. A save that is under way is waited for. Collective."""
+        assert self._rolls_back is not None
+        config, _ = self._rolls_back
+        self._async_wait()
+        return share_way_back(Path(self.folder), self.interval, verify=config.checkpoint.verify)
+
+    @torch.no_grad()
+    def roll_back(self, start: Start) -> None:
+        """Read weights, optimizer state and average again from ``start``; data, step and rates go on. Collective."""
+        assert self._rolls_back is not None
+        config, ema = self._rolls_back
+        optimizers, rates = self.states[OPTIMIZER], self.states[LR_SCHEDULER]
+        optimizers.zero_grad()  # torch makes no state to read into where there are gradients
+        _restore_average(start, ema)
+        states = {name: self.states[name] for name in (MODEL, OPTIMIZER)}
+        self._read(start, self._flattened_model_states_sd(states))
+        rates.load_state_dict(rates.state_dict())  # some optimizers' state has rates as well
+        refresh_scales(self.states[MODEL].model[0], config)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.optimizer import DEFAULT_BUILDER, Weights
 from symbiotic_titan.optim.build import ADAM_STATE, freeze_parameters
 from symbiotic_titan.process import NothingToDo, is_first_process
-from symbiotic_titan.weights.damage import complete_metadata
+from symbiotic_titan.weights.damage import complete_metadata, newest_complete_step
 from symbiotic_titan.weights.reader import CheckpointReader, Entries, Shape
 from symbiotic_titan.weights.weight_files import has_weights
 
@@ -266,6 +266,42 @@ def _start_instead(start: Start, config: JobConfig, damage: str) -> Start | None
 
     skip_damaged({start.folder: damage}, rename=True)
     return find_start(config)
+
+
+def share_way_back(folder: Path, interval: int, *, verify: bool) -> Start | None:
+    """The newest complete checkpoint in ``folder`` whose step is a multiple of ``interval``, on all ranks; None if there is none.
+    ``verify``: its bytes are verified. Damaged ones are renamed. Collective.
+
+    Raises:
+        ValueError: the folder cannot be read or changed.
+    """
+    from symbiotic_titan.checkpoint.verify import damage_on_any_rank, tell_all
+
+    start, damaged = None, dict[Path, str]()
+    while True:
+        mistake = None
+        if is_first_process():
+            try:
+                start = _way_back(folder, interval, damaged)
+            except (OSError, ValueError) as error:
+                mistake = f"the run cannot roll back: {error}"
+        tell_all(mistake)
+        start = _told(start)
+        damage = damage_on_any_rank(start.folder) if start is not None and verify else None
+        if start is None or damage is None:
+            return start
+        damaged = {start.folder: damage}
+
+
+def _way_back(folder: Path, interval: int, damaged: Mapping[Path, str]) -> Start | None:
+    from symbiotic_titan.checkpoint.history import skip_damaged
+
+    skip_damaged(damaged, rename=True)
+    step, damaged, metadata = newest_complete_step(folder, interval)
+    skip_damaged(damaged, rename=True)
+    if metadata is None:
+        return None
+    return Start(folder / f"step-{step}", step, entries_of(metadata), True, metadata)
 
 
 def averaged(entries: Entries) -> dict[str, str]:

@@ -146,12 +146,13 @@ class Stability:
     """[stability]: what follows a bad step, one whose loss or gradient norm is not finite or far above those of the steps before. It is
     found before the weights change."""
 
-    on_bad_step: Literal["stop", "skip"] = "stop"
+    on_bad_step: Literal["stop", "skip", "roll_back"] = "stop"
     """``stop``: the run ends. ``skip``: the step's data are used up, and step number and learning rate go on, but weights, optimizer
-    state and average ([ema]) stay as they are"""
+    state and average ([ema]) stay as they are. ``roll_back``: as ``skip``, but they become those of the run's newest checkpoint whose
+    step is a multiple of ``checkpoint.interval``"""
 
     max_in_a_row: Annotated[int, Range(1, 10**6)] = 3
-    """Bad steps in a row that are skipped; one more stops the run"""
+    """Bad steps in a row that do not stop the run, and with ``roll_back`` also the times that the run rolls back to the same weights"""
 
     loss_spike: Annotated[float, Range(1, ends="(]", also={0: "no limit"})] = 0.0
     """A step is bad whose total loss is more than this many times the median of the last ``window`` good steps; 0: no limit"""
@@ -166,8 +167,8 @@ class Stability:
         check_row("stability", self)
         if self.on_bad_step == "stop" and self.max_in_a_row != Stability.max_in_a_row:
             raise ValueError(
-                f"stability.max_in_a_row = {self.max_in_a_row} has no effect with stability.on_bad_step = 'stop'; set that to 'skip', or "
-                "remove max_in_a_row"
+                f"stability.max_in_a_row = {self.max_in_a_row} has no effect with stability.on_bad_step = 'stop'; set that to 'skip' or "
+                "'roll_back', or remove max_in_a_row"
             )
         if self.window != Stability.window and not self.has_limits:
             raise ValueError(

@@ -195,6 +195,24 @@ def check_ema(config: JobConfig) -> None:
         )
 
 
+def check_stability(config: JobConfig) -> None:
+    """A run that rolls back needs checkpoints of its own."""
+    options = config.checkpoint
+    if config.stability.on_bad_step != "roll_back":
+        return
+    for key, refused in (("enable", False), ("load_only", True)):
+        if getattr(options, key) is refused:
+            raise ValueError(
+                f"stability.on_bad_step = 'roll_back': the run saves no checkpoint to go back to with checkpoint.{key} = "
+                f"{str(refused).lower()}; change that, or choose 'skip'"
+            )
+    if options.interval >= config.training.steps:
+        logger.warning(
+            f"stability.on_bad_step = 'roll_back' has no effect: with checkpoint.interval = {options.interval} no step of training.steps = "
+            f"{config.training.steps} follows a checkpoint to go back to, so a bad one stops the run; choose a smaller interval"
+        )
+
+
 def check_start(config: JobConfig) -> None:
     """The checkpointer reads initial weights, so it must be enabled."""
     path, enabled = config.checkpoint.initial_load_path, config.checkpoint.enable
@@ -284,6 +302,7 @@ def check_job(
     check_validation(config)
     check_start(config)
     check_ema(config)
+    check_stability(config)
     check_converters(config)
     args = FLAVORS[config.model.flavor]
     args.update_from_config(config)

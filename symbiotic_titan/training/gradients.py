@@ -116,7 +116,7 @@ class StepGradients:
         where = f"on ranks {ranks}" if ranks else "in the backward pass"
         raise FloatingPointError(
             f"step {step}: {', '.join(bad)} not finite, {where} ({bad}); the weights were not changed. Resume from the last checkpoint "
-            "with a lower learning rate or other data, or skip such steps with stability.on_bad_step"
+            "with a lower learning rate or other data, or let stability.on_bad_step skip such steps or roll them back"
         )
 
     def forward_backward(

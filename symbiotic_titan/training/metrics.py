@@ -2,8 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class StepReport:
     ema          of [ema]: ``decay`` of the last update, ``distance/<group>`` of the weights from their average.
     skipped      samples since the start of the run: ``skipped``, ``skipped/<reason>``, ``truncated``; the share ``bad_share``.
     tokens_seen  (modalities,) tokens since the start of training.
-    skipped_steps  bad steps since the start of training, see [stability]; None where it is not in use.
+    bad_steps    ``BadSteps.counts``; empty where [stability] is not in use.
     """
 
     step: int
@@ -61,10 +61,8 @@ class StepReport:
     ema: dict[str, float]
     skipped: dict[str, float]
     tokens_seen: torch.Tensor
-    skipped_steps: int | None = None
+    bad_steps: dict[str, int] = field(default_factory=dict)
 
-
-SKIPPED_STEPS = "stability/skipped_steps"
 
 # Seconds after which a sink that failed is tried again.
 RETRY_S = 600.0
@@ -221,8 +219,7 @@ class SymbioticMetrics(MetricsProcessor):
             for name, count in zip(MODALITY_NAMES, report.tokens_seen, strict=True)
         }
         metrics |= {f"ema/{name}": value for name, value in report.ema.items()}
-        if report.skipped_steps is not None:
-            metrics |= {SKIPPED_STEPS: report.skipped_steps}
+        metrics |= {f"stability/{name}": count for name, count in report.bad_steps.items()}
         metrics |= {"shield/scale": report.shield_scale}
         metrics |= {"data/fill": report.fill}
         metrics |= {f"data/weight/{name}": weight for name, weight in report.weights.items()}
@@ -231,9 +228,9 @@ class SymbioticMetrics(MetricsProcessor):
         self.logger.log(metrics, report.step)
         self.log_console(report, metrics)
 
-    def log_skipped(self, step: int, number: int) -> None:
-        """Write that ``step`` was the bad step ``number`` that was skipped. Its losses are not logged."""
-        self.logger.log({SKIPPED_STEPS: number}, step)
+    def log_bad_step(self, step: int, counts: Mapping[str, int]) -> None:
+        """Write ``BadSteps.counts`` after ``step``, which was bad. Its losses are not logged."""
+        self.logger.log({f"stability/{name}": count for name, count in counts.items()}, step)
 
     def routing(self, step: int, assignments: torch.Tensor) -> dict[str, float]:
         """Scalars about the step's (layers, modalities, E) assignments; the full report goes to TensorBoard where one is due."""

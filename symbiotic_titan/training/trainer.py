@@ -109,7 +109,8 @@ class SymbioticTrainer(Trainer):
         if job_config.stability.on_bad_step != "stop" or job_config.stability.has_limits:
             from symbiotic_titan.training import stability
 
-            self.bad_steps = stability.BadSteps(job_config.stability)
+            self.bad_steps = stability.BadSteps(job_config.stability, self.checkpointer)
+            self.checkpointer.prepare_to_roll_back(job_config, self.ema)
             self.checkpointer.states["stability"] = self.bad_steps
         self.shield_scale = torch.ones((), device=self.device)
         self.gradients = StepGradients(
@@ -242,7 +243,7 @@ class SymbioticTrainer(Trainer):
                     fill=float(totals.modality.sum() / totals.positions),
                     skipped=self.step_data.count_skipped(),
                     tokens_seen=self.tokens_seen,
-                    skipped_steps=self.bad_steps.num_skipped if self.bad_steps else None,
+                    bad_steps=self.bad_steps.counts if self.bad_steps else {},
                 )
             )
         for hook in self.step_hooks:
@@ -252,15 +253,15 @@ class SymbioticTrainer(Trainer):
     def takes_step(
         self, losses: dict[str, float], norm: float, results: list[MicroBatchResult]
     ) -> bool:
-        """Whether the weights may change by this step; if not, [stability] skips it. The same on all ranks.
+        """Whether the weights may change by this step; if not, [stability] has skipped it or rolled back. The same on all ranks.
 
         Raises:
-            FloatingPointError: the step is bad, and is not to be skipped. The last checkpoint is kept.
+            FloatingPointError: the step is bad, and the run must stop. The last checkpoint is kept.
         """
         if self.bad_steps is not None:
             bad = self.loss_fn.not_finite(losses, norm)
-            if self.bad_steps.skips(self.step, losses["total"], norm, bad):
-                self.metrics_processor.log_skipped(self.step, self.bad_steps.num_skipped)
+            if self.bad_steps.pass_over(self.step, losses["total"], norm, bad):
+                self.metrics_processor.log_bad_step(self.step, self.bad_steps.counts)
                 return False
         self.gradients.check_finite(self.step, losses, norm, results)
         return True

@@ -90,14 +90,18 @@ def step_of(folder: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def newest_complete_step(folder: Path) -> tuple[int, dict[Path, str], Metadata | None]:
-    """(the newest step with a complete checkpoint, or -1; the damaged ones after it and what is wrong with each; its metadata)."""
+def newest_complete_step(
+    folder: Path, every: int = 1
+) -> tuple[int, dict[Path, str], Metadata | None]:
+    """(the newest step with a complete checkpoint, or -1; the damaged ones after it and what is wrong with each; its metadata). Only
+    multiples of ``every`` are looked at."""
     damaged: dict[Path, str] = {}
-    candidates = [path for path in folder.iterdir() if step_of(path) is not None]
-    for path in sorted(candidates, key=lambda p: step_of(p) or 0, reverse=True):
+    steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
+    candidates = [path for path, step in steps.items() if step % every == 0]
+    for path in sorted(candidates, key=steps.__getitem__, reverse=True):
         metadata, damage = read_metadata(path)
         if damage is None:
-            return step_of(path) or 0, damaged, metadata
+            return steps[path], damaged, metadata
         damaged[path] = damage
     return -1, damaged, None
 

@@ -188,7 +188,9 @@ SIGNATURES = {
 # Names that are imported as types, values or exceptions: they only have to exist.
 NAMES = {
     "components.checkpoint.AsyncMode",
+    "components.checkpoint.LR_SCHEDULER",
     "components.checkpoint.MODEL",
+    "components.checkpoint.OPTIMIZER",
     "tools.utils.GarbageCollection",
     "components.dataloader.BaseDataLoader",
     "components.tokenizer.BaseTokenizer",

@@ -146,6 +146,32 @@ def save_run(config):
     return kept
 
 
+def roll_back(run):
+    """What a run finds that rolls back, at multiples of 2 with the newest one damaged, and whether it then has the tensors of step 4 and
+    its own step and rate."""
+    folder = run.with_name("way_back") / "checkpoint"
+    if dist.get_rank() == 0:
+        shutil.copytree(run / "checkpoint", folder)
+        shutil.copytree(folder / "step-6", folder / "step-7")  # saved when the run was stopped
+        flip(folder / "step-6" / "__1_0.distcp")
+    dist.barrier()
+    config = config_of(f"--checkpoint.enable --checkpoint.interval 2 --job.dump_folder {run}")
+    config.job.dump_folder = str(folder.parent)
+    config.stability.on_bad_step = "roll_back"
+    model, manager, _, step = parts_of_run(config)
+    step.step = 8
+    manager.prepare_to_roll_back(config, None)
+    start = manager.find_way_back()
+    manager.roll_back(start)
+    manager.close()
+    return (
+        start.step,
+        sorted(p.name for p in folder.iterdir()),
+        step.step,
+        whole(model.state_dict()),
+    )
+
+
 def load(start, config):
     """The tensors and the step that a run has which begins with ``start``."""
     model, manager, _, step = parts_of_run(config, start.entries)
@@ -184,7 +210,8 @@ def begun(config):
 
 
 def outcomes(rank, run):
-    """Case -> (what the run starts from, what was logged); whether the state that is gone back to is that of step 4."""
+    """Case -> (what the run starts from, what was logged); whether the state that is gone back to is that of step 4; what a run that
+    rolls back goes back to."""
     register()
     saving = "--checkpoint.enable --checkpoint.interval 6 --checkpoint.async_mode async"
     base, found, equal = config_of(f"{saving} --job.dump_folder {run}"), {}, None
@@ -205,7 +232,9 @@ def outcomes(rank, run):
         if name == "bit_of_a_state":
             tensors, step = load(start, config)
             equal = step == 4 and all(torch.equal(tensors[n], expected[n]) for n in expected)
-    return found, equal
+    *way_back, tensors = roll_back(run)
+    way_back.append(all(torch.equal(tensors[n], expected[n]) for n in expected))
+    return found, equal, way_back
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +245,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_damage_is_named_and_the_run_starts_from_what_is_whole(ranks, name):
-    folder, ((first, _), (second, _)) = ranks
+    folder, ((first, *_), (second, *_)) = ranks
     _, _, expected, logged = CASES[name]
     if isinstance(expected, str):
         expected = expected.replace("FOLDER", str(folder / name / "checkpoint"))
@@ -227,4 +256,9 @@ def test_every_damage_is_named_and_the_run_starts_from_what_is_whole(ranks, name
 
 
 def test_the_state_gone_back_to_is_the_one_that_was_saved(ranks):
-    assert [equal for _, equal in ranks[1]] == [True, True]
+    assert [equal for _, equal, _ in ranks[1]] == [True, True]
+
+
+def test_a_run_rolls_back_to_the_newest_whole_checkpoint_of_the_interval(ranks):
+    left = ["damaged-6", "step-2", "step-4", "step-7"]
+    assert [way_back for *_, way_back in ranks[1]] == [[4, left, 8, True]] * 2

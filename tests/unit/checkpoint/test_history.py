@@ -247,6 +247,14 @@ def test_keep_latest_k_complete_ones_are_left_after_every_save(tmp_path, keep):
     assert damage_of(tmp_path / "step-7") is None
 
 
+def test_the_one_to_roll_back_to_is_kept_among_them(tmp_path):
+    history, left = History(tmp_path, 2, every=10), []
+    for step in (10, 13, 16, 19, 20, 21):
+        save(history, step)
+        left.append(" ".join(names(tmp_path)).replace("step-", ""))
+    assert left == ["10", "10 13", "10 16", "10 19", "19 20", "20 21"]
+
+
 def test_no_complete_one_is_deleted_for_a_save_that_has_not_finished(tmp_path):
     history = a_run(tmp_path, 1, 2, keep=2)
     save(history, 3, complete=False)

@@ -134,6 +134,11 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
             "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op --activation_checkpoint.debug",
             "activation_checkpoint.debug = true: torch cannot debug the checkpointing of single operators",
         ),
+        (
+            "--stability.on_bad_step roll_back --checkpoint.no_enable",
+            "stability.on_bad_step = 'roll_back': the run saves no checkpoint to go back to with checkpoint.enable = false",
+        ),
+        ("--stability.on_bad_step roll_back --checkpoint.load_only", "checkpoint.load_only = true"),
         ("--training.gc_debug", "training.gc_debug = true needs an accelerator: it looks for ten"),
         (
             "--profiling.enable_profiling --profiling.profile_freq 3",
@@ -285,6 +290,14 @@ def test_a_stage_after_the_last_step_is_pointed_out(tmp_path, caplog):
         config_of(tmp_path, "--training.steps", "19", old="[checkpoint]", new=STAGE % "generation")
     )
     assert "#1: from_step = 20 has no effect, the run ends at training.steps = 19" in caplog.text
+
+
+def test_an_interval_that_leaves_no_step_to_roll_back_is_pointed_out(tmp_path, caplog):
+    options = ["--stability.on_bad_step", "roll_back", "--checkpoint.interval", "20"]
+    check_job(config_of(tmp_path, "--training.steps", "21", *options))
+    assert "has no effect" not in caplog.text
+    check_job(config_of(tmp_path, "--training.steps", "20", *options))
+    assert "'roll_back' has no effect: with checkpoint.interval = 20 no step of" in caplog.text
 
 
 def test_reducing_gradients_once_has_an_effect_with_ranks_and_micro_batches_alone(tmp_path, caplog):
