@@ -1,5 +1,7 @@
 """What a call costs: peak memory and seconds of a process that does nothing else."""
 
+import ctypes
+import gc
 import multiprocessing
 import resource
 import time
@@ -39,6 +41,9 @@ def cost_of(function: Callable[..., Any], *args: Any, seconds: float = 60) -> Co
 
 
 def _measure(pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    # What the parent has freed but kept would be used first and not be counted.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     # The peak that the parent had reached is inherited; the kernel forgets it when 5 is written there.
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")

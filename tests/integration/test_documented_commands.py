@@ -64,6 +64,7 @@ ELSEWHERE = {
 }
 # Beginning of a command -> why no run of CI does it.
 NOT_RUN = {
+    "-m tests.helpers.row_kernels_compiled": "needs Triton; tests/unit/moe/test_moe_row_kernels.py runs it where that is installed",
     "pip install": "the environment is made by tools/setup_env.sh",
     "tensorboard": "serves until it is stopped; .ci/run reads the same logs with --inspect",
     "tests/bitwise_guard.py": "compares two commits",

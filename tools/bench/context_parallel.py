@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from bench_timing import machine
-from step_child import load_config, make_trainer, register, stepper
+from step_child import load_config, make_trainer, note_steps, register, stepper
 
 MIB = 2**20
 
@@ -74,13 +74,7 @@ def rank_main(rank: int, options: dict[str, Any]) -> None:
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(options["config"], folder, options["steps"], options["overrides"])
-        check = trainer.check_finite
-
-        def note_loss(values: dict[str, float], *args: Any) -> None:
-            losses.append(values["total"])
-            check(values, *args)
-
-        trainer.check_finite = note_loss
+        note_steps(trainer, lambda values, grad_norm: losses.append(values["total"]))
         step = stepper(trainer)
         before = process_memory_bytes()
         for _ in range(options["steps"] - 1):

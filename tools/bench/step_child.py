@@ -100,17 +100,26 @@ def stepper(trainer: Any) -> Callable[[], None]:
     return step
 
 
+def note_steps(trainer: Any, note: Callable[[dict[str, float], float], object]) -> None:
+    """Call ``note`` with the losses and the gradient norm of every step, before the weights change."""
+    if hasattr(trainer, "check_finite"):  # older checkouts
+        owner, name = trainer, "check_finite"
+    else:
+        owner, name = trainer.loss_fn, "not_finite"
+    check = getattr(owner, name)
+
+    def checked(losses: dict[str, float], grad_norm: float, *args: Any) -> Any:
+        note(losses, grad_norm)
+        return check(losses, grad_norm, *args)
+
+    setattr(owner, name, checked)
+
+
 def timed_stepper(trainer: Any) -> Callable[[], dict[str, float]]:
     """Takes a step and returns its ``seconds``, ``cpu_seconds`` and ``loss``."""
-    step, check = stepper(trainer), trainer.check_finite
+    step, clock = stepper(trainer), Clock(default_device())
     losses: list[float] = []
-    clock = Clock(default_device())
-
-    def note_loss(values: dict[str, float], *args: Any) -> None:
-        losses.append(values["total"])
-        check(values, *args)
-
-    trainer.check_finite = note_loss  # every step passes its losses to it before the weights change
+    note_steps(trainer, lambda values, grad_norm: losses.append(values["total"]))
 
     def timed() -> dict[str, float]:
         cpu, begin = time.process_time(), clock.now()

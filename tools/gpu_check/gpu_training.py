@@ -16,7 +16,7 @@ import torch
 from bench_timing import Clock
 from gpu_measures import demo_data
 from gpu_notes import Notes, Settings
-from step_child import make_trainer, register, stepper
+from step_child import make_trainer, note_steps, register, stepper
 
 from symbiotic_titan.checkpoint.start import find_start
 from symbiotic_titan.config.load import load_job_config
@@ -74,17 +74,12 @@ def train(
     found: list[Step] = []
     with forgotten():
         trainer = SymbioticTrainer(config, find_start(config))
-        check = trainer.check_finite
-
-        def note(losses: dict[str, float], grad_norm: float, *args: Any) -> None:
-            found.append((losses["total"], grad_norm))
-            check(losses, grad_norm, *args)
+        note_steps(trainer, lambda losses, norm: found.append((losses["total"], norm)))
 
         def stop(step: int) -> None:
             if step == stop_after:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        trainer.check_finite = note  # type: ignore[method-assign, assignment]
         trainer.step_hooks.append(stop)
         try:
             trainer.train()

@@ -124,11 +124,11 @@ ROWS = [{**ROW, "name": t, "task": t, "weight": w} for t, w in WEIGHTS.items()]
         ),
         (
             {"max_row_share": {"lm": 0.0}},
-            "data.max_row_share.lm: must lie above 0 and be at most 1",
+            "data.max_row_share.lm: must lie in (0, 1]",
         ),
         (
             {"max_row_share": {"lm": 1.5}},
-            "data.max_row_share.lm: must lie above 0 and be at most 1",
+            "data.max_row_share.lm: must lie in (0, 1]",
         ),
         (
             {"max_row_share": {"lm": 0.3, "mmu": 0.3, "t2i": 0.1, "t2i_long": 0.2}},
