@@ -22,11 +22,17 @@ class Cost:
     seconds: float
 
 
-def cost_of(function: Callable[..., Any], *args: Any, seconds: float = 60) -> Cost:
-    """The cost of ``function(*args)`` in a forked process. Raises AssertionError where it dies or does not end in time."""
+def cost_of(
+    function: Callable[..., Any],
+    *args: Any,
+    seconds: float = 60,
+    before: Callable[[], object] = lambda: None,
+) -> Cost:
+    """The cost of ``function(*args)`` in a forked process. Raises AssertionError where it dies or does not end in time. ``before`` is
+    called first there, and does not count: it can load the code that the call runs."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(theirs, function, args))
+    process = context.Process(target=_measure, args=(theirs, before, function, args))
     process.start()
     theirs.close()
     try:
@@ -40,7 +46,13 @@ def cost_of(function: Callable[..., Any], *args: Any, seconds: float = 60) -> Co
         process.join()
 
 
-def _measure(pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _measure(
+    pipe: Any,
+    before_call: Callable[[], object],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    before_call()
     # What the parent has freed but kept would be used first and not be counted.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -27,6 +27,7 @@ from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.partition.apply import partition_checkpoint
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
+from symbiotic_titan.weights.digests import SUMS
 from symbiotic_titan.weights.new_folder import MANIFEST
 from symbiotic_titan.weights.safetensors import (
     SafetensorsModel,
@@ -126,7 +127,7 @@ def test_a_release_comes_back_bit_for_bit(tmp_path, release, layout, besides, dt
     )
     assert names == {
         *("config.json", "tokenizer.json", "preprocessor_config.json", "LICENSE"),
-        *("model.safetensors.index.json", MANIFEST),
+        *("model.safetensors.index.json", MANIFEST, SUMS),
     }
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
 
