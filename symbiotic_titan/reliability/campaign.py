@@ -96,6 +96,10 @@ class Findings:
         of = {kind: [t.problem is None for t in self.trials if t.kind == kind] for kind in kinds}
         return {kind: {"trials": len(fine), "well": sum(fine)} for kind, fine in of.items()}
 
+    @property
+    def num_problems(self) -> int:
+        return len(self.problems) + sum(trial.problem is not None for trial in self.trials)
+
     def as_dict(self) -> dict[str, object]:
         bad = [asdict(trial) for trial in self.trials if trial.problem is not None]
         worst: dict[str, float] = {}
@@ -157,7 +161,7 @@ class Chain:
         self.folder.mkdir(parents=True)
         self.disk = small_disk(self.folder / "disk", DISK_MEGABYTES)
         self.damaged: dict[int, Trial] = {}
-        self.number = 0
+        self.number, self._known_problems = 0, findings.num_problems
 
     @property
     def dump_folder(self) -> Path:
@@ -324,6 +328,6 @@ class Chain:
         if difference > allowed:
             what = f"differs by {difference:.2g} from a run without faults"
             self.findings.problems.append(f"{what}: {self.folder}")
-        elif self.folder.is_relative_to(self.settings.folder):
-            shutil.rmtree(self.folder)
+        if self.findings.num_problems == self._known_problems:
+            shutil.rmtree(self.folder)  # no one needs its logs
         return False

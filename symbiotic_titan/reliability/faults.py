@@ -23,6 +23,7 @@ from symbiotic_titan.reliability.runs import (
     workers_of,
 )
 
+LINEAGE = "lineage.json"  # tells where a checkpoint comes from, and may be missing
 STOPPED = 0
 MISTAKE = 2
 DISK_FULL = 3
@@ -133,8 +134,8 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
 
 
 def damage(checkpoint: Path, chance: random.Random) -> str:
-    """Damage a file of ``checkpoint``. Returns what was done."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    """Damage a file of ``checkpoint`` that has its state or proves it. Returns what was done."""
+    files = sorted(path for path in checkpoint.iterdir() if path.name != LINEAGE)
     shards = [path for path in files if path.suffix == ".distcp"]
     path = chance.choice(shards if chance.random() < 0.7 else files)
     # Without the file that proves it, a checkpoint is one of an older version.

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ CHECKPOINTS = "checkpoint"
 STARTS = re.compile(r"Training starts at step (\d+)")
 STEP = re.compile(r"step: *(\d+) ")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.01
+MARK = "SYMBIOTIC_RELIABILITY"  # variable of the environment
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,15 @@ LAYOUTS = {
 
 
 class Started:
-    """A training command in a session of its own, which prints into ``log``."""
+    """A training command in a session of its own, which prints into ``log``. Its processes are known by a mark in their environment,
+    since a launcher gives each rank another session."""
 
     def __init__(self, command: list[str], processes: int, log: Path) -> None:
         self.log, self.num_processes = log, processes
+        self._mark = f"{MARK}={uuid4().hex}"
+        self._own: dict[tuple[int, int], bool] = {}
         environment = os.environ | {"NGPU": str(processes), "OMP_NUM_THREADS": "1"}
+        environment[MARK] = self._mark.partition("=")[2]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command,
@@ -82,9 +88,19 @@ class Started:
         return max(map(int, STEP.findall(self.text())), default=0)
 
     def alive(self) -> list[int]:
-        """Processes of the session, whoever their parent is by now."""
+        """Its processes, whoever their parent is by now."""
         self.process.poll()
-        return [p.pid for p in processes() if p.session == self.pid and p.state != "Z"]
+        return [p.pid for p in processes() if p.state != "Z" and self._is_own(p)]
+
+    def _is_own(self, process: "Process") -> bool:
+        key = process.pid, process.start
+        if key not in self._own:
+            try:
+                environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+            except OSError:
+                return False
+            self._own[key] = self._mark.encode() in environment
+        return self._own[key]
 
     def end(self) -> int:
         """Kill what is left. Returns the status of the command."""
@@ -111,7 +127,8 @@ class Process:
     pid: int
     state: str
     parent: int
-    session: int
+    start: int
+    """Clock ticks since the machine was started: with it a number is told from its later uses."""
 
 
 def processes() -> Iterator[Process]:
@@ -120,10 +137,10 @@ def processes() -> Iterator[Process]:
         if not folder.name.isdigit():
             continue
         try:
-            state, parent, _, session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            state, parent, *rest = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue  # it has ended
-        yield Process(int(folder.name), state, int(parent), int(session))
+        yield Process(int(folder.name), state, int(parent), int(rest[17]))
 
 
 def launchers_of(started: Started) -> list[int]:
