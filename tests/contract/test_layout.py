@@ -5,9 +5,10 @@ in ``tests/helpers/structure.py``, which prints them as a table; wrong examples 
 """
 
 import ast
+import functools
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -179,8 +180,10 @@ def registered_twice(files: Mapping[str, str], registry: str) -> list[str]:
     return sorted({name for name in names if names.count(name) > 1})
 
 
-def strings_together(source: str) -> Iterator[tuple[int, list[str]]]:
+@functools.cache  # asked for each registry anew; parsing all files takes a second
+def strings_together(source: str) -> tuple[tuple[int, list[str]], ...]:
     """Line and strings of every tuple, list, set, dict's keys or ``Literal[...]`` that holds strings only."""
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Tuple | ast.List | ast.Set):
             parts: list[ast.expr | None] = [*node.elts]
@@ -191,7 +194,8 @@ def strings_together(source: str) -> Iterator[tuple[int, list[str]]]:
         values = [part.value for part in parts if isinstance(part, ast.Constant)]
         strings = [value for value in values if isinstance(value, str)]
         if len(strings) == len(parts):
-            yield node.lineno, strings
+            found.append((node.lineno, strings))
+    return tuple(found)
 
 
 def listed_again(files: Mapping[str, str], homes: set[str], names: set[str]) -> list[str]:

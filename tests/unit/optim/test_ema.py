@@ -190,7 +190,9 @@ def test_mistakes_name_key_rule_and_remedy():
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_decay_lies_between_0_and_1(decay):
-    with pytest.raises(ValueError, match=r"ema\.decay: must (lie in \(0, 1\)|be a finite number), got"):
+    with pytest.raises(
+        ValueError, match=r"ema\.decay: must (lie in \(0, 1\)|be a finite number), got"
+    ):
         Ema(decay=decay)
     with pytest.raises(ValueError, match=r"ema\.interval: must be at least 1, got 0"):
         Ema(interval=0)
