@@ -216,12 +216,12 @@ class Chain:
             begin = time.monotonic()
             ended = wait_until(lambda: not started.alive(), self.settings.patience)
             seconds = time.monotonic() - begin
+            self._judge_start(started, before)  # a step that was damaged may be saved anew by now
             problem = self._problem(started, fault, before) if ended else "hangs"
             trial = Trial(
                 fault.kind, self.layout.name, moment, fault.what, str(log), seconds, problem
             )
             self.findings.trials.append(trial)
-            self._judge_start(started, before)
             return True
         finally:
             started.end()
