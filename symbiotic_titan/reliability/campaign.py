@@ -329,5 +329,5 @@ class Chain:
             what = f"differs by {difference:.2g} from a run without faults"
             self.findings.problems.append(f"{what}: {self.folder}")
         if self.findings.num_problems == self._known_problems:
-            shutil.rmtree(self.folder)  # no one needs its logs
+            shutil.rmtree(self.folder)  # with its logs
         return False

@@ -20,7 +20,7 @@ STARTS = re.compile(r"Training starts at step (\d+)")
 STEP = re.compile(r"step: *(\d+) ")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 POLL_SECONDS = 0.01
-MARK = "SYMBIOTIC_RELIABILITY"  # variable of the environment
+VARIABLE = "SYMBIOTIC_RELIABILITY"  # of the environment
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ LAYOUTS = {
 
 
 class Started:
-    """A training command in a session of its own, which prints into ``log``. Its processes are known by a mark in their environment,
+    """A training command in a session of its own, which prints into ``log``. Its processes are known by a variable in their environment,
     since a launcher gives each rank another session."""
 
     def __init__(self, command: list[str], processes: int, log: Path) -> None:
         self.log, self.num_processes = log, processes
-        self._mark = f"{MARK}={uuid4().hex}"
+        self._setting = f"{VARIABLE}={uuid4().hex}"
         self._own: dict[tuple[int, int], bool] = {}
         environment = os.environ | {"NGPU": str(processes), "OMP_NUM_THREADS": "1"}
-        environment[MARK] = self._mark.partition("=")[2]
+        environment[VARIABLE] = self._setting.partition("=")[2]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command,
@@ -99,7 +99,7 @@ class Started:
                 environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
             except OSError:
                 return False
-            self._own[key] = self._mark.encode() in environment
+            self._own[key] = self._setting.encode() in environment
         return self._own[key]
 
     def end(self) -> int:
