@@ -105,13 +105,7 @@ class SymbioticTrainer(Trainer):
         self.step_hooks: list[Callable[[int], None]] = []
         self.checkpointer.states["param_groups"] = GroupRecord(self.model_parts[0], self.optimizers)  # type: ignore[arg-type]
         self.checkpointer.on_failed_save = functools.partial(self.stop.request, "a failed save")
-        self.bad_steps: BadSteps | None = None
-        if job_config.stability.on_bad_step != "stop" or job_config.stability.has_limits:
-            from symbiotic_titan.training import stability
-
-            self.bad_steps = stability.BadSteps(job_config.stability, self.checkpointer)
-            self.checkpointer.prepare_to_roll_back(job_config, self.ema)
-            self.checkpointer.states["stability"] = self.bad_steps
+        self.bad_steps = self.find_bad_steps(job_config)
         self.shield_scale = torch.ones((), device=self.device)
         self.gradients = StepGradients(
             model=cast(SymbioticModel, self.model_parts[0]),
@@ -131,6 +125,18 @@ class SymbioticTrainer(Trainer):
             job_config.training.seq_len,
             image_patches=geometry.vit_budget(seen)[1] if seen else None,
         )
+
+    def find_bad_steps(self, config: JobConfig) -> "BadSteps | None":
+        """What passes over bad steps, as a part of checkpoints; None where [stability] asks for nothing."""
+        if config.stability.on_bad_step == "stop" and not config.stability.has_limits:
+            return None
+        from symbiotic_titan.training.stability import BadSteps
+
+        self.checkpointer.prepare_to_roll_back(config, self.ema)
+        found = self.checkpointer.states["stability"] = BadSteps(
+            config.stability, self.checkpointer
+        )
+        return found
 
     def init_distributed(self) -> ParallelDims:
         with traces_made_later(self.job_config):
