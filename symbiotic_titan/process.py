@@ -109,15 +109,21 @@ def machine() -> str:
         return socket.gethostname()
 
 
+def process_fields(pid: int) -> list[str]:
+    """What Linux says of process ``pid`` after its name: state, parent, ..., see proc_pid_stat(5). Empty where there is none."""
+    try:
+        # The name of the program, in parentheses, may itself have spaces and parentheses.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def process_start(pid: int) -> str:
     """When process ``pid`` of this machine was started, in ticks since boot: tells it from a later one with its number. Empty where
     there is no such process, or no /proc."""
-    try:
-        # The name of the program, in parentheses, may itself have spaces and parentheses.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return ""
-    return "" if state in ("Z", "X") else fields[18]  # one that was killed and not yet waited for
+    fields = process_fields(pid)
+    # One that was killed and not yet waited for is none.
+    return "" if not fields or fields[0] in ("Z", "X") else fields[19]
 
 
 def is_running(pid: int, start: str = "") -> bool:

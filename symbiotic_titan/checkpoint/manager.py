@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
-from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import (
     LR_SCHEDULER,
     MODEL,
@@ -34,7 +33,7 @@ from torchtitan.tools.utils import GarbageCollection
 
 from symbiotic_titan.checkpoint.start import Start, averaged, open_weights, share_way_back
 from symbiotic_titan.config.job import Checkpoint, JobConfig
-from symbiotic_titan.config.optimizer import Weights, clean_name
+from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.parallel.float8 import refresh_scales
 from symbiotic_titan.process import DiskFull, is_first_process
 from symbiotic_titan.weights.reader import some_of
@@ -254,7 +253,6 @@ class SymbioticCheckpointManager(CheckpointManager):
 
         load_from(start, state)
         self.states[MODEL].load_state_dict(state)
-        check_given(self.states[MODEL].model[0], start.folder)
         check_loaded(tensors_of(state), start.folder)
 
     # ---- rolling back -------------------------------------------------------------------------------------------------
@@ -312,6 +310,8 @@ def load_from(start: Start, state: dict[str, Any]) -> None:
 
 def read_weights(start: Start, model: nn.Module, weights: Weights, ema: "EMA | None") -> None:
     """Fill ``model``, sharded or not, and start its average from there. Collective."""
+    from symbiotic_titan.checkpoint.save_checks import check_loaded
+
     logger.info(f"Loading the weights in {start.folder} ({weights}).")
     tensors = cast(dict[str, Tensor], get_model_state_dict(model))
     if start.is_distributed:
@@ -319,7 +319,7 @@ def read_weights(start: Start, model: nn.Module, weights: Weights, ema: "EMA | N
         load_from(start, {chosen.get(name, name): tensor for name, tensor in tensors.items()})
     else:
         open_weights(start.folder, weights).read_into(tensors)
-    check_given(model, start.folder)
+    check_loaded(tensors, start.folder)
     if ema is not None:
         ema.restart()
 
@@ -360,19 +360,3 @@ def _log_differences(folder: Path, names: Iterable[str], stored: Iterable[str]) 
     if old := sorted(stored - names):
         what = "averages other groups now" if names else "is off"
         logger.info(f"[ema] {what}: the average of {some_of(old)} in {folder} is not used")
-
-
-def check_given(model: nn.Module, folder: Path) -> None:
-    """Pass if no tensor of ``model`` has NaN, which ``model.initialize`` writes where a checkpoint gives the values.
-
-    Raises:
-        ValueError: names those that have.
-    """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    local = ((n, t.to_local() if isinstance(t, DTensor) else t) for n, t in tensors)
-    without = [clean_name(name) for name, tensor in local if tensor.isnan().any()]  # device sync
-    if without:
-        raise ValueError(
-            f"checkpoint {folder} gave no values, or NaN, to {some_of(without)}, which were not initialised either; start from another "
-            "checkpoint"
-        )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.utils import get_total_norm
+from torchtitan.components.checkpoint import DATALOADER
 
 from symbiotic_titan.optim.group_norms import local_part
 from symbiotic_titan.parallel.ranks import gather_over_ranks
@@ -28,10 +29,12 @@ PURGE_TIMEOUT_S = 30.0
 
 
 def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of ``state``, as ``torch.distributed.checkpoint.save`` takes it, by their names in a checkpoint. Collective, since
-    the data loader gathers its state."""
+    """The tensors of ``state``, as ``torch.distributed.checkpoint.save`` takes it, by their names in a checkpoint. The data loader has
+    none and is not asked, since it would gather its state from all ranks."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
+        if name == DATALOADER:
+            continue
         if isinstance(value, Tensor):
             found[name] = value
             continue
@@ -83,7 +86,8 @@ def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
 
 
 def check_loaded(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Pass if ``tensors``, which were read from the checkpoint in ``folder``, are finite on all ranks. Collective.
+    """Pass if ``tensors``, which were read from the checkpoint in ``folder``, are finite on all ranks. Where it gave a weight no value, NaN
+    of ``model.initialize`` is left. Collective.
 
     Raises:
         ValueError: names what is not, on all ranks.
@@ -91,7 +95,8 @@ def check_loaded(tensors: Mapping[str, Tensor], folder: Path) -> None:
     bad = not_finite_on_any_rank(tensors)
     if bad is not None:
         raise ValueError(
-            f"checkpoint {folder} is not finite in {bad}; go on from an older one, which checkpoint.load_step names"
+            f"checkpoint {folder} is not finite, or has no values, in {bad}; use another one, or name an older one with "
+            "checkpoint.load_step"
         )
 
 

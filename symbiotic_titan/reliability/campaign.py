@@ -12,9 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from symbiotic_titan.process import DISK_FULL, MISTAKE
 from symbiotic_titan.reliability.faults import (
-    DISK_FULL,
-    MISTAKE,
     RUNNING,
     Fault,
     damage,

@@ -1,7 +1,6 @@
 """What a reliability campaign does to a run, and what must become of it.
 
-A fault hits a run at a moment: during start-up, in a step, or while a checkpoint is written. ``Outcome`` is what a person would find
-afterwards.
+``reliability.campaign`` draws the moment: during start-up, in a step, or while a checkpoint is written.
 """
 
 import contextlib
@@ -22,12 +21,9 @@ from symbiotic_titan.reliability.runs import (
     wait_until,
     workers_of,
 )
+from symbiotic_titan.signals import STOP_SIGNALS
 
-LINEAGE = "lineage.json"  # tells where a checkpoint comes from, and may be missing
 STOPPED = 0
-MISTAKE = 2
-DISK_FULL = 3
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass
@@ -65,7 +61,7 @@ def kill(started: Started, chance: random.Random) -> Fault:
 
 def stop_signal(started: Started, chance: random.Random) -> Fault:
     """One of the signals that stop a run, to the process that a user or a queue knows."""
-    number = chance.choice(SIGNALS)
+    number = signal.Signals[chance.choice(STOP_SIGNALS)]
     send(started.pid, number)
     return Fault("signal", number.name, saves=True, statuses=(STOPPED,))
 
@@ -135,6 +131,8 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
 
 def damage(checkpoint: Path, chance: random.Random) -> str:
     """Damage a file of ``checkpoint`` that has its state or proves it. Returns what was done."""
+    from symbiotic_titan.checkpoint.history import LINEAGE  # loads torchtitan
+
     files = sorted(path for path in checkpoint.iterdir() if path.name != LINEAGE)
     shards = [path for path in files if path.suffix == ".distcp"]
     path = chance.choice(shards if chance.random() < 0.7 else files)

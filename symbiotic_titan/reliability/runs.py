@@ -14,6 +14,8 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from symbiotic_titan.process import process_fields
+
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = "checkpoint"
 STARTS = re.compile(r"Training starts at step (\d+)")
@@ -134,13 +136,9 @@ class Process:
 def processes() -> Iterator[Process]:
     """All of this machine, from /proc."""
     for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            state, parent, *rest = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it has ended
-        yield Process(int(folder.name), state, int(parent), int(rest[17]))
+        fields = process_fields(int(folder.name)) if folder.name.isdigit() else []
+        if fields:  # else it has ended
+            yield Process(int(folder.name), fields[0], int(fields[1]), int(fields[19]))
 
 
 def launchers_of(started: Started) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from symbiotic_titan.checkpoint.manager import check_given
+from symbiotic_titan.checkpoint.save_checks import check_loaded
 from symbiotic_titan.checkpoint.start import (
     check_resumable,
     check_weights,
@@ -151,11 +151,14 @@ def test_checkpoint_of_an_optimizer_without_state_fits(tmp_path):
 
 def test_a_tensor_that_nothing_gave_a_value_is_named():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    assert check_given(model, Path("start")) is None
+    assert check_loaded(model.state_dict(), Path("start")) is None
     with torch.no_grad():
         model[1].bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="start gave no values, or NaN, to 1.bias, which were"):
-        check_given(model, Path("start"))
+    message = (
+        r"start is not finite, or has no values, in 1 of 4 tensors on rank 0: 1.bias \(NaN\); use"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_loaded(model.state_dict(), Path("start"))
 
 
 @pytest.mark.parametrize(
