@@ -26,10 +26,10 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from symbiotic_titan.process import INTERRUPTED, MACHINES_MISSING, MISTAKE, loading
-from symbiotic_titan.signals import STOP_SIGNALS, follow_parent
+from symbiotic_titan.signals import StopSignal, follow_parent
 
 received: list[int] = []
 # Of each thread the processes that it has started.
@@ -65,12 +65,14 @@ def handle_signals() -> list[str]:
     """Pass stop signals on. Returns the arguments that make torch's launcher leave them alone."""
     if not OWN_TASKS.is_dir():  # not Linux
         return []
-    for name in STOP_SIGNALS:
+    for name in get_args(StopSignal):  # checkpoint.stop_signals may choose any
         # One that is ignored stays so: nohup's SIGHUP. But a script's background process ignores SIGINT, which a user may send.
         if name == "SIGINT" or signal.getsignal(signal.Signals[name]) != signal.SIG_IGN:
             signal.signal(signal.Signals[name], pass_on)
     # run_train.sh holds them back until there are handlers.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.Signals[name] for name in STOP_SIGNALS])
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, [signal.Signals[name] for name in get_args(StopSignal)]
+    )
     return ["--signals-to-handle", "SIGQUIT"]
 
 

@@ -35,6 +35,7 @@ from symbiotic_titan.checkpoint.start import Start, averaged, open_weights, shar
 from symbiotic_titan.config.job import Checkpoint, JobConfig
 from symbiotic_titan.config.optimizer import Weights
 from symbiotic_titan.parallel.float8 import refresh_scales
+from symbiotic_titan.parallel.ranks import gather_over_ranks
 from symbiotic_titan.process import DiskFull, is_first_process
 from symbiotic_titan.weights.reader import some_of
 
@@ -81,6 +82,7 @@ class SymbioticCheckpointManager(CheckpointManager):
         Raises:
             FloatingPointError: the checkpoint would hold NaN or infinities.
             DiskFull: the disk has no room for it.
+            OSError, ValueError: its folder cannot be made, or another run has taken the lock.
         """
         from symbiotic_titan.checkpoint import save_checks  # only runs that save need it
 
@@ -89,11 +91,22 @@ class SymbioticCheckpointManager(CheckpointManager):
         tensors = save_checks.tensors_of(state)
         save_checks.check_finite(tensors, step)
         save_checks.check_room(tensors, Path(self.folder), step, purging=self.keep_latest_k > 0)
-        if is_first_process():
-            from symbiotic_titan.checkpoint.lock import check_held
+        failure = self._begin_save(step) if is_first_process() else None
+        failure = gather_over_ranks(failure)[0]
+        if failure is not None:
+            raise failure
 
+    def _begin_save(self, step: int) -> Exception | None:
+        """Make the folder of a checkpoint. Returns what went wrong, since the other ranks wait to hear of it."""
+        from symbiotic_titan.checkpoint.lock import check_held
+        from symbiotic_titan.checkpoint.save_checks import as_disk_full
+
+        try:
             check_held(Path(self.folder))
             self.history.begin_save(step)
+        except (OSError, ValueError) as error:
+            return as_disk_full(error, Path(self.folder), step) or error
+        return None
 
     @contextmanager
     def _saying_what_is_full(self) -> Iterator[None]:

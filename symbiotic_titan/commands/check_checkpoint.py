@@ -8,7 +8,7 @@ the SHA-256 that was written with it; --fast compares lengths only. Nothing is c
 state:  whole          every file has its digest
         no digests     every file has its length; written by an older version or by another program, so nothing shows the bytes right
         not verified   the same, with --fast
-        damaged        what is wrong follows; training would pass over it
+        damaged        what is wrong follows; training would pass over it, or refuse it where it names a function
         renamed        to damaged-N, by a run that found it damaged
 
 abandoned-N is a checkpoint of a branch that the run went back from; it is verified like the others. follows: the step that a checkpoint
@@ -28,6 +28,7 @@ from symbiotic_titan.checkpoint.history import Lineage, folders_of, read_lineage
 from symbiotic_titan.process import exit_status
 from symbiotic_titan.weights.damage import read_metadata, step_of
 from symbiotic_titan.weights.digests import METADATA, in_order, read_sums, wrong_files
+from symbiotic_titan.weights.safetensors import slices_in
 from symbiotic_titan.weights.weight_files import has_weights
 
 DAMAGED = 1
@@ -71,6 +72,10 @@ def report_on(folder: Path, *, fast: bool) -> Report:
 def _metadata_of(folder: Path) -> tuple[str, list[str]]:
     """(what the checkpoint holds, what is wrong as far as lengths and metadata show it)."""
     if not (folder / METADATA).is_file() and has_weights(folder):
+        try:
+            slices_in(folder)
+        except ValueError as error:
+            return "model only", [str(error)]
         return "model only", []
     try:
         metadata, damage = read_metadata(folder)

@@ -6,9 +6,9 @@ Example: symbiotic reliability --minutes 30
 Small runs of a config, on one process and several, are started, hurt, and started again with the same command until they are finished.
 Then their weights and optimizer state must be those of a run that nothing happened to: bit for bit, or within 1e-5 where the number of
 processes changed. A trial is well if nothing hung, no saved step was lost, no damaged checkpoint was loaded, the run ended with the
-status and without the traceback that it should, and started again without a person. The table and the last line, which is JSON, say
-how many were. Each start keeps its log below --out where something went wrong. Options that the command does not know are those of
-every run. It needs Linux; a full disk is tried where the machine allows namespaces.
+status and without the traceback that it should, and started again without a person. The table and the last line, which is JSON, say how
+many were; status 1 says that something was not well. Each start keeps its log below --out where something went wrong. Options that the
+command does not know are those of every run. It needs Linux; a full disk is tried where the machine allows namespaces.
 """
 
 import argparse
@@ -35,6 +35,7 @@ class Campaign:
         self.settings, self.layouts, self.at_once, self.most = settings, layouts, at_once, trials
         self.findings, self._lock, self._next = Findings(), threading.Lock(), 0
         self._errors: list[BaseException] = []
+        self._interrupted = False
 
     def run(self, minutes: float) -> Findings:
         """Raises RuntimeError if a run without a fault fails."""
@@ -46,16 +47,24 @@ class Campaign:
         ]
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(0.2)
-            self._show(end)
+        try:
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.2)
+                self._show(end)
+        except KeyboardInterrupt:  # the runs in sessions of their own would go on
+            self._interrupted = True
+            print("ending the runs that are under way", file=sys.stderr)
+            for thread in threads:
+                thread.join()
+            raise
         if self._errors:
             raise self._errors[0]
         return self.findings
 
     def _chains(self, end: float) -> None:
         def go_on() -> bool:
-            return time.monotonic() < end and len(self.findings.trials) < self.most
+            is_time = time.monotonic() < end and not self._errors and not self._interrupted
+            return is_time and len(self.findings.trials) < self.most
 
         try:
             while go_on():
@@ -104,7 +113,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--minutes", type=positive, default=30.0, help="after the runs without faults; default 30")
     add("--trials", type=int, default=10**9, help="stop after so many faults")
     add("--steps", type=int, default=24, help="of every run; default 24")
-    add("--kinds", nargs="+", choices=ALL_KINDS, default=list(ALL_KINDS), help="default: all")
+    add(
+        "--kinds",
+        nargs="+",
+        choices=ALL_KINDS,
+        default=list(ALL_KINDS),
+        help="default: all; where none can be, it is a kill",
+    )
     add("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), help="default: all")
     add("--at-once", type=int, default=2, help="runs at once; default 2")
     add(
@@ -144,4 +159,4 @@ def main(arguments: list[str] | None = None) -> int:
 
     status = exit_status(run, (OSError, RuntimeError, ValueError))
     found = campaign.findings
-    return status or int(bool(found.problems) or any(t.problem for t in found.trials))
+    return status or int(found.num_problems > 0)

@@ -95,14 +95,15 @@ def write_json(path: Path, kind: str, values: dict[str, Any]) -> None:
     """Write ``values`` as a file of ``kind``; a file of this name is replaced once the new one is complete.
 
     Raises:
-        OSError: names the file; no part of it is left.
+        OSError: names the file; no part of it is left. DiskFull where that is the reason.
     """
     text = json.dumps({"kind": kind, **values}, indent=1) + "\n"
     try:
         with replacing(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OSError(f"writing {path} failed: {error.strerror or error}") from None
+        error_class = DiskFull if is_full(error) else OSError
+        raise error_class(f"writing {path} failed: {error.strerror or error}") from None
 
 
 def read_json(path: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -139,8 +140,8 @@ class InputLimits:
     """Bytes of an encoded image; a sample with a larger one is bad. No more than this is read of a file."""
 
     max_record_bytes: Annotated[int, Range(1)] = 2**28
-    """Bytes of a sample: its row, its line of JSON or its members in a tar file, with the image files that it names. A larger sample
-    is bad and not read."""
+    """Bytes of a sample: of its row, its line of JSON or its members in a tar file, which are not read if they are more; and as many
+    again of the image files that it names. A larger sample is bad."""
 
     max_text_bytes: Annotated[int, Range(1)] = 2**23
     """Bytes of one text of a sample, as UTF-8; a sample with a longer one is bad. A tokenizer takes up to 250 bytes of memory for each

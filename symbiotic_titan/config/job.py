@@ -25,7 +25,7 @@ from symbiotic_titan.config.losses import (
     losses_class,
 )
 from symbiotic_titan.config.optimizer import LR_DECAYS, Ema, Optimizer, Weights
-from symbiotic_titan.config.rows import NAME, PATH, STEPS, Range, Rows, check_row
+from symbiotic_titan.config.rows import NAME, PATH, STEPS, Range, Rows, Text, check_row
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.registry import choice
 from symbiotic_titan.signals import STOP_SIGNALS, StopSignal
@@ -95,6 +95,9 @@ class Model(UpstreamModel):
     """Not used"""
 
 
+STOP_SIGNAL = Text("one of " + ", ".join(get_args(StopSignal)), "|".join(get_args(StopSignal)))
+
+
 @dataclass
 class Checkpoint(UpstreamCheckpoint):
     initial_load_weights: Weights = "trained"
@@ -112,17 +115,15 @@ class Checkpoint(UpstreamCheckpoint):
     """Seconds that a run waits for another one that still writes into its folder, as the ranks of the job before may for a while; then
     it is refused. 0: refused at once. With several ranks, less than ``comm.init_timeout_seconds``, for which the others wait"""
 
-    stop_signals: list[StopSignal] = field(default_factory=lambda: list(STOP_SIGNALS))
+    stop_signals: Annotated[list[str], STOP_SIGNAL] = field(
+        default_factory=lambda: list(STOP_SIGNALS)
+    )
     """Signals on which the last step is saved and the run ends with status 0: Ctrl-C, what ``kill`` and schedulers send, a terminal
     that is gone (unless ``nohup`` ignores it), and SLURM's ``--signal=USR1@60``. Others do what they do to any process. Those of the
     default count until the config is read"""
 
     def __post_init__(self) -> None:
-        for name in self.stop_signals:
-            if name not in get_args(StopSignal):
-                raise ValueError(
-                    f"checkpoint.stop_signals: {name!r} is none of {', '.join(get_args(StopSignal))}; choose from these"
-                )
+        check_row("checkpoint", self)
 
 
 @dataclass

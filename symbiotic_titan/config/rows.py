@@ -1,6 +1,6 @@
 """What a key may have, its type and its range, is written in its annotation and checked here, with messages a user can act on.
 
-    lookahead: Annotated[int, Range(1, 65536)] = 32
+    lookahead: Annotated[int, Range(1, 4096)] = 32
     prompts: Annotated[list[str], TEXT] = field(default_factory=list)       # of every item
     stages: Annotated[list[Any], tyro.conf.Fixed, Rows(Stage)] = ...        # tables, each a dataclass
 
@@ -84,7 +84,7 @@ class Range:
         low = least is not None and (value < least or (value == least and self.ends[0] == "("))
         high = most is not None and (value > most or (value == most and self.ends[1] == ")"))
         limit = INT64_MAX if isinstance(value, int) else FLOAT32_MAX
-        if (low or high) and (least, most) in ((0, 1), (-1, 1)):
+        if (low or high) and (least, most) == (0, 1):
             return f"lie in {self.ends[0]}{least:g}, {most:g}{self.ends[1]}"
         if low and least == 0:
             return "be positive" if self.ends[0] == "(" else "be zero or positive"

@@ -24,6 +24,7 @@ from symbiotic_titan.config.data import FORMATS, DataSource
 from symbiotic_titan.config.files import InputLimits, replacing
 from symbiotic_titan.data.formats.index_cache import version_of, writing_cache
 from symbiotic_titan.data.formats.shard import File, one_line
+from symbiotic_titan.process import raised_by_us
 
 # Files that Spark and Hugging Face write beside the data.
 SIDE_FILES = re.compile(r"_SUCCESS|_metadata|_common_metadata|(_committed_|_started_).*")
@@ -75,7 +76,7 @@ def source_files(source: DataSource, where: str) -> list[str]:
     try:
         return _found(source, where)
     except Exception as error:  # noqa: BLE001  other packages raise what they like
-        if isinstance(error, ValueError) and str(error).startswith(where):
+        if isinstance(error, ValueError) and raised_by_us(error):
             raise
         reason = one_line(f"{type(error).__name__}: {error}", LONGEST_REASON)
         raise ValueError(

@@ -107,13 +107,14 @@ class OpenSource:
 
     def documents(self, index: int) -> list[Document]:
         """The documents of the sample at ``index`` in the endless sequence; raises BadSample."""
-        if self._log is None:
-            return self._maker.make(self.config, self.sample(index), index)
-        self._log.begin(self._worker, self._number, *self._order.locate(index))
+        place = self._order.locate(index)
+        if self._log is not None:
+            self._log.begin(self._worker, self._number, *place)
         try:
-            return self._maker.make(self.config, self.sample(index), index)
+            return self._maker.make(self.config, self._reader.read(*place), index)
         finally:
-            self._log.done(self._worker)
+            if self._log is not None:
+                self._log.done(self._worker)
 
     def sample(self, index: int) -> Sample:
         """Raises BadSample."""

@@ -4,7 +4,6 @@ A worker notes in shared memory which sample it is at, so that the parent knows 
 ``concurrent.futures`` give up where one worker dies, and do not know its sample.
 """
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,9 +18,6 @@ from symbiotic_titan.signals import end_with_parent, parent_pid
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-# Seconds after which a worker looks whether its parent is still alive.
-PATIENCE = 1.0
 
 
 class Position:
@@ -149,12 +145,9 @@ def _serve(work: Work, pipe: connection.Connection, position: Position) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    end_with_parent(parent := parent_pid())
+    # The end of the pipe would not tell that the parent was killed: workers that were forked later hold it open as well.
+    end_with_parent(parent_pid())
     while True:
-        # The end of the pipe would not tell that the parent was killed: workers that were forked later hold it open as well.
-        while not pipe.poll(PATIENCE):
-            if os.getppid() != parent:
-                return
         item = pipe.recv()
         result = work(item, position)
         position.set(-1)

@@ -73,7 +73,7 @@ class Trial:
 
 @dataclass
 class Reference:
-    """A run that nothing happened to: its last tensors, and seconds until its first step, of a step, and of a save."""
+    """A run that nothing happened to: its last tensors, and seconds until its first step and of a step."""
 
     tensors: dict[str, Tensor]
     startup: float
@@ -160,7 +160,7 @@ class Chain:
         self.folder.mkdir(parents=True)
         self.disk = small_disk(self.folder / "disk", DISK_MEGABYTES)
         self.damaged: dict[int, Trial] = {}
-        self.number, self._known_problems = 0, findings.num_problems
+        self.number, self.is_well = 0, True
 
     @property
     def dump_folder(self) -> Path:
@@ -187,6 +187,14 @@ class Chain:
         finally:
             if self.disk is not None:
                 self.disk.close()
+
+    def _add(self, trial: Trial) -> None:
+        self.findings.trials.append(trial)
+        self.is_well &= trial.problem is None
+
+    def _report(self, problem: str) -> None:
+        self.findings.problems.append(problem)
+        self.is_well = False
 
     def _maybe_damage(self) -> None:
         """Where another complete checkpoint is left."""
@@ -220,7 +228,7 @@ class Chain:
             trial = Trial(
                 fault.kind, self.layout.name, moment, fault.what, str(log), seconds, problem
             )
-            self.findings.trials.append(trial)
+            self._add(trial)
             return True
         finally:
             started.end()
@@ -259,16 +267,18 @@ class Chain:
             if now != size:
                 size, since = now, time.monotonic()
             elif time.monotonic() - since > 2 * self.settings.patience:
-                self.findings.problems.append(f"hangs without a fault: {started.log}")
+                self._report(f"hangs without a fault: {started.log}")
                 return
             time.sleep(0.01)
 
     def _hurt(self, started: Started) -> Fault:
-        possible = [kind for kind in KINDS if kind in self.settings.kinds]
-        if not self.layout.has_workers:
-            possible = [kind for kind in possible if kind != "stuck read"] or ["kill"]
-        if self.disk is None:
-            possible = [kind for kind in possible if kind != "disk full"] or ["kill"]
+        possible = [
+            kind
+            for kind in KINDS
+            if kind in self.settings.kinds
+            and (kind != "stuck read" or self.layout.has_workers)
+            and (kind != "disk full" or self.disk is not None)
+        ] or ["kill"]
         kind = self.chance.choices(possible, [KINDS[kind] for kind in possible])[0]
         if kind == "disk full":
             assert self.disk is not None
@@ -303,9 +313,9 @@ class Chain:
                 continue  # no start has looked at it
             trial.problem = f"it was loaded: {wrong}" if step == loaded else None
             trial.log = str(started.log)
-            self.findings.trials.append(trial)
+            self._add(trial)
         if loaded != before and loaded not in self.damaged:
-            self.findings.problems.append(f"{wrong}: {started.log}")
+            self._report(f"{wrong}: {started.log}")
         self.damaged = {}
 
     def _judge_end(self, started: Started, before: int) -> bool:
@@ -314,19 +324,19 @@ class Chain:
         status = started.end()
         self._judge_start(started, before)
         if not ended or status != 0:
-            self.findings.problems.append(f"needs a person: status {status}: {started.log}")
+            self._report(f"needs a person: status {status}: {started.log}")
             return False
         try:
             found = tensors_of(self.seen / CHECKPOINTS / f"step-{self.settings.steps}")
         except ValueError as error:
-            self.findings.problems.append(f"it ended well, and yet: {error}")
+            self._report(f"it ended well, and yet: {error}")
             return False
         difference = largest_difference(found, self.reference.tensors)
         self.findings.comparisons.append((self.layout.name, difference))
         allowed = TOLERANCE_OTHER_LAYOUT if len(self.layout.processes) > 1 else 0.0
         if difference > allowed:
             what = f"differs by {difference:.2g} from a run without faults"
-            self.findings.problems.append(f"{what}: {self.folder}")
-        if self.findings.num_problems == self._known_problems:
+            self._report(f"{what}: {self.folder}")
+        if self.is_well:
             shutil.rmtree(self.folder)  # with its logs
         return False

@@ -183,10 +183,11 @@ def send(pid: int, number: int) -> None:
 
 def complete_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints of a run, ascending."""
+    from symbiotic_titan.checkpoint.history import folders_of
     from symbiotic_titan.weights.damage import damage_of, step_of
 
-    found = {path: step_of(path) for path in (folder / CHECKPOINTS).glob("step-*")}
-    return sorted(step for path, step in found.items() if step and damage_of(path) is None)
+    whole = (p for p in folders_of(folder / CHECKPOINTS, "step") if damage_of(p) is None)
+    return [step for path in whole if (step := step_of(path))]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

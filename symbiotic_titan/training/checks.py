@@ -67,6 +67,17 @@ def check_installed(config: JobConfig) -> None:
         )
 
 
+def check_profiling(config: JobConfig) -> None:
+    """A cycle of the profiler must have room for its warmup and its active steps."""
+    profiling = config.profiling
+    needed = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < needed:
+        raise ValueError(
+            f"profiling.profile_freq = {profiling.profile_freq}: must be at least profiling.profiler_warmup + profiler_active = {needed}; "
+            "raise it"
+        )
+
+
 def check_compile(config: JobConfig) -> None:
     """Where anything is compiled, torch must have the backend."""
     if not config.compile.enable:
@@ -291,6 +302,7 @@ def check_job(
     check_ranges(config)
     check_supported(config)
     warn_of_unused(config)
+    check_profiling(config)
     check_compile(config)
     if config.model.name != "symbiotic":
         raise ValueError(

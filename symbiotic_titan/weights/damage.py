@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 def read_metadata(folder: Path) -> tuple[Metadata | None, str | None]:
     """(the metadata of a checkpoint folder, None if they cannot be read; what is wrong with it, None if every file that it lists exists
-    in full length). At 30 billion parameters on 256 ranks this takes 45 s, so read them once.
+    in full length). At 30 billion parameters on 256 ranks this would take about 45 s (LOG.md), so read them once.
 
     Raises:
         UnsafeContent: they name what may run code. That is no damage to be passed over.

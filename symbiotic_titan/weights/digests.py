@@ -3,9 +3,9 @@
 The lengths in ``.metadata`` show a save that was cut off or a file that was lost. Bytes that changed in place (a bad disk or cable, a copy
 that went wrong) only a digest shows. ``sha256sum -c SHA256SUMS`` checks a folder without this package.
 
-SHA-256 and not a faster checksum, because of that program and because every Python has it. On two busy EPYC cores with SHA instructions
-it hashed 0.42 GB/s, crc32 0.87 and blake2b 0.15, while the disk took 0.51 and gave 0.34 (``benchmarks/``): about as fast as a disk, and
-hashing runs in a thread beside the write, or the read, of the same bytes. A digest shows accidents. It does not make a stranger's
+SHA-256 and not a faster checksum, because of that program and because every Python has it. Hashing runs in a thread beside the write, or
+the read, of the same bytes. On two busy EPYC cores with SHA instructions crc32 was 2.5 times as fast, and blake2b half as fast
+(``benchmarks/``). A digest shows accidents. It does not make a stranger's
 checkpoint trustworthy: who changes the files can change their digests too.
 """
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from symbiotic_titan.config.files import read_json, write_json
-from symbiotic_titan.process import is_running
+from symbiotic_titan.process import DiskFull, is_full, is_running
 
 # The list of files in every folder that we write. A downloaded release has no such list, so --overwrite never deletes it: it may be
 # the only copy.
@@ -100,7 +100,8 @@ def new_folder(folder: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Pat
             )
         old = _swap_in(unfinished, final)
     except OSError as error:
-        raise OSError(f"writing {folder} failed: {error}; nothing of it was kept") from None
+        kind = DiskFull if is_full(error) else OSError
+        raise kind(f"writing {folder} failed: {error}; nothing of it was kept") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if old is not None:

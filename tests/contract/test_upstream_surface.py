@@ -188,6 +188,7 @@ SIGNATURES = {
 # Names that are imported as types, values or exceptions: they only have to exist.
 NAMES = {
     "components.checkpoint.AsyncMode",
+    "components.checkpoint.DATALOADER",
     "components.checkpoint.LR_SCHEDULER",
     "components.checkpoint.MODEL",
     "components.checkpoint.OPTIMIZER",

@@ -1,5 +1,6 @@
 """A save on two ranks that is refused, or that fails: both say why in the same line, and what was saved before stays."""
 
+import errno
 import resource
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,10 @@ def refused_saves(rank, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(usage, lambda _: SimpleNamespace(free=12_345))
         texts["before"] = refusal(lambda: manager.save(2), DiskFull)
+    with pytest.MonkeyPatch.context() as patch:
+        write = "symbiotic_titan.checkpoint.history.write_json"
+        patch.setattr(write, lambda *_: _raise(OSError(errno.ENOSPC, "No space left on device")))
+        texts["folder"] = refusal(lambda: manager.save(2), DiskFull)
     texts["sync"] = full_on_rank_1(rank, lambda: manager.save(2))
     asynchronous = config_of(f"{OPTIONS} --job.dump_folder {folder} --checkpoint.async_mode async")
     later = SymbioticCheckpointManager(
@@ -72,6 +77,10 @@ def refused_saves(rank, folder):
     later.close()
     manager.close()
     return texts, failed, sorted(path.name for path in Path(manager.folder).iterdir())
+
+
+def _raise(error):
+    raise error
 
 
 def full_on_rank_1(rank, save):
@@ -98,6 +107,7 @@ def test_a_save_that_is_refused_or_fails_is_told_on_all_ranks_and_leaves_nothing
         )
         assert f"tensors on rank 1: {entry}" in texts[name]
     assert "MB and 12.35 kB are free" in texts["before"]
+    assert "No space left on device while it was written" in texts["folder"]
     for name in ("sync", "async"):
         assert "File too large while it was written" in texts[name]
     assert failed == also_failed == [True]

@@ -48,7 +48,7 @@ def test_two_processes_train_bitwise_the_same_with_and_without(tmp_path, demo, s
 
 
 def test_a_signal_to_one_rank_during_sampling_stops_all(tmp_path, demo):
-    """It comes before the first step, in a grid of as many steps as would take hours."""
+    """It comes before the first step, in a grid of more steps than the test would wait for."""
     settings = {"training.steps": 100, "parallelism.expert_parallel_degree": 2}
     settings |= {"sampling.enable": True, "sampling.steps": 10_000}
     arguments = runs.arguments_of(tmp_path, demo, settings)

@@ -121,7 +121,7 @@ def test_a_process_of_this_machine_is_told_from_a_later_one_of_its_number(folder
 
 
 def test_a_process_of_another_machine_lives_while_it_touches_the_file(folder, quick):
-    """Its clock is an hour behind."""
+    """Its clock is five minutes behind."""
     path, ended = write_holder(folder), threading.Event()
 
     def beat():

@@ -80,7 +80,7 @@ def test_a_save_that_ends_between_digests_and_metadata_is_incomplete(tmp_path, m
     assert "it has no .metadata" in (damage_of(tmp_path / "step-2") or "")
 
 
-def test_a_full_disk_is_the_writers_error_and_leaves_no_digests(tmp_path):
+def test_a_full_disk_is_the_writers_error():
     with open("/dev/full", "wb", buffering=0) as file, HashedFile(file) as hashed:
         for size in (10, 1_000_000):
             with pytest.raises(OSError, match="No space left"):
