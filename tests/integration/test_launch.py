@@ -1,6 +1,7 @@
 """tools/launch.py: what several processes say and end with when one of them fails, and when a machine is missing."""
 
 import importlib.util
+import logging
 import re
 import socket
 import time
@@ -162,12 +163,13 @@ def wait_until(holds, seconds=120):
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def launcher():
     spec = importlib.util.spec_from_file_location("launch", ROOT / "tools" / "launch.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    logging.disable(logging.NOTSET)  # the launcher silences torchrun; here it shares the process with other tests
 
 
 @pytest.mark.parametrize(
