@@ -40,7 +40,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 # Scans of a JPEG, each over all pixels; usual are 10. Colour profiles of a PNG, each unpacked; there is one.
 MAX_SCANS, MAX_PROFILES = 200, 4
 # Pixels that are converted at a time, so that the steps of a conversion are not all in memory as a whole.
-BAND = 2**22
+BAND = 2**20
 
 # Tags of a TIFF.
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
