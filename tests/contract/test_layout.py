@@ -87,6 +87,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "training": "the trainer, the checks before a run, metrics, validation, sample grids",
         "extend": "register parts of your own; docs/extending.md shows how",
     },
+    {"study": "the paper's comparison: its runs, what they say to each claim, the page"},
     {
         "extensions": "optional parts, registered as a third party would",
         "commands": "one module per subcommand of symbiotic",

@@ -169,7 +169,9 @@ def launcher():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    logging.disable(logging.NOTSET)  # the launcher silences torchrun; here it shares the process with other tests
+    logging.disable(
+        logging.NOTSET
+    )  # the launcher silences torchrun; here it shares the process with other tests
 
 
 @pytest.mark.parametrize(
