@@ -18,13 +18,18 @@ from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.moe.record import RoutingRecord, RoutingTotals, routing_totals
 
 
-def balance_loss(records: Sequence[RoutingRecord], totals: RoutingTotals | None = None) -> Tensor:
+def balance_loss(
+    records: Sequence[RoutingRecord],
+    totals: RoutingTotals | None = None,
+    batches_G: Tensor | None = None,
+) -> Tensor:
     """() float32: mean over layers, sum over groups.
 
     A group without tokens contributes 0, and its router gets a zero gradient rather than none.
 
     ``totals``: counts of more tokens than these records', by default of theirs. The result is then these records' share: with the counts
     of all ranks and micro-batches (``global`` scope) the shares of all of them *sum* to the loss of the whole step.
+    ``batches_G``: number of micro-batches over which each group's loss is averaged; the result is the records' share of that mean.
     """
     assert records, "balance_loss needs the record of at least one layer"
     if totals is None:
@@ -37,21 +42,22 @@ def balance_loss(records: Sequence[RoutingRecord], totals: RoutingTotals | None 
         prob_sum_YE = torch.stack([record.prob_sum[group] for record in records])
         share_YE = counts_YE / counts_YE.sum(-1, keepdim=True).clamp(min=1)
         tokens_Y1 = totals.num_tokens[:, group].float().clamp(min=1).unsqueeze(-1)
-        loss = loss + sizes[group] * (share_YE * prob_sum_YE / tokens_Y1).sum()
+        of_group = sizes[group] * (share_YE * prob_sum_YE / tokens_Y1).sum()
+        loss = loss + (of_group if batches_G is None else of_group / batches_G[group].clamp(min=1))
     return loss / len(records)
 
 
 def balance(inputs: StepInputs) -> Tensor:
     """() the micro-batch's share of the step's balancing loss; 0 without MoE layers.
 
-    With the step's counts (``global`` scope) the shares sum to the loss of the whole step; without them the step's loss is the mean of
-    the micro-batches' own losses.
+    With the step's counts (``global`` scope) the shares sum to the loss of the whole step. Without them a group's loss of the step is the
+    mean of its losses over the micro-batches, of all ranks, in which it has tokens.
     """
     if not inputs.records:
         return torch.zeros((), device=inputs.batch.tokens.device)
     if inputs.step_routing is not None:
         return balance_loss(inputs.records, inputs.step_routing)
-    return balance_loss(inputs.records, inputs.routing) / inputs.num_micro_batches
+    return balance_loss(inputs.records, inputs.routing, inputs.group_batches)
 
 
 def z_loss(inputs: StepInputs) -> Tensor:

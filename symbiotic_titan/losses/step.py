@@ -16,7 +16,7 @@ from symbiotic_titan.config.losses import Losses, LossSettings
 from symbiotic_titan.losses.terms import StepInputs, label_index, sum_by_task, text_errors
 from symbiotic_titan.moe.record import RoutingTotals
 from symbiotic_titan.sequence.batch import PackedBatch
-from symbiotic_titan.sequence.modality import MODALITY_NAMES
+from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITY_SETS
 from symbiotic_titan.sequence.tasks import TASKS
 
 
@@ -27,11 +27,13 @@ class StepTotals:
     counts     term -> (J,) targets by task, for the terms that count targets.
     modality   (M,) tokens.
     positions  () tokens and padding.
+    sets       (S,) micro-batches with each set of modalities, by ``PackedBatch.modality_set``.
     """
 
     counts: dict[str, Tensor]
     modality: Tensor
     positions: Tensor
+    sets: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,14 @@ class LossFunction:
             _check_shape(f"the value of the loss term {name!r}", value, shape)
         return values
 
-    def count_step(self, batches: Sequence[PackedBatch]) -> Tensor:
-        """(J * counted terms + M + 1,) float64: this rank's share of ``StepTotals``, to be summed over ranks. ``batches``: on the host."""
+    def count_step(
+        self, batches: Sequence[PackedBatch], whole: Sequence[PackedBatch] | None = None
+    ) -> Tensor:
+        """(J * counted terms + M + 1 + S,) float64: this rank's share of ``StepTotals``, to be summed over ranks. All on the host.
+
+        ``batches``: this rank's parts of its micro-batches. ``whole``: these micro-batches, or none where another of the ranks that share
+        them counts them. None: the parts are whole.
+        """
         # float64 counts exactly where float32 ends at 2^24; concatenated, all counts need one all-reduce.
         total = torch.zeros(
             len(TASKS) * len(self._counts) + len(MODALITY_NAMES) + 1, dtype=torch.float64
@@ -131,14 +139,18 @@ class LossFunction:
             counts = list(self.counts(batch).values())
             positions = torch.tensor([batch.tokens.numel()])
             total += torch.cat([*counts, batch.num_tokens(), positions])
-        return total
+        sets = torch.zeros(NUM_MODALITY_SETS, dtype=torch.float64)
+        for batch in batches if whole is None else whole:
+            sets[batch.modality_set()] += 1
+        return torch.cat([total, sets])
 
     def totals(self, total: Tensor) -> StepTotals:
         """From ``count_step`` summed over ranks."""
         sizes = [len(TASKS)] * len(self._counts)
-        *counts, modality, positions = total.split([*sizes, len(MODALITY_NAMES), 1])
+        others = [len(MODALITY_NAMES), 1, NUM_MODALITY_SETS]
+        *counts, modality, positions, sets = total.split([*sizes, *others])
         by_term = {n: c.float() for n, c in zip(self._counts, counts, strict=True)}
-        return StepTotals(by_term, modality, positions)
+        return StepTotals(by_term, modality, positions, sets)
 
     def loss(self, values: Mapping[str, Tensor], totals: StepTotals) -> Tensor:
         """() a micro-batch's share of the step's loss."""

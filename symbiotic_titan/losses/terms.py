@@ -88,6 +88,7 @@ class StepInputs:
     num_micro_batches  of the step, over all data ranks.
     step_routing       expert counts of the whole step with losses.balance_scope = "global"; else None.
     group_tokens       (G,) tokens of each expert group in the step, over all data ranks and micro-batches; None outside of training.
+    group_batches      (G,) micro-batches in which the group has tokens, over all data ranks; None outside of training.
     cross_entropy      ``text_errors``, possibly compiled.
     logit_index        (N,) see ``label_index``; None where a term reads ``all_logits``.
     """
@@ -101,6 +102,7 @@ class StepInputs:
     num_micro_batches: int = 1
     step_routing: RoutingTotals | None = None
     group_tokens: Tensor | None = None
+    group_batches: Tensor | None = None
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = text_errors
     logit_index: Tensor | None = None
 

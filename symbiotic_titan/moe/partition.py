@@ -101,6 +101,15 @@ def tokens_of_groups(tokens_M: Tensor, groups: Sequence[ExpertGroup]) -> Tensor:
     return torch.stack(counts).float()
 
 
+def batches_of_groups(sets_S: Tensor, groups: Sequence[ExpertGroup]) -> Tensor:
+    """(G,) float32 batches in which each group has tokens, from the number of batches with each set of modalities (``modality_set``)."""
+    counts = [
+        [n for s, n in enumerate(sets_S.unbind()) if any(s >> m & 1 for m in group.modalities)]
+        for group in groups
+    ]
+    return torch.stack([torch.stack(found).sum() for found in counts]).float()
+
+
 def _check_sizes(args: MoEArgs) -> None:
     for key in ("dim", "hidden_dim", "top_k"):
         if getattr(args, key) < 1:

@@ -137,10 +137,15 @@ class DataRanks:
             dist.all_reduce(values, group=self.dims.get_mesh("cp").get_group())
         return values
 
-    def once(self, counts: list[Number]) -> list[Number]:
-        """``counts`` of whole rows on one of the processes that share them, 0 on the others: for ``sum``."""
+    @property
+    def counts_rows(self) -> bool:
+        """Whether this process counts whole rows, for ``sum``: one of those that share them does."""
         mesh = None if self.dims is None else self.dims.get_optional_mesh("cp")
-        return counts if mesh is None or mesh.get_local_rank() == 0 else [type(n)() for n in counts]
+        return mesh is None or mesh.get_local_rank() == 0
+
+    def once(self, counts: list[Number]) -> list[Number]:
+        """``counts`` of whole rows on the process that counts them, 0 on the others."""
+        return counts if self.counts_rows else [type(n)() for n in counts]
 
     def each(self) -> "DataRanks":
         """The same processes where none shares rows with another."""

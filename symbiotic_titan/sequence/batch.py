@@ -157,6 +157,10 @@ class PackedBatch:
         )
         return one_hot.sum(0)
 
+    def modality_set(self) -> int:
+        """The modalities of this batch, which is on the host: bit m is set if modality m has a token."""
+        return sum(1 << m for m, number in enumerate(self.num_tokens().tolist()) if number)
+
     def num_labels(self) -> torch.Tensor:
         """() int64: positions with a next-token loss."""
         return (self.labels != IGNORE_INDEX).sum()

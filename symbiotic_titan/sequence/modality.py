@@ -7,6 +7,8 @@ TEXT, VIT, VAE = 0, 1, 2
 NUM_MODALITIES = 3
 PADDING = 3
 MODALITY_NAMES = ("text", "vit", "vae")
+# A set of modalities is a number whose bit m stands for modality m.
+NUM_MODALITY_SETS = 2**NUM_MODALITIES
 
 # Task of a padding token; real tasks are numbered by their index in ``tasks.TASKS``.
 NO_TASK = -1

@@ -19,7 +19,7 @@ from symbiotic_titan.flow.noise import noised_latents
 from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTotals
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
-from symbiotic_titan.moe.partition import ExpertGroup, tokens_of_groups
+from symbiotic_titan.moe.partition import ExpertGroup, batches_of_groups, tokens_of_groups
 from symbiotic_titan.moe.record import RoutingTotals, routing_totals
 from symbiotic_titan.parallel.fsdp import reduce_after
 from symbiotic_titan.parallel.ranks import DataRanks, gather_over_ranks
@@ -149,6 +149,7 @@ class StepGradients:
                 num_micro_batches=self.num_micro_batches * self.ranks.size,
                 step_routing=step_routing,
                 group_tokens=tokens_of_groups(totals.modality, self.groups),
+                group_batches=batches_of_groups(totals.sets, self.groups),
                 cross_entropy=self.loss_fn.cross_entropy,
                 logit_index=micro_batch.logit_index_N,
             )

@@ -165,11 +165,11 @@ class SymbioticTrainer(Trainer):
 
     def count(self, batches: Sequence[PackedBatch]) -> torch.Tensor:
         """(N,) float64 of a step's batches on the host: the targets of the loss terms, then the pairs that attention computes."""
-        pairs = torch.zeros(NUM_PAIRS, dtype=torch.float64)
-        for batch in batches:
-            pairs += visible_pairs(batch, cast(ModelArgs, self.model_args).vit_attention)
-        targets = self.loss_fn.count_step([self.own_part(batch) for batch in batches])
-        return torch.cat([targets, torch.tensor(self.ranks.once(pairs.tolist())).double()])
+        whole, vit = batches if self.ranks.counts_rows else [], self.model_args.vit_attention  # type: ignore[attr-defined]
+        no_pairs = torch.zeros(NUM_PAIRS, dtype=torch.float64)
+        pairs = sum((visible_pairs(batch, vit) for batch in whole), no_pairs)
+        targets = self.loss_fn.count_step([self.own_part(batch) for batch in batches], whole)
+        return torch.cat([targets, pairs])
 
     def move(self, batch: PackedBatch) -> MicroBatch:
         """``batch`` on its way to the device; what the host must know of it is found out first, so that it never asks the device."""

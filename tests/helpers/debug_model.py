@@ -14,7 +14,7 @@ from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
 from symbiotic_titan.parallel.parallelize import parallelize
 from symbiotic_titan.parallel.ranks import parallel_dims_of
 from symbiotic_titan.sequence.batch import stack_rows
-from tests.helpers.tiny_models import MIXED, OTHER, pack_row
+from tests.helpers.tiny_models import MIXED, OTHER, Document, pack_row
 
 DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
 
@@ -39,10 +39,15 @@ def build(config: JobConfig, **vit: object) -> tuple[SymbioticModel, ModelArgs]:
 
 
 def forward(
-    model: SymbioticModel, args: ModelArgs, rank: int, shield_scale: float = 1.0
+    model: SymbioticModel,
+    args: ModelArgs,
+    rank: int,
+    shield_scale: float = 1.0,
+    documents: tuple[list[Document], list[Document]] = (MIXED, OTHER),
 ) -> ModelOutput:
     """On two rows, the second of which is the rank's own."""
-    batch = stack_rows([pack_row(MIXED, args), pack_row(OTHER, args, seed=10 + rank)])
+    first, second = documents
+    batch = stack_rows([pack_row(first, args), pack_row(second, args, seed=10 + rank)])
     shape = batch.vae_image.shape
     timesteps_BL = torch.linspace(0.1, 0.9, shape[1]).expand(shape)
     output = model(batch, batch.latents, timesteps_BL, torch.tensor(shield_scale))

@@ -28,7 +28,7 @@ from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
-from symbiotic_titan.moe.partition import tokens_of_groups
+from symbiotic_titan.moe.partition import batches_of_groups, tokens_of_groups
 from symbiotic_titan.moe.router import Router
 from symbiotic_titan.parallel.parallelize import parallelize
 from symbiotic_titan.sequence.batch import PackedBatch
@@ -156,6 +156,7 @@ class Step:
             target_velocity=torch.empty_like(output.velocity),
             records=output.records,
             group_tokens=tokens_of_groups(totals.modality, self.groups),
+            group_batches=batches_of_groups(totals.sets, self.groups),
             cross_entropy=self.loss.cross_entropy,
             logit_index=index_N,
         )

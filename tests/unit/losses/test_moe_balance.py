@@ -1,10 +1,15 @@
 """The balancing loss, per group, per layer, and over accumulated micro-batches."""
 
+import functools
+import operator
+
+import pytest
 import torch
 
-from symbiotic_titan.losses.balance import balance_loss
+from symbiotic_titan.losses.balance import balance, balance_loss
+from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.moe.record import RoutingRecord, routing_totals
-from symbiotic_titan.sequence.modality import PADDING, TEXT
+from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE
 from tests.helpers.moe_reference import make_args, make_layer, make_tokens
 
 NO_SHIELD = torch.tensor(1.0)
@@ -78,6 +83,55 @@ def test_accumulating_micro_batches_equals_one_batch():
     found = torch.autograd.grad(sum(parts), weights)
     for grad, wanted in zip(found, expected_grads, strict=True):
         torch.testing.assert_close(grad, wanted)
+
+
+# (text and ViT tokens, generated tokens) of each micro-batch.
+MIXTURES = {"an_absent_group": [(9, 0), (7, 5), (8, 3), (6, 0)], "all_groups": [(9, 1), (2, 5)]}
+
+
+def micro_batches(layer, mixture):
+    """One record for each micro-batch."""
+    for und, gen in mixture:
+        x_TD, _ = make_tokens(und + gen)
+        modality_T = torch.tensor([TEXT] * und + [VAE] * gen)
+        yield layer(x_TD, modality_T, NO_SHIELD)[1]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
+def test_a_group_s_loss_is_that_of_the_micro_batches_in_which_it_has_tokens(mixture):
+    """Micro-batch by micro-batch with a plain formula: one without the group's tokens does not pull its mean down."""
+    layer = make_layer(make_args())
+    records = list(micro_batches(layer, mixture))
+    tokens_G = sum(record.num_tokens for record in records)
+    batches_G = sum((record.num_tokens > 0).int() for record in records)
+    step = functools.reduce(operator.add, [routing_totals([record]) for record in records])
+    expected = {"local": 0.0, "global": 0.0}
+    for group, (size, end) in enumerate(((7, 7), (5, 12))):
+        experts = slice(end - size, end)
+        of_step_E = step.counts[0].sum(0)[experts]
+        for record in records:
+            counts_E, sum_E = record.counts.sum(0)[experts], record.prob_sum[group]
+            if counts_E.sum():
+                own = size * (counts_E / counts_E.sum() * sum_E / record.num_tokens[group]).sum()
+                expected["local"] += own / batches_G[group]
+                expected["global"] += (
+                    size * (of_step_E / of_step_E.sum() * sum_E / tokens_G[group]).sum()
+                )
+    empty, weights = torch.empty(0), list(layer.router.parameters())
+    for scope, routing in (("local", None), ("global", step)):
+        shares = [
+            balance(
+                StepInputs(
+                    None, empty, empty, empty, [record], num_micro_batches=len(records),
+                    step_routing=routing, group_batches=batches_G,
+                )
+            )
+            for record in records
+        ]  # fmt: skip
+        torch.testing.assert_close(sum(shares), expected[scope])
+        found = torch.autograd.grad(sum(shares), weights, retain_graph=True)
+        wanted = torch.autograd.grad(expected[scope], weights, retain_graph=True)
+        torch.testing.assert_close(found, wanted)
 
 
 def test_descent_on_the_loss_balances_the_experts():
