@@ -32,7 +32,11 @@ stage() { # stage NAME COMMAND...
 stage lint ruff check .
 stage format ruff format --check .
 stage spelling codespell_lib .
-stage types mypy
+# Types are checked beside the tests, which often wait for something.
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+"$python" -m mypy >"$types" 2>&1 &
+mypy=$!
 # Whole files side by side: tests of one file share what they set up. Those of whole runs come first, because they last longest.
 workers=$("$python" -c 'import os; print(min(os.cpu_count() or 1, 8))')
 stage tests pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder \
@@ -40,6 +44,9 @@ stage tests pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder \
 if nvidia-smi -L >/dev/null 2>&1; then
     stage gpu pytest -q -m "gpu and not slow" tests
 fi
+
+if wait "$mypy"; then result=passed; else result=FAILED failed="$failed types"; fi
+printf '\n== types: mypy\n%s\n== types %s\n' "$(cat "$types")" "$result"
 
 if [ -n "$failed" ]; then
     printf '\ntests/run.sh: failed:%s (%s s)\n' "$failed" "$SECONDS"

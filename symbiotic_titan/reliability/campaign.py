@@ -126,9 +126,9 @@ def reference(settings: Settings, layout: Layout) -> Reference:
     arguments = arguments_of(settings, layout, folder / "run")
     started = Started(arguments, layout.processes[0], folder / "log.txt")
     begin = time.monotonic()
-    wait_until(lambda: started.last_step() > 0 or not started.alive(), 20 * settings.patience)
+    wait_until(lambda: started.last_step() > 0 or not started.is_running(), 20 * settings.patience)
     startup = time.monotonic() - begin
-    wait_until(lambda: not started.alive(), 20 * settings.patience)
+    wait_until(lambda: not started.is_running(), 20 * settings.patience)
     if started.end() != 0:
         raise RuntimeError(f"a run without any fault failed, see {started.log}")
     seconds = time.monotonic() - begin - startup
@@ -221,7 +221,7 @@ class Chain:
                 return self._judge_end(started, before)
             fault = self._hurt(started)
             begin = time.monotonic()
-            ended = wait_until(lambda: not started.alive(), self.settings.patience)
+            ended = wait_until(lambda: not started.is_running(), self.settings.patience)
             seconds = time.monotonic() - begin
             self._judge_start(started, before)  # a step that was damaged may be saved anew by now
             problem = self._problem(started, fault, before) if ended else "hangs"
@@ -242,7 +242,7 @@ class Chain:
         moment = self.chance.choices(list(MOMENTS), list(MOMENTS.values()))[0]
         if moment == "start-up":
             seconds = self.chance.uniform(0, self.reference.startup)
-            return moment, not wait_until(lambda: not started.alive(), seconds)
+            return moment, not wait_until(lambda: not started.is_running(), seconds)
         present = {path.name for path in (self.seen / CHECKPOINTS).glob("step-*")}
         wanted = self.chance.randint(1, 6)
 
@@ -254,15 +254,15 @@ class Chain:
             return first is not None and started.last_step() >= first - 1 + wanted
 
         self._wait_while_it_goes_on(started, has_come)
-        if not started.alive() or not has_come():
+        if not started.is_running() or not has_come():
             return moment, False
         seconds = self.chance.uniform(0, self.reference.step if moment == "step" else 0.2)
-        return moment, not wait_until(lambda: not started.alive(), seconds)
+        return moment, not wait_until(lambda: not started.is_running(), seconds)
 
     def _wait_while_it_goes_on(self, started: Started, condition: Callable[[], bool]) -> None:
         """Until ``condition`` holds, the run ends, or it has printed nothing for so long that it hangs."""
         size, since = -1, time.monotonic()
-        while not condition() and started.alive():
+        while not condition() and started.is_running():
             now = started.log.stat().st_size
             if now != size:
                 size, since = now, time.monotonic()
@@ -320,7 +320,7 @@ class Chain:
 
     def _judge_end(self, started: Started, before: int) -> bool:
         """The run ended, or hung, before a fault hit it. Returns whether to go on with it."""
-        ended = wait_until(lambda: not started.alive(), self.settings.patience)
+        ended = wait_until(lambda: not started.is_running(), self.settings.patience)
         status = started.end()
         self._judge_start(started, before)
         if not ended or status != 0:

@@ -89,6 +89,10 @@ class Started:
         """The last step that was taken; 0 if none was."""
         return max(map(int, STEP.findall(self.text())), default=0)
 
+    def is_running(self) -> bool:
+        """Whether any of its processes is. All of the machine are looked at only once the first has ended, since that takes long."""
+        return self.process.poll() is None or bool(self.alive())
+
     def alive(self) -> list[int]:
         """Its processes, whoever their parent is by now."""
         self.process.poll()
