@@ -14,15 +14,14 @@ metrics.routing_freq steps, or from a profile. A figure without data is skipped,
 """
 
 import argparse
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 from symbiotic_titan.plots import curves, expert_figures
 from symbiotic_titan.plots.expert_use import ExpertUse, from_profile, from_run
 from symbiotic_titan.plots.logs import Run, default_labels, read_run
-from symbiotic_titan.plots.page import page
-from symbiotic_titan.plots.style import Drawing, MissingData
+from symbiotic_titan.plots.page import Picture, page
+from symbiotic_titan.plots.style import Drawing, MissingData, as_png
 from symbiotic_titan.process import exit_status
 
 CURVES: dict[str, Callable[[list[Run]], Drawing]] = {
@@ -109,7 +108,8 @@ def write(options: argparse.Namespace) -> None:
     check(options)
     runs = read_runs(options)
     uses = expert_uses(options, runs)
-    pictures, skipped = [], []
+    pictures: list[Picture] = []
+    skipped: list[str] = []
     for name in chosen_figures(options):
         try:
             drawing = draw(name, runs, uses, options.layer)
@@ -117,12 +117,11 @@ def write(options: argparse.Namespace) -> None:
             skipped.append(f"figure {name} is skipped: {reason}")
             print(skipped[-1])
             continue
-        png = io.BytesIO()
-        drawing.figure.savefig(png, format="png")
-        save(options.out / f"figure_{name}.png", png.getvalue())
+        png = as_png(drawing.figure)
+        save(options.out / f"figure_{name}.png", png)
         for note in drawing.notes:
             print(f"figure {name}: {note}")
-        pictures.append((drawing.title, png.getvalue(), drawing.notes))
+        pictures.append(Picture(drawing.title, png, drawing.notes))
     if not pictures:
         raise ValueError("there is nothing to draw")
     heading = ", ".join([run.label for run in runs] or [use.label for use in uses])

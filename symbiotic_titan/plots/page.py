@@ -1,25 +1,46 @@
-"""Figures and final values of several runs as one self-contained HTML page."""
+"""Self-contained HTML pages from templates, and the one of symbiotic plot: figures and final values of several runs."""
 
 import base64
-import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from symbiotic_titan.plots.logs import Run
 
 # Groups of tags in the table, in this order.
 TABLE = ("validation/", "loss/", "routing/", "tokens/", "grad_norm/", "shield/", "perf/")
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222; }
-img { max-width: 100%; height: auto; }
-figure { margin: 2em 0; }
-figcaption { color: #555; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 2px 12px; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-"""
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as a file.   alt: what it shows, for those who cannot see it.   notes: below it."""
+
+    alt: str
+    png: bytes
+    notes: Sequence[str] = ()
+
+
+def templates(*packages: str) -> Environment:
+    """The templates of ``packages`` and, below them, those of this one. What is put into HTML is escaped; a name that is not given is
+    an error."""
+    loaders = [PackageLoader(package) for package in (*packages, "symbiotic_titan.plots")]
+    environment = Environment(
+        loader=ChoiceLoader(loaders),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["data_uri"] = data_uri
+    return environment
+
+
+def data_uri(png: bytes) -> str:
+    """The picture itself in place of an address."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def final_values(run: Run, tag: str) -> tuple[float, float] | None:
@@ -36,19 +57,13 @@ def table_tags(runs: Sequence[Run]) -> list[str]:
     return [tag for group in TABLE for tag in tags if tag.startswith(group)]
 
 
-def table(runs: Sequence[Run]) -> str:
-    """Two columns per run: last value, and mean of the last tenth (not for counters, which only grow)."""
-    heads = "".join(f'<th colspan="2">{html.escape(run.label)}</th>' for run in runs)
-    steps = "".join(f"<th>step {run.last_step}</th><th>last tenth</th>" for run in runs)
-    rows = [f"<tr><th></th>{heads}</tr>", f"<tr><th></th>{steps}</tr>"]
-    for tag in table_tags(runs):
-        cells = [f"<td>{html.escape(tag)}</td>"]
-        for run in runs:
-            last, mean = final_values(run, tag) or (None, None)
-            mean = None if tag.startswith("tokens/") else mean
-            cells += [f"<td>{number(last)}</td>", f"<td>{number(mean)}</td>"]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return "<table>\n" + "\n".join(rows) + "\n</table>"
+def table_row(runs: Sequence[Run], tag: str) -> list[str]:
+    """Two cells per run: last value, and mean of the last tenth (not for counters, which only grow)."""
+    cells = []
+    for run in runs:
+        last, mean = final_values(run, tag) or (None, None)
+        cells += [number(last), number(None if tag.startswith("tokens/") else mean)]
+    return cells
 
 
 def number(value: float | None) -> str:
@@ -58,31 +73,11 @@ def number(value: float | None) -> str:
 
 
 def page(
-    heading: str,
-    runs: Sequence[Run],
-    pictures: Sequence[tuple[str, bytes, list[str]]],
-    skipped: Sequence[str],
+    heading: str, runs: Sequence[Run], pictures: Sequence[Picture], skipped: Sequence[str]
 ) -> str:
-    """The page. pictures: (title, PNG, notes)."""
-    heading = html.escape(heading)
-    parts = [
-        "<!DOCTYPE html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{heading}</title><style>{STYLE}</style></head><body>',
-        f"<h1>{heading}</h1>",
-    ]
-    for title, png, notes in pictures:
-        image = base64.b64encode(png).decode("ascii")
-        caption = html.escape("; ".join(notes))
-        parts.append(
-            f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{image}">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    if skipped:
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in skipped)
-        parts.append(f"<h2>Not drawn</h2><ul>{items}</ul>")
-    if runs:
-        folders = "".join(
-            f"<li>{html.escape(run.label)}: {html.escape(str(run.folder))}</li>" for run in runs
-        )
-        parts += ["<h2>Final values</h2>", table(runs), f"<h2>Runs</h2><ul>{folders}</ul>"]
-    return "\n".join([*parts, "</body></html>\n"])
+    rows = [(tag, table_row(runs, tag)) for tag in table_tags(runs)]
+    return (
+        templates()
+        .get_template("runs.html")
+        .render(heading=heading, runs=runs, pictures=pictures, skipped=skipped, rows=rows)
+    )

@@ -1,15 +1,18 @@
 """What all figures share: colours, sizes, axes. Needs matplotlib; draws without a display and changes none of its settings."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
 
 # The palette of Okabe and Ito without its yellow, which is too pale on white: told apart by colour-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -38,17 +41,29 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
-def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """(figure, (rows, columns) axes of ``width`` x ``height`` inches), with y shared along a row."""
+def panels(
+    rows: int, columns: int, width: float, height: float, *, share_y: bool = True
+) -> tuple[Figure, np.ndarray]:
+    """(figure, (rows, columns) axes of ``width`` x ``height`` inches), by default with y shared along a row."""
     size = (columns * width, rows * height)
     figure = Figure(figsize=size, dpi=PIXELS_PER_INCH, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey="row")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_y else False)
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)
         panel.tick_params(labelleft=True)
     return figure, axes
+
+
+def as_png(figure: Figure) -> bytes:
+    """A PNG of 256 colours, which lines and letters need no more than: a third of the bytes."""
+    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    colours = picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    colours.save(file, format="PNG")
+    return file.getvalue()
 
 
 def label_steps(panel: Axes) -> None:
@@ -61,12 +76,20 @@ def legend_line(index: int, label: str) -> Line2D:
     return Line2D([], [], label=label, linewidth=1.8, **line_style(index))
 
 
-def legend_below(figure: Figure, entries: Sequence[Line2D | Patch]) -> None:
-    """One legend for all panels: in one row if it fits, else in as many columns as do."""
+def legend_below(
+    figure: Figure, entries: Sequence[Line2D | Patch], columns: int | None = None
+) -> None:
+    """One legend for all panels, with ``columns`` of small letters; by default in one row if it fits, else in as many columns as do."""
     lengths = [len(str(entry.get_label())) + 6 for entry in entries]  # of letters, with the sample
     letters = figure.get_figwidth() * 10
-    columns = len(entries) if sum(lengths) <= letters else max(1, int(letters / max(lengths)))
-    figure.legend(handles=list(entries), loc="outside lower center", ncols=columns, frameon=False)
+    fitting = len(entries) if sum(lengths) <= letters else max(1, int(letters / max(lengths)))
+    figure.legend(
+        handles=list(entries),
+        loc="outside lower center",
+        ncols=columns or fitting,
+        frameon=False,
+        fontsize="small" if columns else "medium",
+    )
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:

@@ -1,0 +1,37 @@
+"""Folders of studies with known numbers, as symbiotic reproduce leaves them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.helpers.written_runs import Log
+
+
+def write_system(
+    folder: Path,
+    *,
+    before: Mapping[str, float] | None = None,
+    scores: Mapping[str, float] | None = None,
+    curves: Mapping[str, Mapping[int, float]] | None = None,
+    gradients: Mapping[str, float] | None = None,
+    columns: Mapping[str, Mapping[str, float]] | None = None,
+) -> Path:
+    """What one run leaves.   before: its losses before the first step.   columns: of its report, besides ``partitioned``."""
+    folder.mkdir(parents=True)
+    if before:
+        report = {"kind": "step zero report", "columns": {"partitioned": before, **(columns or {})}}
+        (folder / "before.json").write_text(json.dumps(report))
+    if scores:
+        given = {
+            name: {"score": value, "chance": 0.25, "upper_bound": 1.0, "number": 40}
+            for name, value in scores.items()
+        }
+        (folder / "scores.json").write_text(json.dumps({"kind": "evaluation", "scores": given}))
+    if gradients:
+        (folder / "gradients.json").write_text(json.dumps(gradients))
+    if curves:
+        log = Log(folder)
+        for tag, points in curves.items():
+            log.scalars(tag, dict(points))
+        log.close()
+    return folder
