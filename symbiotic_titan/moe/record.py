@@ -55,6 +55,18 @@ class RoutingTotals:
         return RoutingTotals(function(self.counts), function(self.num_tokens), z_sum)
 
 
+@dataclass(frozen=True)
+class LoggedRouting:
+    """What is logged about routing in a step, over all ranks.
+
+    step    the step's own.
+    recent  (Y, M, E) int64 assignments of the last ``metrics.routing_window`` steps, this one included.
+    """
+
+    step: RoutingTotals
+    recent: Tensor
+
+
 def routing_totals(records: Sequence[RoutingRecord]) -> RoutingTotals:
     """The counts of several layers of equal shape, stacked; without gradient."""
     z_sums = [record.z_sum.detach() for record in records if record.z_sum is not None]

@@ -6,7 +6,7 @@ modality, its ``counts.sum(0)`` for all modalities together, or the counts of on
 Shape letters: sequence/shapes.py. E may be the experts of one group.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -77,35 +77,73 @@ REACHABLE_TAG = "routing/reachable"  # (M, E) whether a modality's tokens can re
 LAYERS_TAG = "routing/layers"  # (Y,) number of each MoE layer, as in parameter names
 
 
-def layer_statistics(
-    counts_YME: Tensor, groups: tuple[ExpertGroup, ...], capacity_factor: float
-) -> dict[str, Tensor]:
+def layer_statistics(counts_YME: Tensor, groups: tuple[ExpertGroup, ...]) -> dict[str, Tensor]:
     """``statistic/modality`` -> (Y,), for modalities that have tokens, on the CPU.
 
     Statistics are computed within each group, because a token cannot reach the experts of others. ``all`` is the mean over groups,
     weighted by their assignments (idle experts: the sum). ``overlap/text_vit`` is the number of common experts among the k most used
     of two modalities of one group, see ``overlap_size``.
     """
-    # Copied to the CPU once, instead of one device sync per statistic.
-    by_group = counts_YME.cpu().split([group.num_experts for group in groups], dim=-1)
+    statistics: dict[str, Tensor] = {}
+    for group, counts_YMe in zip(groups, _by_group(counts_YME, groups), strict=True):
+        present = [m for m in sorted(group.modalities) if counts_YMe[:, m].sum() > 0]
+        statistics |= _overlaps(counts_YMe, present)
+    return statistics | _within_groups(counts_YME, groups, _expert_use)
+
+
+def capacity_rates(
+    counts_YME: Tensor, groups: tuple[ExpertGroup, ...], capacity_factor: float
+) -> dict[str, Tensor]:
+    """Two capacity rates as ``name/modality`` -> (Y,), for modalities that have tokens, on the CPU.
+
+    ``capacity_rate``: an expert's capacity is an equal share of its group's assignments; ``all`` is the mean over groups, weighted by
+    their assignments. It is 1 where every group is in balance.
+    ``capacity_rate_global``: an equal share of all assignments, over all experts of the layer, for one modality as for ``all``: what
+    arXiv 2604.07753 writes. An expert that a modality cannot reach has capacity too, so the rate is at most the share of the experts
+    that it reaches; of ``all``, at most what fits where each group has its share of the tokens.
+    """
+
+    def within_group(counts_Ye: Tensor) -> dict[str, Tensor]:
+        return {"capacity_rate": capacity_rate(counts_Ye, capacity_factor)}
+
+    rates = _within_groups(counts_YME, groups, within_group)
+    counts_YME = counts_YME.cpu()
+    present = [m for m in range(NUM_MODALITIES) if counts_YME[:, m].sum() > 0]
+    for counts_YE, name in [
+        *((counts_YME[:, m], MODALITY_NAMES[m]) for m in present),
+        *([(counts_YME.sum(1), "all")] if present else []),
+    ]:
+        rates[f"capacity_rate_global/{name}"] = capacity_rate(counts_YE, capacity_factor)
+    return rates
+
+
+def _by_group(counts_YME: Tensor, groups: tuple[ExpertGroup, ...]) -> tuple[Tensor, ...]:
+    """The counts of each group's experts, copied to the CPU once, instead of one device sync per statistic."""
+    return counts_YME.cpu().split([group.num_experts for group in groups], dim=-1)
+
+
+def _within_groups(
+    counts_YME: Tensor,
+    groups: tuple[ExpertGroup, ...],
+    measure: Callable[[Tensor], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """``statistic/modality`` -> (Y,) of each modality within its group, and of ``all``, by ``measure`` of (Y, e) counts."""
     statistics: dict[str, Tensor] = {}
     together = []
-    for group, counts_YME in zip(groups, by_group, strict=True):
-        present = [m for m in sorted(group.modalities) if counts_YME[:, m].sum() > 0]
+    for group, counts_YMe in zip(groups, _by_group(counts_YME, groups), strict=True):
+        present = [m for m in sorted(group.modalities) if counts_YMe[:, m].sum() > 0]
         for modality in present:
-            use = _expert_use(counts_YME[:, modality], capacity_factor)
             name = MODALITY_NAMES[modality]
-            statistics |= {f"{key}/{name}": values for key, values in use.items()}
-        statistics |= _overlaps(counts_YME, present)
+            measured = measure(counts_YMe[:, modality])
+            statistics |= {f"{key}/{name}": values for key, values in measured.items()}
         if present:
-            counts_YE = counts_YME.sum(1)
-            together.append((_expert_use(counts_YE, capacity_factor), counts_YE.sum(-1)))
+            counts_Ye = counts_YMe.sum(1)
+            together.append((measure(counts_Ye), counts_Ye.sum(-1)))
     return statistics | _over_groups(together)
 
 
-def _expert_use(counts_YE: Tensor, capacity_factor: float) -> dict[str, Tensor]:
+def _expert_use(counts_YE: Tensor) -> dict[str, Tensor]:
     return {
-        "capacity_rate": capacity_rate(counts_YE, capacity_factor),
         "imbalance": imbalance_ratio(counts_YE),
         "deviation": relative_deviation(counts_YE),
         "idle_experts": idle_experts(counts_YE).float(),

@@ -1,6 +1,6 @@
 """Figures of a scalar against training steps: 5a, 5b, 6b, 6c, 9 and 10 of arXiv 2604.07753."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -21,6 +21,11 @@ from symbiotic_titan.plots.style import (
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
 
 CAPACITY = "capacity rate (share of assignments)"
+# Tag -> over which experts an equal share is the capacity, see ``moe.routing_metrics.capacity_rates``.
+CAPACITY_RATES = {
+    "capacity_rate": "within each group",
+    "capacity_rate_global": "over all experts of the layer",
+}
 FEW_POINTS = 12  # below, each point gets a marker
 PALE = 0.3  # opacity of single steps beside their running mean
 
@@ -43,39 +48,49 @@ def draw_curve(panel: Axes, run: Run, tag: str, *, smooth: bool = False) -> bool
 
 def curve_figure(
     runs: Sequence[Run],
-    tags: dict[str, str],
+    rows: Mapping[str, Mapping[str, str]],
     *,
     title: str,
-    y_label: str,
     smooth: bool = False,
 ) -> Drawing:
-    """One panel per tag, a line per run. tags: tag -> heading of its panel ("" for none).
+    """One panel per tag, a line per run. rows: label of the y axis -> tag -> heading of its panel ("" for none). A tag that no run has
+    gets no panel.
 
     Raises:
         MissingData: no run has any of the tags.
     """
-    if not any(tag in run.scalars for run in runs for tag in tags):
+    tags = [tag for row in rows.values() for tag in row]
+    shown = {
+        y_label: found
+        for y_label, row in rows.items()
+        if (found := {t: head for t, head in row.items() if any(t in r.scalars for r in runs)})
+    }
+    if not shown:
         raise MissingData(f"no run has {' or '.join(tags)}")
-    width, height = (7.2, 4.4) if len(tags) == 1 else (4.2, 3.8)
-    figure, axes = panels(1, len(tags), width, height)
+    columns = max(map(len, shown.values()))
+    width, height = (7.2, 4.4) if columns == len(shown) == 1 else (4.2, 3.8)
+    figure, axes = panels(len(shown), columns, width, height)
     missing = {run.label: [tag for tag in tags if tag not in run.scalars] for run in runs}
     notes = [
         f"{label} has no {', '.join(lacking)}" for label, lacking in missing.items() if lacking
     ]
     is_smoothed = False
-    for panel, (tag, heading) in zip(axes.flat, tags.items(), strict=True):
-        for run in runs:
-            if tag in run.scalars:
-                is_smoothed |= draw_curve(panel, run, tag, smooth=smooth)
-        panel.set_title(heading, fontsize="medium")
-        label_steps(panel)
-    axes[0, 0].set_ylabel(y_label)
-    if len(tags) == 1:
+    for line, (y_label, row) in zip(axes, shown.items(), strict=True):
+        for panel, (tag, heading) in zip(line, row.items(), strict=False):
+            for run in runs:
+                if tag in run.scalars:
+                    is_smoothed |= draw_curve(panel, run, tag, smooth=smooth)
+            panel.set_title(heading, fontsize="medium")
+            label_steps(panel)
+        for panel in line[len(row) :]:
+            panel.set_axis_off()
+        line[0].set_ylabel(y_label)
+    if axes.size == 1:
         axes[0, 0].set_title(title)
     else:
         figure.suptitle(title)
-    shown = [run for run in runs if len(missing[run.label]) < len(tags)]
-    entries = [legend_line(run.index, run.label) for run in shown]
+    drawn = [run for run in runs if len(missing[run.label]) < len(tags)]
+    entries = [legend_line(run.index, run.label) for run in drawn]
     if is_smoothed:
         pale: dict[str, Any] = {"color": "black", "alpha": PALE, "linewidth": 0.8}
         entries.append(Line2D([], [], label="single steps", **pale))
@@ -84,21 +99,17 @@ def curve_figure(
 
 
 def capacity_rate(runs: Sequence[Run]) -> Drawing:
+    tags = {f"routing/{rate}/all": scope for rate, scope in CAPACITY_RATES.items()}
     return curve_figure(
-        runs,
-        {"routing/capacity_rate/all": ""},
-        title="5a  Capacity rate over all tokens",
-        y_label=CAPACITY,
-        smooth=True,
+        runs, {CAPACITY: tags}, title="5a  Capacity rate over all tokens", smooth=True
     )
 
 
 def flow_loss(runs: Sequence[Run]) -> Drawing:
     return curve_figure(
         runs,
-        {"loss/by_task/t2i_flow": ""},
+        {"flow-matching error per token": {"loss/by_task/t2i_flow": ""}},
         title="5b  Text-to-image flow loss",
-        y_label="flow-matching error per token",
         smooth=True,
     )
 
@@ -112,9 +123,9 @@ def understanding(runs: Sequence[Run], task: str, title: str) -> Drawing:
     without = [run.label for run in with_task if held_out not in run.scalars]
     y_label = "cross entropy (nats per labelled token)"
     if not without:
-        return curve_figure(runs, {held_out: ""}, title=f"{title}: held-out loss", y_label=y_label)
+        return curve_figure(runs, {y_label: {held_out: ""}}, title=f"{title}: held-out loss")
     drawing = curve_figure(
-        runs, {training: ""}, title=f"{title}: TRAINING loss", y_label=y_label, smooth=True
+        runs, {y_label: {training: ""}}, title=f"{title}: TRAINING loss", smooth=True
     )
     drawing.notes.append(f"training loss, because {', '.join(without)} logged no {held_out}")
     return drawing
@@ -131,9 +142,13 @@ def image_understanding(runs: Sequence[Run]) -> Drawing:
 def capacity_by_modality(runs: Sequence[Run]) -> Drawing:
     return curve_figure(
         runs,
-        {f"routing/capacity_rate/{name}": f"{name} tokens" for name in MODALITY_NAMES},
+        {
+            f"capacity rate {scope}": {
+                f"routing/{rate}/{name}": f"{name} tokens" for name in MODALITY_NAMES
+            }
+            for rate, scope in CAPACITY_RATES.items()
+        },
         title="9  Capacity rate by modality",
-        y_label=CAPACITY,
         smooth=True,
     )
 
@@ -141,9 +156,8 @@ def capacity_by_modality(runs: Sequence[Run]) -> Drawing:
 def token_counts(runs: Sequence[Run]) -> Drawing:
     drawing = curve_figure(
         runs,
-        {f"tokens/{name}": f"{name} tokens" for name in MODALITY_NAMES},
+        {"tokens (cumulative)": {f"tokens/{name}": f"{name} tokens" for name in MODALITY_NAMES}},
         title="10  Tokens since the start of training",
-        y_label="tokens (cumulative)",
     )
     for panel in drawing.figure.axes:
         panel.yaxis.set_major_formatter(large_numbers())

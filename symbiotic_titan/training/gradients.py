@@ -5,6 +5,7 @@ it is computed on, and the next one while it is being copied; with ``losses.bala
 because the first backward needs the expert counts of the last one.
 """
 
+import collections
 import contextlib
 import functools
 import operator
@@ -20,7 +21,7 @@ from symbiotic_titan.losses.step import LossFunction, MicroBatchResult, StepTota
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.model.symbiotic import ModelOutput, SymbioticModel
 from symbiotic_titan.moe.partition import ExpertGroup, batches_of_groups, tokens_of_groups
-from symbiotic_titan.moe.record import RoutingTotals, routing_totals
+from symbiotic_titan.moe.record import LoggedRouting, RoutingTotals, routing_totals
 from symbiotic_titan.parallel.fsdp import reduce_after
 from symbiotic_titan.parallel.ranks import DataRanks, gather_over_ranks
 from symbiotic_titan.sequence.batch import PackedBatch
@@ -57,10 +58,19 @@ class StepGradients:
         if self.config.losses.balance_scope == "global" and self.num_micro_batches > 1:
             coming = list(coming)
             routing = self.routing_of_step(step, coming)
-        return [
+        results = [
             self.forward_backward(step, i, micro_batch, totals, routing)
             for i, micro_batch in enumerate(coming)
         ]
+        counts = [result.routing.counts for result in results if result.routing is not None]
+        if counts:
+            self.recent_counts.append(functools.reduce(operator.add, counts))
+        return results
+
+    @functools.cached_property
+    def recent_counts(self) -> collections.deque[Tensor]:
+        """(Y, M, E) assignments on this rank in each of the last ``metrics.routing_window`` steps."""
+        return collections.deque(maxlen=self.config.metrics.routing_window)
 
     def first_row(self, index: int) -> int:
         """Index, in the step's global batch, of the first row of this rank's micro-batch ``index``."""
@@ -98,6 +108,14 @@ class StepGradients:
         """Counts of several micro-batches, summed over them and over all ranks."""
         # Copied, because a single micro-batch's own counts are reported, too.
         return functools.reduce(operator.add, totals).map(lambda n: self.ranks.sum(n.clone()))
+
+    def logged_routing(self, results: Iterable[MicroBatchResult]) -> LoggedRouting | None:
+        """Of the step of ``results``, which was the last; None without MoE layers. Collective."""
+        found = [result.routing for result in results if result.routing is not None]
+        if not found:
+            return None
+        recent_YME = torch.stack(list(self.recent_counts)).sum(0)
+        return LoggedRouting(self.sum_routing(found), self.ranks.sum(recent_YME))
 
     def check_finite(
         self,

@@ -22,8 +22,9 @@ from symbiotic_titan.losses.balance import z_by_group
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flops import NUM_PAIRS, ModelCost
 from symbiotic_titan.moe.partition import ExpertGroup
-from symbiotic_titan.moe.record import RoutingTotals
+from symbiotic_titan.moe.record import LoggedRouting
 from symbiotic_titan.moe.routing_metrics import (
+    capacity_rates,
     layer_statistics,
     means_over_layers,
     scalars_by_layer,
@@ -41,7 +42,7 @@ class StepReport:
     rates        learning rate of each parameter group.
     weights      weight of each data source in this step.
     update_ratios  L2 norm of each group's last update over that of its weights.
-    routing      totals of the step; None without MoE layers.
+    routing      None without MoE layers.
     fill         share of positions that are not padding.
     ema          of [ema]: ``decay`` of the last update, ``distance/<group>`` of the weights from their average.
     skipped      samples since the start of the run: ``skipped``, ``skipped/<reason>``, ``truncated``; the share ``bad_share``.
@@ -55,7 +56,7 @@ class StepReport:
     rates: dict[str, float]
     weights: dict[str, float]
     update_ratios: dict[str, float]
-    routing: RoutingTotals | None
+    routing: LoggedRouting | None
     shield_scale: float
     fill: float
     ema: dict[str, float]
@@ -211,9 +212,9 @@ class SymbioticMetrics(MetricsProcessor):
         metrics |= {f"lr/{name}": value for name, value in report.rates.items()}
         metrics |= {f"update_ratio/{name}": value for name, value in report.update_ratios.items()}
         if report.routing is not None:
-            by_group = z_by_group(report.routing, [group.name for group in self.groups])
+            by_group = z_by_group(report.routing.step, [group.name for group in self.groups])
             metrics |= {f"loss/{name}": value for name, value in by_group.items()}
-            metrics |= self.routing(report.step, report.routing.counts)
+            metrics |= self.routing(report.step, report.routing)
         metrics |= {
             f"tokens/{name}": int(count)
             for name, count in zip(MODALITY_NAMES, report.tokens_seen, strict=True)
@@ -232,10 +233,11 @@ class SymbioticMetrics(MetricsProcessor):
         """Write ``BadSteps.counts`` after ``step``, which was bad. Its losses are not logged."""
         self.logger.log({f"stability/{name}": count for name, count in counts.items()}, step)
 
-    def routing(self, step: int, assignments: torch.Tensor) -> dict[str, float]:
-        """Scalars about the step's (layers, modalities, E) assignments; the full report goes to TensorBoard where one is due."""
-        counts = assignments.cpu()  # device sync
-        statistics = layer_statistics(counts, self.groups, self.capacity_factor)
+    def routing(self, step: int, logged: LoggedRouting) -> dict[str, float]:
+        """Scalars about the assignments of the step and of the last ones; the full report goes to TensorBoard where one is due."""
+        counts, recent = torch.stack([logged.step.counts, logged.recent]).cpu()  # device sync
+        statistics = layer_statistics(counts, self.groups)
+        statistics |= capacity_rates(recent, self.groups, self.capacity_factor)
         metrics = means_over_layers(statistics)
         if self.shows_routing(step):
             metrics |= scalars_by_layer(statistics, self.moe_layers)

@@ -231,7 +231,6 @@ class SymbioticTrainer(Trainer):
         self.lr_schedulers.step()
         self.count_tokens(totals, data.counts_on_host[-NUM_PAIRS:])
         if should_log and is_taken:
-            routing = [result.routing for result in results if result.routing is not None]
             self.metrics_processor.log_step(
                 StepReport(
                     step=self.step,
@@ -244,7 +243,7 @@ class SymbioticTrainer(Trainer):
                     weights=self.job_config.data.weights_at(self.step),
                     update_ratios=ratios,
                     ema=self.ema.metrics() if self.ema is not None else {},
-                    routing=self.gradients.sum_routing(routing) if routing else None,
+                    routing=self.gradients.logged_routing(results),
                     shield_scale=scale,
                     fill=float(totals.modality.sum() / totals.positions),
                     skipped=self.step_data.count_skipped(),

@@ -48,6 +48,7 @@ TAGS = (
     *("loss/by_task/mmu_text", "validation/by_task/lm_text", "validation/by_task/mmu_text"),
     *(f"routing/capacity_rate/{name}" for name in ("text", "vit", "vae")),
     *(f"tokens/{name}" for name in ("text", "vit", "vae")),
+    *(f"routing/capacity_rate_global/{name}" for name in ("all", "text", "vit", "vae")),
 )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.moe.routing_metrics import (
+    capacity_rates,
     heat_map,
     layer_statistics,
     means_over_layers,
@@ -25,7 +26,12 @@ def assignments(text, vit, vae):
 
 
 def means(counts_YME, groups=GROUPS, capacity_factor=1.0):
-    return means_over_layers(layer_statistics(counts_YME, groups, capacity_factor))
+    return means_over_layers(statistics(counts_YME, groups, capacity_factor))
+
+
+def statistics(counts_YME, groups, capacity_factor=1.0):
+    rates = capacity_rates(counts_YME, groups, capacity_factor)
+    return layer_statistics(counts_YME, groups) | rates
 
 
 def test_experts_are_compared_with_their_own_group():
@@ -55,7 +61,18 @@ def test_capacity_factor_widens_what_fits():
 
 
 def test_a_step_without_tokens_has_no_statistics():
-    assert layer_statistics(assignments([0] * 5, [0] * 5, [0] * 5), GROUPS, 1.0) == {}
+    assert statistics(assignments([0] * 5, [0] * 5, [0] * 5), GROUPS) == {}
+
+
+def test_the_global_rate_is_bounded_by_the_experts_that_a_modality_reaches():
+    balanced = means(assignments([4, 4, 4, 0, 0], [0] * 5, [0, 0, 0, 9, 9]))
+    within = {name: balanced[f"routing/capacity_rate/{name}"] for name in ("text", "vae", "all")}
+    assert within == {"text": 1.0, "vae": 1.0, "all": 1.0}
+    overall = {name: balanced[f"routing/capacity_rate_global/{name}"] for name in within}
+    # ceil(12 / 5) = 3 fit into each of 3 experts, ceil(18 / 5) = 4 into each of 2; together ceil(30 / 5) = 6 into each of 5.
+    expected = {"text": 9 / 12, "vae": 8 / 18, "all": (4 * 3 + 6 * 2) / 30}
+    assert overall == pytest.approx(expected)
+    assert "routing/capacity_rate_global/vit" not in balanced  # it has no token
 
 
 # ---- against plain loops --------------------------------------------------------------------------------------------------
@@ -95,6 +112,13 @@ def plain_layer(counts, groups, capacity_factor):
                     expected[f"overlap/{pair}"] = plain_overlap(own[m], own[other])
         summed = [sum(row[e] for row in own) for e in range(group.num_experts)]
         together.append((plain_use(summed, capacity_factor), sum(summed)))
+    of_layer = {name: row for name, row in zip(MODALITY_NAMES, counts, strict=True) if sum(row)}
+    for name, row in {
+        **of_layer,
+        "all": [sum(column) for column in zip(*counts, strict=True)],
+    }.items():
+        rate = plain_use(row, capacity_factor)["capacity_rate"]
+        expected[f"capacity_rate_global/{name}"] = rate
     total = sum(weight for _, weight in together)
     for key in together[0][0]:
         if key == "idle_experts":
@@ -124,7 +148,7 @@ def test_every_layer_is_as_a_plain_loop_says(groups):
                 layer[m][start] += 1
             start += group.num_experts
         layers.append(layer)
-    found = layer_statistics(torch.tensor(layers), groups, 1.25)
+    found = statistics(torch.tensor(layers), groups, 1.25)
     expected = [plain_layer(layer, groups, 1.25) for layer in layers]
     assert found.keys() == expected[0].keys()
     for key, values_Y in found.items():
@@ -133,7 +157,7 @@ def test_every_layer_is_as_a_plain_loop_says(groups):
 
 def test_overlap_is_measured_only_where_both_reach_the_same_experts():
     counts = torch.ones(2, 3, 8, dtype=torch.int64)
-    one = layer_statistics(counts, (ExpertGroup("all", (TEXT, VIT, VAE), 8),), 1.0)
+    one = layer_statistics(counts, (ExpertGroup("all", (TEXT, VIT, VAE), 8),))
     assert {key for key in one if "overlap" in key} == {
         "overlap/text_vit",
         "overlap/text_vae",
@@ -141,7 +165,7 @@ def test_overlap_is_measured_only_where_both_reach_the_same_experts():
     }
     assert one["overlap/text_vit"].tolist() == [2, 2]  # all tied: the lower numbers, twice
     apart = (ExpertGroup("a", (TEXT,), 4), ExpertGroup("b", (VIT, VAE), 4))
-    assert {key for key in layer_statistics(counts, apart, 1.0) if "overlap" in key} == {
+    assert {key for key in layer_statistics(counts, apart) if "overlap" in key} == {
         "overlap/vit_vae"
     }
 

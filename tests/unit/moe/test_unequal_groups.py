@@ -8,7 +8,7 @@ import torch
 from symbiotic_titan.losses.balance import balance_loss
 from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import ExpertGroup
-from symbiotic_titan.moe.routing_metrics import layer_statistics
+from symbiotic_titan.moe.routing_metrics import capacity_rates, layer_statistics
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, PADDING, TEXT, VAE, VIT
 from tests.helpers.moe_reference import (
     GROUPS,
@@ -144,7 +144,7 @@ def test_metrics_weigh_a_group_by_its_assignments():
     counts = torch.zeros(1, 3, 9, dtype=torch.int64)
     counts[0, TEXT, :4] = 5
     counts[0, VAE, 6] = 10
-    found = layer_statistics(counts, groups, 1.0)
+    found = layer_statistics(counts, groups) | capacity_rates(counts, groups, 1.0)
     assert found[f"capacity_rate/{MODALITY_NAMES[VAE]}"].item() == pytest.approx(0.2)
     assert found["capacity_rate/all"].item() == pytest.approx((20 * 1.0 + 10 * 0.2) / 30)
     assert found["imbalance/all"].item() == pytest.approx((20 * 1 + 10 * 5) / 30)

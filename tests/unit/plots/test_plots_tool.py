@@ -84,7 +84,10 @@ def test_a_missing_tag_is_told_in_one_line(tmp_path, capsys):
     Log(tmp_path / "run").scalars("loss/by_task/lm_text", {1: 2.0, 2: 1.0}).close()
     assert plot.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "figure 5a is skipped: no run has routing/capacity_rate/all" in lines
+    assert (
+        "figure 5a is skipped: no run has routing/capacity_rate/all or routing/capacity_rate_global/all"
+        in lines
+    )
     assert "figure 6b: training loss, because run logged no validation/by_task/lm_text" in lines
     assert [line for line in lines if "figure 7 is skipped: no counts of text and vit" in line]
     assert [path.name for path in tmp_path.glob("out/*.png")] == ["figure_6b.png"]
@@ -98,6 +101,27 @@ def test_a_run_keeps_its_colour_where_another_has_no_data(tmp_path):
     use = from_run(second, step=None, window=1)
     assert line.get_color() == COLORS[1]
     assert layer_imbalance([use]).figure.axes[0].lines[0].get_color() == COLORS[1]
+
+
+def test_both_capacity_rates_are_shown_and_named_and_an_older_run_has_one(tmp_path):
+    new, old = read_run(write_full_run(tmp_path / "new"), "new"), Log(tmp_path / "old")
+    for name in ("all", "text", "vit", "vae"):
+        old.scalars(f"routing/capacity_rate/{name}", {1: 1.0, 2: 0.5})
+    old.close()
+    old = read_run(tmp_path / "old", "old")
+    both, one = curves.capacity_rate([new]), curves.capacity_rate([old])
+    headings = ["within each group", "over all experts of the layer"]
+    assert [panel.get_title() for panel in both.figure.axes] == headings
+    assert len(one.figure.axes) == 1 and one.notes == [
+        "old has no routing/capacity_rate_global/all"
+    ]
+    grid = curves.capacity_by_modality([new, old]).figure.axes
+    assert [panel.get_title() for panel in grid] == 2 * ["text tokens", "vit tokens", "vae tokens"]
+    assert [panel.get_ylabel() for panel in (grid[0], grid[3])] == [
+        f"capacity rate {scope}" for scope in headings
+    ]
+    assert [len(panel.lines) for panel in grid] == [3, 3, 3, 2, 2, 2]  # the new one is smoothed
+    assert len(curves.capacity_by_modality([old]).figure.axes) == 3
 
 
 def test_held_out_and_training_loss_never_share_an_axis(tmp_path):

@@ -13,7 +13,7 @@ from torchtitan.distributed import ParallelDims
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.moe.partition import ExpertGroup
-from symbiotic_titan.moe.record import RoutingTotals
+from symbiotic_titan.moe.record import LoggedRouting, RoutingTotals
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from symbiotic_titan.training.metrics import (
     StepReport,
@@ -23,6 +23,8 @@ from symbiotic_titan.training.metrics import (
 
 GROUPS = (ExpertGroup("und", (TEXT, VIT), 4), ExpertGroup("gen", (VAE,), 2))
 COUNTS = torch.tensor([[[4, 4, 2, 2, 0, 0], [0] * 6, [0, 0, 0, 0, 6, 2]]]).repeat(2, 1, 1)
+# Those of the last steps: one generation expert has more of them, and ViT had tokens.
+RECENT = COUNTS + torch.tensor([[[0] * 6, [2, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 8]]])
 
 
 class NoCost:
@@ -62,7 +64,7 @@ def report(step):
         ema={},
         rates={},
         weights={"mine": 2.0},
-        routing=RoutingTotals(COUNTS, torch.zeros(2, 2, dtype=torch.int64)),
+        routing=LoggedRouting(RoutingTotals(COUNTS, torch.zeros(2, 2, dtype=torch.int64)), RECENT),
         shield_scale=1.0,
         fill=1.0,
         skipped={"skipped": 0},
@@ -105,7 +107,12 @@ def test_means_are_logged_always_and_layers_with_an_account(make_metrics, tmp_pa
     assert [e.step for e in log.Scalars("routing/capacity_rate/vae")] == [1, 10, 15]
     assert [e.value for e in log.Scalars("data/weight/mine")] == [2.0, 2.0, 2.0]
     by_layer = log.Scalars("routing_by_layer/capacity_rate/vae/layer_02")
-    assert [(e.step, e.value) for e in by_layer] == [(1, 0.75), (15, 0.75)]
+    # Of the recent counts 6 and 10, of which 8 each fit, and over all 6 experts 3 each; the imbalance is that of 6 and 2.
+    assert [(e.step, e.value) for e in by_layer] == [(1, 0.875), (15, 0.875)]
+    assert log.Scalars("routing/capacity_rate_global/vae")[0].value == pytest.approx(6 / 16)
+    assert log.Scalars("routing/imbalance/vae")[0].value == 1.5
+    assert "routing/capacity_rate/vit" in log.Tags()["scalars"]
+    assert "routing/imbalance/vit" not in log.Tags()["scalars"]
     assert log.Tags()["images"] == ["routing/experts/text", "routing/experts/vae"]
     assert [e.step for e in log.Images("routing/experts/vae")] == [1, 15]
     tensors = log.Tensors("routing/counts")
