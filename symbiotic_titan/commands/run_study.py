@@ -14,56 +14,24 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from symbiotic_titan.config.extends import merged_table, read_layers
 from symbiotic_titan.process import exit_status
+from symbiotic_titan.study import runs as study
+from symbiotic_titan.study.runs import START, StudyRun, find_runs, is_saved, read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 FOLDER = Path("train_configs/mini")
-START = "vlm"
 
 
-@dataclass(frozen=True)
-class StudyRun:
-    """One config of the study. ``start``: the checkpoint that it begins with; None for the one that begins from scratch."""
-
-    name: str
-    config: Path
-    dump_folder: Path
-    start: Path | None
-    steps: int
-
-
-def read_runs() -> dict[str, StudyRun]:
-    """All configs of the study that set job.dump_folder; the others are only extended by these."""
-    runs = {}
-    for config in sorted(FOLDER.glob("*.toml")):
-        layers = read_layers(str(config))
-        if "dump_folder" not in layers[-1].table.get("job", {}):
-            continue
-        table = merged_table(layers)
-        start = table["checkpoint"].get("initial_load_path")
-        runs[config.stem] = StudyRun(
-            name=config.stem,
-            config=config,
-            dump_folder=Path(table["job"]["dump_folder"]),
-            start=None if start is None else Path(start),
-            steps=table["training"]["steps"],
-        )
-    return runs
-
-
-def call(command: list[str | Path], **environment: str) -> None:
+def call(words: study.Command, **environment: str) -> None:
     """Run one command of the study, with its output on the terminal.
 
     Raises:
         RuntimeError: it failed.
     """
-    words = [str(word) for word in command]
     shown = [f"{key}={value}" for key, value in environment.items()] + words
     print("\n$ " + " ".join(shown), flush=True)
     status = subprocess.run(words, env={**os.environ, **environment}).returncode
@@ -72,54 +40,41 @@ def call(command: list[str | Path], **environment: str) -> None:
 
 
 def train(run: StudyRun, steps: int) -> None:
-    if (run.dump_folder / f"checkpoint/step-{steps}/.metadata").is_file():
+    if is_saved(run.checkpoint_at(steps)):
         print(f"\n{run.name}: has its {steps} steps")
         return
     call(["./run_train.sh", "--training.steps", str(steps)], CONFIG_FILE=str(run.config))
-
-
-def tool(name: str, *arguments: str | Path) -> None:
-    call([sys.executable, "-m", "symbiotic_titan.cli", name, *arguments])
 
 
 def profile(start: StudyRun, checkpoint: Path) -> Path:
     """The profile that every split is planned from."""
     out = start.dump_folder / "profile.json"
     if not out.is_file():
-        tool("profile-experts", "--config", start.config, "--checkpoint", checkpoint, "--out", out)
+        call(study.profile(start, checkpoint, out))
     return out
 
 
 def split(config: Path, checkpoint: Path, profile_file: Path, out: Path, *rule: str) -> None:
     """Plan and write the checkpoint ``out`` with the groups of ``config``."""
-    plan = out.parent / f"{out.name}_plan.json"
+    plan = study.plan_file_of(out)
     plan.parent.mkdir(parents=True, exist_ok=True)
-    tool("convert", "plan", "--profile", profile_file, "--config", config, "--out", plan, *rule)
-    where: list[str | Path] = ["--checkpoint", checkpoint, "--plan", plan, "--out", out]
-    # Shared experts are kept: a run without them ignores them, and others begin with the same checkpoint.
-    tool("convert", "partition", "--config", config, *where, "--experts.shared")
+    call(study.plan(config, profile_file, plan, *rule))
+    call(study.partition(config, checkpoint, plan, out))
 
 
 @dataclass(frozen=True)
-class Check:
-    """Held-out losses of a checkpoint beside those of the model that all runs come from."""
-
-    start: StudyRun
-    original: Path
-    batches: int
+class Check(study.Check):
+    """A check that is made unless its report exists."""
 
     def out(self, name: str) -> Path:
         return Path("outputs/mini/check") / f"{name}.json"
 
     def __call__(self, name: str, config: Path, checkpoint: Path, *overrides: str) -> Path:
-        """The report, made unless it exists."""
+        """The report."""
         out = self.out(name)
         out.parent.mkdir(parents=True, exist_ok=True)
         if not out.is_file():
-            what: list[str | Path] = ["--config", config, "--checkpoint", checkpoint]
-            what += ["--original", self.original, "--original-config", self.start.config]
-            what += ["--batches", str(self.batches), "--json", out, *overrides]
-            tool("convert", "check", *what)
+            call(self.command(config, checkpoint, out, *overrides))
         return out
 
 
@@ -164,13 +119,10 @@ def run_study(options: argparse.Namespace) -> None:
     ValueError: a run that does not exist.
     RuntimeError: a stage failed.
     """
-    runs = read_runs()
+    runs = read_runs(FOLDER.glob("*.toml"))
     start = runs.pop(START)
-    unknown = sorted(set(options.runs) - set(runs))
-    if unknown:
-        raise ValueError(f"no run named {', '.join(unknown)}; choose from {', '.join(runs)}")
-    chosen = [runs[name] for name in (options.runs or runs)]
-    checkpoint = start.dump_folder / f"checkpoint/step-{start.steps}"
+    chosen = find_runs(options.runs, runs, "run")
+    checkpoint = start.last_checkpoint
     train(start, start.steps)
     profile_file = profile(start, checkpoint)
     check, reports = Check(start, checkpoint, options.batches), {}

@@ -1,7 +1,6 @@
 """The study's configs: every run can be trained, starts from what is made for it, and differs from symbiotic as it should."""
 
 import functools
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.training.checks import check_job
+from tests.helpers.flat_config import differences, flat, group_sizes
 
 FOLDER = Path(__file__).parents[3] / "train_configs" / "mini"
 PARTS = {"base", "progressive", "understanding_data"}
@@ -68,20 +68,6 @@ def load(name: str) -> JobConfig:
     return load_job_config(["--job.config_file", str(FILES[name])])
 
 
-def flat(config: JobConfig) -> dict:
-    """Dotted key -> value; rows and groups in short, by their names."""
-    sections = asdict(config)
-    values = {f"{s}.{key}": v for s, table in sections.items() for key, v in table.items()}
-    for key in ("job.config_file", "job.description", "job.dump_folder"):
-        del values[key]
-    groups = values["experts.partition"]
-    values["experts.partition"] = {name: group["num_experts"] for name, group in groups.items()}
-    values["data.sources"] = [row["name"] for row in values["data.sources"]]
-    rules = values["optimizer.param_groups"]
-    values["optimizer.param_groups"] = {row["name"]: row["lr"] for row in rules}
-    return values
-
-
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -96,8 +82,7 @@ def test_a_run_passes_all_checks_and_writes_to_a_folder_of_its_name(name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_differs_from_symbiotic_in_what_its_definition_says(name):
-    reference, values = flat(load("symbiotic")), flat(load(name))
-    assert {k: v for k, v in values.items() if v != reference[k]} == DIFFERENCES[name]
+    assert differences(load(name), load("symbiotic")) == DIFFERENCES[name]
 
 
 def test_symbiotic_is_what_the_method_says():
@@ -125,7 +110,7 @@ def test_rows_of_understanding_data_are_those_of_the_mixture():
 @pytest.mark.parametrize("name", RUNS)
 def test_a_split_deals_out_all_experts_and_starts_from_the_folder_of_its_sizes(name):
     config = load(name)
-    groups = [group.num_experts for group in config.experts.partition.values()]
+    groups = group_sizes(config)
     if not groups:
         assert config.checkpoint.initial_load_path in (VLM, None)
         return
