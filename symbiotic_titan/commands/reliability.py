@@ -7,16 +7,19 @@ Small runs of a config, on one process and several, are started, hurt, and start
 Then their weights and optimizer state must be those of a run that nothing happened to: bit for bit, or within 1e-5 where the number of
 processes changed. A trial is well if nothing hung, no saved step was lost, no damaged checkpoint was loaded, the run ended with the
 status and without the traceback that it should, and started again without a person. The table and the last line, which is JSON, say how
-many were; status 1 says that something was not well. Each start keeps its log below --out where something went wrong. Options that the
+many were; status 1 says that something was not well. Ctrl-C ends it early, with what was found. Each start keeps its log below --out where something went wrong. Options that the
 command does not know are those of every run. It needs Linux; a full disk is tried where the machine allows namespaces.
 """
 
 import argparse
 import json
 import random
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from symbiotic_titan.process import exit_status, show_progress
@@ -35,10 +38,10 @@ class Campaign:
         self.settings, self.layouts, self.at_once, self.most = settings, layouts, at_once, trials
         self.findings, self._lock, self._next = Findings(), threading.Lock(), 0
         self._errors: list[BaseException] = []
-        self._interrupted = False
+        self.is_interrupted = False
 
     def run(self, minutes: float) -> Findings:
-        """Raises RuntimeError if a run without a fault fails."""
+        """What was found, after Ctrl-C by then. Raises RuntimeError if a run without a fault fails."""
         self.references = {layout: reference(self.settings, layout) for layout in self.layouts}
         end = time.monotonic() + 60 * minutes
         threads = [
@@ -51,19 +54,18 @@ class Campaign:
             while any(thread.is_alive() for thread in threads):
                 time.sleep(0.2)
                 self._show(end)
-        except KeyboardInterrupt:  # the runs in sessions of their own would go on
-            self._interrupted = True
+        except KeyboardInterrupt:  # the runs, in sessions of their own, would go on
+            self.is_interrupted = True
             print("ending the runs that are under way", file=sys.stderr)
             for thread in threads:
                 thread.join()
-            raise
         if self._errors:
             raise self._errors[0]
         return self.findings
 
     def _chains(self, end: float) -> None:
         def go_on() -> bool:
-            is_time = time.monotonic() < end and not self._errors and not self._interrupted
+            is_time = time.monotonic() < end and not self._errors and not self.is_interrupted
             return is_time and len(self.findings.trials) < self.most
 
         try:
@@ -133,6 +135,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def ended_by(*numbers: signal.Signals) -> Iterator[None]:
+    """These signals raise KeyboardInterrupt."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options, overrides = parser.parse_known_args(arguments)
@@ -156,7 +169,12 @@ def main(arguments: list[str] | None = None) -> int:
         findings = campaign.run(options.minutes)
         print_table(findings)
         print(json.dumps(findings.as_dict()))
+        if campaign.is_interrupted:
+            raise KeyboardInterrupt
 
-    status = exit_status(run, (OSError, RuntimeError, ValueError))
+    with ended_by(
+        signal.SIGINT, signal.SIGTERM
+    ):  # a shell lets its background jobs ignore the first
+        status = exit_status(run, (OSError, RuntimeError, ValueError))
     found = campaign.findings
     return status or int(found.num_problems > 0)

@@ -1,7 +1,10 @@
 """A campaign of faults finds what a run does wrong, and nothing where it does everything right."""
 
 import json
+import os
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -49,6 +52,25 @@ def findings(prototype, tmp_path, monkeypatch):
 
 def problems(found):
     return " ".join([*(t.problem for t in found.trials if t.problem), *found.problems])
+
+
+def test_a_campaign_that_is_ended_early_says_what_it_found(monkeypatch, capsys, tmp_path):
+    class Endless:
+        def __init__(self, settings, layout, known, findings, name, chance):
+            self.findings = findings
+
+        def run(self, go_on):
+            self.findings.starts += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            while go_on():
+                time.sleep(0.01)
+
+    monkeypatch.setattr(reliability, "Chain", Endless)
+    monkeypatch.setattr(reliability, "reference", lambda *_: None)
+    before = signal.getsignal(signal.SIGTERM)
+    assert reliability.main(["--out", str(tmp_path), "--at-once", "1"]) == 130
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["starts"] == 1
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_nothing_is_found_where_nothing_is_wrong(findings):
