@@ -4,7 +4,6 @@ A system has one colour in all of them. A line is the mean over seeds, the band 
 Bars are intervals of 95 %.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,32 +257,29 @@ def chance_of(study: Study, measure: Measure) -> float | None:
     return None
 
 
-def difference_figure(study: Study, measures: Sequence[Measure]) -> Figure:
-    """Symbiotic less each baseline, a panel per measure; the interval is paired over seeds.
+def difference_figure(study: Study, measure: Measure) -> Figure:
+    """Symbiotic less each other system, with the interval paired over seeds.
 
     Raises:
         MissingData: no pair has two seeds.
     """
     rivals = [name for name in SYSTEMS if name not in ("symbiotic", "wo_shared_expert")]
-    found = {m: {r: study.difference("symbiotic", r, m) for r in rivals} for m in measures}
-    shown = [measure for measure in measures if any(found[measure].values())]
-    if not shown:
-        raise MissingData("no pair of systems has two seeds in common")
-    figure, axes = panels(-(-len(shown) // 2), 2, WIDTH, 2.3)
-    for panel in axes.flat[len(shown) :]:
-        panel.set_visible(False)
-    for panel, measure in zip(axes.flat, shown, strict=False):
-        for row, rival in enumerate(rivals):
-            if (pair := found[measure][rival]) is not None:
-                draw_interval(panel, rival, pair.mean, row, x_error=pair.half_width)
-        panel.axvline(0, color="black", linewidth=0.9)
-        panel.grid(axis="y", visible=False)
-        panel.set_yticks(range(len(rivals)), [label(rival) for rival in rivals])
-        panel.set_ylim(len(rivals) - 0.5, -0.5)
-        panel.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        side = "left" if measure.better == "lower" else "right"
-        panel.set_xlabel(f"Symbiotic is better on the {side} of 0", fontsize="small")
-        panel.set_title(measure.name, fontsize="medium", loc="left")
+    pairs = {name: study.difference("symbiotic", name, measure) for name in rivals}
+    pairs = {name: pair for name, pair in pairs.items() if pair is not None}
+    if not pairs:
+        raise MissingData(f"{measure.name}: no pair of systems has two seeds in common")
+    figure, axes = panels(1, 1, WIDTH, 0.9 + 0.3 * len(pairs))
+    panel = axes[0, 0]
+    for row, (name, pair) in enumerate(pairs.items()):
+        draw_interval(panel, name, pair.mean, row, x_error=pair.half_width)
+    panel.axvline(0, color="black", linewidth=0.9)
+    panel.grid(axis="y", visible=False)
+    panel.set_yticks(range(len(pairs)), [label(name) for name in pairs])
+    panel.set_ylim(len(pairs) - 0.5, -0.5)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    side = "left" if measure.better == "lower" else "right"
+    panel.set_xlabel(f"Symbiotic less the other; better on the {side} of 0", fontsize="small")
+    panel.set_title(f"Difference: {measure.name}", fontsize="medium", loc="left")
     return figure
 
 

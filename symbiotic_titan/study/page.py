@@ -7,13 +7,19 @@ OUT/page/statistics.json    every mean, paired difference and verdict, with the 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from symbiotic_titan.config.files import replacing, write_json
+from symbiotic_titan.plots.logs import Run
 from symbiotic_titan.plots.page import Picture, templates
 from symbiotic_titan.plots.style import MissingData, as_png
+from symbiotic_titan.sequence.modality import MODALITY_NAMES
 from symbiotic_titan.study.claims import Judgement, Verdict, judge
 from symbiotic_titan.study.figures import (
     ANSWERS_PAPER,
@@ -44,7 +50,9 @@ HEADING = "Symbiotic-MoE's comparison on a laptop"
 OURS = "symbiotic"
 # Fields of ``System``, as a reader sees them.
 PAPER = {"mmlu": "MMLU", "ocrbench": "OCRBench", "t2i": "T2I-CompBench", "fid": "FID"}
-DIFFERENCES = (LANGUAGE, FLOW, ANSWERS["all"], ANSWERS["ocr"])
+DIFFERENCES = {"language": LANGUAGE, "flow": FLOW} | {
+    f"answers_{kind}": ANSWERS[kind] for kind in ("all", "ocr")
+}
 COLUMNS_OF_STEP_ZERO = (STEP_ZERO, STEP_ZERO_ANSWERS)
 
 
@@ -65,13 +73,8 @@ def write_page(out: Path) -> Path:
     write_json(folder / "statistics.json", "study statistics", statistics(study, judgements))
     values = content(study, judgements) | {"figures": figures}
     pages = templates("symbiotic_titan.study")
-    pages.filters |= {
-        "interval": interval,
-        "md": markdown,
-        "label": label,
-        "signed": signed,
-        "plain": plain,
-    }
+    pages.filters |= {"md": markdown, "label": label}
+    pages.filters |= {f.__name__: f for f in (interval, signed, thousands, plain)}
     page = folder / "index.html"
     for path, template in ((folder / "page.md", "study.md"), (page, "study.html")):
         save(path, pages.get_template(template).render(values).encode())
@@ -106,6 +109,7 @@ def content(study: Study, judgements: list[Judgement]) -> dict[str, Any]:
         "final": [(m, [cell(study, name, m) for name in trained]) for m in measured(study)],
         "differences": difference_rows(study, [name for name in trained if name != OURS]),
         "ours": OURS,
+        "gradients": gradient_rows(study, trained),
         "paper": [
             (what, [getattr(SYSTEMS.get(n), key, None) for n in trained])
             for key, what in PAPER.items()
@@ -136,7 +140,14 @@ def row_of_system(study: Study, name: str) -> dict[str, Any]:
         "seeds": [seed for seed, run in runs.items() if run.scores],
         "steps": sorted({log.last_step for log in logs}),
         "seconds": sum(seconds) / len(seconds) if seconds else None,
+        "tokens": [mean_end(logs, f"tokens/{name}") for name in MODALITY_NAMES],
     }
+
+
+def mean_end(logs: list[Run], tag: str) -> float | None:
+    """Mean over runs of the last value; None where none was logged."""
+    ends = [list(log.scalars[tag].values())[-1] for log in logs if tag in log.scalars]
+    return sum(ends) / len(ends) if ends else None
 
 
 def training_seconds(scalars: Mapping[str, Mapping[int, float]], steps: int) -> float:
@@ -195,6 +206,13 @@ def difference_rows(
     ]
 
 
+def gradient_rows(study: Study, systems: list[str]) -> list[tuple[str, list[Any]]]:
+    """(tag of gradients.json, the cell of each system)."""
+    runs = [run for name in systems for run in study.runs[name].values()]
+    tags = dict.fromkeys(tag for run in runs for tag in run.gradients)
+    return [(t, [cell(study, n, Measure(t, "gradients", t)) for n in systems]) for t in tags]
+
+
 def direction(pair: Estimate | None, measure: Measure) -> str:
     """Whether ours is ``better`` or ``worse`` in all seeds and beyond the interval; else ``level``."""
     if pair is None or not pair.same_sign or pair.low <= 0 <= pair.high:
@@ -208,35 +226,33 @@ def direction(pair: Estimate | None, measure: Measure) -> str:
 def draw_figures(study: Study) -> dict[str, Picture]:
     """Name of its file -> figure, of those with data."""
     drawn: dict[str, Picture] = {}
-    for curve in CURVES:
-        ends = [
-            f"{label(name)} {found.mean:.3g}"
-            for name in curve.systems
-            if (found := study.estimate(name, Measure(curve.title, "end", curve.tag)))
-        ]
-        alt = f"{curve.title}, over training steps. At the end: {', '.join(ends) or 'one seed'}."
-        try:
-            png = as_png(curve_figure(study, curve))
-        except MissingData:
-            continue
-        drawn[f"figure_{curve.name}"] = Picture(alt, png, (f"Paper, {curve.paper}",))
-    rest = {
-        "answers": (lambda: answers_figure(study), "Share of right answers by kind", ANSWERS_PAPER),
-        "differences": (
-            lambda: difference_figure(study, DIFFERENCES),
-            "Symbiotic less each other system, with paired intervals",
-            "no such figure; Table 1 gives one run of each.",
-        ),
-    }
-    for name, (draw, title, paper) in rest.items():
-        try:
-            png = as_png(draw())
-        except MissingData:
-            continue
-        drawn[f"figure_{name}"] = Picture(
-            title + "; the numbers are in the tables.", png, (f"Paper, {paper}",)
-        )
+    for name, figure, alt, paper in planned_figures(study):
+        with suppress(MissingData):
+            drawn[f"figure_{name}"] = Picture(alt, as_png(figure()), (f"Paper, {paper}",))
     return drawn
+
+
+Plan = tuple[str, Callable[[], Figure], str, str]
+
+
+def planned_figures(study: Study) -> Iterator[Plan]:
+    """(name, what draws it, what it shows in words, what the paper has)."""
+    for curve in CURVES:
+        found = {
+            name: study.estimate(name, Measure(curve.title, "end", curve.tag))
+            for name in curve.systems
+        }
+        ends = ", ".join(f"{label(name)} {end.mean:.3g}" for name, end in found.items() if end)
+        alt = f"{curve.title}, over training steps. At the end: {ends or 'one seed alone'}."
+        yield curve.name, partial(curve_figure, study, curve), alt, curve.paper
+    answers = (
+        "Right answers to questions about images by kind; the numbers are in the final scores."
+    )
+    yield "answers", partial(answers_figure, study), answers, ANSWERS_PAPER
+    for name, measure in DIFFERENCES.items():
+        alt = f"{measure.name}: {label(OURS)} less each other system, with paired intervals; the numbers are in the table of differences."
+        draw = partial(difference_figure, study, measure)
+        yield f"difference_{name}", draw, alt, "no such figure; its Table 1 gives one run of each."
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------------
@@ -257,6 +273,10 @@ def signed(found: Estimate | None) -> str:
         return "–"
     mean = f"{found.mean:+.3f}".replace("-", "−")
     return f"{'0.000' if mean[1:] == '0.000' else mean} ± {found.half_width:.3f}"
+
+
+def thousands(value: float | None) -> str:
+    return "–" if value is None else f"{value / 1000:,.0f}"
 
 
 def plain(value: float | None) -> str:

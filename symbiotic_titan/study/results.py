@@ -4,6 +4,7 @@
     OUT/seed-N/SYSTEM/tb/              curves, as every run logs them
     OUT/seed-N/SYSTEM/before.json      losses before the first step: symbiotic convert check --json
     OUT/seed-N/SYSTEM/scores.json      scores after the last one: symbiotic evaluate
+    OUT/seed-N/SYSTEM/scores_shared_only.json  optional: the same with --probe shared_only
     OUT/seed-N/SYSTEM/gradients.json   optional: norms in the shared expert, tag -> number
 
 Any of them may be missing, because a system was not asked for, is still training or has failed; the study says which are.
@@ -33,9 +34,11 @@ OF_A_SPLIT = "symbiotic"  # whose report has them
 class Measure:
     """One number of a run.
 
-    source   ``before``, ``scores`` or ``gradients``: ``key`` is a name in that file. Or what of the curve ``key``: ``start`` its first
-             value, ``end`` the mean of its last tenth, ``change`` end - start, ``peak`` its highest value.
+    source   ``before``, ``scores``, ``alone`` (scores of the shared expert alone) or ``gradients``: ``key`` is a name in that file. Or
+             what of the curve ``key``: ``start`` its first value, ``end`` the mean of its last tenth, ``change`` end - start, ``peak``
+             its highest value.
     minus    another key of the source, whose number is subtracted.
+    after    the first step of a curve that counts.
     better   ``lower`` or ``higher``; empty where neither is.
     """
 
@@ -44,6 +47,7 @@ class Measure:
     key: str
     minus: str = ""
     better: str = "lower"
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,24 +56,29 @@ class SystemRun:
 
     before: Mapping[str, float] = field(default_factory=dict)
     scores: Scores = field(default_factory=dict)
+    alone: Scores = field(default_factory=dict)
     gradients: Mapping[str, float] = field(default_factory=dict)
     log: Run | None = None
 
     def value(self, measure: Measure) -> float | None:
         """None where it was not measured, or is not a finite number."""
         keys = [measure.key, measure.minus] if measure.minus else [measure.key]
-        values = [self._number(measure.source, key) for key in keys]
+        values = [self._number(measure.source, key, measure.after) for key in keys]
         if any(value is None or not math.isfinite(value) for value in values):
             return None
         first, *second = [float(value) for value in values if value is not None]
         return first - sum(second)
 
-    def _number(self, source: str, key: str) -> float | None:
-        if source == "scores":
-            return self.scores[key]["score"] if key in self.scores else None
+    def _number(self, source: str, key: str, after: int) -> float | None:
+        if source in ("scores", "alone"):
+            scores = self.scores if source == "scores" else self.alone
+            return scores[key]["score"] if key in scores else None
         if source in ("before", "gradients"):
             return (self.before if source == "before" else self.gradients).get(key)
-        values = np.empty(0) if self.log is None else self.log.curve(key)[1]
+        if self.log is None:
+            return None
+        steps, values = self.log.curve(key)
+        values = values[steps >= after]
         if not len(values):
             return None
         end = float(np.mean(values[-max(1, len(values) // 10) :]))
@@ -172,11 +181,11 @@ def read_system(folder: Path) -> SystemRun:
     """Raises:
     ValueError: a damaged file.
     """
-    scores = folder / "scores.json"
     gradients = _read_object(folder / "gradients.json")
     return SystemRun(
         before=_columns(folder).get("partitioned", {}),
-        scores=read_json(scores, "evaluation", ("scores",))["scores"] if scores.is_file() else {},
+        scores=_scores(folder / "scores.json"),
+        alone=_scores(folder / "scores_shared_only.json"),
         gradients={k: float(v) for k, v in gradients.items() if isinstance(v, int | float)},
         log=read_run(folder, folder.name) if event_files(folder) else None,
     )
@@ -207,6 +216,10 @@ def _systems(place: Path) -> list[Path]:
 def _columns(folder: Path) -> dict[str, dict[str, float]]:
     path = folder / "before.json"
     return read_json(path, "step zero report", ("columns",))["columns"] if path.is_file() else {}
+
+
+def _scores(path: Path) -> Scores:
+    return read_json(path, "evaluation", ("scores",))["scores"] if path.is_file() else {}
 
 
 def _read_object(path: Path) -> dict[str, Any]:

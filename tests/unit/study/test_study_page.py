@@ -31,7 +31,16 @@ def write_seed(place, seed):
         shown = None if name == "standard_moe" else curves
         columns = {"original": {"text": 1.4 + shift}} if name == "symbiotic" else None
         folder = place / name
-        write_system(folder, before=before, scores=scores, curves=shown, columns=columns)
+        gradients = {"shared_expert/vae": 0.5 + shift} if name == "wo_shield" else None
+        curves["tokens/vae"] = {50: 52_000.0}
+        write_system(
+            folder,
+            before=before,
+            scores=scores,
+            curves=shown,
+            columns=columns,
+            gradients=gradients,
+        )
     write_system(place / "bimodal_22_10", before={"text": 1.55 + shift})
     # A slash cannot be in a folder's name.
     write_system(place / STRANGER.replace("/", ""), before={"text": 1.0})
@@ -87,6 +96,13 @@ def test_what_is_missing_is_named(written):
     assert "- seed 0, mot: was not run" in (folder / "page.md").read_text()
 
 
+def test_tokens_and_gradients_are_shown_where_they_were_measured(written):
+    folder, text, _ = written
+    rows = re.findall(r"<tr><td>shared_expert/vae</td>(.*?)</tr>", text)
+    assert [re.findall(r"<td>(.*?)</td>", row) for row in rows] == [["–"] * 2 + ["0.503 ± 0.038"]]
+    assert "<td>– / – / 52</td>" in text and "| – / – / 52 |" in (folder / "page.md").read_text()
+
+
 def test_names_are_escaped(written):
     folder, text, _ = written
     assert "&lt;b&gt;x|y&lt;b&gt;" in text and "<b>x" not in text
@@ -111,8 +127,8 @@ def test_the_page_is_one_file_with_alternative_texts(written):
 def test_figures_are_small_pictures_and_those_without_data_are_left_out(written):
     folder, _, _ = written
     names = {path.stem for path in folder.glob("*.png")}
-    expected = ("figure_language", "figure_shield", "figure_answers", "figure_differences")
-    assert names == {"study", *expected}
+    expected = ("language", "shield", "answers", "difference_language", "difference_answers_all")
+    assert names == {"study", *(f"figure_{name}" for name in expected)}
     for path in folder.glob("*.png"):
         with Image.open(path) as picture:
             assert picture.size[0] >= 700 and path.stat().st_size < 200_000

@@ -18,7 +18,9 @@ def study(tmp_path_factory):
         place = out / f"seed-{seed}"
         curve = {TAG: {step: value + step for step in range(10, 210, 10)}}
         whole = {"before": {"text": value}, "scores": {LANGUAGE: value}, "curves": curve}
-        write_system(place / "a", **whole, gradients={"norm": 2 * value, "unit": "x"})
+        write_system(
+            place / "a", **whole, gradients={"norm": 2 * value, "unit": "x"}, alone={LANGUAGE: 7.0}
+        )
         write_system(place / "b", **whole if seed == 2 else {"before": {"text": value}})
         write_system(place / "split", before={"text": value})
         columns = {"original": {"text": value - 1}, "shared_only": {"text": value + 1}}
@@ -51,6 +53,9 @@ def test_what_is_missing_is_named(study):
         (Measure("end", "end", TAG), {2: 198.0, 7: 196.0}),  # the mean of the last two of twenty
         (Measure("change", "change", TAG), {2: 185.0, 7: 185.0}),
         (Measure("peak", "peak", TAG), {2: 203.0, 7: 201.0}),
+        (Measure("late", "start", TAG, after=55), {2: 63.0, 7: 61.0}),
+        (Measure("too late", "start", TAG, after=500), {}),
+        (Measure("alone", "alone", LANGUAGE), {2: 7.0, 7: 7.0}),
         (Measure("less", "scores", LANGUAGE, minus=LANGUAGE), {2: 0.0, 7: 0.0}),
         (Measure("no text", "gradients", "unit"), {}),
         (Measure("absent", "end", "no/tag"), {}),
