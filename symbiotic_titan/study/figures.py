@@ -264,8 +264,7 @@ def difference_figure(study: Study, measure: Measure) -> Figure:
         MissingData: no pair has two seeds.
     """
     rivals = [name for name in SYSTEMS if name not in ("symbiotic", "wo_shared_expert")]
-    pairs = {name: study.difference("symbiotic", name, measure) for name in rivals}
-    pairs = {name: pair for name, pair in pairs.items() if pair is not None}
+    pairs = {n: pair for n in rivals if (pair := study.difference("symbiotic", n, measure))}
     if not pairs:
         raise MissingData(f"{measure.name}: no pair of systems has two seeds in common")
     figure, axes = panels(1, 1, WIDTH, 0.9 + 0.3 * len(pairs))
