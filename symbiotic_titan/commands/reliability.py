@@ -7,8 +7,9 @@ Small runs of a config, on one process and several, are started, hurt, and start
 Then their weights and optimizer state must be those of a run that nothing happened to: bit for bit, or within 1e-5 where the number of
 processes changed. A trial is well if nothing hung, no saved step was lost, no damaged checkpoint was loaded, the run ended with the
 status and without the traceback that it should, and started again without a person. The table and the last line, which is JSON, say how
-many were; status 1 says that something was not well. Ctrl-C ends it early, with what was found. Each start keeps its log below --out where something went wrong. Options that the
-command does not know are those of every run. It needs Linux; a full disk is tried where the machine allows namespaces.
+many were; status 1 says that something was not well. Each start keeps its log below --out where something went wrong. Options that the
+command does not know are those of every run. It needs Linux; a full disk is tried where the machine allows namespaces. Ctrl-C ends it
+early, with what was found by then.
 """
 
 import argparse
@@ -48,9 +49,9 @@ class Campaign:
             threading.Thread(target=self._chains, args=(end,), daemon=True)
             for _ in range(self.at_once)
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             while any(thread.is_alive() for thread in threads):
                 time.sleep(0.2)
                 self._show(end)
@@ -58,7 +59,8 @@ class Campaign:
             self.is_interrupted = True
             print("ending the runs that are under way", file=sys.stderr)
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
         if self._errors:
             raise self._errors[0]
         return self.findings
