@@ -157,12 +157,15 @@ def training_seconds(scalars: Mapping[str, Mapping[int, float]], steps: int) -> 
 
 
 def scalars(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that fit a line; a list is joined."""
-    return {
+    """The settings that fit a line; a list is joined, seconds are hours and minutes too."""
+    shown = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         for key, value in settings.items()
-        if not isinstance(value, dict)
+        if not isinstance(value, dict) and key != "kind"
     }
+    if isinstance(seconds := settings.get("seconds"), int | float):
+        shown["seconds"] += f" ({seconds / 60:.0f} minutes)"
+    return shown
 
 
 def measured(study: Study) -> list[Measure]:
@@ -207,9 +210,9 @@ def difference_rows(
 
 
 def gradient_rows(study: Study, systems: list[str]) -> list[tuple[str, list[Any]]]:
-    """(tag of gradients.json, the cell of each system)."""
+    """(tag of gradients.json, the cell of each system), but not of single layers."""
     runs = [run for name in systems for run in study.runs[name].values()]
-    tags = dict.fromkeys(tag for run in runs for tag in run.gradients)
+    tags = dict.fromkeys(tag for run in runs for tag in run.gradients if "/layer_" not in tag)
     return [(t, [cell(study, n, Measure(t, "gradients", t)) for n in systems]) for t in tags]
 
 

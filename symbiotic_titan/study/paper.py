@@ -127,6 +127,13 @@ ALONE = Measure("right answers, shared expert alone", "alone", "answers/all", be
 LANGUAGE_ALONE = Measure(
     "held-out language loss, shared expert alone", "alone", "heldout/by_task/lm_text"
 )
+CONFLICT = Measure("cosine of the gradients in the shared expert", "gradients", "cosine")
+LARGER = Measure(
+    "gradient norm in the shared expert, generation - understanding",
+    "gradients",
+    "norm/generation",
+    minus="norm/understanding",
+)
 STEP_ZERO = Measure("text loss before the first step", "before", "text")
 STEP_ZERO_ANSWERS = Measure("loss of answers before the first step", "before", "by_task/mmu_text")
 
@@ -310,6 +317,16 @@ CLAIMS = (
         (
             Comparison(LANGUAGE_ALONE, "symbiotic", "<", "only_lm_mmu", is_order=True),
             Comparison(ALONE, "symbiotic", ">", "only_lm_mmu", is_order=True),
+        ),
+    ),
+    Claim(
+        "Gradients of generation are larger than those of understanding, and against them",
+        "2.2 and 3.1: they are significantly larger and noisier, and in conflict. No number is given.",
+        _OPEN,
+        "The two tasks share little in a small model, so the cosine may be near 0.",
+        (
+            Comparison(LARGER, "wo_shield", ">", 0.0),
+            Comparison(CONFLICT, "wo_shield", "<", 0.0),
         ),
     ),
     Claim(

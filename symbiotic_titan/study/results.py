@@ -1,6 +1,6 @@
 """What the runs of a study have left in its folder: curves, losses before the first step, scores and gradient norms.
 
-    OUT/settings.json                  what the study was begun with
+    OUT/settings.json                  what the study was begun with;  record.json: on what it was run, and for how long
     OUT/seed-N/SYSTEM/tb/              curves, as every run logs them
     OUT/seed-N/SYSTEM/before.json      losses before the first step: symbiotic convert check --json
     OUT/seed-N/SYSTEM/scores.json      scores after the last one: symbiotic evaluate
@@ -23,6 +23,7 @@ import numpy as np
 from symbiotic_titan.config.files import read_json
 from symbiotic_titan.evaluation.suite import Scores
 from symbiotic_titan.plots.logs import Run, event_files, read_run
+from symbiotic_titan.study.record import read_record
 from symbiotic_titan.study.statistics import Estimate, differences, estimate
 
 # Columns of a report on the split model that are measured before the first step as if they were systems of their own.
@@ -91,7 +92,7 @@ class SystemRun:
 class Study:
     """runs: system -> seed -> what it left.   missing: a line for each thing that was expected and does not exist.
 
-    settings: of settings.json; empty without one.
+    settings: of settings.json and record.json; empty without them.
     """
 
     folder: Path
@@ -151,7 +152,7 @@ def read_study(folder: Path, trained: Iterable[str], untrained: Iterable[str] = 
         ]
         for name, run in found.items():
             runs.setdefault(name, {})[seed] = run
-    return Study(folder, tuple(places), runs, tuple(missing), settings)
+    return Study(folder, tuple(places), runs, tuple(missing), settings | read_record(folder))
 
 
 def seed_folders(folder: Path) -> dict[int, Path]:

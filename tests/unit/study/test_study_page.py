@@ -31,7 +31,9 @@ def write_seed(place, seed):
         shown = None if name == "standard_moe" else curves
         columns = {"original": {"text": 1.4 + shift}} if name == "symbiotic" else None
         folder = place / name
-        gradients = {"shared_expert/vae": 0.5 + shift} if name == "wo_shield" else None
+        gradients = (
+            {"norm/vae": 0.5 + shift, "norm/vae/layer_01": 1.0} if name == "wo_shield" else None
+        )
         curves["tokens/vae"] = {50: 52_000.0}
         write_system(
             folder,
@@ -52,7 +54,7 @@ def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     for seed in range(3):
         write_seed(out / f"seed-{seed}", seed)
-    (out / "settings.json").write_text(json.dumps({"commit": "<abc>", "steps": 50, "more": {}}))
+    (out / "settings.json").write_text(json.dumps({"commit": "<abc>", "seconds": 90, "more": {}}))
     path = write_page(out)
     assert path == out / "page/index.html"
     statistics = json.loads((path.parent / "statistics.json").read_text())
@@ -98,15 +100,16 @@ def test_what_is_missing_is_named(written):
 
 def test_tokens_and_gradients_are_shown_where_they_were_measured(written):
     folder, text, _ = written
-    rows = re.findall(r"<tr><td>shared_expert/vae</td>(.*?)</tr>", text)
+    rows = re.findall(r"<tr><td>norm/vae</td>(.*?)</tr>", text)
     assert [re.findall(r"<td>(.*?)</td>", row) for row in rows] == [["–"] * 2 + ["0.503 ± 0.038"]]
+    assert "layer_01" not in text
     assert "<td>– / – / 52</td>" in text and "| – / – / 52 |" in (folder / "page.md").read_text()
 
 
 def test_names_are_escaped(written):
     folder, text, _ = written
     assert "&lt;b&gt;x|y&lt;b&gt;" in text and "<b>x" not in text
-    assert "&lt;abc&gt;" in text and "<abc>" not in text
+    assert "90 (2 minutes)" in text and "&lt;abc&gt;" in text and "<abc>" not in text
     table = (folder / "page.md").read_text()
     assert "| \\<b>x\\|y\\<b> |" in table
     assert markdown("a_b*c`d[e\\") == "a\\_b\\*c\\`d\\[e\\\\"

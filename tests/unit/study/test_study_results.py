@@ -1,9 +1,12 @@
 """What is read from a study's folder, and that what is not there is named."""
 
 import math
+import re
+import socket
 
 import pytest
 
+from symbiotic_titan.study.record import read_record, recorded
 from symbiotic_titan.study.results import Measure, SystemRun, read_study
 from tests.helpers.written_studies import write_system
 
@@ -99,6 +102,18 @@ def test_only_systems_that_were_asked_for_are_missed(tmp_path):
     assert study.missing == ("seed 0, b: was not run", "seed 1, b: was not run")
 
 
+def test_every_start_of_a_study_is_recorded_also_one_that_failed(tmp_path):
+    with recorded(tmp_path, at_once=2):
+        pass
+    with pytest.raises(KeyboardInterrupt), recorded(tmp_path, at_once=4):
+        raise KeyboardInterrupt
+    found = read_record(tmp_path)
+    assert found["starts"] == 2 and found["at_once"] == [2, 4] and found["seconds"] >= 0
+    (commit,), (machine,) = found["commits"], found["machines"]
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", commit)
+    assert "cores, Python 3." in machine and socket.gethostname() not in machine
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -110,6 +125,7 @@ def test_only_systems_that_were_asked_for_are_missed(tmp_path):
         ({"seed-0/a/before.json": "{", "seed-1/a/x": ""}, "before.json is not JSON"),
         ({"seed-0/a/scores.json": "{}", "seed-1/a/x": ""}, "scores.json is no evaluation"),
         ({"settings.json": "[1]", "seed-0/x": "", "seed-1/x": ""}, "settings.json holds no JSON"),
+        ({"record.json": "{}", "seed-0/x": "", "seed-1/x": ""}, "record.json is no study record"),
         ({"settings.json": "{", "seed-0/x": "", "seed-1/x": ""}, "settings.json is not JSON"),
     ],
 )
