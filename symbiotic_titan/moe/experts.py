@@ -61,16 +61,16 @@ class SharedExpert(nn.Module):
         self.w2 = nn.Linear(args.shared_hidden_dim, args.dim, bias=False)
         self.w3 = nn.Linear(args.dim, args.shared_hidden_dim, bias=False)
         self.gate = nn.Linear(args.dim, 1, bias=False) if args.shared_gate else None
-        self._shield_modalities = args.shield_modalities
-        self._shield_mode = args.shield_mode
+        self.shield_modalities = args.shield_modalities
+        self.shield_mode = args.shield_mode
 
     def forward(self, x_TD: Tensor, modality_T: Tensor, shield_scale: Tensor) -> Tensor:
         """(T, D). ``shield_scale``: 0-dim tensor, factor on the gradient of shielded tokens; 1 means no shield."""
-        if not self._shield_modalities:
+        if not self.shield_modalities:
             return self._swiglu(x_TD, lambda layer, y: layer(y))
-        shielded_T = is_any_modality(modality_T, self._shield_modalities)
+        shielded_T = is_any_modality(modality_T, self.shield_modalities)
         factors_T = token_factors(shielded_T, shield_scale)
-        if self._shield_mode == "output":
+        if self.shield_mode == "output":
             return scale_gradient(self._swiglu(x_TD, lambda layer, y: layer(y)), factors_T)
 
         def linear(layer: nn.Linear, y: Tensor) -> Tensor:

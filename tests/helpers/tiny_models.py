@@ -182,11 +182,14 @@ def tiny_model(args: ModelArgs) -> SymbioticModel:
 
 
 def run_model(
-    model: SymbioticModel, batch: PackedBatch, timestep: float | None = None
+    model: SymbioticModel,
+    batch: PackedBatch,
+    timestep: float | None = None,
+    shield_scale: float | torch.Tensor = 1.0,
 ) -> ModelOutput:
     """A forward on latents as they are, at one timestep or, without one, at timesteps that differ from token to token."""
     size, device = batch.vae_image.shape, batch.tokens.device
     timesteps_BL = torch.linspace(0.1, 0.9, size[1], device=device).expand(size)
     if timestep is not None:
         timesteps_BL = torch.full(size, timestep, device=device)
-    return model(batch, batch.latents, timesteps_BL, torch.tensor(1.0, device=device))
+    return model(batch, batch.latents, timesteps_BL, torch.as_tensor(shield_scale, device=device))
