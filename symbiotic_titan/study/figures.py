@@ -28,6 +28,7 @@ from symbiotic_titan.study.paper import (
     FLOW_CURVE,
     GLOBAL,
     LANGUAGE_CURVE,
+    PAPERS,
     SPLITS,
     SYSTEMS,
     WITHIN,
@@ -40,7 +41,6 @@ WIDTH, HEIGHT = (
     3.7,
 )  # inches of a panel: text can be read where a phone shows it 350 pixels wide
 INDEX = {name: index for index, name in enumerate(SYSTEMS)}
-PAPERS = tuple(name for name, system in SYSTEMS.items() if system.mmlu is not None)
 COMPARED = (*PAPERS, "standard_moe_two_rates")
 SHIELDS = ("symbiotic", "wo_shield", "shield_weights")
 CAPACITY_BAR = 0.95
@@ -263,7 +263,7 @@ def difference_figure(study: Study, measure: Measure) -> Figure:
     Raises:
         MissingData: no pair has two seeds.
     """
-    rivals = [name for name in SYSTEMS if name not in ("symbiotic", "wo_shared_expert")]
+    rivals = (*COMPARED[1:], *SHIELDS[1:])
     pairs = {n: pair for n in rivals if (pair := study.difference("symbiotic", n, measure))}
     if not pairs:
         raise MissingData(f"{measure.name}: no pair of systems has two seeds in common")

@@ -14,7 +14,8 @@ from symbiotic_titan.study.results import Measure
 
 @dataclass(frozen=True)
 class System:
-    """label, what: for readers.   mmlu, ocrbench, fid, t2i: the paper's scores after 60,000 steps; None where it gives none."""
+    """label, what: for readers.   mmlu, ocrbench, fid, t2i: the paper's scores, of what is trained after 60,000 steps; None where it gives
+    none."""
 
     label: str
     what: str
@@ -24,6 +25,8 @@ class System:
     t2i: float | None = None
 
 
+# The method and the baselines of the paper's Table 1.
+PAPERS = ("symbiotic", "standard_moe", "mot", "only_lm_mmu")
 # Systems that are trained. Their order is that of tables, and decides their colours.
 SYSTEMS = {
     "symbiotic": System(
@@ -47,6 +50,11 @@ SYSTEMS = {
     ),
     "wo_shared_expert": System(
         "Without shared expert", "the VLM without its shared expert, on understanding data"
+    ),
+    "vlm": System(
+        "VLM at the start",
+        "what all others begin with, pre-trained on text and on questions about images",
+        *(0.697, 845),
     ),
 }
 
@@ -158,7 +166,7 @@ CLAIMS = (
         "A standard MoE's routing collapses",
         "Fig. 5a: its capacity rate drops, while Symbiotic's approaches 0.95. Usual is a balance of 0.90.",
         _HOLDS,
-        "The pilot had 0.40 for VAE tokens at both learning rates, against 0.88 within Symbiotic's groups.",
+        "The pilot had 0.40 for VAE tokens at both rates, against 0.88 within Symbiotic's groups, where 8 experts are evened out more easily.",
         tuple(
             Comparison(capacity(name), system, "<", "symbiotic", is_order=True)
             for system, name in product(("standard_moe", "standard_moe_two_rates"), MODALITY_NAMES)
@@ -239,6 +247,16 @@ CLAIMS = (
         (
             Comparison(LANGUAGE_CHANGE, "standard_moe", ">", 0.0),
             Comparison(LANGUAGE, "standard_moe", ">", "symbiotic", is_order=True),
+        ),
+    ),
+    Claim(
+        "What is trained ends below the untouched VLM, Symbiotic too",
+        "Tables 1 and 2, MMLU: 0.697 before, 0.492 after 60,000 steps.",
+        _FAILS,
+        "In the study of mini Symbiotic ended 5 % below the loss of its VLM, as its data are those of the pre-training.",
+        (
+            Comparison(LANGUAGE, "symbiotic", ">", "vlm"),
+            Comparison(ANSWERS["all"], "symbiotic", "<", "vlm"),
         ),
     ),
     Claim(
