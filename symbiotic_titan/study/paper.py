@@ -166,7 +166,7 @@ CLAIMS = (
         "A standard MoE's routing collapses",
         "Fig. 5a: its capacity rate drops, while Symbiotic's approaches 0.95. Usual is a balance of 0.90.",
         _HOLDS,
-        "The pilot had 0.40 for VAE tokens at both rates, against 0.88 within Symbiotic's groups, where 8 experts are evened out more easily.",
+        "The pilot had 0.40 for VAE tokens at both rates, against 0.88 within Symbiotic's groups, where 8 experts are evened out easily.",
         tuple(
             Comparison(capacity(name), system, "<", "symbiotic", is_order=True)
             for system, name in product(("standard_moe", "standard_moe_two_rates"), MODALITY_NAMES)
