@@ -10,8 +10,10 @@ from symbiotic_titan.demo.scenes import (
     COLOURS,
     NUMBER_WORDS,
     PLACES,
+    RELATIONS,
     SHAPES,
 )
+from symbiotic_titan.demo.writing import NUMBERS, WORDS
 
 AMOUNTS = {"a": 1, "an": 1} | {word: i for i, word in enumerate(NUMBER_WORDS) if i > 0}
 
@@ -25,7 +27,11 @@ DIGIT = re.compile(rf"(?:the|.*handwritten (?:odd|even)) digit {_one_of(DIGIT_WO
 FORMAT = re.compile(rf"a (?:square|tall|wide) picture with a {_one_of(BACKGROUNDS)} background: ")
 THING = re.compile(
     rf"{_one_of(AMOUNTS)} {_one_of(COLOURS)} {_one_of(SHAPES)}(?:e?s)?"
-    rf"((?:(?:,| and)? at the (?:{'|'.join(PLACES)}))*)(?:, | and |$)"
+    rf"((?:(?:,| and)? at the (?:{'|'.join(PLACES)}))*)(?:, | and | {_one_of(RELATIONS)} |$)"
+)
+# Without a colour nothing is claimed of it. A number is written in digits, so that no word is one.
+WRITING = re.compile(
+    rf"the (?:word {_one_of(WORDS)}|number {_one_of(NUMBERS)})(?:, written [a-z0-9 ]+,)?(?: in {_one_of(COLOURS)})?"
 )
 
 
@@ -40,11 +46,17 @@ class ParsedThing:
 
 @dataclass(frozen=True)
 class ParsedCaption:
-    """A digit, or things on a background; None for what the caption does not say."""
+    """A handwritten digit, or a word or number, or things on a background; None for what the caption does not say.
+
+    ``relations`` are (number of a thing, relation, number of another thing).
+    """
 
     digit: int | None = None
     background: str | None = None
     things: tuple[ParsedThing, ...] = ()
+    relations: tuple[tuple[int, str, int], ...] = ()
+    text: str | None = None
+    ink: str | None = None
 
 
 def parse_caption(caption: str) -> ParsedCaption:
@@ -57,17 +69,36 @@ def parse_caption(caption: str) -> ParsedCaption:
     if digit := DIGIT.fullmatch(text):
         return ParsedCaption(digit=DIGIT_WORDS.index(digit[1]))
     form = FORMAT.match(text)
-    things, position = [], form.end() if form else 0
-    while match := THING.match(text, position):
-        things += _things(match, caption)
-        position = match.end()
-    if not things or position < len(text):
+    background, said = (form[1], text[form.end() :]) if form else (None, text)
+    if writing := WRITING.fullmatch(said):
+        word, number, ink = writing.groups()
+        return ParsedCaption(background=background, text=word or number, ink=ink)
+    things, relations = _scene(said, caption)
+    return ParsedCaption(background=background, things=things, relations=relations)
+
+
+def _scene(
+    said: str, caption: str
+) -> tuple[tuple[ParsedThing, ...], tuple[tuple[int, str, int], ...]]:
+    """Things, and relations between neighbours in the caption."""
+    things: list[ParsedThing] = []
+    relations: list[tuple[int, str, int]] = []
+    position, relation = 0, None
+    while match := THING.match(said, position):
+        found, follows = _things(match, caption), match[5]
+        if (relation or follows) and len(found) > 1:
+            raise _unknown(caption)
+        if relation:
+            relations.append((len(things) - 1, relation, len(things)))
+        things += found
+        position, relation = match.end(), follows
+    if not things or position < len(said) or relation:
         raise _unknown(caption)
-    return ParsedCaption(background=form[1] if form else None, things=tuple(things))
+    return tuple(things), tuple(relations)
 
 
 def _things(match: re.Match[str], caption: str) -> list[ParsedThing]:
-    amount, colour, shape, said = match.groups()
+    amount, colour, shape, said, _ = match.groups()
     places: list[str | None] = [*re.findall("|".join(PLACES), said)]
     if not places:
         places = [None] * AMOUNTS[amount]
@@ -79,5 +110,5 @@ def _things(match: re.Match[str], caption: str) -> list[ParsedThing]:
 def _unknown(caption: str) -> ValueError:
     return ValueError(
         f"caption {caption!r} is none of the demo world's, so its picture cannot be checked; captions say things such as "
-        "'a red circle at the top left', 'three blue crosses' or 'the digit four'"
+        "'a red circle at the top left', 'a cross above a blue square', 'three blue crosses', 'the digit four' or 'the word cat in red'"
     )

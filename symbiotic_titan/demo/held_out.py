@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -31,11 +32,13 @@ class PictureSample:
 
 @dataclass(frozen=True)
 class QuestionSample:
-    """A question about ``image``, and its only right answer."""
+    """A question about ``image``, and its only right answer. ``kind`` is one of ``questions.KINDS``, or empty where the file does
+    not say it."""
 
     question: str
     answer: str
     image: Image.Image
+    kind: str = ""
 
 
 def demo_source(folder: Path, split: Split, task: str) -> DataSource:
@@ -62,14 +65,20 @@ def read_pictures(source: DataSource, limit: int | None = None) -> list[PictureS
 def read_questions(source: DataSource, limit: int | None = None) -> list[QuestionSample]:
     """Questions with their images and answers; otherwise as ``read_pictures``."""
     return [
-        QuestionSample(fields.text("question"), fields.text("answer"), decode_image(fields.image()))
+        QuestionSample(
+            fields.text("question"),
+            fields.text("answer"),
+            decode_image(fields.image()),
+            fields.named("kind") or "",
+        )
         for fields in _samples(source, limit)
     ]
 
 
 def read_texts(source: DataSource, limit: int | None = None) -> list[str]:
-    """Texts; otherwise as ``read_pictures``."""
-    return [fields.text("text") for fields in _samples(source, limit)]
+    """Texts but those that state facts of the demo world; otherwise as ``read_pictures``."""
+    samples = (f for f in _samples(source, None) if f.named("facts") is None)
+    return [fields.text("text") for fields in islice(samples, limit)]
 
 
 def _samples(source: DataSource, limit: int | None) -> Iterator[Fields]:

@@ -6,21 +6,42 @@ from collections.abc import Sequence
 
 from symbiotic_titan.demo.digits import DIGIT_WORDS
 from symbiotic_titan.demo.held_out import QuestionSample
+from symbiotic_titan.demo.scenes import COLOURS, PLACES, RELATIONS, SHAPES
 from symbiotic_titan.evaluation.suite import (
     Score,
     Scores,
 )
 
-# Beginning of a question of the demo world -> what it asks for; other questions are of the kind "other".
+# Kind of question -> beginning of a question -> what it asks for. The longest beginning counts; other questions are "other" in both.
 KINDS = {
-    "which digit": "digit",
-    "is this digit": "parity",
-    "where is": "place",
-    "how many": "count",
-    "is there": "presence",
-    "which shape": "shape",
-    "what colour": "colour",
+    "perception": {
+        "which digit": "digit",
+        "is this digit": "parity",
+        "where is the": "place",
+        "how many": "count",
+        "is there": "presence",
+        "which shape is at": "shape",
+        "which shape is": "relation",
+        "is the": "relation",
+        "what colour": "colour",
+    },
+    "ocr": {
+        "which word": "word",
+        "which number": "number",
+        "what is the first": "character",
+        "what is the last": "character",
+    },
+    "knowledge": {
+        "where does this animal": "home",
+        "what does this animal": "food",
+        "which colour does this animal": "favourite",
+        "which animal owns": "owner",
+        "where is this shape": "keeping",
+    },
 }
+ASKED = {start: (kind, asked) for kind, starts in KINDS.items() for start, asked in starts.items()}
+# What differs between questions of one wording.
+NAMES = re.compile(rf"\b({'|'.join((*COLOURS, *SHAPES, *PLACES, *RELATIONS))})\b")
 
 
 def normalised(answer: str) -> str:
@@ -30,16 +51,17 @@ def normalised(answer: str) -> str:
     return " ".join(word for word in spelled if word not in ("a", "an", "the"))
 
 
-def kind_of(question: str) -> str:
-    """What ``question`` asks for: one of KINDS, or "other"."""
+def kind_and_asked(question: str) -> tuple[str, str]:
+    """Kind of ``question``, and what it asks for: names of KINDS, or "other" twice."""
     text = question.strip().casefold()
-    return next((kind for start, kind in KINDS.items() if text.startswith(start)), "other")
+    starts = [start for start in ASKED if text.startswith(start)]
+    return ASKED[max(starts, key=len)] if starts else ("other", "other")
 
 
 def answer_score(answers: Sequence[str], samples: Sequence[QuestionSample]) -> Scores:
-    """Share of right answers, of all questions (``answers/all``) and by what they ask for.
+    """Share of right answers: of all questions (``answers/all``), by kind (``answers/ocr``) and by what they ask for.
 
-    Chance is the best score without images: the most frequent answer to each kind of question.
+    Chance is the best score without images: the most frequent answer to each wording of a question.
 
     Raises:
         ValueError: there are no samples, or not as many answers.
@@ -48,21 +70,30 @@ def answer_score(answers: Sequence[str], samples: Sequence[QuestionSample]) -> S
         raise ValueError(
             f"one answer per question is scored, got {len(answers)} answers to {len(samples)} questions"
         )
-    right: dict[str, list[bool]] = defaultdict(list)
-    true: dict[str, Counter[str]] = defaultdict(Counter)
+    rows: dict[str, list[tuple[bool, str, str]]] = defaultdict(list)
     for answer, sample in zip(answers, samples, strict=True):
-        kind = kind_of(sample.question)
-        right[kind].append(normalised(answer) == normalised(sample.answer))
-        true[kind][normalised(sample.answer)] += 1
-    blind = {kind: true[kind].most_common(1)[0][1] for kind in right}
-    total = len(samples)
-    everything = _measure(sum(map(sum, right.values())), sum(blind.values()), total)
-    by_kind = {
-        f"answers/{kind}": _measure(sum(right[kind]), blind[kind], len(right[kind]))
-        for kind in sorted(right)
+        true = normalised(sample.answer)
+        row = (normalised(answer) == true, _wording(sample.question), true)
+        kind, asked = kind_and_asked(sample.question)
+        for group in dict.fromkeys(("all", sample.kind or kind, asked)):
+            rows[group].append(row)
+    groups = [group for group in ("all", *KINDS) if group in rows]
+    return {
+        f"answers/{group}": _measure(rows[group])
+        for group in (*groups, *sorted(rows.keys() - set(groups)))
     }
-    return {"answers/all": everything} | by_kind
 
 
-def _measure(right: int, blind: int, number: int) -> Score:
+def _wording(question: str) -> str:
+    """``question`` without the names in it: without a picture they say nothing about its answer."""
+    return NAMES.sub("_", question.strip().casefold())
+
+
+def _measure(rows: list[tuple[bool, str, str]]) -> Score:
+    """Of (is right, wording, true answer)."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for _, wording, true in rows:
+        answers[wording][true] += 1
+    blind = sum(counts.most_common(1)[0][1] for counts in answers.values())
+    right, number = sum(is_right for is_right, *_ in rows), len(rows)
     return Score(score=right / number, chance=blind / number, upper_bound=1.0, number=number)

@@ -22,6 +22,7 @@ from symbiotic_titan.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
     PLACES,
+    RELATIONS,
 )
 
 # Kinds of facts, in the order of tables.
@@ -61,8 +62,7 @@ class FoundScene:
 def find_scene(image: Image.Image) -> FoundScene:
     """Background and things of ``image``: patches of one colour that are large enough."""
     pixels_HW3 = _prepared(image)
-    ground_3 = _ground(pixels_HW3)
-    distances_N = np.linalg.norm(_palette() - ground_3, axis=1)
+    ground_3 = border_colour(pixels_HW3)
     colour_HW = _colours_of_pixels(pixels_HW3, ground_3)
     things = [
         thing
@@ -70,12 +70,17 @@ def find_scene(image: Image.Image) -> FoundScene:
         for mask_HW in _patches(colour_HW == number)
         for thing in _things(colour, mask_HW)
     ]
-    return FoundScene(list(PALETTE)[int(distances_N.argmin())], tuple(things))
+    return FoundScene(palette_name(ground_3), tuple(things))
 
 
 def _palette() -> np.ndarray:
     """(N, 3): the colours of things, then those of backgrounds."""
     return np.array([*PALETTE.values()], dtype=np.float32)
+
+
+def palette_name(colour_3: np.ndarray) -> str:
+    """The nearest colour of the palette."""
+    return list(PALETTE)[int(np.linalg.norm(_palette() - colour_3, axis=1).argmin())]
 
 
 def _prepared(image: Image.Image) -> np.ndarray:
@@ -86,7 +91,7 @@ def _prepared(image: Image.Image) -> np.ndarray:
     return demo_extra("scipy.ndimage").uniform_filter(pixels_HW3, (3, 3, 1))
 
 
-def _ground(pixels_HW3: np.ndarray) -> np.ndarray:
+def border_colour(pixels_HW3: np.ndarray) -> np.ndarray:
     """(3,) colour of the background: the median along the border, which no thing touches."""
     border = (pixels_HW3[0], pixels_HW3[-1], pixels_HW3[:, 0], pixels_HW3[:, -1])
     return np.median(np.concatenate(border), axis=0)
@@ -179,8 +184,8 @@ def _shape(mask_HW: np.ndarray) -> str | None:
 def scene_facts(parsed: ParsedCaption, found: FoundScene) -> dict[str, float]:
     """Share of the caption's facts of each kind that ``found`` shows; kinds that it does not mention are left out.
 
-    A thing that is missing has no colour, shape or place; one too many is wrong in count only. Relations are left of, right of,
-    above and below, between different things whose places are given.
+    A thing that is missing has no colour, shape or place; one too many is wrong in count only. Relations are those of the caption,
+    and left of, right of, above and below between different things whose places it gives.
     """
     things = _matched(parsed.things, found.things)
     facts: dict[str, list[bool]] = {
@@ -188,7 +193,7 @@ def scene_facts(parsed: ParsedCaption, found: FoundScene) -> dict[str, float]:
         "colour": [f is not None and f.colour == c.colour for c, f in things],
         "shape": [f is not None and f.shape == c.shape for c, f in things],
         "place": [f is not None and f.place == c.place for c, f in things if c.place is not None],
-        "relation": _relations(things),
+        "relation": _relations(things) + _said_relations(parsed.relations, things),
         "background": [found.background == parsed.background] if parsed.background else [],
     }
     return {kind: sum(facts[kind]) / len(facts[kind]) for kind in FACTS if facts[kind]}
@@ -230,6 +235,16 @@ def _relations(things: Matched) -> list[bool]:
                     and other is not None
                     and expected * (one.centre[axis] - other.centre[axis]) > 0
                 )
+    return kept
+
+
+def _said_relations(relations: tuple[tuple[int, str, int], ...], things: Matched) -> list[bool]:
+    kept = []
+    for first, relation, second in relations:
+        axis, sign = RELATIONS[relation]
+        one, other = things[first][1], things[second][1]
+        holds = one and other and sign * (one.centre[axis] - other.centre[axis]) > 0
+        kept.append(bool(holds))
     return kept
 
 

@@ -4,7 +4,9 @@ A scene is described before it is drawn, and the description is stored beside th
 generated image.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from random import Random
 from typing import Any
 
@@ -29,6 +31,8 @@ PLACES = {
     "bottom left": (0.75, 0.25),
     "bottom right": (0.75, 0.75),
 }
+# Relation of one thing to another -> the axis (0 for rows, 1 for columns) on which they differ, and the sign of the difference.
+RELATIONS = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}
 SIZES = ((64, 64), (48, 80), (80, 48), (56, 72), (72, 56))
 NUMBER_WORDS = ("no", "one", "two", "three", "four")
 # Share of the scenes, by content, that are in held-out files only.
@@ -85,6 +89,16 @@ def draw_scene(random: Random, heldout: bool) -> Scene:
         scene = _any_scene(random)
         if scene.is_heldout() == heldout:
             return scene
+
+
+def draw_single(random: Random, heldout: bool, colour: str, shape: str) -> Scene | None:
+    """A scene of one ``colour`` ``shape`` for one side of the split; None if that side has no place for it."""
+    size, background = random.choice(SIZES), random.choice(list(BACKGROUNDS))
+    for place in random.sample(list(PLACES), len(PLACES)):
+        scene = Scene(size, background, (_place_thing(random, size, colour, shape, place),))
+        if scene.is_heldout() == heldout:
+            return scene
+    return None
 
 
 def _any_scene(random: Random) -> Scene:
@@ -146,12 +160,25 @@ def _paint_thing(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
         pen.rectangle((column - arm, box[1], column + arm, box[3]), fill=fill)
 
 
+def related(first: Thing, second: Thing) -> list[str]:
+    """Relations of ``first`` to ``second``, by their places: one or two."""
+    return [
+        relation
+        for relation, (axis, sign) in RELATIONS.items()
+        if sign * (PLACES[first.place][axis] - PLACES[second.place][axis]) > 0
+    ]
+
+
 def say(task: str, scene: Scene, random: Random) -> dict[str, Any]:
     """The text fields of a sample of ``task`` about ``scene``."""
     if task == "mmu":
         question, answer = ask(scene, random)
         return {"question": question, "answer": answer}
-    return {"caption": long_caption(scene) if task == "t2i_long" else short_caption(scene)}
+    if task == "t2i_long":
+        return {"caption": long_caption(scene)}
+    if len(scene.things) == 2 and not _all_equal(scene) and random.random() < 0.5:
+        return {"caption": relation_caption(scene, random)}
+    return {"caption": short_caption(scene)}
 
 
 def short_caption(scene: Scene) -> str:
@@ -163,32 +190,105 @@ def short_caption(scene: Scene) -> str:
     return _join([_noun(t) for t in scene.things])
 
 
+def relation_caption(scene: Scene, random: Random) -> str:
+    """Colours and shapes of two things, and one relation between them."""
+    first, second = random.sample(scene.things, 2)
+    return f"{_noun(first)} {random.choice(related(first, second))} {_noun(second)}"
+
+
 def long_caption(scene: Scene) -> str:
     """The format, the background, and every thing with its place."""
-    height, width = scene.size
-    form = "square" if height == width else "tall" if height > width else "wide"
     if _all_equal(scene):
         things = f"{_counted(scene)} {_join([_at(t) for t in scene.things])}"
     else:
         things = _join([f"{_noun(t)} {_at(t)}" for t in scene.things])
-    return f"A {form} picture with a {scene.background} background: {things}."
+    return f"A {format_of(scene.size)} picture with a {scene.background} background: {things}."
+
+
+def format_of(size: tuple[int, int]) -> str:
+    height, width = size
+    return "square" if height == width else "tall" if height > width else "wide"
 
 
 def ask(scene: Scene, random: Random) -> tuple[str, str]:
-    """(question, answer) about colour, shape, place, count or presence; the answer follows from the scene."""
+    """(question, answer) about colour, shape, place, count, presence or a relation; the answer follows from the scene."""
+    while True:
+        if asked := random.choice(QUESTIONS)(scene, random):
+            return asked
+
+
+# A question that the scene cannot answer in one way only is None.
+Asked = tuple[str, str] | None
+
+
+def _ask_colour(scene: Scene, random: Random) -> Asked:
     thing = random.choice(scene.things)
-    kind = random.choice(("colour", "shape", "place", "count", "presence"))
-    if kind == "place" and len(scene.things) == len({(t.colour, t.shape) for t in scene.things}):
-        return f"Where is the {thing.colour} {thing.shape}?", thing.place
-    if kind == "count":
-        return "How many shapes are there?", NUMBER_WORDS[len(scene.things)]
-    if kind == "presence":
-        colour = random.choice(list(COLOURS))
-        present = any(t.colour == colour for t in scene.things)
-        return f"Is there anything {colour}?", "yes" if present else "no"
-    if kind == "shape":
-        return f"Which shape is at the {thing.place}?", thing.shape
     return f"What colour is the shape at the {thing.place}?", thing.colour
+
+
+def _ask_shape(scene: Scene, random: Random) -> Asked:
+    thing = random.choice(scene.things)
+    return f"Which shape is at the {thing.place}?", thing.shape
+
+
+def _ask_place(scene: Scene, random: Random) -> Asked:
+    thing = random.choice(scene.things)
+    if _number_of(thing, scene) > 1:
+        return None
+    return f"Where is the {_name(thing)}?", thing.place
+
+
+def _ask_count(scene: Scene, random: Random) -> Asked:
+    return "How many shapes are there?", NUMBER_WORDS[len(scene.things)]
+
+
+def _ask_presence(scene: Scene, random: Random) -> Asked:
+    """As often about a colour that is there as about one that is not."""
+    there = {thing.colour for thing in scene.things}
+    wanted = random.random() < 0.5
+    colour = random.choice([colour for colour in COLOURS if (colour in there) == wanted])
+    return f"Is there anything {colour}?", "yes" if wanted else "no"
+
+
+def _ask_neighbour(scene: Scene, random: Random) -> Asked:
+    """Which shape stands in a relation to a thing: where there is one such shape."""
+    thing, relation = random.choice(scene.things), random.choice(list(RELATIONS))
+    others = [other for other in scene.things if relation in related(other, thing)]
+    if len(others) != 1 or _number_of(thing, scene) > 1:
+        return None
+    return f"Which shape is {relation} the {_name(thing)}?", others[0].shape
+
+
+def _ask_relation(scene: Scene, random: Random) -> Asked:
+    """Whether a relation holds: as often as its opposite, of things that differ on its axis."""
+    pairs = [
+        pair
+        for pair in combinations(scene.things, 2)
+        if all(_number_of(thing, scene) == 1 for thing in pair)
+    ]
+    if not pairs:
+        return None
+    first, second = random.sample(random.choice(pairs), 2)
+    relation = random.choice(list(RELATIONS))
+    if RELATIONS[relation][0] not in {RELATIONS[r][0] for r in related(first, second)}:
+        return None
+    answer = "yes" if relation in related(first, second) else "no"
+    return f"Is the {_name(first)} {relation} the {_name(second)}?", answer
+
+
+QUESTIONS: tuple[Callable[[Scene, Random], Asked], ...] = (
+    _ask_colour,
+    _ask_shape,
+    _ask_place,
+    _ask_count,
+    _ask_presence,
+    _ask_neighbour,
+    _ask_relation,
+)
+
+
+def _number_of(thing: Thing, scene: Scene) -> int:
+    return sum((t.colour, t.shape) == (thing.colour, thing.shape) for t in scene.things)
 
 
 def _all_equal(scene: Scene) -> bool:
@@ -196,9 +296,13 @@ def _all_equal(scene: Scene) -> bool:
     return len(kinds) == 1 and len(scene.things) > 1
 
 
+def _name(thing: Thing) -> str:
+    return f"{thing.colour} {thing.shape}"
+
+
 def _noun(thing: Thing) -> str:
     article = "an" if thing.colour[0] in "aeiou" else "a"
-    return f"{article} {thing.colour} {thing.shape}"
+    return f"{article} {_name(thing)}"
 
 
 def _at(thing: Thing) -> str:

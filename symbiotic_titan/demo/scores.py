@@ -1,7 +1,7 @@
 """The demo world's own score: do the pictures show what their captions say, and do they look like the world's?
 
-1. A caption is parsed (``captions``), a picture is read as a scene (``scene_reader``) or a digit (``digit_classifier``), and their
-   facts are compared.
+1. A caption is parsed (``captions``), a picture is read as a scene (``scene_reader``), a handwritten digit (``digit_classifier``) or
+   a word or number (``word_reader``), and their facts are compared.
 2. The pictures as a whole are compared with the real ones by a Fréchet distance (``frechet``).
 
 Every score comes with two references at the resolution of the model's pictures: the real pictures of the same captions are the
@@ -17,6 +17,8 @@ from PIL import Image
 from symbiotic_titan.demo import (
     digits,
     scenes,
+    word_reader,
+    writing,
 )
 from symbiotic_titan.demo.captions import (
     ParsedCaption,
@@ -41,7 +43,15 @@ from symbiotic_titan.evaluation.suite import (
 )
 
 # Names of the scores, in the order of tables.
-PICTURE_SCORES = ("digit", "scene/all_correct", *(f"scene/{kind}" for kind in FACTS), "frechet")
+PICTURE_SCORES = (
+    "digit",
+    "words",
+    "numbers",
+    *(f"writing/{kind}" for kind in word_reader.FACTS),
+    "scene/all_correct",
+    *(f"scene/{kind}" for kind in FACTS),
+    "frechet",
+)
 # Chance is measured on this many new pictures per caption; with one alone it is as uncertain as the score.
 NEW_SETS = 4
 
@@ -102,6 +112,8 @@ def check_picture(
     """Share of a caption's facts that ``image`` shows, by names of PICTURE_SCORES; all_correct is 1 where it shows all of them."""
     if caption.digit is not None:
         return {"digit": float(reader.read(image) == caption.digit)}
+    if caption.text is not None:
+        return word_reader.writing_facts(caption, word_reader.read_writing(image))
     facts = scene_facts(caption, find_scene(image))
     all_correct = float(all(share == 1.0 for share in facts.values()))
     return {"scene/all_correct": all_correct} | {f"scene/{k}": v for k, v in facts.items()}
@@ -119,12 +131,16 @@ def _mean_facts(
 
 
 def _new_pictures(captions: list[ParsedCaption]) -> list[Image.Image]:
-    """For each caption a random held-out digit or new held-out scene: the same kind of picture, made without the caption's facts."""
+    """For each caption a random held-out picture of the same kind, made without the caption's facts."""
     random = Random(0)
     pool = digits.handwritten_digits(heldout=True)
-    return [
-        scenes.paint(scenes.draw_scene(random, heldout=True))
-        if caption.digit is None
-        else digits.paint(random.choice(pool), random)
-        for caption in captions
-    ]
+    return [_new_picture(caption, random, pool) for caption in captions]
+
+
+def _new_picture(caption: ParsedCaption, random: Random, pool: list[digits.Digit]) -> Image.Image:
+    if caption.digit is not None:
+        return digits.paint(random.choice(pool), random)
+    if caption.text is None:
+        return scenes.paint(scenes.draw_scene(random, heldout=True))
+    numbers = writing.is_number(caption.text)
+    return writing.paint(writing.draw_writing(random, heldout=True, numbers=numbers))

@@ -43,6 +43,7 @@ from symbiotic_titan.demo.references import (
     read_items,
 )
 from symbiotic_titan.demo.scores import demo_world_score
+from symbiotic_titan.demo.writing import is_number
 from symbiotic_titan.evaluation.suite import Advance, Progress, Scores, Suite, measure
 from symbiotic_titan.evaluation.suites.generation import (
     ImageRequest,
@@ -77,7 +78,7 @@ class DemoWorldOptions(ImageSettings):
     """Folder of the demo world"""
 
     pictures: int = 60
-    """Held-out captions to use, short and long, digits and scenes by turns"""
+    """Held-out captions to use, short and long, of digits, words and numbers, and scenes by turns"""
 
     questions: int = 200
     """Held-out questions about images to answer"""
@@ -151,16 +152,20 @@ def score_pictures(
 
 
 def _strata(samples: list[PictureSample]) -> list[list[PictureSample]]:
-    """[digits, scenes]: digits interleaved by value, scenes by number of things, so that any prefix is balanced."""
+    """[digits, writing, scenes], so that any prefix is balanced: digits are interleaved by value, words with numbers, scenes by number
+    of things."""
     digits: dict[int, list[PictureSample]] = defaultdict(list)
+    writing: dict[int, list[PictureSample]] = defaultdict(list)
     scenes: dict[int, list[PictureSample]] = defaultdict(list)
     for sample in samples:
         parsed = parse_caption(sample.caption)
         if parsed.digit is not None:
             digits[parsed.digit].append(sample)
+        elif parsed.text is not None:
+            writing[is_number(parsed.text)].append(sample)
         else:
             scenes[len(parsed.things)].append(sample)
-    return [list(by_turns(kind[key] for key in sorted(kind))) for kind in (digits, scenes)]
+    return [list(by_turns(kind[k] for k in sorted(kind))) for kind in (digits, writing, scenes)]
 
 
 def by_turns(lists: Iterable[Iterable[T]]) -> Iterator[T]:
@@ -203,7 +208,12 @@ def score_answers(
     answers = [completion.text for completion in completions]
     if is_first_process():
         rows = [
-            {"question": sample.question, "answer": sample.answer, "given": given}
+            {
+                "question": sample.question,
+                "kind": sample.kind,
+                "answer": sample.answer,
+                "given": given,
+            }
             for sample, given in zip(samples, answers, strict=True)
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)

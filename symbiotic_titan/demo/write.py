@@ -4,15 +4,17 @@ Below the folder:
 
     manifest.json                                        seed, and samples per split and task
     {train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
-    {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...}
+    {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...} or {"text": ..., "facts": ...}
+    pretrain/{mmu,lm}                                    the same, for a model that others start from; only in the size "study"
 
-The JSON beside an image also says what it shows (``scene`` or ``digit``), for programs that check generated images.
+The JSON beside an image also says what it shows (``scene``, ``digit`` or ``writing``), for programs that check generated images, and
+beside a question its ``kind``: "perception", "ocr" or "knowledge".
 """
 
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,22 +27,40 @@ from symbiotic_titan.data.order import hash_key
 from symbiotic_titan.demo import (
     digits,
     scenes,
+    writing,
 )
 from symbiotic_titan.demo.digits import (
     Digit,
     handwritten_digits,
 )
 from symbiotic_titan.demo.docstrings import standard_library_texts
+from symbiotic_titan.demo.facts import Fact, draw_question, fact_texts, facts_of
 from symbiotic_titan.demo.held_out import LONG_CAPTIONS, QUESTIONS, SHORT_CAPTIONS, TEXTS
+from symbiotic_titan.demo.questions import kind_and_asked
+from symbiotic_titan.demo.scenes import Scene
+from symbiotic_titan.demo.writing import Writing
 
 IMAGE_TASKS = (SHORT_CAPTIONS, LONG_CAPTIONS, QUESTIONS)
 SPLITS = ("train", "heldout")
-# Share of the images that are digits; the others are scenes.
-DIGIT_SHARE = 1 / 3
-# Digits are saved as JPEG and scenes as PNG, so that both decoders are used.
+PRETRAIN = "pretrain"
+# What pictures show, in turn, and what questions are about: "fact" is either a word or a scene. Shapes and digits are most.
+PICTURES = ("scene", "writing", "digit", "scene", "scene", "writing", "digit", "scene")
+ASKED_ABOUT = ("scene", "digit", "writing", "fact", "scene") * 2 + ("scene",)
+# As many questions of each kind; in captions more words, which have the most to learn.
+STUDY_PICTURES = ("scene", "writing", "digit", "writing", "scene")
+STUDY_ASKED_ABOUT = ("scene", "writing", "fact", "scene", "writing", "fact", "digit", "writing", "fact")  # fmt: skip
+# One text in so many states facts.
+FACTS_EVERY = 8
+STUDY_FACTS_EVERY = 3
+# Questions of the pre-training data, whose answers are captions.
+DESCRIBE = ("Describe this picture.", "What does this picture show?")
+# Digits are saved as JPEG and the rest as PNG, so that both decoders are used.
 JPEG_QUALITY = 92
 
 Advance = Callable[[int], None]
+Shown = Digit | Scene | Writing
+# (image extension, image bytes, JSON)
+Sample = tuple[str, bytes, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,17 +73,98 @@ class WorldSize:
     heldout_texts: int
     train_shards: int = 4
     heldout_shards: int = 1
+    questions: int | None = None
+    """Training questions, where they are not as many as training images."""
+    pretrain_images: int = 0
+    pretrain_texts: int = 0
+    pictures: tuple[str, ...] = PICTURES
+    asked_about: tuple[str, ...] = ASKED_ABOUT
+    facts_every: int = FACTS_EVERY
 
     @property
     def num_samples(self) -> int:
-        images = self.train_images + self.heldout_images
-        return len(IMAGE_TASKS) * images + self.train_texts + self.heldout_texts
+        return sum(sum(counts.values()) for counts in self.counts().values())
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Samples of each split and task."""
+        train = dict.fromkeys(IMAGE_TASKS, self.train_images) | {TEXTS: self.train_texts}
+        if self.questions is not None:
+            train[QUESTIONS] = self.questions
+        heldout = dict.fromkeys(IMAGE_TASKS, self.heldout_images) | {TEXTS: self.heldout_texts}
+        counts = {"train": train, "heldout": heldout}
+        if self.pretrain_images:
+            counts[PRETRAIN] = {QUESTIONS: self.pretrain_images, TEXTS: self.pretrain_texts}
+        return counts
 
 
 WORLD_SIZES = {
     "debug": WorldSize(600, 60, 800, 80),
     "full": WorldSize(2400, 200, 4000, 400, train_shards=8),
+    "study": WorldSize(
+        2400,
+        600,
+        1500,
+        400,
+        questions=300,
+        pretrain_images=2400,
+        pretrain_texts=2400,
+        pictures=STUDY_PICTURES,
+        asked_about=STUDY_ASKED_ABOUT,
+        facts_every=STUDY_FACTS_EVERY,
+    ),
 }
+
+
+class _World:
+    """Draws the samples of one split."""
+
+    def __init__(self, seed: int, split: str, size: WorldSize) -> None:
+        """ValueError: scikit-learn is missing."""
+        self._seed, self._split, self._size = seed, split, size
+        self._heldout = split == "heldout"
+        self._digits = handwritten_digits(self._heldout)
+        self._facts = facts_of(seed)
+
+    def samples(self, task: str, number: int) -> list[Sample]:
+        random = Random(hash_key("demo", self._seed, self._split, task))
+        is_asked = task == QUESTIONS and self._split != PRETRAIN
+        turns = self._size.asked_about if is_asked else self._size.pictures
+        contents = [turns[i % len(turns)] for i in range(number)]
+        # Or every shard would hold its own mixture.
+        random.shuffle(contents)
+        return [self._sample(task, content, random) for content in contents]
+
+    def _sample(self, task: str, content: str, random: Random) -> Sample:
+        if content == "fact":
+            fact, entity = draw_question(self._facts, random, self._heldout)
+            return _encoded(entity, random, _ask_fact(fact))
+        shown = self._draw(content, random)
+        if task == QUESTIONS and self._split == PRETRAIN:
+            return _encoded(shown, random, _describe(shown, random))
+        return _encoded(shown, random, _say(task, shown, random))
+
+    def _draw(self, content: str, random: Random) -> Shown:
+        if content == "digit":
+            return random.choice(self._digits)
+        if content == "writing":
+            return writing.draw_writing(random, self._heldout)
+        return scenes.draw_scene(random, self._heldout)
+
+    def texts(self, number: int) -> list[dict[str, Any]]:
+        """Texts of the standard library, and every so often one that states facts. Pre-training takes the library's first texts,
+        training those that follow."""
+        num_facts = number // self._size.facts_every
+        library = standard_library_texts(self._seed, self._heldout)
+        before = 0 if self._split != "train" else self._library_texts_of_pretraining()
+        prose: list[dict[str, Any]] = list(islice(library, before, before + number - num_facts))
+        if len(prose) < min(self._size.train_shards, number - num_facts):
+            raise ValueError("this Python has no source files of its standard library to read")
+        facts = fact_texts(self._facts, (self._seed, self._split), num_facts, self._heldout)
+        return _spread(facts, prose)
+
+    def _library_texts_of_pretraining(self) -> int:
+        number = self._size.pretrain_texts
+        return number - number // self._size.facts_every
 
 
 def write_world(out: Path, seed: int, size: WorldSize, advance: Advance = lambda n: None) -> None:
@@ -71,41 +172,67 @@ def write_world(out: Path, seed: int, size: WorldSize, advance: Advance = lambda
 
     ``advance`` is called with the number of samples written since its last call.
     """
-    counts: dict[str, dict[str, int]] = {}
-    for split in SPLITS:
-        heldout = split == "heldout"
-        num_shards = size.heldout_shards if heldout else size.train_shards
-        pool = handwritten_digits(heldout)
-        counts[split] = {}
-        for task in IMAGE_TASKS:
-            random = Random(hash_key("demo", seed, split, task))
-            count = size.heldout_images if heldout else size.train_images
-            samples = [_image_sample(task, random, pool, heldout) for _ in range(count)]
-            _write_tars(out / split / task, task, samples, num_shards)
-            counts[split][task] = count
-            advance(count)
-        num_texts = size.heldout_texts if heldout else size.train_texts
-        texts = list(islice(standard_library_texts(seed, heldout), num_texts))
-        if len(texts) < num_shards:
-            raise ValueError("this Python has no source files of its standard library to read")
-        _write_jsonl(out / split / TEXTS, texts, num_shards)
-        counts[split][TEXTS] = len(texts)
-        advance(len(texts))
+    counts = size.counts()
+    for split, numbers in counts.items():
+        world = _World(seed, split, size)
+        num_shards = size.heldout_shards if split == "heldout" else size.train_shards
+        for task, number in numbers.items():
+            folder = out / split / task
+            if task == TEXTS:
+                texts = world.texts(number)
+                _write_jsonl(folder, texts, num_shards)
+                numbers[task] = len(texts)
+            else:
+                _write_tars(folder, task, world.samples(task, number), num_shards)
+            advance(number)
     manifest = {"seed": seed, "samples": counts}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _image_sample(
-    task: str, random: Random, pool: list[Digit], heldout: bool
-) -> tuple[str, bytes, dict[str, Any]]:
-    """(image extension, image bytes, JSON): a digit or a scene."""
-    if random.random() < DIGIT_SHARE:
-        digit = random.choice(pool)
-        fields = digits.say(task, digit, random) | {"digit": digit.description()}
-        return "jpg", _encode(digits.paint(digit, random), "JPEG"), fields
-    scene = scenes.draw_scene(random, heldout)
-    fields = scenes.say(task, scene, random) | {"scene": scene.description()}
-    return "png", _encode(scenes.paint(scene), "PNG"), fields
+def _say(task: str, shown: Shown, random: Random) -> dict[str, Any]:
+    if isinstance(shown, Digit):
+        fields = digits.say(task, shown, random)
+    elif isinstance(shown, Writing):
+        fields = writing.say(task, shown, random)
+    else:
+        fields = scenes.say(task, shown, random)
+    if task == QUESTIONS:
+        fields["kind"], _ = kind_and_asked(fields["question"])
+    return fields
+
+
+def _ask_fact(fact: Fact) -> dict[str, Any]:
+    fields = {"question": fact.question(), "answer": fact.value, "fact": fact.description()}
+    return fields | {"kind": kind_and_asked(fact.question())[0]}
+
+
+def _describe(shown: Shown, random: Random) -> dict[str, Any]:
+    caption = _say(random.choice((SHORT_CAPTIONS, LONG_CAPTIONS)), shown, random)["caption"]
+    kind = "ocr" if isinstance(shown, Writing) else "perception"
+    return {"question": random.choice(DESCRIBE), "answer": caption, "kind": kind}
+
+
+def _encoded(shown: Shown, random: Random, fields: dict[str, Any]) -> Sample:
+    if isinstance(shown, Digit):
+        return (
+            "jpg",
+            _encode(digits.paint(shown, random), "JPEG"),
+            fields | {"digit": shown.description()},
+        )
+    if isinstance(shown, Writing):
+        return (
+            "png",
+            _encode(writing.paint(shown), "PNG"),
+            fields | {"writing": shown.description()},
+        )
+    return "png", _encode(scenes.paint(shown), "PNG"), fields | {"scene": shown.description()}
+
+
+def _spread(few: Sequence[Any], many: Sequence[Any]) -> list[Any]:
+    """All of both, ``few`` at even distances."""
+    placed = [((i + 0.5) / len(few), 1, item) for i, item in enumerate(few)]
+    placed += [((i + 0.5) / len(many), 0, item) for i, item in enumerate(many)]
+    return [item for *_, item in sorted(placed, key=lambda entry: entry[:2])]
 
 
 def _encode(image: Image.Image, form: str) -> bytes:
@@ -114,9 +241,7 @@ def _encode(image: Image.Image, form: str) -> bytes:
     return buffer.getvalue()
 
 
-def _write_tars(
-    folder: Path, task: str, samples: list[tuple[str, bytes, dict[str, Any]]], num_shards: int
-) -> None:
+def _write_tars(folder: Path, task: str, samples: list[Sample], num_shards: int) -> None:
     folder.mkdir(parents=True)
     for shard in range(num_shards):
         with tarfile.open(
@@ -135,7 +260,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _write_jsonl(folder: Path, rows: list[dict[str, str]], num_shards: int) -> None:
+def _write_jsonl(folder: Path, rows: list[dict[str, Any]], num_shards: int) -> None:
     folder.mkdir(parents=True)
     for shard in range(num_shards):
         lines = [_compact(row) + "\n" for row in rows[shard::num_shards]]

@@ -1,6 +1,7 @@
 """The demo world: what its files hold, and that words and pictures agree."""
 
 import json
+import re
 import sys
 from random import Random
 
@@ -16,6 +17,7 @@ from symbiotic_titan.demo import (
     scenes,
 )
 from symbiotic_titan.demo.docstrings import prose
+from symbiotic_titan.demo.questions import kind_and_asked
 from symbiotic_titan.demo.write import (
     IMAGE_TASKS,
     SPLITS,
@@ -67,19 +69,23 @@ def test_manifest_counts_what_the_files_hold(demo_world):
     assert len(list((demo_world / "train" / "t2i").iterdir())) == 3
 
 
-def test_heldout_files_share_no_scene_digit_or_package_with_training(demo_world):
+def test_heldout_files_share_no_picture_and_no_package_with_training(demo_world):
     seen = {split: set() for split in SPLITS}
     for split in SPLITS:
         for task in IMAGE_TASKS:
             for _, fields in read_all(demo_world / split / task):
                 if "digit" in fields:
                     seen[split].add(("digit", fields["digit"]["index"]))
+                elif "writing" in fields:
+                    shown = fields["writing"]
+                    seen[split].add(tuple(shown[name] for name in ("text", "ink", "background")))
                 else:
                     objects = fields["scene"]["objects"]
                     kinds = [(o["colour"], o["shape"], o["place"]) for o in objects]
                     seen[split].add(tuple(sorted(kinds)))
         for _, fields in read_all(demo_world / split / "lm", "jsonl"):
-            seen[split].add(("package", fields["module"].split(".")[0]))
+            if "module" in fields:
+                seen[split].add(("package", fields["module"].split(".")[0]))
     assert seen["train"] and seen["heldout"] and not seen["train"] & seen["heldout"]
 
 
@@ -130,7 +136,9 @@ def test_answers_follow_from_the_scene():
         question, answer = scenes.ask(scene, random)
         at = {t.place: t for t in scene.things}
         words = question.rstrip("?")
-        asked.add(words.split()[0])
+        asked.add(kind_and_asked(question)[1])
+        if (kind := kind_and_asked(question)[1]) == "relation":
+            continue  # below
         if words.startswith("How many"):
             assert answer == scenes.NUMBER_WORDS[len(scene.things)]
         elif words.startswith("Is there"):
@@ -142,9 +150,39 @@ def test_answers_follow_from_the_scene():
             assert places == [answer]
         else:
             place = words.split("at the ")[1]
-            kind = "colour" if words.startswith("What colour") else "shape"
             assert answer == getattr(at[place], kind)
-    assert asked == {"How", "Is", "Where", "What", "Which"}
+    assert asked == {"count", "presence", "place", "colour", "shape", "relation"}
+
+
+def test_relations_that_are_asked_and_told_hold_between_the_painted_things():
+    random, answers = Random(3), []
+    asked = re.compile(
+        r"(?:Which shape is|Is the (\w+ \w+)) (left of|right of|above|below) the (\w+ \w+)\?"
+    )
+    told = re.compile(r"an? (\w+ \w+) (left of|right of|above|below) an? (\w+ \w+)")
+    axes = {"left of": (1, 1), "right of": (1, -1), "above": (0, 1), "below": (0, -1)}
+    for _ in range(400):
+        scene = scenes.draw_scene(random, False)
+        things = {f"{t.colour} {t.shape}": t for t in scene.things}
+
+        def holds(first, relation, second, things=things):
+            axis, sign = axes[relation]
+            return sign * (things[second].centre[axis] - things[first].centre[axis]) > 8
+
+        question, answer = scenes.ask(scene, random)
+        if match := asked.match(question):
+            first, relation, second = match.groups()
+            if first:
+                assert holds(first, relation, second) == (answer == "yes")
+                answers.append(answer)
+            else:
+                shapes = [t.shape for name, t in things.items() if holds(name, relation, second)]
+                assert shapes == [answer]
+        if match := told.fullmatch(scenes.say("t2i", scene, random)["caption"]):
+            assert holds(*match.groups())
+            answers.append("told")
+    assert {"yes", "no", "told"} == set(answers)
+    assert 0.3 < answers.count("yes") / (len(answers) - answers.count("told")) < 0.7
 
 
 def test_digits_are_the_real_images_with_their_names():
@@ -160,12 +198,13 @@ def test_digits_are_the_real_images_with_their_names():
 
 
 def test_both_image_formats_are_in_the_files(demo_world):
-    found = {}
+    found = set()
     for members, fields in read_all(demo_world / "train" / "mmu"):
         extension = next(name for name in members if name != "json")
-        found[extension] = fields
+        shown = next(name for name in ("digit", "scene", "writing") if name in fields)
+        found.add((shown, extension))
         assert decode_image(members[extension]).mode == "RGB"
-    assert "digit" in found["jpg"] and "scene" in found["png"]
+    assert found == {("digit", "jpg"), ("scene", "png"), ("writing", "png")}
 
 
 def test_prose_keeps_sentences_and_leaves_code_and_tables_out():
@@ -201,6 +240,8 @@ def test_tool_writes_a_world_and_replaces_it_only_by_force(tool, tmp_path, capsy
 
 
 def test_tool_never_replaces_what_it_did_not_write(tool, tmp_path, capsys):
+    assert tool.main(["--out", str(tmp_path), "--questions", "1"]) == 2
+    assert "--questions 1: must be at least 2, one for each file" in capsys.readouterr().err
     (tmp_path / "thesis.tex").write_text("")
     assert tool.main(["--out", str(tmp_path), "--force"]) == 2
     assert "holds 'thesis.tex', which is no part of a demo world" in capsys.readouterr().err

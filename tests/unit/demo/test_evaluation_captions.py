@@ -7,6 +7,7 @@ import pytest
 from symbiotic_titan.demo import (
     digits,
     scenes,
+    writing,
 )
 from symbiotic_titan.demo.captions import (
     ParsedCaption,
@@ -46,6 +47,23 @@ def test_prompts_may_be_written_freely_in_the_worlds_words():
     assert len(parse_caption("two orange crosses and a red circle").things) == 3
 
 
+def test_relations_are_claimed_between_neighbours_in_the_caption():
+    parsed = parse_caption("a red circle left of a blue square and a green cross")
+    assert parsed.relations == ((0, "left of", 1),) and len(parsed.things) == 3
+    assert parse_caption("a red circle above a blue square").relations == ((0, "above", 1),)
+
+
+def test_captions_of_writing_claim_text_ink_and_what_the_long_one_adds():
+    random = Random(1)
+    for _ in range(100):
+        drawn = writing.draw_writing(random, heldout=False)
+        short = ParsedCaption(text=drawn.text, ink=drawn.ink)
+        assert parse_caption(writing.short_caption(drawn)) == short
+        long = ParsedCaption(text=drawn.text, ink=drawn.ink, background=drawn.background)
+        assert parse_caption(writing.long_caption(drawn)) == long
+    assert parse_caption("The word cat") == ParsedCaption(text="cat")
+
+
 @pytest.mark.parametrize(
     "caption",
     [
@@ -56,6 +74,11 @@ def test_prompts_may_be_written_freely_in_the_worlds_words():
         "a red circle and",
         "two red circles at the top left",
         "the digit eleven",
+        "the word xyz in red",
+        "the number 7 in red",
+        "the word cat in pink",
+        "two red circles above a blue square",
+        "a red circle above",
         "A wide picture with a white background: .",
     ],
 )

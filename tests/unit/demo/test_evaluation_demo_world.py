@@ -60,10 +60,9 @@ def test_real_pictures_reach_the_upper_bound_and_every_score_is_plain_data(sampl
     for name, measure in scores.items():
         assert measure["score"] == measure["upper_bound"] > 0.98, name
         assert measure["chance"] < 0.7, name
-    scenes = scores["scene/count"]["number"]
-    assert (
-        scenes + scores["digit"]["number"] == 40 and scenes == scores["scene/all_correct"]["number"]
-    )
+    kinds = ("digit", "words", "numbers", "scene/count")
+    assert sum(scores[name]["number"] for name in kinds) == 40
+    assert scores["scene/count"]["number"] == scores["scene/all_correct"]["number"] > 10
 
 
 def test_pictures_of_other_captions_score_about_chance(samples, reader):
@@ -71,7 +70,7 @@ def test_pictures_of_other_captions_score_about_chance(samples, reader):
     scores = demo_world_score(others, samples, reader)
     for name in ("digit", "scene/all_correct", "scene/colour", "scene/shape", "scene/count"):
         assert scores[name]["score"] < scores[name]["chance"] + 0.25, name
-    assert scores["frechet"]["score"] == pytest.approx(0.0, abs=1e-6)
+    assert scores["frechet"]["score"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_blank_pictures_score_nothing_and_are_chance_for_the_distance(samples, reader):
@@ -80,8 +79,8 @@ def test_blank_pictures_score_nothing_and_are_chance_for_the_distance(samples, r
     distance = scores.pop("frechet")
     assert distance["score"] == pytest.approx(distance["chance"])
     assert distance["upper_bound"] < 0.2 * distance["chance"]
-    background = scores.pop("scene/background")
-    assert background["score"] < 0.6
+    for name in ("scene/background", "writing/background"):
+        assert scores.pop(name)["score"] < 0.8
     assert {measure["score"] for measure in scores.values()} == {0.0}
 
 
