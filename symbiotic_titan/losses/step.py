@@ -169,19 +169,21 @@ class LossFunction:
         return torch.stack(rows).sum(0)
 
     def step_losses(self, total: Tensor, totals: StepTotals) -> dict[str, float]:
-        """Losses of the step by name, from ``sum_results`` summed over ranks; tasks without targets in this step are left out. Both on
-        the host."""
+        """Losses of the step by name, from ``sum_results`` summed over ranks; terms and tasks without targets in this step are left out.
+        Both on the host."""
         sizes = [len(TASKS) if name in totals.counts else 1 for name in self._values]
         values = dict(zip(self._values, total.split(sizes), strict=True))
         means = mean_losses({n: v for n, v in values.items() if n in totals.counts}, totals.counts)
         others = {n: float(v) for n, v in values.items() if n not in totals.counts}
-        losses = dict.fromkeys(self.weights, 0.0) | others | means
-        losses["total"] = sum(weight * losses[name] for name, weight in self.weights.items())
-        return losses
+        losses = others | means
+        terms = {name: losses.pop(name) for name in self.weights if name in losses}
+        weighted = sum(self.weights[name] * value for name, value in terms.items())
+        return terms | losses | {"total": weighted}
 
     def not_finite(self, losses: Mapping[str, float], grad_norm: float) -> dict[str, float]:
         """The non-finite ones among the step's weighted losses and its gradient norm."""
-        values = {**{name: losses[name] for name in self.weights}, "grad_norm": grad_norm}
+        terms = {name: losses[name] for name in self.weights if name in losses}
+        values = terms | {"grad_norm": grad_norm}
         return {n: v for n, v in values.items() if not torch.isfinite(torch.tensor(v))}
 
 

@@ -62,13 +62,21 @@ def overlap_size(num_experts: int) -> int:
 
 
 def top_overlap(counts_a_E: Tensor, counts_b_E: Tensor, k: int) -> Tensor:
-    """(...,) int64: number of experts among the k most used of both ``a`` and ``b``.
+    """(...,) float64: number of experts among the k most used of both ``a`` and ``b``. For the least used pass negated counts.
 
-    Ties go to the lower expert number. For the least used experts pass negated counts.
+    Where the k-th place is tied, as among experts that nothing uses, it is the mean over ties that are broken at random.
     """
-    top_a = torch.argsort(counts_a_E, dim=-1, descending=True, stable=True)[..., :k]
-    top_b = torch.argsort(counts_b_E, dim=-1, descending=True, stable=True)[..., :k]
-    return (top_a.unsqueeze(-1) == top_b.unsqueeze(-2)).sum((-2, -1))
+    return (_place_among_top(counts_a_E, k) * _place_among_top(counts_b_E, k)).sum(-1)
+
+
+def _place_among_top(counts_E: Tensor, k: int) -> Tensor:
+    """(..., E) float64: 1 for the k most used experts and 0 for the others; those tied for the last places have equal shares of them."""
+    if k == 0:
+        return torch.zeros_like(counts_E, dtype=torch.float64)
+    last = counts_E.topk(k, dim=-1).values[..., -1:]
+    above, tied = counts_E > last, counts_E == last
+    places = k - above.sum(-1, keepdim=True)
+    return above + tied * places.double() / tied.sum(-1, keepdim=True)
 
 
 # Tensors in TensorBoard that symbiotic plot reads.

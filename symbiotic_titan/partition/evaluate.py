@@ -262,7 +262,8 @@ class StepZeroReport:
     layers   names of the MoE layers, in the order of the shares below.
     inside   modality -> share by layer of the original's tokens whose top-k experts are all in the plan's group.
     equal    modality -> share by layer of tokens for which the partitioned layer, given the original's input, gives bitwise the
-             original's output; first batch only.
+             original's output; first batch only. It may be below ``inside``: which rows share a matmul can decide its last bit. Measured
+             in float32 on a CPU, for up to 2.6 % of the tokens by 5e-7: those with an expert of one to three rows in either layer.
     """
 
     data: dict[str, Any]

@@ -169,7 +169,8 @@ def _groups_in_use(profile: Profile, modality: int) -> list[str]:
 
 def layer_statistics(profile: Profile) -> list[dict[str, Any]]:
     """Per layer: imbalance ratio and relative standard deviation of text's and ViT's counts over the experts of their groups, and how
-    many experts are among the most (least) used of both. None where a modality has no tokens or the two share no group."""
+    many experts are among the most (least) used of both, see ``top_overlap``. None where a modality has no tokens or the two share no
+    group."""
     names, columns = MODALITY_NAMES, pool_columns(profile.model.groups)
     groups = {m: _groups_in_use(profile, m) for m in (TEXT, VIT)}
     use = {
@@ -189,7 +190,7 @@ def layer_statistics(profile: Profile) -> list[dict[str, Any]]:
             row[f"imbalance_{names[m]}"] = float(imbalance) if measured[m] else None
             row[f"deviation_{names[m]}"] = float(deviation) if measured[m] else None
         both = all(measured.values())
-        row[f"top_{k}_in_both"] = int(most_Y[i]) if both and most_Y is not None else None
-        row[f"bottom_{k}_in_both"] = int(least_Y[i]) if both and least_Y is not None else None
+        row[f"top_{k}_in_both"] = float(most_Y[i]) if both and most_Y is not None else None
+        row[f"bottom_{k}_in_both"] = float(least_Y[i]) if both and least_Y is not None else None
         rows.append(row)
     return rows

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from symbiotic_titan.moe.routing_metrics import overlap_size, top_overlap
 from symbiotic_titan.plots.expert_use import ExpertUse
 from symbiotic_titan.plots.style import (
     COLORS,
@@ -110,14 +112,22 @@ def draw_pair(pair: np.ndarray, use: ExpertUse, layer: int) -> None:
 
 
 def overlap_words(use: ExpertUse, layer: int) -> str:
-    """How many of the most and least used experts text and ViT have in common."""
+    """How many of the most and least used experts text and ViT have in common, and which; where ties leave that open, their mean number."""
     if (use.reachable_ME[TEXT] != use.reachable_ME[VIT]).any():
         return "text and vit reach different experts"
+    counts = [
+        torch.from_numpy(use.reachable(modality)[use.layers.index(layer)]) for modality in SHOWN
+    ]
+    k = overlap_size(len(counts[0]))
     words = []
-    for place, name in enumerate(("top", "bottom")):
+    for place, (name, sign) in enumerate((("top", 1), ("bottom", -1))):
         a, b = (use.extremes(modality, layer)[place] for modality in SHOWN)
-        shared = ", ".join(map(str, np.intersect1d(a, b)))
-        words.append(f"{name} {len(a)} in common: {len(np.intersect1d(a, b))} ({shared or '-'})")
+        if len(a) == len(b) == k:
+            shared = ", ".join(map(str, np.intersect1d(a, b)))
+            words.append(f"{name} {k} in common: {len(np.intersect1d(a, b))} ({shared or '-'})")
+        else:
+            mean = top_overlap(sign * counts[0], sign * counts[1], k).item()
+            words.append(f"{name} {k} in common: {mean:.1f} (mean over ties)")
     return "; ".join(words)
 
 

@@ -55,13 +55,14 @@ class ExpertUse:
         return measure(torch.from_numpy(self.reachable(modality))).numpy()
 
     def extremes(self, modality: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """(most, least) used experts of layer number ``layer``, by number; ties go to the lower one."""
+        """(most, least) used experts of layer number ``layer``, by number: ``overlap_size`` of them, and those tied with the last one."""
         numbers = np.flatnonzero(self.reachable_ME[modality])
         counts_e = self.reachable(modality)[self.layers.index(layer)]
         k = overlap_size(len(numbers))
-        most = numbers[np.argsort(-counts_e, kind="stable")[:k]]
-        least = numbers[np.argsort(counts_e, kind="stable")[:k]]
-        return np.sort(most), np.sort(least)
+        if k == 0:
+            return numbers[:0], numbers[:0]
+        lowest_e = np.sort(counts_e)
+        return numbers[counts_e >= lowest_e[-k]], numbers[counts_e <= lowest_e[k - 1]]
 
     def has_tokens(self, modality: int) -> bool:
         return bool(self.counts_YME[:, modality].any())

@@ -258,13 +258,19 @@ class SymbioticMetrics(MetricsProcessor):
                 own.attempt(lambda sink: write(sink.writer))
 
     def log_console(self, report: StepReport, metrics: dict[str, float]) -> None:
+        """One line: the terms of the loss, but not what the step does not have, such as targets or experts."""
         color = self.color
-        capacity = metrics.get("routing/capacity_rate/all", float("nan"))
+        left_out = {"total"} if report.routing is not None else {"total", "balance"}
+        losses = [
+            f"{name}: {value:7.4f}  "
+            for name, value in report.losses.items()
+            if "/" not in name and name not in left_out
+        ]
+        capacity = metrics.get("routing/capacity_rate/all")
         logger.info(
             f"{color.red}step: {report.step:2}  "
-            f"{color.green}text: {report.losses['text']:7.4f}  flow: {report.losses['flow']:7.4f}  "
-            f"balance: {report.losses['balance']:6.3f}  "
-            f"{color.orange}capacity: {capacity:5.3f}  "
+            f"{color.green}{''.join(losses)}"
+            f"{color.orange}{'' if capacity is None else f'capacity: {capacity:5.3f}  '}"
             f"{color.yellow}grad_norm: {report.grad_norms['all']:8.4f}  "
             f"{color.turquoise}memory: {metrics['perf/memory_gib']:5.2f}GiB  "
             f"{color.blue}tokens/s: {metrics['perf/tokens_per_second']:,.0f}{color.reset}"

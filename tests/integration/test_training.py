@@ -285,7 +285,8 @@ def test_text_only_rank_and_batches_without_images_do_not_hang(tmp_path, demo):
     config.write_text(f"{head}[[data.sources]]{lm}{tail}")
     run = train(folder, arguments, world_size=2)
     assert run.status == 0, run.text[-3000:]
-    assert read_scalars(folder, "loss/flow")[4] == 0.0
+    assert "flow: " not in run.text and "balance: " in run.text  # there is none
+    assert read_scalars(folder, "loss/total")[4] > read_scalars(folder, "loss/text")[4]
     assert read_scalars(folder, "loss/text")[4] > 0.0
 
 

@@ -1,5 +1,8 @@
 """Numbers about routing, against counts made by hand."""
 
+from itertools import combinations, product
+
+import pytest
 import torch
 
 from symbiotic_titan.moe.routing_metrics import (
@@ -70,6 +73,24 @@ def test_overlap_of_the_most_and_least_used():
     assert top_overlap(text, text, 3) == 3
 
 
-def test_overlap_breaks_ties_by_number():
-    tied = torch.tensor([5, 5, 5, 5])
-    assert top_overlap(tied, torch.tensor([9, 8, 0, 0]), 2) == 2
+def test_overlap_is_the_mean_over_ties_broken_at_random():
+    """Whatever the experts' numbers: of unused ones, none is among the least used of both more than another."""
+    counts = [torch.tensor(c) for c in ([5, 5, 5, 5, 5], [9, 8, 0, 0, 0], [0, 3, 3, 0, 7])]
+    for a, b in product(counts, counts):
+        for k, sign in product((1, 2, 3), (1, -1)):
+            found = [
+                len(top_a & top_b) for top_a, top_b in product(tops(sign * a, k), tops(sign * b, k))
+            ]
+            mean = top_overlap(sign * a, sign * b, k).item()
+            assert mean == pytest.approx(sum(found) / len(found)), (a, b, k, sign)
+    assert top_overlap(torch.zeros(2, 5), torch.zeros(2, 5), 0).tolist() == [0, 0]
+
+
+def tops(counts_E, k):
+    """Every set of k experts of which none is used less than one outside."""
+    experts = set(range(len(counts_E)))
+    return [
+        set(top)
+        for top in combinations(experts, k)
+        if min(counts_E[e] for e in top) >= max(counts_E[e] for e in experts - set(top))
+    ]

@@ -1,7 +1,9 @@
 """Which steps are logged, and what a step leaves in TensorBoard."""
 
 import logging
+import re
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
@@ -211,3 +213,21 @@ def test_utilisation_is_that_of_tokens_labels_and_pairs_since_the_last_log(make_
     metrics.gpu_peak_flops = float("nan")
     metrics.log_step(report(4))
     assert not {"perf/mfu", "perf/mfu_full_rows"} & seen[-1].keys()
+
+
+def test_the_console_leaves_out_what_a_step_does_not_have(make_metrics, monkeypatch):
+    """A step without target images, and a model without experts: no zero or NaN stands for what there is not."""
+    metrics, lines = make_metrics("--metrics.disable_color_printing"), []
+    monkeypatch.setattr("symbiotic_titan.training.metrics.logger.info", lines.append)
+    full = replace(report(1), losses={**report(1).losses, "by_task/lm_text": 1.0, "total": 3.0})
+    without_flow = replace(full, losses={"text": 1.0, "balance": 3.0})
+    dense = replace(full, losses={"text": 1.0, "flow": 2.0, "balance": 0.0}, routing=None)
+    for one in (full, without_flow, dense):
+        metrics.log_step(one)
+    names = [re.findall(r"([\w/]+): ", line) for line in lines]
+    ends = ["grad_norm", "memory", "tokens/s"]
+    assert names == [
+        ["step", "text", "flow", "balance", "capacity", *ends],
+        ["step", "text", "balance", "capacity", *ends],
+        ["step", "text", "flow", *ends],
+    ]
