@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from symbiotic_titan.evaluation.suite import Score
 from symbiotic_titan.plots.style import (
     MissingData,
     label_steps,
@@ -249,12 +250,17 @@ def point(system: str) -> Line2D:
 
 def chance_of(study: Study, measure: Measure) -> float | None:
     """Mean over the seeds of any system that has the score: their questions are the same."""
+    known = [score["chance"] for score in scores_of(study, measure) if score["chance"] is not None]
+    return float(np.mean(known)) if known else None
+
+
+def scores_of(study: Study, measure: Measure) -> list[Score]:
+    """Of every seed of the first system that has it, with chance and number."""
     for by_seed in study.runs.values():
         found = [run.scores[measure.key] for run in by_seed.values() if measure.key in run.scores]
-        known = [score["chance"] for score in found if score["chance"] is not None]
-        if known:
-            return float(np.mean(known))
-    return None
+        if found:
+            return found
+    return []
 
 
 def difference_figure(study: Study, measure: Measure) -> Figure:

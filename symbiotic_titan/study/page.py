@@ -28,6 +28,7 @@ from symbiotic_titan.study.figures import (
     curve_figure,
     difference_figure,
     label,
+    scores_of,
     style_of,
     summary_figure,
 )
@@ -251,7 +252,11 @@ def planned_figures(study: Study) -> Iterator[Plan]:
     answers = (
         "Right answers to questions about images by kind; the numbers are in the final scores."
     )
-    yield "answers", partial(answers_figure, study), answers, ANSWERS_PAPER
+    numbers = sorted({score["number"] for score in scores_of(study, ANSWERS["all"])})
+    asked = (
+        f"{ANSWERS_PAPER} Here {' or '.join(map(str, numbers))} held-out questions in each seed."
+    )
+    yield "answers", partial(answers_figure, study), answers, asked
     for name, measure in DIFFERENCES.items():
         alt = f"{measure.name}: {label(OURS)} less each other system, with paired intervals; the numbers are in the table of differences."
         draw = partial(difference_figure, study, measure)

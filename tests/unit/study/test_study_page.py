@@ -122,6 +122,7 @@ def test_the_page_is_one_file_with_alternative_texts(written):
     alts = re.findall(r"<img alt=\"([^\"]+)\" src=\"data:image/png;base64,", text)
     assert len(alts) == text.count("<img") == len(list(folder.glob("figure_*.png")))
     assert any("At the end: Symbiotic 1.5" in alt for alt in alts)
+    assert "Here 40 held-out questions in each seed." in text
     assert {"prefers-color-scheme: dark", "width=device-width"} <= set(
         re.findall(r"prefers-color-scheme: dark|width=device-width", text)
     )
