@@ -44,7 +44,7 @@ SYSTEMS = {
     "standard_moe_two_rates": System(
         "Standard MoE, two rates", "one pool of experts at the two rates of Symbiotic"
     ),
-    "wo_shield": System("Without shield", "Symbiotic without the shield of the warm-up"),
+    "wo_shield": System("Without shield", "Symbiotic without any shield"),
     "shield_weights": System(
         "Shield of weights", "Symbiotic whose shield leaves the gradient of the layer's input"
     ),

@@ -22,7 +22,7 @@ class StudyRun:
 
     start:         the checkpoint that it begins with; None for the one that begins from scratch.
     rows:          packed sequences of a step.
-    shield_steps:  of the warm-up shield.
+    warmup_steps:  of the learning rate; shield_steps: of the warm-up shield.
     has_shared:    whether it has the shared expert.
     makes_images:  whether it trains on target images.
     groups:        names and sizes of its groups of experts; none: one pool.
@@ -34,6 +34,7 @@ class StudyRun:
     start: Path | None
     steps: int
     rows: int
+    warmup_steps: int
     shield_steps: int
     has_shared: bool
     makes_images: bool
@@ -73,6 +74,7 @@ def _run_of(config: Path, table: dict[str, Any]) -> StudyRun:
         start=None if start is None else Path(start),
         steps=table["training"]["steps"],
         rows=table["training"]["global_batch_size"],
+        warmup_steps=table["lr_scheduler"]["warmup_steps"],
         shield_steps=table.get("shielding", {}).get("steps", 0),
         has_shared=experts.get("shared", True),
         makes_images=not all(task.is_understanding for task in tasks),

@@ -61,7 +61,6 @@ DIFFERENCES = {
     "tripartite_8_8_16": split(generation=16, text=8, vit=8) | {START: f"{SEED}/start/8_8_16"},
     "tripartite_11_11_10": split(generation=10, text=11, vit=11)
     | {START: f"{SEED}/start/11_11_10"},
-    "shared_only": {},
     "vlm": {
         **NO_SHIELD,
         **ONE_RATE,
@@ -144,8 +143,10 @@ def test_every_file_is_a_system_or_part_of_one_and_all_read_the_data_of_the_same
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_header_says_what_the_file_is_for(name):
+def test_a_header_says_what_the_file_is_for_and_the_command_names_it(name):
     header = FILES[name].read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
     if name in PARTS:
         assert "this file is extended" in header
+    else:
+        assert f"# Command:   symbiotic reproduce{'' if name == 'vlm' else f' {name}'}" in header

@@ -1,0 +1,249 @@
+"""The stages of symbiotic reproduce: for every seed its data, the pre-trained model, the splits, checks before the first step, training and
+scores of every system.
+
+    OUT/settings.json                what the study was begun with
+    OUT/seed-N/configs/*.toml        the configs of train_configs/study with the paths of this seed
+    OUT/seed-N/data                  the demo world of this seed
+    OUT/seed-N/vlm                   the pre-trained model; profile.json: how often its experts are chosen
+    OUT/seed-N/start/24_8            the checkpoint that systems with these groups begin with, and 24_8_plan.json
+    OUT/seed-N/SYSTEM                a run's dump folder; before.json: held-out losses before the first step; scores.json: of its end
+    OUT/seed-N/logs/*.txt            what each stage printed
+
+A seed is that of the world, of the initial weights, of the order of the data and of the noise. All systems of a seed read the same
+samples in the same order.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from symbiotic_titan.config.files import replacing
+from symbiotic_titan.study import runs
+from symbiotic_titan.study.queue import Stage
+from symbiotic_titan.study.runs import Check, Command, StudyRun
+
+FOLDER = Path("train_configs/study")
+SEED_FOLDER = "outputs/reproduce/seed-0"  # of the configs
+BEFORE = "before.json"
+SCORE_FILE = "scores.json"
+
+STEPS = 600  # of a system
+ROWS = 4  # of a step
+QUESTIONS = 300
+# Batches of 4 rows that a check reads.
+CHECK_BATCHES = 16
+# Of symbiotic evaluate. Few steps of the solver: pictures would take longer than all else.
+SCORES = {"pictures": 48, "steps": 12, "knowledge": 100, "loss_rows": 64}
+
+# Seconds on one core of the 2-core machine of the header of train_configs/study/base.toml.
+STARTUP = 8.0
+SECONDS_PER_ROW = 0.15
+SECONDS = {"data": 15.0, "profile": 20.0, "plan": 8.0, "partition": 8.0, "check": 20.0, "evaluate": 45.0}  # fmt: skip
+# Bytes of a checkpoint of the flavor study with its optimizer, and without.
+WHOLE_CHECKPOINT, MODEL_CHECKPOINT = 34 * 10**6, 12 * 10**6
+LOGS = 4 * 10**6
+DATA = 30 * 10**6
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much larger or shorter a study is than its configs say.
+
+    steps:   of every system, and of the pre-trained model in proportion; None: those of the configs.
+    factor:  on steps, warm-up and shield, and on the rows of a step; its square is that on the questions, which are then read as often.
+    """
+
+    steps: int | None = None
+    factor: int = 1
+
+    def steps_of(self, run: StudyRun) -> int:
+        if self.steps is None:
+            return run.steps * self.factor
+        return max(1, round(run.steps * self.steps / STEPS))
+
+    def training(self, run: StudyRun) -> list[str]:
+        """Options of its training. ``run``: as its config has it."""
+        values: dict[str, Any] = {"training.steps": self.steps_of(run)}
+        if self.factor > 1:
+            rows = run.rows * self.factor
+            values |= {"training.local_batch_size": rows, "training.global_batch_size": rows}
+            values["lr_scheduler.warmup_steps"] = run.warmup_steps * self.factor
+            if run.shield_steps:
+                values["shielding.steps"] = run.shield_steps * self.factor
+        return _options(values)
+
+    def questions(self) -> list[str]:
+        """Options of the demo world: none where it has as many as its size says."""
+        return [] if self.factor == 1 else ["--questions", str(QUESTIONS * self.factor**2)]
+
+
+def _options(values: dict[str, Any]) -> list[str]:
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+def configs_hash() -> str:
+    """Of all configs of the study: tells whether one was changed since it was begun."""
+    digest = hashlib.sha256()
+    for path in sorted(FOLDER.rglob("*.toml")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_configs(folder: Path) -> None:
+    """The configs of the study for the seed whose ``folder`` this is."""
+    for path in sorted(FOLDER.rglob("*.toml")):
+        out = folder / "configs" / path.relative_to(FOLDER)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8").replace(SEED_FOLDER, folder.as_posix())
+        out.write_text(text, encoding="utf-8")
+
+
+def systems_of(folder: Path = FOLDER) -> dict[str, StudyRun]:
+    """Name -> system, of a folder of configs; those in its folder step_zero are measured before the first step only."""
+    trained = runs.read_runs(folder.glob("*.toml"))
+    measured = runs.read_runs((folder / "step_zero").glob("*.toml"))
+    return trained | {name: replace(run, steps=0) for name, run in measured.items()}
+
+
+class SeedStages:
+    """The stages of one seed. ``chosen``: names of systems."""
+
+    def __init__(self, out: Path, seed: int, chosen: list[str], scale: Scale) -> None:
+        self.name, self.folder = f"seed-{seed}", out / f"seed-{seed}"
+        self.seed, self.scale = seed, scale
+        systems = systems_of(self.folder / "configs")
+        self.chosen = [systems[name] for name in chosen]
+        self.vlm = systems[runs.START]
+        # Its last step may not be the one that configs name as their start.
+        self.original = self.vlm.checkpoint_at(scale.steps_of(self.vlm))
+        self.profile = self.vlm.dump_folder / "profile.json"
+
+    def stages(self) -> Iterator[Stage]:
+        """In an order in which each comes after those that it needs."""
+        yield self._stage("data", self.folder / "data/manifest.json", self._data())
+        yield from self._train(self.vlm, self._name("data"))
+        splits = {run.start: run for run in self.chosen if run.groups and run.start is not None}
+        if splits:
+            command = runs.profile(self.vlm, self.original, self.profile)
+            need = self._name(runs.START, "train")
+            yield self._stage("profile", self.profile, command, (need,))
+        for start, run in splits.items():
+            yield from self._split(run, start)
+        yield from self._checks()
+        for run in self.chosen:
+            if run.steps:
+                yield from self._train(run, self._name(run.name, "check"))
+
+    # ---- parts ---------------------------------------------------------------------------------------------------------
+
+    def _name(self, *words: str) -> str:
+        return "/".join((self.name, *words))
+
+    def _stage(
+        self, what: str, result: Path, command: Command, needs: tuple[str, ...] = (), **more: Any
+    ) -> Stage:
+        """``what``: the last words of its name."""
+        log = self.folder / "logs" / f"{what.replace('/', '_')}.txt"
+        seconds = more.pop("seconds", SECONDS.get(what.rpartition("/")[2], 1.0))
+        return Stage(self._name(what), result, log, tuple(command), seconds, needs, **more)
+
+    def _data(self) -> Command:
+        where = ("--out", self.folder / "data", "--size", "study", "--seed", str(self.seed))
+        return runs.tool("make-demo-data", *where, *self.scale.questions())
+
+    def _start_of(self, run: StudyRun) -> Path:
+        assert run.start is not None
+        return self.original if run.start == self.vlm.last_checkpoint else run.start
+
+    def _train(self, run: StudyRun, need: str) -> Iterator[Stage]:
+        """Training and scores."""
+        what, steps = f"{run.name}/train", self.scale.steps_of(run)
+        values: dict[str, Any] = {"debug.seed": self.seed, "data.seed": self.seed}
+        if run.start is not None and self._start_of(run) != run.start:
+            values["checkpoint.initial_load_path"] = self._start_of(run)
+        command = runs.tool("train", run.config, *self.scale.training(run), *_options(values))
+        last = run.checkpoint_at(steps)
+        seconds = STARTUP + SECONDS_PER_ROW * run.rows * self.scale.factor * steps
+        result = last / ".metadata"
+        yield self._stage(what, result, command, (need,), seconds=seconds, steps=steps)
+        yield self._evaluate(run, last, self._name(what))
+
+    def _split(self, run: StudyRun, start: Path) -> Iterator[Stage]:
+        plan = runs.plan_file_of(start)
+        command = runs.plan(run.config, self.profile, plan)
+        planned = self._stage(f"{start.name}/plan", plan, command, (self._name("profile"),))
+        yield planned
+        command = runs.partition(run.config, self.original, plan, start)
+        yield self._stage(f"{start.name}/partition", start, command, (planned.name,))
+
+    def _checks(self) -> Iterator[Stage]:
+        """A report of every system. Those that begin with the same model share one."""
+        rows = ("--training.local_batch_size", str(ROWS), "--training.global_batch_size", str(ROWS))
+        check = Check(self.vlm, self.original, CHECK_BATCHES, rows)
+        first: dict[Any, StudyRun] = {}
+        for run in self.chosen:
+            start, out, what = self._start_of(run), run.dump_folder / BEFORE, f"{run.name}/check"
+            same = first.setdefault((start, run.groups, run.has_shared), run)
+            if same is run:
+                words = (start.name, "partition") if run.groups else (runs.START, "train")
+                command = check.command(run.config, start, out)
+                yield self._stage(what, out, command, (self._name(*words),))
+            else:
+                finish = partial(copy_file, same.dump_folder / BEFORE, out)
+                yield self._stage(what, out, [], (self._name(same.name, "check"),), finish=finish)
+
+    def _evaluate(self, run: StudyRun, checkpoint: Path, need: str) -> Stage:
+        folder, out = run.dump_folder / "evaluation", run.dump_folder / SCORE_FILE
+        draws = SCORES if run.makes_images else SCORES | {"pictures": 0}
+        options = _options({f"demo_world.{key}": value for key, value in draws.items()})
+        data = ("--demo_world.data", str(self.folder / "data"))
+        where = (checkpoint, "--suite", "demo_world", "--out", folder)
+        command = runs.tool("evaluate", *where, *data, *options)
+        return self._stage(
+            f"{run.name}/evaluate",
+            out,
+            command,
+            (need,),
+            finish=partial(keep_scores, checkpoint, folder, out),
+        )
+
+
+# ---- what is done with the results of a command --------------------------------------------------------------------------
+
+
+def copy_file(source: Path, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as unfinished:
+        shutil.copy(source, unfinished)
+
+
+def keep_scores(last: Path, folder: Path, out: Path) -> None:
+    """Copy the scores that symbiotic evaluate has written below ``folder``, and delete the checkpoints of the run before its ``last``."""
+    newest = max(folder.glob("*/demo_world.json"), key=lambda path: path.stat().st_mtime)
+    copy_file(newest, out)
+    for path in last.parent.glob("step-*"):
+        if path != last:
+            shutil.rmtree(path)
+
+
+# ---- the whole study ------------------------------------------------------------------------------------------------------
+
+
+def all_stages(out: Path, seeds: Sequence[int], systems: list[str], scale: Scale) -> list[Stage]:
+    """Of all seeds, after their configs were written."""
+    for seed in seeds:
+        write_configs(out / f"seed-{seed}")
+    return [s for seed in seeds for s in SeedStages(out, seed, systems, scale).stages()]
+
+
+def bytes_of(num_seeds: int, systems: Sequence[StudyRun], at_once: int) -> int:
+    """That a study takes on the disk: per seed its data, the start, the splits, and the model of every system; and, of the runs that are
+    under way, two checkpoints that they could go on from."""
+    splits = len({run.start for run in systems if run.groups})
+    trained = sum(bool(run.steps) for run in systems)
+    seed = DATA + (1 + splits + trained) * MODEL_CHECKPOINT + (1 + len(systems)) * LOGS
+    return num_seeds * seed + 2 * at_once * WHOLE_CHECKPOINT
