@@ -23,6 +23,7 @@ from typing import Any
 from symbiotic_titan.config.files import check_output_folder, read_json, write_json
 from symbiotic_titan.process import DiskFull, exit_status
 from symbiotic_titan.study.queue import Queue
+from symbiotic_titan.study.record import recorded
 from symbiotic_titan.study.runs import START, StudyRun, find_runs
 from symbiotic_titan.study.stages import (
     Scale,
@@ -137,7 +138,8 @@ def reproduce(options: argparse.Namespace) -> None:
     check_disk(options.out, len(options.seeds), chosen, options.at_once)
     write_json(options.out / "settings.json", SETTINGS, settings)
     stages = all_stages(options.out, sorted(options.seeds), names, scale)
-    Queue(stages, options.at_once, environment(options.at_once)).run()
+    with recorded(options.out, options.at_once):
+        Queue(stages, options.at_once, environment(options.at_once)).run()
     write_page(options.out)
 
 

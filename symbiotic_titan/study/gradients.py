@@ -9,6 +9,7 @@ trained with; ``shield/scale`` says which factor its modalities had.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from symbiotic_titan.codecs.batch import build_batch_encoder
+from symbiotic_titan.config.files import write_json
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config
@@ -31,6 +33,7 @@ from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.moe.experts import SharedExpert
 from symbiotic_titan.moe.partition import batches_of_groups, tokens_of_groups
 from symbiotic_titan.parallel.ranks import DataRanks
+from symbiotic_titan.process import exit_status
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, PADDING, VAE
 from symbiotic_titan.weights.damage import find_checkpoint
@@ -174,3 +177,12 @@ def gradient_numbers(parts: Mapping[str, Mapping[int, Tensor]]) -> dict[str, flo
             cosine = F.cosine_similarity(vectors[GENERATION], vectors[UNDERSTANDING], dim=0)
             numbers[f"cosine{place}"] = float(cosine)
     return numbers
+
+
+def main(run: str, out: str) -> None:
+    """Write the numbers of the newest checkpoint of the folder ``run`` into the file ``out``."""
+    write_json(Path(out), "gradients of the shared expert", shared_gradients(Path(run)))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(lambda: main(*sys.argv[1:])))

@@ -127,6 +127,11 @@ def partition(config: Path, checkpoint: Path, plan_file: Path, out: Path) -> Com
     return tool("convert", "partition", "--config", config, *where, "--experts.shared")
 
 
+def gradients(dump_folder: Path, out: Path) -> Command:
+    """Write the gradients of the shared expert in the newest checkpoint of a run."""
+    return [sys.executable, "-m", "symbiotic_titan.study.gradients", str(dump_folder), str(out)]
+
+
 def plan_file_of(split: Path) -> Path:
     """Of the checkpoint that ``partition`` writes."""
     return split.parent / f"{split.name}_plan.json"

@@ -6,7 +6,8 @@ scores of every system.
     OUT/seed-N/data                  the demo world of this seed
     OUT/seed-N/vlm                   the pre-trained model; profile.json: how often its experts are chosen
     OUT/seed-N/start/24_8            the checkpoint that systems with these groups begin with, and 24_8_plan.json
-    OUT/seed-N/SYSTEM                a run's dump folder; before.json: held-out losses before the first step; scores.json: of its end
+    OUT/seed-N/SYSTEM                a run's dump folder; before.json: held-out losses before the first step; scores.json: of its end;
+                                     gradients.json: of the shared expert by modality, at its end
     OUT/seed-N/logs/*.txt            what each stage printed
 
 A seed is that of the world, of the initial weights, of the order of the data and of the noise. All systems of a seed read the same
@@ -37,12 +38,12 @@ QUESTIONS = 300
 # Batches of 4 rows that a check reads.
 CHECK_BATCHES = 16
 # Of symbiotic evaluate. Few steps of the solver: pictures would take longer than all else.
-SCORES = {"pictures": 48, "steps": 12, "knowledge": 100, "loss_rows": 64}
+SCORES = {"pictures": 48, "steps": 12, "questions": 300, "knowledge": 100, "loss_rows": 64}
 
 # Seconds on one core of the 2-core machine of the header of train_configs/study/base.toml.
 STARTUP = 8.0
 SECONDS_PER_ROW = 0.15
-SECONDS = {"data": 15.0, "profile": 20.0, "plan": 8.0, "partition": 8.0, "check": 20.0, "evaluate": 45.0}  # fmt: skip
+SECONDS = {"data": 20.0, "profile": 20.0, "plan": 8.0, "partition": 8.0, "check": 20.0, "evaluate": 45.0, "gradients": 10.0}  # fmt: skip
 # Bytes of a checkpoint of the flavor study with its optimizer, and without.
 WHOLE_CHECKPOINT, MODEL_CHECKPOINT = 34 * 10**6, 12 * 10**6
 LOGS = 4 * 10**6
@@ -160,7 +161,7 @@ class SeedStages:
         return self.original if run.start == self.vlm.last_checkpoint else run.start
 
     def _train(self, run: StudyRun, need: str) -> Iterator[Stage]:
-        """Training and scores."""
+        """Training, scores, and where there are target images and a shared expert its gradients."""
         what, steps = f"{run.name}/train", self.scale.steps_of(run)
         values: dict[str, Any] = {"debug.seed": self.seed, "data.seed": self.seed}
         if run.start is not None and self._start_of(run) != run.start:
@@ -171,6 +172,10 @@ class SeedStages:
         result = last / ".metadata"
         yield self._stage(what, result, command, (need,), seconds=seconds, steps=steps)
         yield self._evaluate(run, last, self._name(what))
+        if run.start is not None and run.has_shared and run.makes_images:
+            out = run.dump_folder / "gradients.json"
+            command, need = runs.gradients(run.dump_folder, out), self._name(what)
+            yield self._stage(f"{run.name}/gradients", out, command, (need,))
 
     def _split(self, run: StudyRun, start: Path) -> Iterator[Stage]:
         plan = runs.plan_file_of(start)

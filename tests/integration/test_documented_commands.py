@@ -25,6 +25,10 @@ ELSEWHERE = {
         "tests/unit/demo/test_data_demo.py",
         "test_tool_writes_a_world_and_replaces_it_only_by_force",
     ),
+    "symbiotic reproduce": (
+        "tests/unit/study/test_study_stages.py",
+        "test_a_documented_study_has_the_stages_of_its_systems_and_seeds",
+    ),
     "symbiotic run-study": (
         "tests/unit/commands/test_run_study.py",
         "test_a_documented_study_calls_documented_commands",

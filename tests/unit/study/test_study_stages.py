@@ -11,6 +11,7 @@ from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.study import stages
 from symbiotic_titan.study.queue import Queue
 from symbiotic_titan.study.stages import Scale, all_stages, bytes_of, keep_scores, systems_of
+from tests.helpers.documented import documented
 
 ROOT = Path(__file__).parents[3]
 OUT = Path("outputs/compared")
@@ -219,6 +220,23 @@ def test_a_study_begun_with_other_settings_is_refused_and_the_same_goes_on(
     error = capsys.readouterr().err
     assert message in error and "settings.json" in error and error.count("\n") == 1
     assert len(ran) == 2
+
+
+@pytest.mark.parametrize(
+    "line", sorted({str(c) for c in documented() if c.words[:2] == ("symbiotic", "reproduce")})
+)
+def test_a_documented_study_has_the_stages_of_its_systems_and_seeds(line, command):
+    """The whole of it, at toy size: tests/integration/test_reproduce.py."""
+    _, ran = command
+    words = line.split()[2:]
+    assert reproduce.main(words) == 0
+    options = reproduce.build_parser().parse_args(words)
+    (queue,) = ran
+    named = {name.name.split("/")[1] for name in queue.stages if name.name.endswith("/check")}
+    assert named == set(options.systems or TRAINED | SPLITS)
+    folders = {stage.name.split("/")[0] for stage in queue.stages}
+    assert folders == {f"seed-{seed}" for seed in options.seeds}
+    assert (options.out / "settings.json").is_file()
 
 
 def test_a_changed_config_is_other_settings(command, capsys, monkeypatch):
