@@ -6,7 +6,7 @@ generated image.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import product
 from random import Random
 from typing import Any
 
@@ -233,7 +233,7 @@ def _ask_shape(scene: Scene, random: Random) -> Asked:
 
 def _ask_place(scene: Scene, random: Random) -> Asked:
     thing = random.choice(scene.things)
-    if _number_of(thing, scene) > 1:
+    if thing not in _unique(scene):
         return None
     return f"Where is the {_name(thing)}?", thing.place
 
@@ -252,27 +252,23 @@ def _ask_presence(scene: Scene, random: Random) -> Asked:
 
 def _ask_neighbour(scene: Scene, random: Random) -> Asked:
     """Which shape stands in a relation to a thing: where there is one such shape."""
-    thing, relation = random.choice(scene.things), random.choice(list(RELATIONS))
-    others = [other for other in scene.things if relation in related(other, thing)]
-    if len(others) != 1 or _number_of(thing, scene) > 1:
-        return None
-    return f"Which shape is {relation} the {_name(thing)}?", others[0].shape
+    asked = []
+    for thing, relation in product(_unique(scene), RELATIONS):
+        others = [other for other in scene.things if relation in related(other, thing)]
+        if len(others) == 1:
+            asked.append((f"Which shape is {relation} the {_name(thing)}?", others[0].shape))
+    return random.choice(asked) if asked else None
 
 
 def _ask_relation(scene: Scene, random: Random) -> Asked:
     """Whether a relation holds: as often as its opposite, of things that differ on its axis."""
-    pairs = [
-        pair
-        for pair in combinations(scene.things, 2)
-        if all(_number_of(thing, scene) == 1 for thing in pair)
-    ]
-    if not pairs:
+    things = _unique(scene)
+    if len(things) < 2:
         return None
-    first, second = random.sample(random.choice(pairs), 2)
-    relation = random.choice(list(RELATIONS))
-    if RELATIONS[relation][0] not in {RELATIONS[r][0] for r in related(first, second)}:
-        return None
-    answer = "yes" if relation in related(first, second) else "no"
+    first, second = random.sample(things, 2)
+    told = random.choice([(first, second), (second, first)])
+    relation = random.choice(related(*told))
+    answer = "yes" if told == (first, second) else "no"
     return f"Is the {_name(first)} {relation} the {_name(second)}?", answer
 
 
@@ -287,8 +283,10 @@ QUESTIONS: tuple[Callable[[Scene, Random], Asked], ...] = (
 )
 
 
-def _number_of(thing: Thing, scene: Scene) -> int:
-    return sum((t.colour, t.shape) == (thing.colour, thing.shape) for t in scene.things)
+def _unique(scene: Scene) -> list[Thing]:
+    """Things that their colour and shape tell from all others."""
+    names = [_name(thing) for thing in scene.things]
+    return [thing for thing in scene.things if names.count(_name(thing)) == 1]
 
 
 def _all_equal(scene: Scene) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -16,6 +17,7 @@ from symbiotic_titan.demo import (
     digits,
     scenes,
 )
+from symbiotic_titan.demo.captions import parse_caption
 from symbiotic_titan.demo.docstrings import prose
 from symbiotic_titan.demo.questions import kind_and_asked
 from symbiotic_titan.demo.write import (
@@ -27,6 +29,7 @@ from symbiotic_titan.demo.write import (
 from tests.helpers.demo_world import TINY
 
 SMALL = WorldSize(5, 2, 6, 3, train_shards=2)
+STUDY = replace(SMALL, questions=4, pretrain_images=2, pretrain_texts=6)
 
 
 def read_all(folder, form="webdataset"):
@@ -222,7 +225,7 @@ def test_prose_keeps_sentences_and_leaves_code_and_tables_out():
 
 @pytest.fixture
 def tool(monkeypatch):
-    monkeypatch.setattr(make_demo_data, "WORLD_SIZES", {"debug": SMALL, "full": SMALL})
+    monkeypatch.setattr(make_demo_data, "WORLD_SIZES", {"full": SMALL, "study": STUDY})
     return make_demo_data
 
 
@@ -237,6 +240,20 @@ def test_tool_writes_a_world_and_replaces_it_only_by_force(tool, tmp_path, capsy
     assert tool.main(["--out", str(out), "--force", "--seed", "1"]) == 0
     assert content(out).keys() == before.keys() and content(out) != before
     assert [p.name for p in out.parent.iterdir()] == ["demo_data"]
+
+
+def test_size_study_has_as_few_questions_as_asked_for_and_data_to_start_from(tool, tmp_path):
+    out = tmp_path / "study"
+    for words, questions in (((), 4), (("--questions", "3", "--force"), 3)):
+        assert tool.main(["--out", str(out), "--size", "study", *words]) == 0
+        counts = json.loads((out / "manifest.json").read_text())["samples"]
+        assert counts["train"] == {"t2i": 5, "t2i_long": 5, "mmu": questions, "lm": 6}
+        assert len(read_all(out / "train" / "mmu")) == questions
+    described = [fields for _, fields in read_all(out / "pretrain" / "mmu")]
+    assert len(described) == counts["pretrain"]["mmu"] == 2
+    assert all(parse_caption(fields["answer"]) for fields in described)
+    texts = {s: [f["text"] for _, f in read_all(out / s / "lm", "jsonl")] for s in counts}
+    assert len(texts["pretrain"]) == 6 and not set(texts["pretrain"]) & set(texts["train"])
 
 
 def test_tool_never_replaces_what_it_did_not_write(tool, tmp_path, capsys):
