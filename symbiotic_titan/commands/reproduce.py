@@ -3,6 +3,7 @@
 Examples: symbiotic reproduce                                            all systems, seeds 0 to 2
           symbiotic reproduce symbiotic standard_moe --seeds 0 1         two of them
           symbiotic reproduce symbiotic mot --steps 100 --out outputs/short
+          symbiotic reproduce --page-only --out outputs/short            its page again, of what there is
 
 For every seed the demo world is made, a model is pre-trained on text and on questions about images, its experts are profiled and
 split, every system is checked before its first step, trained on the same samples from the same start, and scored. The systems are
@@ -112,7 +113,19 @@ def write_page(out: Path) -> None:
     """The page of the study; what it needs, matplotlib among it, is loaded at the end only."""
     from symbiotic_titan.study.page import write_page
 
-    write_page(out)
+    print(write_page(out))
+
+
+def check_page_only(options: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: an option that a page has no use for.
+    """
+    unused = vars(build_parser().parse_args([])) | {"page_only": True, "out": options.out}
+    given = [key.replace("_", "-") for key, value in vars(options).items() if value != unused[key]]
+    if given:
+        raise ValueError(
+            f"--page-only: shows what is in --out and has no use for {', '.join(given)}; leave that out"
+        )
 
 
 def reproduce(options: argparse.Namespace) -> None:
@@ -120,6 +133,10 @@ def reproduce(options: argparse.Namespace) -> None:
     ValueError: a user's mistake, before anything is built.
     RuntimeError: a stage failed.
     """
+    if options.page_only:
+        check_page_only(options)
+        write_page(options.out)
+        return
     systems = systems_of()
     del systems[START]
     chosen = find_runs(options.systems, systems, "system")
@@ -168,6 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
         "which are then read as often; default 1",
     )
     add("--out", type=Path, default=Path("outputs/reproduce"), metavar="FOLDER")
+    add("--page-only", action="store_true", help="run nothing: write OUT/page of what is there")
     add("--at-once", type=whole, default=cores(), help="processes at once; default: cores")
     return parser
 

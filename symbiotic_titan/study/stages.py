@@ -7,7 +7,8 @@ scores of every system.
     OUT/seed-N/vlm                   the pre-trained model; profile.json: how often its experts are chosen
     OUT/seed-N/start/24_8            the checkpoint that systems with these groups begin with, and 24_8_plan.json
     OUT/seed-N/SYSTEM                a run's dump folder; before.json: held-out losses before the first step; scores.json: of its end;
-                                     gradients.json: of the shared expert by modality, at its end
+                                     gradients.json: of the shared expert by modality, at its end; scores_shared_only.json: what that
+                                     expert answers alone
     OUT/seed-N/logs/*.txt            what each stage printed
 
 A seed is that of the world, of the initial weights, of the order of the data and of the noise. All systems of a seed read the same
@@ -30,7 +31,9 @@ from symbiotic_titan.study.runs import Check, Command, StudyRun
 FOLDER = Path("train_configs/study")
 SEED_FOLDER = "outputs/reproduce/seed-0"  # of the configs
 BEFORE = "before.json"
-SCORE_FILE = "scores.json"
+SCORE_FILE, SCORES_ALONE = "scores.json", "scores_shared_only.json"
+# Systems whose shared expert is scored alone, as in the paper's Figure 6a.
+ALONE = ("symbiotic", "only_lm_mmu")
 
 STEPS = 600  # of a system
 ROWS = 4  # of a step
@@ -43,7 +46,10 @@ SCORES = {"pictures": 48, "steps": 12, "questions": 300, "knowledge": 100, "loss
 # Seconds on one core of the 2-core machine of the header of train_configs/study/base.toml.
 STARTUP = 8.0
 SECONDS_PER_ROW = 0.15
-SECONDS = {"data": 20.0, "profile": 20.0, "plan": 8.0, "partition": 8.0, "check": 20.0, "evaluate": 45.0, "gradients": 10.0}  # fmt: skip
+SECONDS = {
+    **{"data": 20.0, "profile": 20.0, "plan": 8.0, "partition": 8.0, "check": 20.0},
+    **{"evaluate": 45.0, "shared_only": 25.0, "gradients": 10.0},
+}
 # Bytes of a checkpoint of the flavor study with its optimizer, and without.
 WHOLE_CHECKPOINT, MODEL_CHECKPOINT = 34 * 10**6, 12 * 10**6
 LOGS = 4 * 10**6
@@ -172,6 +178,8 @@ class SeedStages:
         result = last / ".metadata"
         yield self._stage(what, result, command, (need,), seconds=seconds, steps=steps)
         yield self._evaluate(run, last, self._name(what))
+        if run.name in ALONE:
+            yield self._evaluate_alone(run, last, self._name(what))
         if run.start is not None and run.has_shared and run.makes_images:
             out = run.dump_folder / "gradients.json"
             command, need = runs.gradients(run.dump_folder, out), self._name(what)
@@ -202,19 +210,28 @@ class SeedStages:
                 yield self._stage(what, out, [], (self._name(same.name, "check"),), finish=finish)
 
     def _evaluate(self, run: StudyRun, checkpoint: Path, need: str) -> Stage:
-        folder, out = run.dump_folder / "evaluation", run.dump_folder / SCORE_FILE
         draws = SCORES if run.makes_images else SCORES | {"pictures": 0}
+        return self._scores(f"{run.name}/evaluate", checkpoint, need, SCORE_FILE, draws)
+
+    def _evaluate_alone(self, run: StudyRun, checkpoint: Path, need: str) -> Stage:
+        """Answers and losses with all routed experts masked."""
+        draws, probe = SCORES | {"pictures": 0, "knowledge": 0}, ("--probe", "shared_only")
+        return self._scores(
+            f"{run.name}/shared_only", checkpoint, need, SCORES_ALONE, draws, *probe
+        )
+
+    def _scores(
+        self, what: str, checkpoint: Path, need: str, file: str, draws: dict[str, int], *more: str
+    ) -> Stage:
+        """``draws``: options of the suite.   file: below the run's folder, where the scores are kept."""
+        folder = checkpoint.parents[1]
+        results = folder / Path(what).name
         options = _options({f"demo_world.{key}": value for key, value in draws.items()})
         data = ("--demo_world.data", str(self.folder / "data"))
-        where = (checkpoint, "--suite", "demo_world", "--out", folder)
-        command = runs.tool("evaluate", *where, *data, *options)
-        return self._stage(
-            f"{run.name}/evaluate",
-            out,
-            command,
-            (need,),
-            finish=partial(keep_scores, checkpoint, folder, out),
-        )
+        where = (checkpoint, "--suite", "demo_world", "--out", results)
+        command = runs.tool("evaluate", *where, *data, *options, *more)
+        finish = partial(keep_scores, checkpoint, results, folder / file)
+        return self._stage(what, folder / file, command, (need,), finish=finish)
 
 
 # ---- what is done with the results of a command --------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from symbiotic_titan.study import stages
 from symbiotic_titan.study.queue import Queue
 from symbiotic_titan.study.stages import Scale, all_stages, bytes_of, keep_scores, systems_of
 from tests.helpers.documented import documented
+from tests.helpers.written_studies import write_system
 
 ROOT = Path(__file__).parents[3]
 OUT = Path("outputs/compared")
@@ -136,6 +137,18 @@ def test_a_system_without_target_images_is_not_asked_for_pictures():
     assert pictures == {"symbiotic": "48", "only_lm_mmu": "0", "vlm": "0"}
 
 
+def test_the_shared_expert_of_two_systems_is_scored_alone():
+    stages = made("symbiotic", "only_lm_mmu", "mot", seeds=[0])
+    alone = {name: stage for name, stage in stages.items() if name.endswith("shared_only")}
+    assert set(alone) == {f"seed-0/{name}/shared_only" for name in ("symbiotic", "only_lm_mmu")}
+    stage = alone["seed-0/symbiotic/shared_only"]
+    assert stage.result == OUT / "seed-0/symbiotic/scores_shared_only.json"
+    assert words_after(stage, "--probe") == "shared_only"
+    assert words_after(stage, "--demo_world.pictures") == "0"
+    evaluated = stages["seed-0/symbiotic/evaluate"]
+    assert words_after(stage, "--out") != words_after(evaluated, "--out")
+
+
 def test_fewer_steps_shorten_the_pre_training_too_and_move_the_start():
     found = made("standard_moe", "symbiotic", scale=Scale(steps=60))
     assert options_of(found["seed-0/vlm/train"])["--training.steps"] == "50"
@@ -191,6 +204,8 @@ def command(monkeypatch):
         (["--seeds", "-1", "2"], "--seeds: must not be negative, got -1"),
         (["symbiosis"], "no system named symbiosis; choose from mot, only_lm_mmu"),
         (["vlm"], "no system named vlm; choose from mot"),
+        (["mot", "--page-only", "--steps", "3"], "--page-only: shows what is in --out"),
+        (["--page-only", "--at-once", "33"], "has no use for at-once; leave that out"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_built(command, capsys, words, message):
@@ -231,12 +246,27 @@ def test_a_documented_study_has_the_stages_of_its_systems_and_seeds(line, comman
     words = line.split()[2:]
     assert reproduce.main(words) == 0
     options = reproduce.build_parser().parse_args(words)
+    if options.page_only:
+        assert not ran
+        return
     (queue,) = ran
     named = {name.name.split("/")[1] for name in queue.stages if name.name.endswith("/check")}
     assert named == set(options.systems or TRAINED | SPLITS)
     folders = {stage.name.split("/")[0] for stage in queue.stages}
     assert folders == {f"seed-{seed}" for seed in options.seeds}
     assert (options.out / "settings.json").is_file()
+
+
+def test_a_page_can_be_written_again_and_nothing_is_run(monkeypatch, capsys):
+    monkeypatch.setattr(Queue, "run", lambda self: pytest.fail("a stage was run"))
+    assert reproduce.main(["--page-only", "--out", str(OUT)]) == 2
+    assert "no study (no folder seed-0" in capsys.readouterr().err
+    for seed in (0, 1):
+        write_system(OUT / f"seed-{seed}/mot", before={"text": 1.0 + seed})
+    assert reproduce.main(["--page-only", "--out", str(OUT)]) == 0
+    page = capsys.readouterr().out.strip()
+    assert page == str(OUT / "page/index.html")
+    assert "seed 1, mot: has no curves" in Path(page).read_text()
 
 
 def test_a_changed_config_is_other_settings(command, capsys, monkeypatch):
