@@ -27,7 +27,7 @@ CAPACITY_RATES = {
     "capacity_rate_global": "over all experts of the layer",
 }
 FEW_POINTS = 12  # below, each point gets a marker
-PALE = 0.3  # opacity of single steps beside their running mean
+PALE = 0.3  # opacity of the logged values beside their running mean
 
 
 def draw_curve(panel: Axes, run: Run, tag: str, *, smooth: bool = False) -> bool:
@@ -93,7 +93,7 @@ def curve_figure(
     entries = [legend_line(run.index, run.label) for run in drawn]
     if is_smoothed:
         pale: dict[str, Any] = {"color": "black", "alpha": PALE, "linewidth": 0.8}
-        entries.append(Line2D([], [], label="single steps", **pale))
+        entries.append(Line2D([], [], label="logged values", **pale))
     legend_below(figure, entries)
     return Drawing(title, figure, notes)
 

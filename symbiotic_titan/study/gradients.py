@@ -10,7 +10,7 @@ trained with; ``shield/scale`` says which factor its modalities had.
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,9 +42,12 @@ from symbiotic_titan.weights.damage import find_checkpoint
 GENERATION, UNDERSTANDING = "generation", "understanding"
 
 
-def shared_gradients(run: Path, step: int | None = None) -> dict[str, float]:
-    """``gradient_numbers`` of a checkpoint of the folder ``run``, by default the newest complete one. They are of one step's number of
-    rows of the held-out data of its config: the same rows and noise at every step, and in every run with the same data.
+def shared_gradients(
+    run: Path, step: int | None = None, *, num_batches: int = 4
+) -> dict[str, float]:
+    """``gradient_numbers`` of a checkpoint of the folder ``run``, by default the newest complete one. The gradient is the mean over
+    ``num_batches`` batches of held-out data, each with as many rows as a training step: the same rows and noise at every step, and in every
+    run with the same data. More of them leave less to chance, above all in the cosine.
 
     Raises:
         ValueError: no such checkpoint, no held-out data, or no shared expert.
@@ -67,9 +70,27 @@ def shared_gradients(run: Path, step: int | None = None) -> dict[str, float]:
         raise ValueError(f"{run}: its model has no shared expert whose gradients could be measured")
     of_a_step = copy.deepcopy(config)
     of_a_step.training.local_batch_size = config.training.global_batch_size
-    (batch,) = packed_batches(of_a_step, held_out_data(of_a_step), 1, alone, "validation")
+    data = held_out_data(of_a_step)
+    batches = packed_batches(of_a_step, data, num_batches, alone, "validation")
     encode = build_batch_encoder(config.latents, loaded.args.geometry, alone.device)
-    return gradient_numbers(gradients_by_modality(loaded, config, encode(batch)))
+    found = [gradients_by_modality(loaded, config, batch) for batch in map(encode, batches)]
+    return gradient_numbers(mean_parts(found))
+
+
+def mean_parts(
+    batches: Sequence[Mapping[str, Mapping[int, Tensor]]],
+) -> dict[str, dict[int, Tensor]]:
+    """The mean over ``batches`` of what ``gradients_by_modality`` gives; a modality that one of them lacks has no gradient there."""
+    names = dict.fromkeys(name for parts in batches for name in parts)
+    layers = next(iter(batches[0].values()))
+    return {
+        name: {
+            n: torch.stack([parts[name][n] for parts in batches if name in parts]).sum(0)
+            / len(batches)
+            for n in layers
+        }
+        for name in names
+    }
 
 
 def gradients_by_modality(

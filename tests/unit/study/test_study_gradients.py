@@ -11,6 +11,7 @@ from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, PADDING, TEXT, VAE, VIT
 from symbiotic_titan.study.gradients import (
     gradient_numbers,
+    mean_parts,
     part_of,
     shared_experts,
     shared_gradients,
@@ -108,6 +109,15 @@ def test_numbers_are_norms_and_the_cosine_of_the_two_sides():
     assert not [name for name in alone if "cosine" in name or "generation" in name]
 
 
+def test_a_modality_that_a_batch_lacks_adds_nothing_to_the_mean():
+    one, two = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
+    mean = mean_parts([{"text": {4: one}}, {"text": {4: two}, "vae": {4: two}}])
+    assert {name: part[4].tolist() for name, part in mean.items()} == {
+        "text": [2.0, 4.0],
+        "vae": [1.5, 3.0],
+    }
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of three steps, with held-out data: those that it trained on."""
@@ -135,6 +145,7 @@ def run(tmp_path_factory):
 def test_those_of_a_run_are_of_its_checkpoint_and_its_held_out_data(run):
     found = shared_gradients(run, 3)
     assert found == shared_gradients(run)  # its newest step, bit for bit
+    assert found["norm/text"] != shared_gradients(run, num_batches=2)["norm/text"] > 0
     for name in (*MODALITY_NAMES, "generation", "understanding"):
         whole, by_layer = (
             found[f"norm/{name}"],
