@@ -143,9 +143,8 @@ def run(tmp_path_factory):
 
 
 def test_those_of_a_run_are_of_its_checkpoint_and_its_held_out_data(run):
-    found = shared_gradients(run, 3)
-    assert found == shared_gradients(run)  # its newest step, bit for bit
-    assert found["norm/text"] != shared_gradients(run, num_batches=2)["norm/text"] > 0
+    found = shared_gradients(run, 3, num_batches=2)
+    assert found == shared_gradients(run, num_batches=2)  # its newest step, bit for bit
     for name in (*MODALITY_NAMES, "generation", "understanding"):
         whole, by_layer = (
             found[f"norm/{name}"],
