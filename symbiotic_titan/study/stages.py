@@ -18,7 +18,7 @@ samples in the same order.
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,25 @@ SCORE_FILE, SCORES_ALONE = "scores.json", "scores_shared_only.json"
 # Systems whose shared expert is scored alone, as in the paper's Figure 6a.
 ALONE = ("symbiotic", "only_lm_mmu")
 
-STEPS = 600  # of a system
 ROWS = 4  # of a step
 QUESTIONS = 300
 # Batches of 4 rows that a check reads.
-CHECK_BATCHES = 16
+CHECK_BATCHES = 12
 # Of symbiotic evaluate. Few steps of the solver: pictures would take longer than all else.
-SCORES = {"pictures": 48, "steps": 12, "questions": 300, "knowledge": 100, "loss_rows": 64}
+SCORES = {"pictures": 32, "steps": 10, "questions": 300, "knowledge": 60, "loss_rows": 64}
 
-# Seconds on one core of the 2-core machine of the header of train_configs/study/base.toml.
-STARTUP = 8.0
-SECONDS_PER_ROW = 0.15
+# Seconds on one core of the machine that train_configs/study/base.toml names.
+STARTUP = 10.0
+SECONDS_PER_ROW = 0.14
 SECONDS = {
-    **{"data": 20.0, "profile": 20.0, "plan": 8.0, "partition": 8.0, "check": 20.0},
-    **{"evaluate": 45.0, "shared_only": 25.0, "gradients": 10.0},
+    "data": 20.0,
+    "profile": 14.0,
+    "plan": 7.0,
+    "partition": 7.0,
+    "check": 15.0,
+    "evaluate": 40.0,
+    "gradients": 10.0,
+    "shared_only": 25.0,
 }
 # Bytes of a checkpoint of the flavor study with its optimizer, and without.
 WHOLE_CHECKPOINT, MODEL_CHECKPOINT = 34 * 10**6, 12 * 10**6
@@ -62,15 +67,17 @@ class Scale:
 
     steps:   of every system, and of the pre-trained model in proportion; None: those of the configs.
     factor:  on steps, warm-up and shield, and on the rows of a step; its square is that on the questions, which are then read as often.
+    usual:   steps of a system by its config.
     """
 
     steps: int | None = None
     factor: int = 1
+    usual: int = field(default_factory=lambda: systems_of()["symbiotic"].steps)
 
     def steps_of(self, run: StudyRun) -> int:
         if self.steps is None:
             return run.steps * self.factor
-        return max(1, round(run.steps * self.steps / STEPS))
+        return max(1, round(run.steps * self.steps / self.usual))
 
     def training(self, run: StudyRun) -> list[str]:
         """Options of its training. ``run``: as its config has it."""
@@ -167,7 +174,7 @@ class SeedStages:
         return self.original if run.start == self.vlm.last_checkpoint else run.start
 
     def _train(self, run: StudyRun, need: str) -> Iterator[Stage]:
-        """Training, scores, and where there are target images and a shared expert its gradients."""
+        """Training; of systems scores, and where there are target images and a shared expert its gradients."""
         what, steps = f"{run.name}/train", self.scale.steps_of(run)
         values: dict[str, Any] = {"debug.seed": self.seed, "data.seed": self.seed}
         if run.start is not None and self._start_of(run) != run.start:
@@ -177,10 +184,12 @@ class SeedStages:
         seconds = STARTUP + SECONDS_PER_ROW * run.rows * self.scale.factor * steps
         result = last / ".metadata"
         yield self._stage(what, result, command, (need,), seconds=seconds, steps=steps)
+        if run.start is None:
+            return
         yield self._evaluate(run, last, self._name(what))
         if run.name in ALONE:
             yield self._evaluate_alone(run, last, self._name(what))
-        if run.start is not None and run.has_shared and run.makes_images:
+        if run.has_shared and run.makes_images:
             out = run.dump_folder / "gradients.json"
             command, need = runs.gradients(run.dump_folder, out), self._name(what)
             yield self._stage(f"{run.name}/gradients", out, command, (need,))

@@ -18,7 +18,7 @@ FILES = {path.stem: path for path in FOLDER.rglob("*.toml")}
 SYSTEMS = sorted(FILES.keys() - PARTS)
 
 SEED = "outputs/reproduce/seed-0"
-VLM = f"{SEED}/vlm/checkpoint/step-500"
+VLM = f"{SEED}/vlm/checkpoint/step-400"
 START = "checkpoint.initial_load_path"
 ONE_POOL = {"experts.partition": {}, START: VLM}
 NO_SHIELD = {"shielding.steps": 0, "shielding.after_scale": 1.0}
@@ -69,7 +69,7 @@ DIFFERENCES = {
         START: None,
         "optimizer.lr": 3e-3,
         "losses.balance": 0.001,
-        "training.steps": 500,
+        "training.steps": 400,
     },
 }
 
