@@ -16,7 +16,9 @@ samples in the same order.
 """
 
 import hashlib
+import json
 import shutil
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -100,10 +102,11 @@ def _options(values: dict[str, Any]) -> list[str]:
 
 
 def configs_hash() -> str:
-    """Of all configs of the study: tells whether one was changed since it was begun."""
+    """Of all values in the configs of the study: tells whether one was changed since it was begun. Comments may change."""
     digest = hashlib.sha256()
     for path in sorted(FOLDER.rglob("*.toml")):
-        digest.update(path.read_bytes())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        digest.update(json.dumps([path.name, table], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 

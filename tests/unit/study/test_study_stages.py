@@ -270,6 +270,16 @@ def test_a_page_can_be_written_again_and_nothing_is_run(monkeypatch, capsys):
     assert "seed 1, mot: has no curves" in Path(page).read_text()
 
 
+def test_a_study_knows_its_configs_by_their_values(tmp_path, monkeypatch):
+    (tmp_path / "a.toml").write_text("[training]\nsteps = 1\n")
+    monkeypatch.setattr(stages, "FOLDER", tmp_path)
+    before = stages.configs_hash()
+    (tmp_path / "a.toml").write_text("# shorter\n[training]\nsteps = 1\n")
+    assert stages.configs_hash() == before
+    (tmp_path / "a.toml").write_text("[training]\nsteps = 2\n")
+    assert stages.configs_hash() != before
+
+
 def test_a_changed_config_is_other_settings(command, capsys, monkeypatch):
     main, _ = command
     assert main("mot") == 0
