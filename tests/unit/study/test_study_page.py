@@ -159,6 +159,18 @@ def test_a_system_has_one_colour_and_the_papers_four_are_solid():
     assert figures.line_of("mot").get_color() == figures.point("mot").get_color()
 
 
+def test_flow_is_shown_of_systems_that_train_it(tmp_path):
+    for seed in range(2):
+        for name in ("symbiotic", "mot", "only_lm_mmu"):
+            scores, curve = {FLOW.key: 0.5 + seed}, {figures.FLOW_CURVE: {1: 1.5, 2: 0.5}}
+            write_system(tmp_path / f"seed-{seed}/{name}", scores=scores, curves=curve)
+    study = read_study(tmp_path, ())
+    (flow,) = (curve for curve in figures.CURVES if curve.tag == figures.FLOW_CURVE)
+    assert len(figures.curve_figure(study, flow).axes[0].lines) == 2
+    panel = figures.difference_figure(study, FLOW).axes[0]
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["MoT"]
+
+
 def test_a_curve_is_the_mean_over_seeds_at_steps_that_all_have():
     steps, values = figures.mean_curve({0: {1: 2.0, 2: 4.0, 3: 9.0}, 5: {2: 6.0, 1: 0.0}})
     assert steps.tolist() == [1, 2] and values.mean(0).tolist() == [1.0, 5.0]
