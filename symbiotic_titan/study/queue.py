@@ -3,18 +3,22 @@
 Stopped at any moment and run again, it goes on: a stage is done when its result exists, so a command must write that last.
 """
 
+import multiprocessing
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from symbiotic_titan.process import show_progress
 
@@ -22,6 +26,8 @@ POLL_SECONDS = 0.2
 # Seconds in which a process that is told to end may save; then it is killed.
 GRACE = 60.0
 TAIL_LINES = 15
+# What every stage imports.
+PRELOADED = ["symbiotic_titan.training.trainer", "symbiotic_titan.data.pipeline"]
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STEP = re.compile(rb"step: *(\d+) ")
 _TAIL_BYTES = 4096
@@ -102,6 +108,80 @@ def _label(stage: Stage) -> str:
     return f"{stage.name} {stage.last_step()}/{stage.steps}" if stage.steps else stage.name
 
 
+# ---- processes ------------------------------------------------------------------------------------------------------------
+
+
+class Started(Protocol):
+    """A process in a session of its own: Ctrl-C reaches it once, from here."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """Its status; None while it runs."""
+
+
+class Forked:
+    """``python -m MODULE ARGUMENT ...`` as a fork of a process that has imported torch and the trainer, which takes as long as many a
+    stage. It has its own output, environment and session all the same."""
+
+    def __init__(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        _start_server(environment)
+        self._process = multiprocessing.get_context("forkserver").Process(
+            target=_run_module, args=(list(words), str(log), dict(environment))
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+
+def _start_server(environment: Mapping[str, str]) -> None:
+    """Unless it runs. It reads how many threads there are, and how output is buffered, when it starts."""
+    forkserver.set_forkserver_preload(PRELOADED)
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _run_module(words: list[str], log: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    for path, flags, numbers in (
+        (os.devnull, os.O_RDONLY, (0,)),
+        (log, os.O_WRONLY | os.O_APPEND, (1, 2)),
+    ):
+        opened = os.open(path, flags)
+        for number in numbers:
+            os.dup2(opened, number)
+        os.close(opened)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Started:
+    """Start ``command``, whose output is added to ``log``."""
+    if list(command[:2]) == [sys.executable, "-m"]:
+        return Forked(command[2:], log, environment)
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+        )
+
+
 class Queue:
     """Runs ``stages``, at most ``at_once`` of them at a time, in their order as far as their needs allow.
 
@@ -114,7 +194,7 @@ class Queue:
     ) -> None:
         self.stages, self.at_once = list(stages), at_once
         self.environment = {**os.environ, **(environment or {})}
-        self.running: dict[str, tuple[Stage, subprocess.Popen[bytes], float]] = {}
+        self.running: dict[str, tuple[Stage, Started, float]] = {}
         self.done: set[str] = set()
         self.num_stops = 0
         self._check_needs()
@@ -173,23 +253,15 @@ class Queue:
             return
         with stage.log.open("ab") as log:
             log.write(f"$ {' '.join(stage.command)}\n".encode())
-            log.flush()
-            process = subprocess.Popen(
-                list(stage.command),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                start_new_session=True,  # Ctrl-C reaches it once, from here
-            )
-        self.running[stage.name] = stage, process, time.monotonic()
+        started = start(stage.command, stage.log, self.environment)
+        self.running[stage.name] = stage, started, time.monotonic()
 
     def _ended(self) -> list[Stage]:
         """Those that have ended well since the last call."""
         ended = [entry for entry in self.running.values() if entry[1].poll() is not None]
         for stage, process, _ in ended:
-            if process.returncode != 0:
-                raise RuntimeError(_failure(stage, f"ended with status {process.returncode}"))
+            if process.poll() != 0:
+                raise RuntimeError(_failure(stage, f"ended with status {process.poll()}"))
         return [stage for stage, _, _ in ended]
 
     def _conclude(self, stage: Stage) -> None:
@@ -251,9 +323,12 @@ def _failure(stage: Stage, what: str) -> str:
     return "\n".join([f"{stage.name} {what}; the end of {stage.log}:", *lines])
 
 
-def _send(process: subprocess.Popen[bytes], number: int) -> None:
+def _send(process: Started, number: int) -> None:
     """To the process and all that it has started."""
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
-        pass  # it has ended by itself
+        with suppress(
+            ProcessLookupError
+        ):  # it has ended by itself, or has no session of its own yet
+            os.kill(process.pid, number)

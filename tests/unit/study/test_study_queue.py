@@ -2,14 +2,17 @@
 
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from symbiotic_titan.process import is_running
 from symbiotic_titan.study import queue as queues
 from symbiotic_titan.study.queue import Progress, Queue, Stage
+from tests.helpers import forked
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +134,47 @@ def test_a_process_that_does_not_end_is_killed(stage, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="fails ended with status 1"):
         run(stage("deaf", script), stage("fails", fails))
     assert not is_running(int((tmp_path / "pid").read_text()))
+
+
+MODULE = """
+import os, signal, sys, time
+if sys.argv[1:] == ["waits"]:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    open("waiting", "w").close()
+    time.sleep(60)
+print("said", os.environ["STUDY"], os.getsid(0) == os.getpid(), __name__)
+open(sys.argv[1], "w").close()
+sys.exit(int(sys.argv[2]))
+"""
+
+
+def test_a_python_module_runs_in_a_fork_as_a_program_of_its_own(tmp_path, monkeypatch):
+    forked.ensure_server()  # of all tests of this process
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("said.py").write_text(MODULE)
+
+    def queue(*words):
+        command = (sys.executable, "-m", "said", *words)
+        stage = Stage("said", tmp_path / "made", tmp_path / "log.txt", command)
+        return Queue([stage], 1, {"STUDY": "7", "PYTHONUNBUFFERED": "1"})
+
+    queue("made", "0").run()
+    assert "said 7 True __main__" in Path("log.txt").read_text().splitlines()
+    Path("made").unlink()
+    with pytest.raises(RuntimeError, match="said ended with status 5"):
+        queue("other", "5").run()
+    assert Path("other").exists()
+    waiting = queue("waits")
+    threading.Thread(target=lambda: [wait_for("waiting"), os.kill(os.getpid(), 2)]).start()
+    with pytest.raises(KeyboardInterrupt):
+        waiting.run()
+    assert not waiting.running
+
+
+def wait_for(path):
+    while not Path(path).exists():
+        time.sleep(0.01)
 
 
 def test_a_stage_may_only_finish_what_others_made(stage, order, tmp_path):

@@ -160,7 +160,7 @@ def test_fewer_steps_shorten_the_pre_training_too_and_move_the_start():
     assert words_after(found["seed-0/24_8/partition"], "--checkpoint") == vlm
 
 
-@pytest.mark.parametrize("name", ["symbiotic", "standard_moe", "only_lm_mmu", "wo_shield"])
+@pytest.mark.parametrize("name", ["symbiotic", "standard_moe"])
 def test_a_scale_multiplies_steps_warm_up_shield_rows_and_what_they_read(name):
     scaled = made(name, scale=Scale(factor=4))
     stage, before = scaled[f"seed-0/{name}/train"], systems_of()[name]
