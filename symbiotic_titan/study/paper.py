@@ -1,7 +1,7 @@
 """What arXiv 2604.07753 says and what was expected of the study's runs, as data. Expectations were written before the runs were started.
 
 A pilot had been seen when they were written: one seed at this size, of an earlier world and earlier configs. Where a reason names it,
-its numbers are in LOG.md or in the issue that asked for the study.
+its numbers are in LOG.md.
 """
 
 from dataclasses import dataclass
