@@ -163,7 +163,7 @@ def wait_until(holds, seconds=120):
         time.sleep(0.1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def launcher():
     spec = importlib.util.spec_from_file_location("launch", ROOT / "tools" / "launch.py")
     module = importlib.util.module_from_spec(spec)
