@@ -212,11 +212,6 @@ def share_start(start: Start | None, config: JobConfig) -> Start | None:
     """
     options = config.checkpoint
     start = _told(start)
-    if start is not None and start.step >= config.training.steps:
-        raise NothingToDo(
-            f"nothing to do: the run is at step {start.step} ({start.folder}), and training.steps = {config.training.steps}; raise it to "
-            "train on"
-        )
     while start is not None and options.verify:
         from symbiotic_titan.checkpoint.verify import damage_on_any_rank, tell_all
 
@@ -231,6 +226,11 @@ def share_start(start: Start | None, config: JobConfig) -> Start | None:
                 mistake = str(error)
         tell_all(mistake)
         start = _told(start)
+    if start is not None and start.step >= config.training.steps:
+        raise NothingToDo(
+            f"nothing to do: the run is at step {start.step} ({start.folder}), and training.steps = {config.training.steps}; raise it to "
+            "train on"
+        )
     if start is not None and start.step > 0:
         options.load_step = start.step
     return start

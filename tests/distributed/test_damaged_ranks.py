@@ -101,8 +101,14 @@ PASSED_OVER = {
     "sums_cut": (lambda f: edit_sums(f, lambda lines: lines[:1]), "no digest of __0_0.distcp"),
     "sums_digest": (lambda f: edit_sums(f, another_digest), f"__0_0.distcp are {OTHER_BYTES}"),
 }
-# Case -> (damage of the folder of checkpoints, what [checkpoint] has, what the run starts from, what is logged).
+# Case -> (damage of the folder of checkpoints, what [checkpoint] has, or the steps of the run, what the run starts from, what is logged).
 OTHERS = {
+    "after_its_last_step": (
+        newest(lambda f: flip(f / "__0_0.distcp")),
+        {"steps": 6},
+        4,
+        "damaged-6",
+    ),
     "both": (both, {}, 2, "step-4 is skipped and renamed to damaged-4"),
     "whole": (lambda f: None, {}, 6, "Verified 0.0"),
     "without_digests": (newest(lambda f: (f / SUMS).unlink()), {}, 6, "bytes were not verified"),
@@ -224,10 +230,9 @@ def outcomes(rank, run):
         dist.barrier()
         config.job.dump_folder = str(folder.parent)
         for key, value in options.items():
+            section = config.training if key == "steps" else config.checkpoint
             is_path = key == "initial_load_path"
-            setattr(
-                config.checkpoint, key, value.replace("FOLDER", str(folder)) if is_path else value
-            )
+            setattr(section, key, value.replace("FOLDER", str(folder)) if is_path else value)
         start, *found[name] = begun(config)
         if name == "bit_of_a_state":
             tensors, step = load(start, config)
