@@ -95,6 +95,25 @@ def _sums_of_batch(
     autocast: contextlib.AbstractContextManager | None,
 ) -> torch.Tensor:
     """(2 * terms + 1, J) float64: sums and counts of the terms that are means over targets, then correct tokens."""
+    shield_scale = torch.ones((), device=batch.tokens.device)  # acts on gradients alone
+    own, inputs = held_out_inputs(model, batch, flow, first_row, loss_fn, autocast, shield_scale)
+    values, counts = loss_fn.values(inputs), loss_fn.counts(own)
+    # Sums and counts, not means: only these add up over batches and ranks with different numbers of tokens.
+    parts = [*(values[name] for name in counts), *counts.values()]
+    return torch.stack([*parts, correct_tokens(inputs)]).double()
+
+
+def held_out_inputs(
+    model: SymbioticModel,
+    batch: PackedBatch,
+    flow: Flow,
+    first_row: int,
+    loss_fn: LossFunction,
+    autocast: contextlib.AbstractContextManager | None,
+    shield_scale: torch.Tensor,
+) -> tuple[PackedBatch, StepInputs]:
+    """(the rank's own part of ``batch``, what the loss terms read after a forward with the noise that rows from ``first_row`` on always
+    have). ``shield_scale``: (), the factor on the gradients of shielded tokens."""
     noised_BLZ, timesteps_BL, target_BLZ = noised_latents(
         batch.latents,
         batch.vae_image,
@@ -102,7 +121,6 @@ def _sums_of_batch(
         step=NOISE_STEP,
         first_row=first_row,
     )
-    shield_scale = torch.ones((), device=batch.tokens.device)  # acts on gradients alone
     own = model.own_part(batch)
     index_N = loss_fn.logit_index(own)  # device sync
     with autocast or contextlib.nullcontext():
@@ -116,10 +134,7 @@ def _sums_of_batch(
         cross_entropy=loss_fn.cross_entropy,
         logit_index=index_N,
     )
-    values, counts = loss_fn.values(inputs), loss_fn.counts(own)
-    # Sums and counts, not means: only these add up over batches and ranks with different numbers of tokens.
-    parts = [*(values[name] for name in counts), *counts.values()]
-    return torch.stack([*parts, correct_tokens(inputs)]).double()
+    return own, inputs
 
 
 def held_out_data(config: JobConfig) -> Data:

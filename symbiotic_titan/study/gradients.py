@@ -25,11 +25,9 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.saved import saved_config
 from symbiotic_titan.device import device_type
-from symbiotic_titan.flow.noise import noised_latents
-from symbiotic_titan.inference.held_out import NOISE_STEP, SEED, held_out_data, packed_batches
+from symbiotic_titan.inference.held_out import held_out_data, held_out_inputs, packed_batches
 from symbiotic_titan.inference.loaded_model import LoadedModel
 from symbiotic_titan.losses.step import LossFunction
-from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.moe.experts import SharedExpert
 from symbiotic_titan.moe.partition import batches_of_groups, tokens_of_groups
 from symbiotic_titan.parallel.ranks import DataRanks
@@ -149,29 +147,16 @@ def training_loss(
     loaded: LoadedModel, config: JobConfig, batch: PackedBatch, shield_scale: Tensor
 ) -> Tensor:
     """() the loss of ``batch`` as if it were a step, with held-out noise."""
-    noised_BLZ, timesteps_BL, target_BLZ = noised_latents(
-        batch.latents,
-        batch.vae_image,
-        config=replace(config.flow, seed=SEED),
-        step=NOISE_STEP,
-        first_row=0,
-    )
     loss_fn = LossFunction(config.losses)
-    index_N = loss_fn.logit_index(batch)
-    with loaded.autocast:
-        output = loaded.model(batch, noised_BLZ, timesteps_BL, shield_scale, logit_index_N=index_N)
-    counts = loss_fn.count_step([batch.to("cpu")])  # device sync
-    totals = loss_fn.totals(counts.to(batch.tokens.device))
-    inputs = StepInputs(
-        batch=batch,
-        logits=output.logits,
-        velocity=output.velocity,
-        target_velocity=target_BLZ,
-        records=output.records,
+    own, inputs = held_out_inputs(
+        loaded.model, batch, config.flow, 0, loss_fn, loaded.autocast, shield_scale
+    )
+    counts = loss_fn.count_step([own.to("cpu")])  # device sync
+    totals = loss_fn.totals(counts.to(own.tokens.device))
+    inputs = replace(
+        inputs,
         group_tokens=tokens_of_groups(totals.modality, loaded.args.groups),
         group_batches=batches_of_groups(totals.sets, loaded.args.groups),
-        cross_entropy=loss_fn.cross_entropy,
-        logit_index=index_N,
     )
     return loss_fn.loss(loss_fn.values(inputs), totals)
 

@@ -353,11 +353,8 @@ def test_circles_and_chains_are_seen():
 
 
 def test_nested_folders_and_files_at_the_root_are_rooms():
-    assert [room_of(p) for p in ("build.py", "data/loader.py", "data/formats/shard.py")] == [
-        "build",
-        "data",
-        "data.formats",
-    ]
+    places = ("build.py", "data/loader.py", "data/formats/shard.py")
+    assert [room_of(place) for place in places] == ["build", "data", "data.formats"]
 
 
 def test_a_file_of_wrong_size_is_seen():

@@ -111,7 +111,7 @@ def test_systems_that_begin_with_the_same_model_share_a_report():
     assert copied.result.read_text() == "{}"
 
 
-def test_the_commands_take_their_arguments():
+def test_the_commands_take_their_arguments(monkeypatch):
     found = made("symbiotic", "standard_moe", seeds=(0,))
     parser = convert.parser()
     for stage in found.values():
@@ -123,10 +123,21 @@ def test_the_commands_take_their_arguments():
         elif command == ("evaluate",):
             options, sections = evaluate.parse(rest)
             assert options.suite == ["demo_world"] and "--demo_world.data" in sections
-    made_data = found["seed-0/data"].command
-    assert made_data[3] == "make-demo-data" and callable(make_demo_data.main)
-    assert found["seed-0/profile"].command[3] == "profile-experts"
-    assert callable(profile_experts.main)
+    read = {}
+
+    def profile_run(options, overrides):
+        read["profile"] = options.checkpoint, overrides
+        raise ValueError("not run")
+
+    def write(out, seed, size, advance):
+        read["data"] = seed, size.questions
+
+    monkeypatch.setattr(profile_experts, "run", profile_run)
+    monkeypatch.setattr(make_demo_data, "write_world", write)
+    assert profile_experts.main(list(found["seed-0/profile"].command[4:])) == 2
+    assert make_demo_data.main(list(found["seed-0/data"].command[4:])) == 0
+    assert read["profile"] == (OUT / "seed-0/vlm/checkpoint/step-400", [])
+    assert read["data"] == (0, 300)
 
 
 def test_a_system_without_target_images_is_not_asked_for_pictures():
