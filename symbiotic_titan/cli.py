@@ -28,7 +28,6 @@ COMMANDS = {
     "plot": "figures of one or several runs",
     "reliability": "kills, signals, damage, full disks: do runs go on as if nothing had happened?",
     "reproduce": "the comparison of the paper on the demo world, for several seeds, as one page",
-    "run-study": "the study of train_configs/mini from beginning to end",
 }
 
 # Optional package -> the extra of pyproject.toml that installs it.

@@ -3,13 +3,14 @@
 Examples:
   symbiotic convert from-hf --hf Qwen3-VL-30B-A3B-Instruct --out outputs/qwen
   symbiotic convert tokenizer --vocabulary Hunyuan-A13B-Instruct/hy.tiktoken --out Hunyuan-A13B-Instruct/tokenizer.json
-  symbiotic profile-experts --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-400 --out profile.json
-  symbiotic convert plan --profile profile.json --config train_configs/mini/symbiotic.toml --out plan.json
-  symbiotic convert partition --checkpoint outputs/mini/vlm/checkpoint/step-400 --config train_configs/mini/symbiotic.toml \\
-      --plan plan.json --out outputs/mini/start/24_8
-  symbiotic convert check --config train_configs/mini/symbiotic.toml --checkpoint outputs/mini/start/24_8 \\
-      --original outputs/mini/vlm/checkpoint/step-400
-  symbiotic convert to-hf --checkpoint outputs/mini/symbiotic/checkpoint/step-250 --part whole --out outputs/mini/symbiotic/safetensors
+  symbiotic profile-experts --config train_configs/study/vlm.toml \\
+      --checkpoint outputs/reproduce/seed-0/vlm/checkpoint/step-400 --out profile.json
+  symbiotic convert plan --profile profile.json --config train_configs/study/symbiotic.toml --out plan.json
+  symbiotic convert partition --checkpoint outputs/reproduce/seed-0/vlm/checkpoint/step-400 --config train_configs/study/symbiotic.toml \\
+      --plan plan.json --out outputs/reproduce/seed-0/start/24_8
+  symbiotic convert check --config train_configs/study/symbiotic.toml --checkpoint outputs/reproduce/seed-0/start/24_8 \\
+      --original outputs/reproduce/seed-0/vlm/checkpoint/step-400
+  symbiotic convert to-hf --checkpoint outputs/reproduce/seed-0/symbiotic/checkpoint/step-450 --part whole --out outputs/safetensors
 
 A checkpoint is a distributed checkpoint saved by any number of ranks, the folder of a released model, or the output of to-hf --part
 whole. from-hf writes a checkpoint with model.json, the model's config: model.flavor = "outputs/qwen/model.json" uses it. A released

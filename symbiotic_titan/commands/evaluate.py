@@ -4,7 +4,7 @@ Examples:
     symbiotic evaluate outputs/mini --suite demo_world
     symbiotic evaluate outputs/mini --suite demo_world --probe none --probe shared_only --compare
     symbiotic evaluate outputs/mini --suite demo_world --weights trained --weights ema --compare
-    symbiotic evaluate outputs/mini/symbiotic outputs/mini/mot --compare --suite demo_world
+    symbiotic evaluate outputs/reproduce/seed-0/symbiotic outputs/reproduce/seed-0/standard_moe --compare --suite demo_world
     symbiotic evaluate --suites
 
 A checkpoint is its folder, .../step-N, or that of a run, whose newest complete one is taken. Its config is the one that the run kept;

@@ -1,6 +1,6 @@
 """Draws a run's training curves and expert use, or those of several runs together, into PNGs and one HTML page.
 
-Example: symbiotic plot outputs/mini/symbiotic outputs/mini/standard_moe --out outputs/plots
+Example: symbiotic plot outputs/reproduce/seed-0/symbiotic outputs/reproduce/seed-0/standard_moe --out outputs/plots
 
 A run is its dump folder. The figures carry the numbers that they have in arXiv 2604.07753:
 

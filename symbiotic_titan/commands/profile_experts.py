@@ -1,6 +1,7 @@
 """Count how often text and ViT tokens choose each expert of a checkpoint; symbiotic convert plans a partition from the counts.
 
-Example: symbiotic profile-experts --config train_configs/mini/vlm.toml --checkpoint outputs/mini/vlm/checkpoint/step-400 --out profile.json
+Example: symbiotic profile-experts --config train_configs/study/vlm.toml \\
+             --checkpoint outputs/reproduce/seed-0/vlm/checkpoint/step-400 --out profile.json
 
 The checkpoint runs without gradients over the config's sources of text (task lm) and of questions about images (task mmu), mixed
 and packed as in training. Sources of target images are left out, as their tokens are not profiled. For every layer it prints the

@@ -1,7 +1,7 @@
 """A config as the trainer sees it: its file, the files that it extends, the command line and the defaults as one TOML file.
 
-Examples: symbiotic show-config train_configs/mini/symbiotic.toml --changed --training.steps 50
-          symbiotic show-config train_configs/mini/symbiotic.toml --diff train_configs/mini/mot.toml
+Examples: symbiotic show-config train_configs/study/symbiotic.toml --changed --training.steps 50
+          symbiotic show-config train_configs/study/symbiotic.toml --diff train_configs/study/mot.toml
 
 Keys, types and ranges are checked; rules that span sections or depend on the machine are checked when training starts. What is
 printed can itself be used as a config file. A comment says which file set a value, a value without one is a default. Options

@@ -4,7 +4,7 @@ The gradient of a shared expert's weights is a sum over tokens. With the shield 
 backward leaves the part of one modality, and nothing else of the pass changes. The parts are measured without the shield that a run
 trained with; ``shield/scale`` says which factor its modalities had.
 
-    gradients = shared_gradients(Path("outputs/mini/symbiotic"), step=250)
+    gradients = shared_gradients(Path("outputs/reproduce/seed-0/symbiotic"), step=450)
     gradients["norm/vae"], gradients["cosine"], gradients["norm/vae/layer_03"]
 """
 

@@ -1,7 +1,7 @@
 """Runs the commands of the documents as they are written, at toy size: in a folder with configs, toy data and tiny released models.
 
 A command keeps its words; only sizes change (``TOY``): steps, rows, batches, and ``model.flavor``, which becomes the same network
-with narrow layers and as many experts. What one command reads, another one has made: ``missing`` says what nobody has. A checkpoint
+with narrow layers and as many experts. What one command reads, another one has made: ``missing`` says what does not exist. A checkpoint
 that is named by its step is the newest of the toy run. ``run_train.sh`` and ``torchrun`` become forked processes, at most two
 (tests/integration/test_entry_points.py and .ci/run start the programs themselves).
 """
@@ -81,7 +81,8 @@ READS_CONFIG = tuple(
     f"symbiotic {name}"
     for name in ("show-batch", "cache-latents", "profile-experts", "convert p", "convert check")
 )
-_RUNS = ("debug", "mini", "mini/symbiotic", "mini/standard_moe", "mini/mot")
+SEED = "reproduce/seed-0"  # of the study, below outputs
+_RUNS = ("debug", "mini", *(f"{SEED}/{name}" for name in ("vlm", "symbiotic", "standard_moe")))
 _STEP = re.compile(r"(.*/checkpoint)/step-\d+")
 OUTPUTS = ("--out", "--json", "--job.dump_folder", "--scratch")
 
@@ -138,6 +139,10 @@ class ToyCheckout:
         for name in ("train_configs", "docs/examples"):
             shutil.copytree(ROOT / name, folder / name)
         (folder / "demo_data").symlink_to(demo)
+        study = folder / f"outputs/{SEED}/data"
+        study.mkdir(parents=True)
+        for name, part in (("train", "train"), ("heldout", "heldout"), ("pretrain", "train")):
+            (study / name).symlink_to(demo / part)
         released_data.bagel_t2i(folder / "bagel_example")
         released_data.bagel_editing(folder / "bagel_example")
         released_data.llava_665k(folder / "llava")
@@ -283,16 +288,6 @@ class ToyCheckout:
         pairs = zip(arguments, arguments[1:], strict=False)
         written = tuple(self.folder / path for option, path in pairs if option in OUTPUTS)
         return Result(next(filter(None, statuses), 0), text, arguments, written)
-
-    def split(self, command: Command) -> None:
-        """The checkpoint that a run of the study begins with, as symbiotic run-study makes it."""
-        config = str(config_of(command))
-        start = str(self.job(config).checkpoint.initial_load_path)
-        checkpoint, where = "outputs/mini/vlm/checkpoint/step-400", ("--config", config)
-        plan = ("--profile", "outputs/mini/profile.json", *where, "--out", f"{start}_plan.json")
-        part = ("--checkpoint", checkpoint, *where, "--plan", f"{start}_plan.json", "--out", start)
-        for words in (("plan", *plan), ("partition", *part)):
-            self.run(Command(config, 0, (), ("symbiotic", "convert", *words)))
 
     def never_run(self, command: Command) -> Result:
         """Of a command that nothing has made the input of."""

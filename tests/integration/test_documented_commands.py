@@ -29,10 +29,6 @@ ELSEWHERE = {
         "tests/unit/study/test_study_stages.py",
         "test_a_documented_study_has_the_stages_of_its_systems_and_seeds",
     ),
-    "symbiotic run-study": (
-        "tests/unit/commands/test_run_study.py",
-        "test_a_documented_study_calls_documented_commands",
-    ),
     "symbiotic reliability": (
         "tests/integration/test_reliability.py",
         "test_a_campaign_hurts_runs_and_finds_them_well",
@@ -90,11 +86,6 @@ def is_in_ci(command: Command) -> bool:
     return any(command.is_part_of(other) for other in commands_of_ci())
 
 
-def is_unsplit(command: Command) -> bool:
-    """Whether it trains a run of the study, which begins with a checkpoint that symbiotic run-study makes."""
-    return dict(command.environment).get("CONFIG_FILE", "").startswith("train_configs/mini/")
-
-
 COMMANDS = {str(command): command for command in documented()}
 TOY = {
     text: command
@@ -119,18 +110,13 @@ def maker(toy, waiting: dict[str, Command], found: Collection[str]) -> str | Non
 def results(tmp_path_factory, demo):
     """Command -> what became of it. Those of .ci/run are run here where another one reads what they write."""
     toy = ToyCheckout(tmp_path_factory.mktemp("toy"), demo)
-    found, waiting, split = {}, dict(TOY), set()
+    found, waiting = {}, dict(TOY)
     try:
         while waiting:
             ready = next((text for text, c in waiting.items() if not toy.missing(c)), None)
             ready = ready or maker(toy, waiting, found)
             if ready is None:
-                unsplit = [c for c in waiting.values() if is_unsplit(c) and id(c) not in split]
-                if not unsplit:
-                    break
-                split.add(id(unsplit[0]))
-                toy.split(unsplit[0])
-                continue
+                break
             found[ready] = toy.run(COMMANDS[ready])
             waiting.pop(ready, None)
     finally:

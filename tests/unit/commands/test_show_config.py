@@ -24,7 +24,7 @@ def loaded(path, *overrides):
 
 
 @pytest.mark.parametrize("flags", [[], ["--changed"]], ids=["all", "changed"])
-@pytest.mark.parametrize("name", ["debug_gpu", "1b_a0.3b", "mini/tripartite_11_11_10"])
+@pytest.mark.parametrize("name", ["debug_gpu", "1b_a0.3b", "study/step_zero/tripartite_11_11_10"])
 def test_what_is_printed_loads_to_the_same_config(name, flags, tmp_path, capsys):
     path = CONFIGS / f"{name}.toml"
     copy = tmp_path / "copy.toml"
@@ -33,7 +33,7 @@ def test_what_is_printed_loads_to_the_same_config(name, flags, tmp_path, capsys)
 
 
 def test_changed_leaves_out_what_is_a_default(capsys):
-    table = tomllib.loads(shown(capsys, CONFIGS / "mini" / "mot.toml", "--changed"))
+    table = tomllib.loads(shown(capsys, CONFIGS / "study" / "mot.toml", "--changed"))
     assert table["experts"]["shared"] is False
     assert "shielding" not in table and "flow" not in table
 
