@@ -77,6 +77,10 @@ class Scene:
             ],
         }
 
+    @property
+    def colours(self) -> set[str]:
+        return {t.colour for t in self.things}
+
     def is_heldout(self) -> bool:
         """Depends only on the colours, shapes and places of things, so that no training picture has the same content."""
         content = sorted((t.colour, t.shape, t.place) for t in self.things)

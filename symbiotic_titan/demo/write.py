@@ -5,7 +5,8 @@ Below the folder:
     manifest.json                                        seed, and samples per split and task
     {train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
     {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...} or {"text": ..., "facts": ...}
-    pretrain/{mmu,lm}                                    the same, for a model that others start from; only in the size "study"
+    pretrain/{mmu,lm}                                    the same, for a model that others start from; only in the size "study".
+                                                         Its pictures are described, and have patterns as backgrounds
 
 The JSON beside an image also says what it shows (``scene``, ``digit`` or ``writing``), for programs that check generated images, and
 beside a question its ``kind``: "perception", "ocr" or "knowledge".
@@ -15,7 +16,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -36,6 +37,7 @@ from symbiotic_titan.demo.digits import (
 from symbiotic_titan.demo.docstrings import standard_library_texts
 from symbiotic_titan.demo.facts import Fact, draw_question, fact_texts, facts_of
 from symbiotic_titan.demo.held_out import LONG_CAPTIONS, QUESTIONS, SHORT_CAPTIONS, TEXTS
+from symbiotic_titan.demo.patterns import draw_pattern, on_pattern
 from symbiotic_titan.demo.questions import kind_and_asked
 from symbiotic_titan.demo.scenes import Scene
 from symbiotic_titan.demo.writing import Writing
@@ -137,11 +139,12 @@ class _World:
     def _sample(self, task: str, content: str, random: Random) -> Sample:
         if content == "fact":
             fact, entity = draw_question(self._facts, random, self._heldout)
-            return _encoded(entity, random, _ask_fact(fact))
+            return _encoded(entity, _ask_fact(fact), _paint(entity, random))
         shown = self._draw(content, random)
         if task == QUESTIONS and self._split == PRETRAIN:
-            return _encoded(shown, random, _describe(shown, random))
-        return _encoded(shown, random, _say(task, shown, random))
+            return _describe(shown, random)
+        fields = _say(task, shown, random)
+        return _encoded(shown, fields, _paint(shown, random))
 
     def _draw(self, content: str, random: Random) -> Shown:
         if content == "digit":
@@ -206,26 +209,34 @@ def _ask_fact(fact: Fact) -> dict[str, Any]:
     return fields | {"kind": kind_and_asked(fact.question())[0]}
 
 
-def _describe(shown: Shown, random: Random) -> dict[str, Any]:
-    caption = _say(random.choice((SHORT_CAPTIONS, LONG_CAPTIONS)), shown, random)["caption"]
-    kind = "ocr" if isinstance(shown, Writing) else "perception"
-    return {"question": random.choice(DESCRIBE), "answer": caption, "kind": kind}
-
-
-def _encoded(shown: Shown, random: Random, fields: dict[str, Any]) -> Sample:
+def _describe(shown: Shown, random: Random) -> Sample:
+    """A picture and what a caption says of it. All but digits are on a pattern."""
     if isinstance(shown, Digit):
-        return (
-            "jpg",
-            _encode(digits.paint(shown, random), "JPEG"),
-            fields | {"digit": shown.description()},
-        )
-    if isinstance(shown, Writing):
-        return (
-            "png",
-            _encode(writing.paint(shown), "PNG"),
-            fields | {"writing": shown.description()},
-        )
-    return "png", _encode(scenes.paint(shown), "PNG"), fields | {"scene": shown.description()}
+        picture = _paint(shown, random)
+    else:
+        pattern = draw_pattern(random, shown.colours)
+        plain = [_paint(replace(shown, background=b), random) for b in ("white", "black")]
+        picture = on_pattern(*plain, pattern)
+        shown = replace(shown, background=pattern.name)
+    task = random.choice((SHORT_CAPTIONS, LONG_CAPTIONS))
+    caption = _say(task, shown, random)["caption"]
+    if task == SHORT_CAPTIONS and not isinstance(shown, Digit):
+        caption = f"{caption} on a {shown.background} background"
+    kind = "ocr" if isinstance(shown, Writing) else "perception"
+    fields = {"question": random.choice(DESCRIBE), "answer": caption, "kind": kind}
+    return _encoded(shown, fields, picture)
+
+
+def _paint(shown: Shown, random: Random) -> Image.Image:
+    if isinstance(shown, Digit):
+        return digits.paint(shown, random)
+    return writing.paint(shown) if isinstance(shown, Writing) else scenes.paint(shown)
+
+
+def _encoded(shown: Shown, fields: dict[str, Any], picture: Image.Image) -> Sample:
+    name = type(shown).__name__.lower()
+    extension, form = ("jpg", "JPEG") if isinstance(shown, Digit) else ("png", "PNG")
+    return extension, _encode(picture, form), fields | {name: shown.description()}
 
 
 def _spread(few: Sequence[Any], many: Sequence[Any]) -> list[Any]:

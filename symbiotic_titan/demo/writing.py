@@ -51,6 +51,10 @@ class Writing:
     def size(self) -> tuple[int, int]:
         return SIZES[len(self.text)]
 
+    @property
+    def colours(self) -> set[str]:
+        return {self.ink}
+
     def description(self) -> dict[str, object]:
         """JSON-able: everything a checker needs to know."""
         return {

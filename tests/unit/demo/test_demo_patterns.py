@@ -1,0 +1,82 @@
+"""Backgrounds of two colours: a picture on one is what it would be if it had been painted on it, and its description says so."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from symbiotic_titan.demo import scenes, writing
+from symbiotic_titan.demo.patterns import KINDS, PERIODS, SHADES, Pattern, draw_pattern, on_pattern
+from symbiotic_titan.demo.write import WorldSize, write_world
+
+
+def painted(shown, pattern):
+    paint = scenes.paint if isinstance(shown, scenes.Scene) else writing.paint
+    white, black = (paint(replace(shown, background=name)) for name in ("white", "black"))
+    return np.asarray(on_pattern(white, black, pattern)).astype(int)
+
+
+def drawn(random):
+    make = random.choice((scenes.draw_scene, writing.draw_writing))
+    return make(random, False)
+
+
+def read_pairs(shard):
+    """(pixels, JSON) of every sample: images and their descriptions take turns."""
+    with tarfile.open(shard) as tar:
+        files = [tar.extractfile(member).read() for member in tar]
+    return [
+        (np.asarray(Image.open(io.BytesIO(image)).convert("RGB")), json.loads(text))
+        for image, text in zip(files[::2], files[1::2], strict=True)
+    ]
+
+
+def test_on_two_equal_colours_a_picture_is_the_one_painted_on_that_colour():
+    random = Random(0)
+    for _ in range(40):
+        shown = replace(drawn(random), background="gray")
+        plain = Pattern(random.choice(KINDS), ("gray", "gray"), random.choice(PERIODS), (1, 0))
+        paint = scenes.paint if isinstance(shown, scenes.Scene) else writing.paint
+        assert np.abs(painted(shown, plain) - np.asarray(paint(shown)).astype(int)).max() <= 2
+
+
+def test_a_pattern_has_both_colours_and_none_that_the_picture_shows():
+    random = Random(1)
+    for _ in range(200):
+        shown = drawn(random)
+        pattern = draw_pattern(random, shown.colours)
+        assert not shown.colours & set(pattern.colours)
+        pixels = pattern.paint(*shown.size).reshape(-1, 3)
+        found = {tuple(pixel) for pixel in np.unique(pixels, axis=0)}
+        assert found == {SHADES[colour] for colour in pattern.colours}, pattern
+
+
+@pytest.mark.parametrize("period", PERIODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pattern_repeats_itself(kind, period):
+    pixels = Pattern(kind, ("red", "white"), period, (1, 0)).paint(48, 48)
+    repeat = 2 * period if kind in ("checked", "wavy") else period
+    assert np.array_equal(pixels[:-repeat], pixels[repeat:])
+    assert not np.array_equal(pixels[:-1], pixels[1:])
+
+
+def test_pictures_of_pre_training_say_what_they_are_on(tmp_path):
+    size = WorldSize(*(4, 4, 4, 4), train_shards=1, pretrain_images=40, pretrain_texts=4)
+    write_world(tmp_path, 0, size)
+    [shard] = tmp_path.glob("pretrain/mmu/*.tar")
+    on_patterns = 0
+    for picture, fields in read_pairs(shard):
+        shown = fields.get("scene") or fields.get("writing")
+        if shown is None:
+            continue
+        kind, first, _, second = shown["background"].split()
+        assert f"a {shown['background']} background" in fields["answer"]
+        pixels = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
+        assert kind in KINDS and {SHADES[first], SHADES[second]} <= pixels
+        on_patterns += 1
+    assert on_patterns > 20
