@@ -141,7 +141,9 @@ CASES = {
     "MMMU": Case(
         data.mmmu,
         "Toy",
-        {2: "<user>What colour is square 2? <see blue><assistant>[C<eos>]"},
+        {
+            2: "<user>What colour is square 2? <see blue>['red', 'green', 'blue', 'other']<assistant>[C<eos>]"
+        },
     ),
     "OBELICS": Case(
         data.obelics,
