@@ -138,6 +138,11 @@ UNSUPPORTED = (
     Unsupported("debug.moe_force_load_balance", False, "train with real routing"),
 )
 
+# (key of torchtitan, a choice of it that this trainer does not have, remedy).
+REFUSED_CHOICES = (
+    ("activation_checkpoint.mode", "memory_budget", "use 'none', 'selective' or 'full'"),
+)
+
 
 def value_of(config: JobConfig, key: str) -> Any:
     """The value of ``section.key``, or of a key in a section of a section."""
@@ -155,11 +160,9 @@ def check_supported(config: JobConfig) -> None:
             raise ValueError(
                 f"{key} = {shown(value)} is not supported by this trainer; {option.remedy}"
             )
-    if config.activation_checkpoint.mode == "memory_budget":
-        raise ValueError(
-            "activation_checkpoint.mode = 'memory_budget' is not supported by this trainer; "
-            "use 'none', 'selective' or 'full'"
-        )
+    for key, choice, remedy in REFUSED_CHOICES:
+        if value_of(config, key) == choice:
+            raise ValueError(f"{key} = {choice!r} is not supported by this trainer; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class Unused:
     has_effect: Callable[[JobConfig], bool]
 
 
-_UNUSED = (
+UNUSED = (
     *(
         Unused(
             f"checkpoint.{key}", False, "checkpoint.enable = true", lambda c: c.checkpoint.enable
@@ -215,7 +218,7 @@ _UNUSED = (
 
 def warn_of_unused(config: JobConfig) -> None:
     """A line for each option that is set and has no effect, where it may wait for another one that switches it on."""
-    for option in _UNUSED:
+    for option in UNUSED:
         value = value_of(config, option.key)
         if value != option.default and not option.has_effect(config):
             logger.warning(
