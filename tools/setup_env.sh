@@ -106,7 +106,7 @@ install_torch() {
 if [ -n "${SYMBIOTIC_PYTHON:-}" ]; then
     python=$(command -v "$SYMBIOTIC_PYTHON") || fail "SYMBIOTIC_PYTHON: there is no program $SYMBIOTIC_PYTHON"
     has_packages "$python" || fail "SYMBIOTIC_PYTHON: $python has no torch and torchtitan;" \
-        "install with: $python -m pip install -e '.[demo,dev,plot]'"
+        "install with: $python -m pip install -e '.[demo,dev,docs,plot]'"
     case $python in /*) ;; *) python=$PWD/$python ;; esac
     printf '%s\n' "$python"
     exit
@@ -158,7 +158,7 @@ torch=$(torch_of "$venv/bin/python") || fail "the installed torch does not impor
 # Nothing that is installed next may replace torch by another build.
 printf 'torch==%s\n' "${torch% *}" >"$venv/constraints.txt"
 step "this project and its tools" \
-    "$venv/bin/python" -m pip install --quiet -c "$venv/constraints.txt" -e "$root[demo,dev,plot]"
+    "$venv/bin/python" -m pip install --quiet -c "$venv/constraints.txt" -e "$root[demo,dev,docs,plot]"
 printf '%s\n%s\n' "$made_from" "$settings" >"$stamp"
 say "ready in $SECONDS s: $("$venv/bin/python" --version), torch ${torch% *}, $(du -sh "$venv" | cut -f1)"
 printf '%s\n' "$venv/bin/python"

@@ -17,6 +17,10 @@ from tests.helpers.toy_checkout import ToyCheckout
 # Beginning of a command -> file and name of the test that runs it.
 STEP = "tools/bench/step.py train_configs/"
 ELSEWHERE = {
+    "-m mkdocs build": (
+        "tests/integration/test_docs_site.py",
+        "test_the_site_builds_without_a_warning",
+    ),
     "-m tests.helpers.parity_table": (
         "tests/unit/hf/test_parity_table.py",
         "test_every_architecture_is_within_1e_5_of_transformers",
