@@ -88,7 +88,8 @@ def options_list(parser: argparse.ArgumentParser) -> str:
 
 def usage(parser: argparse.ArgumentParser) -> str:
     with patch.dict(os.environ, COLUMNS=_WIDTH):
-        return code_block(parser.format_usage().removeprefix("usage: ").splitlines())
+        text = parser.format_usage()
+    return code_block([line[len("usage: ") :] for line in text.splitlines()])
 
 
 def body(parser: argparse.ArgumentParser, about: str) -> list[str]:
