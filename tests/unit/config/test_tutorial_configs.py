@@ -1,4 +1,4 @@
-"""All TOML on the pages that users follow has keys, types and ranges that a run accepts."""
+"""The TOML of the pages that users follow has keys, types and ranges that a run accepts."""
 
 import re
 import tomllib

@@ -17,7 +17,7 @@ SHOWN = {
         [
             ("[A document.<eos>]",),
             ("<user>How many?<assistant>[Three.<eos>]",),
-            ("<user>Translate.\nrouge<assistant>[red<eos>]",),
+            ("<user>Translate.\nrot<assistant>[red<eos>]",),
         ],
     ),
     "Images and captions": (
