@@ -1,4 +1,4 @@
-"""The README's file map: the rooms of the package, floor by floor as ``test_layout.FLOORS`` has them, then the other folders.
+"""The file map of CONTRIBUTING.md: the rooms of the package, floor by floor as ``test_layout.FLOORS`` has them, then the other folders.
 
 The map is the fenced block below the heading "File map"; a line is a path from the repository's root and what it is for.
 """
@@ -10,16 +10,16 @@ from tests.contract.test_layout import FLOORS
 from tests.helpers.structure import PACKAGE, ROOT
 
 
-def read_map(readme: str) -> dict[str, str]:
+def read_map(page: str) -> dict[str, str]:
     """Path -> what the map says about it."""
-    block = re.search(r"^#+ File map\s*\n.*?^```\w*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert block, "README.md has no fenced block below a heading 'File map'"
+    block = re.search(r"^#+ File map\s*\n.*?^```\w*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert block, "CONTRIBUTING.md has no fenced block below a heading 'File map'"
     lines = [line.split(maxsplit=1) for line in block[1].splitlines() if line.strip()]
     return {line[0]: line[1] if len(line) > 1 else "" for line in lines}
 
 
 def mapped() -> dict[str, str]:
-    return read_map((ROOT / "README.md").read_text())
+    return read_map((ROOT / "CONTRIBUTING.md").read_text())
 
 
 def path_of(room: str) -> str:

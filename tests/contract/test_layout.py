@@ -1,6 +1,7 @@
 """The layout of the package: which room is above which, how deep imports go, how large files and functions are.
 
-``FLOORS`` is the home of the structure: a new folder or file at the root gets a line there and on the README's map. The measures are
+``FLOORS`` is the home of the structure: a new folder or file at the root gets a line there and on the map of
+CONTRIBUTING.md. The measures are
 in ``tests/helpers/structure.py``, which prints them as a table; wrong examples at the end show that each check can fail.
 """
 

@@ -1,4 +1,7 @@
-"""Every command in the README's code blocks starts a program that exists, on configs that exist."""
+"""Every command in the code blocks of the README and of docs/ starts a program that exists, on configs that exist.
+
+tests/integration/test_documented_commands.py runs them.
+"""
 
 import os
 import re
@@ -12,6 +15,7 @@ from symbiotic_titan.cli import COMMANDS
 ROOT = Path(__file__).parents[2]
 SYMBIOTIC = ".venv/bin/symbiotic"
 OURS = ("./", "tools/", "tests/", SYMBIOTIC)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands(markdown: str) -> list[list[str]]:
@@ -49,17 +53,20 @@ def problems(words: list[str]) -> list[str]:
     return found
 
 
-def test_commands_of_the_page_about_data_name_existing_programs_and_configs():
-    listed = commands((ROOT / "docs" / "data.md").read_text())
-    assert len(listed) >= 5
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_of_a_page_name_existing_programs_and_configs(page):
+    listed = commands(page.read_text(encoding="utf-8"))
     assert not [f"{' '.join(words)}: {p}" for words in listed for p in problems(words)]
 
 
-def test_commands_of_the_readme_name_existing_programs_and_configs():
-    listed = commands((ROOT / "README.md").read_text())
-    assert ["./run_train.sh"] in listed, "the main job's command is missing"
-    assert ["tests/run.sh"] in listed, "the test command is missing"
-    assert not [f"{' '.join(words)}: {p}" for words in listed for p in problems(words)]
+def test_pages_that_are_about_commands_have_some():
+    for name, least in (("data.md", 5), ("released_models.md", 4), ("concepts/method.md", 5)):
+        assert len(commands((ROOT / "docs" / name).read_text(encoding="utf-8"))) >= least, name
+
+
+def test_the_readme_begins_with_the_main_job_and_the_tests():
+    listed = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert listed[:2] == [["./run_train.sh"], ["tests/run.sh"]]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def prose_of(path: Path) -> list[tuple[int, str]]:
 
 def files_of_prose() -> list[Path]:
     package = [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
-    pages = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")]
+    pages = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")]
     pages += (ROOT / "docs").rglob("*.md")
     pages += [*(ROOT / "docs").rglob("*.py"), *(ROOT / "benchmarks").glob("*.md")]
     scripts = [ROOT / "run_train.sh", *(ROOT / "tools").glob("*.sh")]
