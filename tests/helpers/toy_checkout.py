@@ -198,6 +198,11 @@ class ToyCheckout:
             write_model_config(path, args_of(released[0]) if released else narrow(FLAVORS[name]))
         return {"--model.flavor": str(path)}
 
+    def degrees(self, config: str, ranks: int) -> Options:
+        """Expert parallelism over the toy run's ranks, where ``config`` has any."""
+        degree = self.job(config).parallelism.expert_parallel_degree
+        return {"--parallelism.expert_parallel_degree": str(ranks)} if degree > 1 else {}
+
     def existing(self, word: str) -> str:
         """``word``, but a checkpoint named by its step is the newest of that run."""
         found = _STEP.fullmatch(word)
@@ -247,6 +252,7 @@ class ToyCheckout:
                 options |= toy
         if config is not None and text.startswith(READS_CONFIG):
             options |= self.flavor(config) | CONFIG
+            options |= self.degrees(config, ranks) if ranks > 1 else {}
         return with_options(words, options)
 
     def _of_training(self, command: Command, config: str, ranks: int) -> Options:
@@ -255,8 +261,7 @@ class ToyCheckout:
         words = command.words
         last = [0, *self.steps(f"{self.output(command)}/checkpoint")][-1]
         options["--training.steps"] = str(last + 1)  # one more than the run has
-        if job.parallelism.expert_parallel_degree > 1:
-            options["--parallelism.expert_parallel_degree"] = str(ranks)
+        options |= self.degrees(config, ranks)
         if start := job.checkpoint.initial_load_path:
             options["--checkpoint.initial_load_path"] = self.existing(start)
         if "--shielding.ramp" in words:
