@@ -102,6 +102,16 @@ def test_license_is_bsd_3_clause_and_says_whose():
     assert "symbiotic_titan authors" in text
 
 
+def test_citation_and_changelog_are_of_this_version():
+    source = (ROOT / "symbiotic_titan" / "__init__.py").read_text()
+    version = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    assert version
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version[1]}\n" in citation and "arXiv:2604.07753" in citation
+    changes = re.findall(r"^## ([\w.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert changes[:2] == ["Unreleased", version[1]]
+
+
 @pytest.mark.parametrize(
     "script", ["run_train.sh", "tests/run.sh", "tools/setup_env.sh", ".ci/run"]
 )
