@@ -6,7 +6,7 @@ Below the folder:
     {train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
     {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...} or {"text": ..., "facts": ...}
     pretrain/{mmu,lm}                                    the same, for a model that others start from; only in the size "study".
-                                                         Its pictures are described, and have patterns as backgrounds
+                                                         Its pictures have patterns as backgrounds; half of them are described
 
 The JSON beside an image also says what it shows (``scene``, ``digit`` or ``writing``), for programs that check generated images, and
 beside a question its ``kind``: "perception", "ocr" or "knowledge".
@@ -14,6 +14,7 @@ beside a question its ``kind``: "perception", "ocr" or "knowledge".
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,7 +55,9 @@ STUDY_ASKED_ABOUT = ("scene", "writing", "fact", "scene", "writing", "fact", "di
 # One text in so many states facts.
 FACTS_EVERY = 8
 STUDY_FACTS_EVERY = 3
-# Questions of the pre-training data, whose answers are captions.
+# What is said of a picture in the pre-training data, in equal shares.
+PRETRAIN_TASKS = (QUESTIONS, QUESTIONS, SHORT_CAPTIONS, LONG_CAPTIONS)
+# Questions of the pre-training data whose answers are captions.
 DESCRIBE = ("Describe this picture.", "What does this picture show?")
 # Digits are saved as JPEG and the rest as PNG, so that both decoders are used.
 JPEG_QUALITY = 92
@@ -142,7 +145,7 @@ class _World:
             return _encoded(entity, _ask_fact(fact), _paint(entity, random))
         shown = self._draw(content, random)
         if task == QUESTIONS and self._split == PRETRAIN:
-            return _describe(shown, random)
+            return _for_pretraining(shown, random)
         fields = _say(task, shown, random)
         return _encoded(shown, fields, _paint(shown, random))
 
@@ -209,22 +212,28 @@ def _ask_fact(fact: Fact) -> dict[str, Any]:
     return fields | {"kind": kind_and_asked(fact.question())[0]}
 
 
-def _describe(shown: Shown, random: Random) -> Sample:
-    """A picture and what a caption says of it. All but digits are on a pattern."""
+def _for_pretraining(shown: Shown, random: Random) -> Sample:
+    """A picture with a question about it, or with what a caption says of it. All but digits are on a pattern."""
+    task = random.choice(PRETRAIN_TASKS)
+    fields = _say(QUESTIONS, shown, random) if task == QUESTIONS else None
     if isinstance(shown, Digit):
         picture = _paint(shown, random)
     else:
-        pattern = draw_pattern(random, shown.colours)
+        # Nothing of the background has a colour that is asked about.
+        asked = re.findall(r"\w+", fields["question"]) if fields else []
+        pattern = draw_pattern(random, {*shown.colours, *asked})
         plain = [_paint(replace(shown, background=b), random) for b in ("white", "black")]
         picture = on_pattern(*plain, pattern)
         shown = replace(shown, background=pattern.name)
-    task = random.choice((SHORT_CAPTIONS, LONG_CAPTIONS))
+    return _encoded(shown, fields or _describe(task, shown, random), picture)
+
+
+def _describe(task: str, shown: Shown, random: Random) -> dict[str, Any]:
     caption = _say(task, shown, random)["caption"]
     if task == SHORT_CAPTIONS and not isinstance(shown, Digit):
         caption = f"{caption} on a {shown.background} background"
     kind = "ocr" if isinstance(shown, Writing) else "perception"
-    fields = {"question": random.choice(DESCRIBE), "answer": caption, "kind": kind}
-    return _encoded(shown, fields, picture)
+    return {"question": random.choice(DESCRIBE), "answer": caption, "kind": kind}
 
 
 def _paint(shown: Shown, random: Random) -> Image.Image:
