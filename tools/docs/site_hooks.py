@@ -19,7 +19,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "commands": commands_markdown,
 }
 # Part of the site whether or not a page links to them.
-ALWAYS = ("benchmarks", "CONTRIBUTING.md", "SECURITY.md")
+ALWAYS = ("benchmarks", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 EXCLUDED = ("docs/plans/", "docs/examples/")  # as exclude_docs of mkdocs.yml
 
 _MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
