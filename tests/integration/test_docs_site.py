@@ -96,7 +96,7 @@ def test_every_setting_has_its_place(built, pages):
 def test_refused_settings_say_so(pages, built):
     text = pages[built[0] / "reference" / "settings.html"].text
     row = text[text.index('id="parallelism.tensor_parallel_degree"') :]
-    assert "use parallelism.expert_parallel_degree and FSDP" in row[: row.index("</tr>")]
+    assert "use parallelism.expert_parallel_degree and FSDP" in row[: row.index("</li>")]
     mode = text[text.index('id="activation_checkpoint.mode"') :]
     assert "Refused:" in mode[: mode.index("<h3")] and "memory_budget" in mode[: mode.index("<h3")]
 

@@ -241,14 +241,15 @@ def refusal_of(name: str) -> Unsupported | None:
     return next((u for u in UNSUPPORTED if f"{name}.".startswith(f"{u.key}.")), None)
 
 
-def refused_table(keys: list[Key]) -> str:
-    rows = ["| key | stays at | instead |", "|---|---|---|"]
+def refused_list(keys: list[Key], targets: set[str]) -> str:
+    """What each key stays at, and what to do instead."""
+    lines = []
     for key in keys:
         rule = refusal_of(key.name)
-        remedy = one_line(rule.remedy) if rule else ""
-        stays = f"`{key.default}`" if key.default else "not set"
-        rows.append(f"| `{key.name}`{{ #{key.name} }} | {stays} | {remedy} |")
-    return "\n".join(rows)
+        stays = f"stays at `{key.default}`" if key.default else "is not set"
+        remedy = f"; {linked(one_line(rule.remedy), targets, key.name)}" if rule else ""
+        lines.append(f"- `{key.name}`{{ #{key.name} }} {stays}{remedy}")
+    return "\n".join(lines)
 
 
 def introduction(cls: type, name: str) -> str:
@@ -260,7 +261,7 @@ def introduction(cls: type, name: str) -> str:
 
 
 def section_text(name: str, keys: list[Key], targets: set[str]) -> str:
-    """A section: its supported keys one by one, then a table of those that must stay as they are."""
+    """A section: its supported keys one by one, then a list of those that must stay as they are."""
     refused = [key for key in keys if refusal_of(key.name)]
     kept = [key for key in keys if key not in refused]
     text = [f"## `[{name}]` {{ #{name} }}"]
@@ -272,7 +273,7 @@ def section_text(name: str, keys: list[Key], targets: set[str]) -> str:
         text.append(
             f"{what} of `[{name}]` come from torchtitan and are refused with another value:"
         )
-        text.append(refused_table(refused))
+        text.append(refused_list(refused, targets))
     return "\n\n".join(text)
 
 
