@@ -122,7 +122,7 @@ def keys_of(cls: type, section: str, in_table: bool = False) -> Iterator[Key]:
 
 def all_keys() -> dict[str, list[Key]]:
     """Section -> its keys."""
-    cls = job_config_class()
+    cls: type = job_config_class()
     sections = own_settings(cls)
     return {
         name: list(keys_of(sub, name)) for name, sub in sections.items() if isinstance(sub, type)
@@ -254,10 +254,11 @@ def refused_list(keys: list[Key], targets: set[str]) -> str:
 
 def introduction(cls: type, name: str) -> str:
     """The docstring of a section's class, unless dataclasses made it."""
-    sub = own_settings(cls)[name]
-    text = sub.__doc__ or "" if isinstance(sub, type) else ""
-    is_ours = isinstance(sub, type) and sub.__module__.startswith("symbiotic_titan.")
-    return as_markdown(text) if is_ours and not text.startswith(f"{sub.__name__}(") else ""
+    section = own_settings(cls)[name]
+    if not isinstance(section, type) or not section.__module__.startswith("symbiotic_titan."):
+        return ""
+    text = section.__doc__ or ""
+    return "" if text.startswith(f"{section.__name__}(") else as_markdown(text)
 
 
 def section_text(name: str, keys: list[Key], targets: set[str]) -> str:
