@@ -12,6 +12,9 @@ from symbiotic_titan.registry import Registry, choice, load_part
 
 _WEIGHT = Range(0, remedy="set 0 to train without this term")
 SHIFT = Range(0, 10**6, "(]")
+TASK_WEIGHT = Range(
+    1e-3, 1e3, remedy="weight 0 of a source in [[data.sources]] leaves its task out"
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,13 @@ class LossSettings:
     balance_scope: Literal["local", "global"] = "local"
     """Over which tokens expert shares are counted: those of one micro-batch on one rank, or all of the step. ``global`` with
     gradient accumulation runs every micro-batch's forward once more, without gradients, to know the shares beforehand."""
+
+    task_weights: Annotated[dict[str, float], tyro.conf.Fixed, TASK_WEIGHT] = field(
+        default_factory=dict
+    )
+    """Task -> how many targets each of its targets counts as where a term is the mean over targets, e.g. ``{mmu = 4.0}``; those of other
+    tasks count once. Short answers are few among the labels of long texts: weight 4 gives them the share of gradient that they had with
+    4 times as many tokens. ``loss/text`` and ``loss/flow`` are these weighted means, ``loss/by_task/*`` are not weighted. Set in TOML."""
 
     def __post_init__(self) -> None:
         check_row("losses", self)

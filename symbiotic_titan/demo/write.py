@@ -6,7 +6,7 @@ Below the folder:
     {train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
     {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...} or {"text": ..., "facts": ...}
     pretrain/{mmu,lm}                                    the same, for a model that others start from; only in the size "study".
-                                                         Its pictures have patterns as backgrounds; half of them are described
+                                                         Its questions are about pictures with patterns as backgrounds
 
 The JSON beside an image also says what it shows (``scene``, ``digit`` or ``writing``), for programs that check generated images, and
 beside a question its ``kind``: "perception", "ocr" or "knowledge".
@@ -55,10 +55,6 @@ STUDY_ASKED_ABOUT = ("scene", "writing", "fact", "scene", "writing", "fact", "di
 # One text in so many states facts.
 FACTS_EVERY = 8
 STUDY_FACTS_EVERY = 3
-# What is said of a picture in the pre-training data, in equal shares.
-PRETRAIN_TASKS = (QUESTIONS, QUESTIONS, SHORT_CAPTIONS, LONG_CAPTIONS)
-# Questions of the pre-training data whose answers are captions.
-DESCRIBE = ("Describe this picture.", "What does this picture show?")
 # Digits are saved as JPEG and the rest as PNG, so that both decoders are used.
 JPEG_QUALITY = 92
 
@@ -145,7 +141,7 @@ class _World:
             return _encoded(entity, _ask_fact(fact), _paint(entity, random))
         shown = self._draw(content, random)
         if task == QUESTIONS and self._split == PRETRAIN:
-            return _for_pretraining(shown, random)
+            return _ask_on_pattern(shown, random)
         fields = _say(task, shown, random)
         return _encoded(shown, fields, _paint(shown, random))
 
@@ -212,28 +208,16 @@ def _ask_fact(fact: Fact) -> dict[str, Any]:
     return fields | {"kind": kind_and_asked(fact.question())[0]}
 
 
-def _for_pretraining(shown: Shown, random: Random) -> Sample:
-    """A picture with a question about it, or with what a caption says of it. All but digits are on a pattern."""
-    task = random.choice(PRETRAIN_TASKS)
-    fields = _say(QUESTIONS, shown, random) if task == QUESTIONS else None
+def _ask_on_pattern(shown: Shown, random: Random) -> Sample:
+    """A question about a picture whose background is a pattern; digits have none."""
+    fields = _say(QUESTIONS, shown, random)
     if isinstance(shown, Digit):
-        picture = _paint(shown, random)
-    else:
-        # Nothing of the background has a colour that is asked about.
-        asked = re.findall(r"\w+", fields["question"]) if fields else []
-        pattern = draw_pattern(random, {*shown.colours, *asked})
-        plain = [_paint(replace(shown, background=b), random) for b in ("white", "black")]
-        picture = on_pattern(*plain, pattern)
-        shown = replace(shown, background=pattern.name)
-    return _encoded(shown, fields or _describe(task, shown, random), picture)
-
-
-def _describe(task: str, shown: Shown, random: Random) -> dict[str, Any]:
-    caption = _say(task, shown, random)["caption"]
-    if task == SHORT_CAPTIONS and not isinstance(shown, Digit):
-        caption = f"{caption} on a {shown.background} background"
-    kind = "ocr" if isinstance(shown, Writing) else "perception"
-    return {"question": random.choice(DESCRIBE), "answer": caption, "kind": kind}
+        return _encoded(shown, fields, _paint(shown, random))
+    # Nothing of the background has a colour that is asked about.
+    pattern = draw_pattern(random, {*shown.colours, *re.findall(r"\w+", fields["question"])})
+    white, black = (_paint(replace(shown, background=b), random) for b in ("white", "black"))
+    picture = on_pattern(white, black, pattern)
+    return _encoded(replace(shown, background=pattern.name), fields, picture)
 
 
 def _paint(shown: Shown, random: Random) -> Image.Image:

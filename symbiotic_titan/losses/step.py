@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from symbiotic_titan.config.losses import Losses, LossSettings
+from symbiotic_titan.config.losses import TASK_WEIGHT, Losses, LossSettings
 from symbiotic_titan.losses.terms import StepInputs, label_index, sum_by_task, text_errors
 from symbiotic_titan.moe.record import RoutingTotals
 from symbiotic_titan.sequence.batch import PackedBatch
@@ -53,10 +53,17 @@ class MicroBatchResult:
         return torch.isfinite(sum(value.sum() for value in self.values.values()))  # type: ignore[arg-type]
 
 
-def mean_losses(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, float]:
-    """``<term>`` and ``by_task/<task>_<term>`` from (J,) sums and counts by term; those without targets are left out."""
+def mean_losses(
+    sums: Mapping[str, Tensor],
+    counts: Mapping[str, Tensor],
+    weighted: Callable[[Tensor], Tensor] = torch.sum,
+) -> dict[str, float]:
+    """``<term>`` and ``by_task/<task>_<term>`` from (J,) sums and counts by term; those without targets are left out.
+
+    weighted: (J,) -> (), the sum over tasks that a term is the ratio of.
+    """
     losses = {  # device sync, here and below, where the sums are on a device
-        term: float(sums_J.sum() / counts[term].sum())
+        term: float(weighted(sums_J) / weighted(counts[term]))
         for term, sums_J in sums.items()
         if counts[term].sum() > 0
     }
@@ -94,6 +101,9 @@ class LossFunction:
         }
         self.cross_entropy = cross_entropy
         self.weights = {name: settings.weight(name) for name in terms}
+        # By the number of the task in tensors, how much its targets count besides once.
+        numbers = {task: number for number, task in enumerate(TASKS)}
+        self._more = {numbers[task]: weight - 1 for task, weight in settings.task_weights.items()}
         self._reads_all_logits = any(term.all_logits for term in terms.values())
         self._values = {name: term.value_function() for name, term in terms.items()}
         counts = {name: term.count_function() for name, term in terms.items()}
@@ -152,15 +162,23 @@ class LossFunction:
         by_term = {n: c.float() for n, c in zip(self._counts, counts, strict=True)}
         return StepTotals(by_term, modality, positions, sets)
 
+    def _over_tasks(self, by_task_J: Tensor) -> Tensor:
+        """() the sum over tasks, each with its weight. No device sync."""
+        total = by_task_J.sum()
+        for number, more in self._more.items():
+            total = total + more * by_task_J[number]
+        return total
+
     def loss(self, values: Mapping[str, Tensor], totals: StepTotals) -> Tensor:
         """() a micro-batch's share of the step's loss."""
         terms = []
         for name, value in values.items():
-            weighted = self.weights[name] * value.sum()
             if name in totals.counts:
                 # Without any target in the step the loss is 0, not NaN.
-                weighted = weighted / totals.counts[name].sum().clamp(min=1)
-            terms.append(weighted)
+                count = self._over_tasks(totals.counts[name]).clamp(min=TASK_WEIGHT.least)
+                terms.append(self.weights[name] * self._over_tasks(value) / count)
+            else:
+                terms.append(self.weights[name] * value.sum())
         return functools.reduce(operator.add, terms)
 
     def sum_results(self, results: Sequence[MicroBatchResult]) -> Tensor:
@@ -173,7 +191,8 @@ class LossFunction:
         Both on the host."""
         sizes = [len(TASKS) if name in totals.counts else 1 for name in self._values]
         values = dict(zip(self._values, total.split(sizes), strict=True))
-        means = mean_losses({n: v for n, v in values.items() if n in totals.counts}, totals.counts)
+        sums = {n: v for n, v in values.items() if n in totals.counts}
+        means = mean_losses(sums, totals.counts, self._over_tasks)
         others = {n: float(v) for n, v in values.items() if n not in totals.counts}
         losses = others | means
         terms = {name: losses.pop(name) for name in self.weights if name in losses}

@@ -268,6 +268,16 @@ def check_validation(config: JobConfig) -> None:
         )
 
 
+def check_task_weights(config: JobConfig) -> None:
+    """Tasks of ``losses.task_weights`` are those of a source."""
+    tasks = sorted({row.task for row in config.data.sources})
+    for task in config.losses.task_weights:
+        if task not in tasks:
+            raise ValueError(
+                f"losses.task_weights.{task}: no source has this task; there are {', '.join(tasks)}"
+            )
+
+
 def check_z_loss(config: JobConfig, args: ModelArgs) -> None:
     """Rules of ``losses.z_loss``."""
     weight = config.losses.weight("z_loss")
@@ -311,6 +321,7 @@ def check_job(
     if not config.data.sources:
         raise ValueError("[[data.sources]]: none given; name at least one source of samples")
     check_stages(config)
+    check_task_weights(config)
     check_validation(config)
     check_start(config)
     check_ema(config)

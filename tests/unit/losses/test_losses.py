@@ -2,14 +2,19 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from symbiotic_titan.losses.step import LossFunction
+from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.config.losses import Losses
+from symbiotic_titan.losses.step import LossFunction, StepTotals
 from symbiotic_titan.losses.terms import StepInputs
 from symbiotic_titan.sequence.batch import PackedBatch, stack_rows
 from symbiotic_titan.sequence.modality import IGNORE_INDEX
 from symbiotic_titan.sequence.tasks import TASKS
+from symbiotic_titan.training.checks import check_job
+from tests.helpers.launch import ROOT
 
 
 def random_batch(rows: int = 2, length: int = 12, slots: int = 5) -> PackedBatch:
@@ -93,3 +98,63 @@ def test_batch_without_images_still_gives_the_velocity_a_zero_gradient():
     sums, _ = terms_of(torch.randn(2, 12, 7), velocity, torch.randn(2, 5, 3), batch)
     sums["flow"].sum().backward()
     assert sums["flow"].sum() == 0 and torch.equal(velocity.grad, torch.zeros_like(velocity))
+
+
+def step_totals(counts):
+    empty = torch.zeros(0)
+    return StepTotals(counts, modality=empty, positions=empty, sets=empty)
+
+
+@pytest.mark.parametrize("weights", [{}, {"t2i": 4.0}, {"lm": 0.5, "t2i": 3.0, "mmu": 7.0}])
+def test_a_task_with_a_weight_counts_as_that_many_targets_of_it(weights):
+    batch = random_batch()
+    logits = torch.randn(2, 12, 7, requires_grad=True)
+    velocity, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    loss_fn = LossFunction(Losses(balance=0.0, task_weights=weights))
+    values = loss_fn.values(StepInputs(batch, logits, velocity, target))
+    values = {name: values[name] for name in loss_fn.counted}
+    counts = loss_fn.counts(batch)
+    loss = loss_fn.loss(values, step_totals(counts))
+    by_task = torch.tensor([weights.get(task, 1.0) for task in TASKS])
+    expected = {
+        name: (by_task * value.detach()).sum() / (by_task * counts[name]).sum()
+        for name, value in values.items()
+    }
+    torch.testing.assert_close(loss, sum(expected.values()))
+    [gradient] = torch.autograd.grad(loss, logits)
+    [expected_gradient] = torch.autograd.grad(
+        (by_task * loss_fn.values(StepInputs(batch, logits, velocity, target))["text"]).sum(),
+        logits,
+    )
+    torch.testing.assert_close(gradient * (by_task * counts["text"]).sum(), expected_gradient)
+    logged = loss_fn.step_losses(
+        torch.cat([value.detach() for value in values.values()] + [torch.zeros(1)]),
+        step_totals(counts),
+    )
+    for name, value in expected.items():
+        assert logged[name] == pytest.approx(float(value), rel=1e-6)
+        plain = float(values[name][2].detach() / counts[name][2])
+        assert logged[f"by_task/t2i_{name}"] == pytest.approx(plain, rel=1e-6)
+
+
+def test_without_weights_the_loss_has_the_bits_of_plain_means():
+    batch = random_batch()
+    inputs = StepInputs(batch, torch.randn(2, 12, 7), torch.randn(2, 5, 3), torch.randn(2, 5, 3))
+    loss_fn = LossFunction(Losses(balance=0.0))
+    values, counts = loss_fn.values(inputs), loss_fn.counts(batch)
+    values = {name: values[name] for name in loss_fn.counted}
+    plain = sum(1.0 * value.sum() / counts[name].sum() for name, value in values.items())
+    assert torch.equal(loss_fn.loss(values, step_totals(counts)), plain)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e4])
+def test_a_weight_of_a_task_has_a_range(weight):
+    with pytest.raises(ValueError, match=r"losses\.task_weights\.mmu.*source"):
+        Losses(task_weights={"mmu": weight})
+
+
+def test_a_weight_of_a_task_that_no_source_has_is_refused():
+    config = load_job_config(["--job.config_file", str(ROOT / "train_configs/debug.toml")])
+    config.losses = Losses(task_weights={"mmu": 2.0, "interleaved": 2.0})
+    with pytest.raises(ValueError, match=r"task_weights\.interleaved: no source .* lm, mmu, t2i"):
+        check_job(config, 1, elsewhere=True)
