@@ -37,7 +37,7 @@ COVERING = {
     ("hsdp", "full", "eager", False),
     ("ep2", "per_op", "aot_eager", False),
     ("ep2", "none", "eager", True),
-    ("ep4", "full", "aot_eager", True),
+    ("ep4", "full", "eager", True),
     ("ep2_hsdp", "per_op", "aot_eager", False),
     ("cp2_ep2_hsdp", "full", "aot_eager", True),
 }
