@@ -82,8 +82,8 @@ def test_partition_and_groups_survive_the_command_line_parser(tmp_path):
         ),
         (
             "[losses]\nz = 1.0",
-            "losses: unknown key 'z'; known keys: balance, balance_scope, flow, task_weights, text, z_loss; a term of your own is known once "
-            "experimental.custom_import names the module that registers it",
+            "losses: unknown key 'z'; known keys: balance, balance_scope, flow, task_weights, text, z_loss; a term of your own is known "
+            "once experimental.custom_import names the module that registers it",
         ),
         (
             "[mine]\nx = 1",
