@@ -61,7 +61,11 @@ def held_out_losses(
     try:
         with torch.no_grad():
             for first_row, batch in _numbered(batches, first_rows):
-                sums.append(_sums_of_batch(model, batch, flow, first_row, loss_fn, autocast))
+                one = torch.ones(
+                    (), device=batch.tokens.device
+                )  # the shield acts on gradients alone
+                read = held_out_inputs(model, batch, flow, first_row, loss_fn, autocast, one)
+                sums.append(_sums(loss_fn, *read))
     finally:
         model.train(was_training)
     total = torch.stack(sums).sum(0)
@@ -86,17 +90,8 @@ def _numbered(
         row += batch.tokens.shape[0]
 
 
-def _sums_of_batch(
-    model: SymbioticModel,
-    batch: PackedBatch,
-    flow: Flow,
-    first_row: int,
-    loss_fn: LossFunction,
-    autocast: contextlib.AbstractContextManager | None,
-) -> torch.Tensor:
+def _sums(loss_fn: LossFunction, own: PackedBatch, inputs: StepInputs) -> torch.Tensor:
     """(2 * terms + 1, J) float64: sums and counts of the terms that are means over targets, then correct tokens."""
-    shield_scale = torch.ones((), device=batch.tokens.device)  # acts on gradients alone
-    own, inputs = held_out_inputs(model, batch, flow, first_row, loss_fn, autocast, shield_scale)
     values, counts = loss_fn.values(inputs), loss_fn.counts(own)
     # Sums and counts, not means: only these add up over batches and ranks with different numbers of tokens.
     parts = [*(values[name] for name in counts), *counts.values()]
