@@ -10,17 +10,24 @@ import torch
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.hf.architectures.qwen3_vl_moe import QWEN3_VL_MOE
 from symbiotic_titan.hf.converter import ConverterStep, TensorConverter
+from symbiotic_titan.hf.export import export_understanding
 from symbiotic_titan.hf.fold import FoldingReader, folded
+from symbiotic_titan.hf.model import HuggingFaceModel, open_model
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import ExpertGroup
+from symbiotic_titan.partition.apply import partition_checkpoint
 from symbiotic_titan.sequence.modality import TEXT, VAE, VIT
 from symbiotic_titan.weights.compatibility import tensors_of_model
 from symbiotic_titan.weights.reader import TensorSpec
+from tests.helpers.decoder_parity import run
 from tests.helpers.forked import ROOT
+from tests.helpers.image_rows import image_row, released_inputs, released_marked
 from tests.helpers.released_configs import QWEN
-from tests.helpers.stored_models import make_model, tiny_args
+from tests.helpers.released_models import QWEN as TINY_QWEN
+from tests.helpers.released_models import THINKER, write_release
+from tests.helpers.stored_models import make_model, plan_for, save, tiny_args
 
 UNEQUAL = (
     ExpertGroup("understanding", (TEXT, VIT), 5),
@@ -74,6 +81,56 @@ def test_the_outputs_are_the_same(changes):
     assert (
         reader.folding.added == 2 * (8 - 1) * 3 * 40 * 32
     )  # eight copies instead of one, in two layers
+
+
+@pytest.mark.parametrize(
+    ("config", "of_transformers", "inputs_of", "opening", "unused"),
+    [
+        (TINY_QWEN, "Qwen3VLMoeForConditionalGeneration", released_inputs, None, ()),
+        (
+            THINKER,
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            released_marked,
+            THINKER["vision_start_token_id"],
+            ("model.audio_tower.",),  # this small release has none
+        ),
+    ],
+    ids=["qwen3_vl", "qwen3_omni"],
+)
+def test_transformers_computes_our_logits_of_images(
+    tmp_path, config, of_transformers, inputs_of, opening, unused
+):
+    """From a release without a shared expert to an export of a model that was given one, with weights other than zero."""
+    import transformers
+
+    write_release(tmp_path / "release", config)
+    release = HuggingFaceModel(tmp_path / "release")
+    groups = (ExpertGroup("understanding", (TEXT, VIT), 5), ExpertGroup("generation", (VAE,), 3))
+    args = replace(release.args, groups=groups, shared_hidden_dim=release.args.expert_hidden_dim)
+    plan = plan_for(tmp_path / "release", groups)
+    plan = replace(plan, layers=("layers.0", "layers.1"), shared=torch.tensor([[3], [1]]))
+    partition_checkpoint(tmp_path / "release", args, plan, tmp_path / "start")
+    model = SymbioticModel(args).eval()
+    open_model(tmp_path / "start").read_into(model.state_dict())
+    for layer in model.layers.values():
+        torch.nn.init.normal_(layer.moe.shared_experts.w2.weight, std=0.3)
+    reader = open_model(save(model.state_dict(), tmp_path / "step-1"))
+    out = tmp_path / "half"
+    export_understanding(reader, args, tmp_path / "release", out, shard_bytes=10**6)
+    theirs, report = getattr(transformers, of_transformers).from_pretrained(
+        out, output_loading_info=True
+    )
+    assert not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert not [name for name in report["missing_keys"] if not name.startswith(unused)]
+    document = [3, (2, 3), 2, (1, 4), 4]
+    row = image_row(args, document, 120, torch.Generator().manual_seed(3), opening)
+    with torch.no_grad():
+        found = theirs.eval()(**inputs_of(args, document, row)).logits
+    expected = run(model, row)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for layer in model.layers.values():
+        layer.moe.shared_experts = None
+    assert (run(model, row)[0] - expected).abs().max() > 1
 
 
 def test_mixed_dtypes_keep_the_finer_one():
