@@ -38,7 +38,12 @@ fi
 wants_help=
 for argument in "$@"; do
     case $argument in
-        -h | --help) wants_help=1 ;;
+        -h | --help)
+            sed -n '2,/^set /s/^# \{0,1\}//p' "$root/run_train.sh"
+            printf '\n'
+            sed -n '/^MOST_USED = /,/^"""$/{//!p;}' "$root/symbiotic_titan/cli.py"
+            exit ;;
+        --help-all) wants_help=1 ;;
         --job.config_file* | --job.config-file*) fail "name the config with CONFIG_FILE=FILE, not with $argument" ;;
     esac
 done
@@ -62,7 +67,6 @@ config=${config#"$root"/}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 if [ -n "$wants_help" ]; then
-    sed -n '2,/^set /s/^# \{0,1\}//p' run_train.sh
     exec "$python" -m symbiotic_titan.train --job.config_file "$config" --help
 fi
 

@@ -43,6 +43,26 @@ EXTRAS = {
     "webdataset": "bench",
 }
 
+# run_train.sh --help prints this as well, by looking for its first and its last line.
+MOST_USED = """\
+The options most used; every key of a config is one, as --section.key VALUE, and --section.key or --section.no_key if it is a yes or no:
+
+  --job.dump_folder FOLDER                      where the run writes; the same folder goes on from its newest checkpoint
+  --training.steps N                            the last step
+  --training.local_batch_size N                 rows of a micro-batch on each rank; --training.global_batch_size N: of a step
+  --training.seq_len N                          tokens of a row
+  --metrics.log_freq N                          steps from one line in the log to the next
+  --checkpoint.interval N                       steps from one checkpoint to the next
+  --checkpoint.initial_load_path FOLDER         weights to start from
+  --parallelism.expert_parallel_degree N        ranks that share out the experts
+  --parallelism.context_parallel_degree N       ranks that share out each row
+  --activation_checkpoint.mode MODE             none, selective or full: less memory, more time
+  --compile.enable                              compile the layers
+  --validation.enable, --sampling.enable        held-out losses; pictures in TensorBoard
+
+--help-all lists all of them with their defaults, in a few seconds; docs/reference/settings.md explains them by section.
+"""
+
 TRAIN_USAGE = """usage: symbiotic train CONFIG.toml [--section.key VALUE ...]
 
 Example: symbiotic train train_configs/debug.toml --training.steps 50
@@ -108,10 +128,9 @@ def load(module: str) -> ModuleType:
 def train(arguments: list[str]) -> int:
     """Train in this process, which is the only one unless torchrun says otherwise."""
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(TRAIN_USAGE)
-        if not arguments:
-            return 2
-        arguments = ["--help" if word == "-h" else word for word in arguments]
+        print(f"{TRAIN_USAGE}\n{MOST_USED}", end="")
+        return 0 if arguments else 2
+    arguments = ["--help" if word == "--help-all" else word for word in arguments]
     if not arguments[0].startswith("-"):
         arguments = ["--job.config_file", *arguments]
     if "RANK" not in os.environ:

@@ -157,7 +157,7 @@ def register_loss_term(
     """Decorator: the function is a term of the loss, with the weight ``losses.<name>``, the metric ``loss/<name>`` and, where
     ``count`` is given, ``loss/by_task/<task>_<name>``.
 
-    weight: the default. help: the sentence in --help. The function, ``count`` and ``all_logits``: see ``config.losses.LossTerm``.
+    weight: the default. help: the sentence in --help-all. The function, ``count`` and ``all_logits``: see ``config.losses.LossTerm``.
     """
 
     check_term_name(name)

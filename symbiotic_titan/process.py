@@ -70,10 +70,50 @@ def loading() -> Iterator[None]:
             gc.enable()
 
 
-def show_progress(line: str, *, is_last: bool) -> None:
-    """Overwrite the current line of standard error; silent where that is not a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r{line}", end="\n" if is_last else "", file=sys.stderr, flush=True)
+def shows_colors() -> bool:
+    """Whether standard output is a terminal, and the user has not set NO_COLOR."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min`` or ``2 d 4 h``."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+class ProgressLine:
+    """How far a command is, on the standard error of the first process: on a terminal one line that is overwritten. Elsewhere, as in a
+    log, lines of their own: the first after ``FIRST_LINE_S`` seconds, one every ``EVERY_S`` seconds, and the last if there was any."""
+
+    FIRST_LINE_S, EVERY_S = 5.0, 30.0
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._next = self._start + self.FIRST_LINE_S
+        self._is_begun, self._width = False, 0
+
+    def left(self, done: float, total: float) -> str:
+        """The time left at the mean speed so far, as ``12 min left``."""
+        passed = time.monotonic() - self._start
+        return f"{duration(passed / max(done, 1) * (total - done))} left"
+
+    def show(self, line: str, *, is_last: bool = False) -> None:
+        if not is_first_process():
+            return
+        if sys.stderr.isatty():
+            self._width = max(self._width, len(line))  # what it overwrites may be longer
+            end = "\n" if is_last else ""
+            print(f"\r{line:{self._width}}", end=end, file=sys.stderr, flush=True)
+        elif time.monotonic() >= self._next or (is_last and self._is_begun):
+            self._is_begun, self._next = True, time.monotonic() + self.EVERY_S
+            print(line, file=sys.stderr, flush=True)
 
 
 class Counter:
@@ -81,17 +121,13 @@ class Counter:
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.done = what, total, 0
-        self._start = time.monotonic()
+        self._line = ProgressLine()
 
     def __call__(self, count: int = 1) -> None:
         self.done += count
-        line = f"{self.what}: {self.done}/{self.total}, {self.seconds_left():.0f} s left "
-        show_progress(line, is_last=self.done >= self.total)
-
-    def seconds_left(self) -> float:
-        """At the mean speed so far."""
-        passed = time.monotonic() - self._start
-        return passed / max(self.done, 1) * (self.total - self.done)
+        left = self._line.left(self.done, self.total)
+        line = f"{self.what}: {self.done}/{self.total}, {left}"
+        self._line.show(line, is_last=self.done >= self.total)
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
         """The same items; each counts once it has been used."""

@@ -7,6 +7,7 @@ which takes nearly all of the time until its first step, is imported when it sta
 import gc
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -19,6 +20,7 @@ from symbiotic_titan.process import (
     MISTAKE,
     DiskFull,
     NothingToDo,
+    is_first_process,
     loading,
     raised_by_us,
 )
@@ -41,13 +43,27 @@ MEANINGLESS = (
     "Set timeout is now only supported for either nccl or gloo",
 )
 
+# Lines of torchtitan that tell a user nothing. The model's shape, a hundred lines of JSON, is that of the flavor.
+UNTOLD = re.compile(
+    r"Building symbiotic .*with \{|\[GC\] |Peak FLOPS used for computing MFU: nan|Destroying the purge thread|Sleeping 2 seconds"
+    r"|Training completed|Mixed precision training is |Synchronizing and adjusting timeout|Saving the checkpoint \(or staging"
+)
+
 if TYPE_CHECKING:
     from symbiotic_titan.checkpoint.start import Start
     from symbiotic_titan.config.job import JobConfig
 
 
+def is_told(record: logging.LogRecord) -> bool:
+    """Whether the log shows a line of the root logger, which is torchtitan's."""
+    return UNTOLD.match(str(record.msg)) is None
+
+
 def train(config: "JobConfig", start: "Start | None", stop: StopRequest) -> None:
     """Train a checked config until ``stop``. A function of its own, so that the model and its process groups are freed when it returns."""
+    from torchtitan.tools.logging import logger
+
+    from symbiotic_titan.training.ending import closing_lines
     from symbiotic_titan.training.trainer import SymbioticTrainer
 
     trainer = None
@@ -63,6 +79,8 @@ def train(config: "JobConfig", start: "Start | None", stop: StopRequest) -> None
     finally:
         if trainer is not None:
             trainer.close()
+    for line in closing_lines(config, trainer.step) if is_first_process() else ():
+        logger.info(line)
 
 
 def run(args: list[str], stop: StopRequest) -> None:
@@ -121,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
             from torch.distributed.elastic.multiprocessing.errors import record
             from torchtitan.tools.logging import init_logger, logger
         init_logger()
+        logger.addFilter(is_told)
         record(run)(sys.argv[1:] if arguments is None else arguments, stop)
     except Stopped:
         stop.end(0)

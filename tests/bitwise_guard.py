@@ -5,7 +5,7 @@
     python tests/bitwise_guard.py compare outputs/guard.json     # after it; exit status 1 where anything differs
 
 Recorded are the losses and gradient norms that TensorBoard holds, a digest of every tensor of the checkpoint (weights and
-optimizer state), the names of metrics, parameters and checkpoint entries, and the options that --help lists. A record holds for one
+optimizer state), the names of metrics, parameters and checkpoint entries, and the options that --help-all lists. A record holds for one
 machine: another CPU rounds differently. Run in an environment that tools/setup_env.sh made.
 """
 
@@ -84,7 +84,7 @@ def record() -> dict[str, object]:
         return {
             "metrics": metrics_of(out / "tb"),
             "checkpoint": digests(state),
-            "options": sorted(set(re.findall(r"--[a-z][\w.-]+", run("--help")))),
+            "options": sorted(set(re.findall(r"--[a-z][\w.-]+", run("--help-all")))),
         }
     finally:
         shutil.rmtree(out)

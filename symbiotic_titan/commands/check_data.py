@@ -52,28 +52,27 @@ from symbiotic_titan.data.samples import DocumentMaker
 from symbiotic_titan.data.suggest import suggest
 from symbiotic_titan.inference.held_out import TABLES, held_out_data
 from symbiotic_titan.model.flavors import model_args
-from symbiotic_titan.process import exit_status, show_progress
+from symbiotic_titan.process import ProgressLine, exit_status
 
 BAD = 1
 
 
 class Progress:
-    """Samples done, per second and bad, and the time left, on one line of a terminal."""
+    """Samples done, per second and bad, and the time left."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.bad = total, 0, 0
-        self._start = time.monotonic()
+        self._start, self._line = time.monotonic(), ProgressLine()
 
     def __call__(self, count: int, bad: int) -> None:
         self.done += count
         self.bad += bad
         passed = max(time.monotonic() - self._start, 1e-9)
-        left = passed / max(self.done, 1) * (self.total - self.done)
         line = (
             f"{self.done:,}/{self.total:,} samples, {self.done / passed:,.0f}/s, {self.bad:,} bad, "
-            f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left "
+            f"{self._line.left(self.done, self.total)}"
         )
-        show_progress(line, is_last=self.done >= self.total)
+        self._line.show(line, is_last=self.done >= self.total)
 
 
 def checked_sources(config: JobConfig, share: Share) -> list[CheckedSource]:

@@ -33,7 +33,7 @@ from symbiotic_titan.commands.convert_options import (
     partition_options,
     plan_options,
     read_config,
-    show_bytes,
+    showing_bytes,
     to_hf_options,
     tokenizer_options,
 )
@@ -116,7 +116,7 @@ def partition(options: argparse.Namespace, overrides: list[str]) -> None:
             options.out,
             rows=config.experts.partition,
             overwrite=options.overwrite,
-            progress=show_bytes,
+            progress=showing_bytes(),
         )
     print(conversion_table(conversion))
     print(f"written to {options.out}; a run starts from it with checkpoint.initial_load_path")

@@ -14,7 +14,8 @@ from symbiotic_titan.config.extension import import_extension
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.optimizer import WEIGHTS
-from symbiotic_titan.process import show_progress
+from symbiotic_titan.process import ProgressLine
+from symbiotic_titan.weights.reader import ProgressCallback
 
 _PARTITIONED = "TOML file with [experts.partition]"
 
@@ -164,9 +165,15 @@ def files_of(config: JobConfig, *paths: str | None) -> list[str | None]:
     return [*paths, flavor if flavor.endswith(".json") else None]
 
 
-def show_bytes(done: int, total: int) -> None:
-    """A progress callback."""
-    show_progress(f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB", is_last=done == total)
+def showing_bytes() -> ProgressCallback:
+    """A progress callback, for one model."""
+    line = ProgressLine()
+
+    def show(done: int, total: int) -> None:
+        text = f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB, {line.left(done, total)}"
+        line.show(text, is_last=done == total)
+
+    return show
 
 
 @contextmanager

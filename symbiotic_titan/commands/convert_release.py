@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from symbiotic_titan.commands.convert_options import measured, show_bytes, without_extension
+from symbiotic_titan.commands.convert_options import measured, showing_bytes, without_extension
 from symbiotic_titan.config.files import check_file, replacing
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.data.tiktoken_files import tokenizer_json
@@ -47,7 +47,7 @@ def from_hf(options: argparse.Namespace, overrides: list[str]) -> None:
             shape_only=options.shape_only,
             spare_rows=options.spare_rows,
             overwrite=options.overwrite,
-            progress=show_bytes,
+            progress=showing_bytes(),
         )
     args = release.args
     print(

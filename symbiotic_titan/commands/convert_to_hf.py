@@ -12,7 +12,7 @@ from symbiotic_titan.commands.convert_options import (
     files_of,
     measured,
     read_config,
-    show_bytes,
+    showing_bytes,
     without_extension,
 )
 from symbiotic_titan.config.job import JobConfig
@@ -47,7 +47,7 @@ def to_hf(options: argparse.Namespace, overrides: list[str]) -> None:
         "shard_bytes": byte_count(options.shard_size),
         "dtype": TORCH_DTYPE_MAP[options.dtype] if options.dtype else None,
         "overwrite": options.overwrite,
-        "progress": show_bytes,
+        "progress": showing_bytes(),
     }
     with measured():
         if options.part == "whole":

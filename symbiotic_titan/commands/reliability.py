@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from symbiotic_titan.process import exit_status, show_progress
+from symbiotic_titan.process import ProgressLine, duration, exit_status
 from symbiotic_titan.reliability.campaign import KINDS, Chain, Findings, Settings, reference
 from symbiotic_titan.reliability.runs import LAYOUTS, ROOT, Layout
 
@@ -39,7 +39,7 @@ class Campaign:
         self.settings, self.layouts, self.at_once, self.most = settings, layouts, at_once, trials
         self.findings, self._lock, self._next = Findings(), threading.Lock(), 0
         self._errors: list[BaseException] = []
-        self.is_interrupted = False
+        self.is_interrupted, self._line = False, ProgressLine()
 
     def run(self, minutes: float) -> Findings:
         """What was found, after Ctrl-C by then. Raises RuntimeError if a run without a fault fails."""
@@ -85,8 +85,8 @@ class Campaign:
     def _show(self, end: float) -> None:
         table = self.findings.table()
         counts = ", ".join(f"{kind} {row['well']}/{row['trials']}" for kind, row in table.items())
-        left = max(0, end - time.monotonic()) / 60
-        show_progress(f"{counts or 'starting'}; {left:.0f} min left ", is_last=False)
+        left = max(0, end - time.monotonic())
+        self._line.show(f"{counts or 'starting'}; {duration(left)} left")
 
 
 def print_table(findings: Findings) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from symbiotic_titan.process import show_progress
+from symbiotic_titan.process import ProgressLine
 
 POLL_SECONDS = 0.2
 # Seconds in which a process that is told to end may save; then it is killed.
@@ -196,7 +196,7 @@ class Queue:
         self.environment = {**os.environ, **(environment or {})}
         self.running: dict[str, tuple[Stage, Started, float]] = {}
         self.done: set[str] = set()
-        self.num_stops = 0
+        self.num_stops, self._line = 0, ProgressLine()
         self._check_needs()
 
     def _check_needs(self) -> None:
@@ -285,7 +285,7 @@ class Queue:
         if sys.stderr.isatty():
             width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
             line = progress.line(self.done, running)[:width]
-            show_progress(line.ljust(width), is_last=is_last)
+            self._line.show(line, is_last=is_last)
 
     def _end_all(self) -> None:
         """Ask all that run to end, and kill those that do not within ``GRACE``, or when they are asked to stop once more."""

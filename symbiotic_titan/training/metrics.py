@@ -16,6 +16,7 @@ from torchtitan.components.metrics import (
 )
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import NoColor
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.losses.balance import z_by_group
@@ -30,6 +31,7 @@ from symbiotic_titan.moe.routing_metrics import (
     scalars_by_layer,
     write_routing,
 )
+from symbiotic_titan.process import duration, shows_colors
 from symbiotic_titan.sequence.modality import MODALITY_NAMES, NUM_MODALITIES
 
 
@@ -133,6 +135,8 @@ class SymbioticMetrics(MetricsProcessor):
         moe_layers: range,
     ) -> None:
         super().__init__(job_config, parallel_dims)
+        if not shows_colors():
+            self.color = NoColor()
         self.sinks: list[TolerantSink] = []  # none on ranks that do not log
         if isinstance(self.logger, LoggerContainer):
             self.sinks = [TolerantSink(sink) for sink in self.logger._loggers]
@@ -144,6 +148,7 @@ class SymbioticMetrics(MetricsProcessor):
         self.num_steps = job_config.training.steps
         self.capacity_factor = job_config.experts.capacity_factor
         self.last_logged_step: int | None = None
+        self._first_logged: tuple[int, float] | None = None  # step, and when it was
         self.cost: ModelCost | None = None  # set by the trainer, which has the model
         self.labels_since_last_log = 0
         self.tokens_since_last_log = torch.zeros(NUM_MODALITIES, dtype=torch.int64)
@@ -204,6 +209,17 @@ class SymbioticMetrics(MetricsProcessor):
         self.time_last_log = time.perf_counter()
         self.last_logged_step = step
         return metrics
+
+    def time_left(self, step: int) -> str:
+        """Until the last step, at the mean speed since the first logged one, validation and checkpoints included. Empty at that one,
+        which also made the run ready, and at the last."""
+        now = time.perf_counter()
+        if self._first_logged is None:
+            self._first_logged = step, now
+        first, start = self._first_logged
+        if not first < step < self.num_steps:
+            return ""
+        return duration((now - start) / (step - first) * (self.num_steps - step))
 
     def log_step(self, report: StepReport) -> None:
         """Write one step to TensorBoard (or W&B) and to the console."""
@@ -267,13 +283,15 @@ class SymbioticMetrics(MetricsProcessor):
             if "/" not in name and name not in left_out
         ]
         capacity = metrics.get("routing/capacity_rate/all")
+        left = self.time_left(report.step)
         logger.info(
             f"{color.red}step: {report.step:2}  "
             f"{color.green}{''.join(losses)}"
             f"{color.orange}{'' if capacity is None else f'capacity: {capacity:5.3f}  '}"
             f"{color.yellow}grad_norm: {report.grad_norms['all']:8.4f}  "
             f"{color.turquoise}memory: {metrics['perf/memory_gib']:5.2f}GiB  "
-            f"{color.blue}tokens/s: {metrics['perf/tokens_per_second']:,.0f}{color.reset}"
+            f"{color.blue}tokens/s: {metrics['perf/tokens_per_second']:,.0f}"
+            f"{f'  left: {left}' if left else ''}{color.reset}"
         )
 
 

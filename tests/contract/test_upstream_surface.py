@@ -193,6 +193,7 @@ NAMES = {
     "components.checkpoint.MODEL",
     "components.checkpoint.OPTIMIZER",
     "tools.utils.GarbageCollection",
+    "tools.utils.NoColor",
     "components.dataloader.BaseDataLoader",
     "components.tokenizer.BaseTokenizer",
     "train.CheckpointManager",

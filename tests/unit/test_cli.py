@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from symbiotic_titan import cli
+from symbiotic_titan.config.job import JobConfig
+from symbiotic_titan.config.upstream import settings
 from tests.helpers.structure import ROOT
 
 NAMES = sorted(set(cli.COMMANDS) - {"train"})
@@ -109,6 +111,23 @@ def test_train_leaves_the_ranks_of_torchrun_as_they_are(trained, monkeypatch):
 def test_train_without_a_config_shows_how_to_name_one(trained, capsys):
     assert cli.main(["train"]) == 2 and not trained
     assert "symbiotic train train_configs/debug.toml" in capsys.readouterr().out
+
+
+def test_help_of_training_is_short_and_names_real_options(trained, capsys):
+    assert cli.main(["train", "--help"]) == 0 and not trained
+    assert cli.MOST_USED in capsys.readouterr().out
+    options = re.findall(r"--(\w+\.\w+)", cli.MOST_USED.partition("\n\n")[2])
+    assert len(options) > 10 and set(options) <= dict(settings(JobConfig)).keys()
+    assert cli.main(["train", "a.toml", "--help-all"]) == 0
+    assert trained[0][0] == ["--job.config_file", "a.toml", "--help"]
+
+
+def test_help_of_run_train_needs_no_environment(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "SYMBIOTIC_PYTHON": str(tmp_path / "none")}
+    command = [str(ROOT / "run_train.sh"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10)
+    assert done.returncode == 0 and "NGPU=N" in done.stdout
+    assert done.stdout.endswith(f"\n\n{cli.MOST_USED}") and len(done.stdout.splitlines()) < 50
 
 
 def test_the_module_is_the_command(tmp_path):

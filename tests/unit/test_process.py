@@ -1,10 +1,17 @@
-"""One of several processes writes, progress is shown on a terminal only, and a user's mistake is one line."""
+"""One of several processes writes and shows progress, on a terminal or in a log, and a user's mistake is one line."""
 
 import types
 
 import pytest
 
-from symbiotic_titan.process import Counter, exit_status, is_first_process, raised_by_us
+from symbiotic_titan.process import (
+    Counter,
+    duration,
+    exit_status,
+    is_first_process,
+    raised_by_us,
+    shows_colors,
+)
 from symbiotic_titan.registry import Registry
 
 
@@ -16,10 +23,62 @@ def test_the_first_process_is_the_one_that_torchrun_numbers_zero(monkeypatch, ra
     assert is_first_process() == is_first
 
 
-def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, which the test sets."""
+    now = [100.0]
+    monkeypatch.setattr("symbiotic_titan.process.time.monotonic", lambda: now[0])
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    return now
+
+
+def test_progress_of_a_long_command_is_a_line_now_and_then_in_a_log(clock, capsys, monkeypatch):
+    counter = Counter("items", 10)
+    for seconds in (2, 3, 1, 28, 2, 1):  # at 2, 5, 6, 34, 36 and 37
+        clock[0] += seconds
+        counter()
+    counter(4)
+    assert capsys.readouterr().err.splitlines() == [
+        "items: 2/10, 20 s left", "items: 5/10, 36 s left", "items: 10/10, 0 s left"
+    ]  # fmt: skip
+    monkeypatch.setenv("RANK", "1")
+    other = Counter("items", 10)
+    clock[0] += 60
+    other()
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_of_a_short_command_is_not_in_a_log(clock, capsys):
     assert list(Counter("items", 2).over("ab")) == ["a", "b"]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"), (99.4, "99 s"), (99.6, "2 min"), (5940, "99 min"), (5990, "1 h 40 min"),
+        (12000, "3 h 20 min"), (172800, "2 d 0 h"), (360000, "4 d 4 h"),
+    ],
+)  # fmt: skip
+def test_a_duration_has_its_largest_units(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "no_color", "colors"),
+    [(True, None, True), (True, "", True), (True, "1", False), (False, None, False)],
+)
+def test_colours_are_for_terminals_of_users_who_want_them(
+    monkeypatch, is_terminal, no_color, colors
+):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    assert shows_colors() == colors
+
+
+def test_progress_overwrites_one_line_of_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     counter = Counter("items", 3)
     counter(2)

@@ -231,3 +231,18 @@ def test_the_console_leaves_out_what_a_step_does_not_have(make_metrics, monkeypa
         ["step", "text", "balance", "capacity", *ends],
         ["step", "text", "flow", *ends],
     ]
+
+
+def test_the_console_tells_the_time_left_and_has_no_colours_in_a_log(make_metrics, monkeypatch):
+    metrics, lines, now = make_metrics(), [], [0.0]
+    monkeypatch.setattr("symbiotic_titan.training.metrics.logger.info", lines.append)
+    monkeypatch.setattr("symbiotic_titan.training.metrics.time.perf_counter", lambda: now[0])
+    for step, seconds in ((1, 30.0), (10, 48.0), (20, 70.0), (40, 110.0)):
+        now[0] = seconds
+        metrics.log_step(report(step))
+    # The first step is slow, and pauses of later ones come again. The last has nothing left.
+    assert [line.partition("left: ")[2] for line in lines] == ["", "60 s", "42 s", ""]
+    assert not any("\033" in line for line in lines)
+    monkeypatch.setattr("symbiotic_titan.training.metrics.shows_colors", lambda: True)
+    assert make_metrics().color.red == "\033[31m"
+    assert make_metrics("--metrics.disable_color_printing").color.red == ""
