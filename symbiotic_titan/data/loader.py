@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.components.dataloader import BaseDataLoader
 
+from symbiotic_titan.data.filling import advice
 from symbiotic_titan.data.fingerprint import (
     check_fingerprint,
     check_stages,
@@ -178,6 +179,12 @@ class PackedLoader(BaseDataLoader):
     def check_skipped(self) -> None:
         """Raise ValueError if all ranks together skipped more bad samples than is tolerated. A collective if there are several ranks."""
         check_skipped(self._spec, list(self._all_states().values()))
+
+    @property
+    def advice_on_filling(self) -> str | None:
+        """A line for the log where the first rows of this rank's streams are not full enough."""
+        fillings = [state["filling"] for state in self._states.values()]
+        return advice(fillings, self._spec.config, self._spec.size)
 
     @property
     def position(self) -> States:

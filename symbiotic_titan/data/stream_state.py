@@ -8,6 +8,7 @@ import numpy as np
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data.documents import Document
+from symbiotic_titan.data.filling import Filling
 from symbiotic_titan.data.formats.shard import REASONS, Sample, Shard
 from symbiotic_titan.data.mixture import integer_weights
 from symbiotic_titan.data.packing import SequenceSize
@@ -46,8 +47,8 @@ class PipelineSpec:
 
 
 class StreamState(TypedDict):
-    """A stream's state between two sequences, JSON-able. Checkpoints contain its keys, apart from the last three where they say
-    nothing (``saved_form``). Lists have one entry per source.
+    """A stream's state between two sequences, JSON-able. Checkpoints contain its keys, apart from ``filling``, and from the three before it
+    where they say nothing (``saved_form``). Lists have one entry per source.
 
     rows:      sequences made so far.
     scheduled: good samples so far, which the mixture counts.
@@ -61,6 +62,7 @@ class StreamState(TypedDict):
     weights:   source -> its weight in the mixture so far, as the smallest integers, without those of weight 0.
     since:     what the mixture had counted when these weights began, which is where it counts from.
     absent:    source that this run does not read -> what the stream had read of it, for when it comes back.
+    filling:   of the first sequences since this start.
     """
 
     rows: int
@@ -75,6 +77,7 @@ class StreamState(TypedDict):
     weights: dict[str, int]
     since: list[int]
     absent: dict[str, dict[str, Any]]
+    filling: Filling
 
 
 # Keys of the state that are lists with one entry per source, and the entry of a source that was not read yet.
@@ -99,6 +102,7 @@ def new_state(spec: PipelineSpec) -> StreamState:
 def _empty_state(names: list[str], weights: dict[str, int]) -> StreamState:
     lists = {key: [copy(entry) for _ in names] for key, entry in PER_SOURCE.items()}
     state = {"rows": 0, "ended": -1, "waiting": [], "weights": weights, "absent": {}, **lists}
+    state["filling"] = Filling()
     return cast(StreamState, state)
 
 
@@ -150,7 +154,7 @@ def saved_form(spec: PipelineSpec, state: StreamState) -> dict[str, Any]:
     ours are the same."""
     weights = new_state(spec)["weights"]
     constant = state["weights"] == weights and not any(state["since"])
-    left_out = {"weights", "since"} if constant else set()
+    left_out = {"filling", "weights", "since"} if constant else {"filling"}
     return {k: v for k, v in state.items() if k not in left_out and (v or k != "absent")}
 
 

@@ -157,7 +157,7 @@ class Stream:
         self._tokens = list(state["tokens"])
         self._ended = state["ended"]
         self._weights, self._since = state["weights"], list(state["since"])
-        self._absent = state["absent"]
+        self._absent, self._filling = state["absent"], state["filling"]
         self._waiting = _read_again(sources, state["waiting"])
 
     def next_row(self) -> PackedBatch:
@@ -172,9 +172,13 @@ class Stream:
         taken = set(chosen)
         self._waiting = [w for i, w in enumerate(self._waiting) if i not in taken]
         self._num_rows += 1
+        row = [documents[i] for i in chosen]
+        if self._ended < 0:  # the last sequences of a stream are not full for want of documents
+            rest = [waiting.document for waiting in self._waiting]
+            self._filling = self._filling.after(row, rest, self._spec.size)
         # The end of a source is only found by reading. Reading now lets the state say whether this sequence was the last.
         self._read_ahead(1)
-        return self._spec.builder.build([documents[i] for i in chosen])
+        return self._spec.builder.build(row)
 
     def state(self) -> StreamState:
         """``Stream(..., state)`` continues with exactly the sequences that would have come next."""
@@ -192,6 +196,7 @@ class Stream:
             "weights": self._weights,
             "since": list(self._since),
             "absent": self._absent,
+            "filling": self._filling,
         }
 
     @property

@@ -28,7 +28,7 @@ from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.device import copy_from_host
 from symbiotic_titan.parallel.ranks import DataRanks, gather_over_ranks, on_host
-from symbiotic_titan.process import raised_by_us
+from symbiotic_titan.process import is_first_process, raised_by_us
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.signals import StopRequest
 
@@ -36,6 +36,8 @@ from symbiotic_titan.signals import StopRequest
 # still take after a signal.
 POLL_SECONDS = 0.1
 PATIENCE = 1.0
+# Steps after which it is said once that their rows were not full.
+FIRST_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class StepData(Iterator[StepBatches]):
         self._stream: torch.Stream | None = None
         if ranks.device.type == "cuda":
             self._stream = utils.device_module.Stream(ranks.device)
-        self._after = loader.position
+        self._after, self._num_steps = loader.position, 0
         self._moved: MovedAhead | None = None
         self._sums: Tensor | None = None
         self._values: Tensor | None = None
@@ -324,6 +326,10 @@ class StepData(Iterator[StepBatches]):
             self._moved, self._sums[-self._num_counts :], self._values[-self._num_counts :]
         )
         self._loader.position = self._after
+        self._num_steps += 1
+        if self._num_steps == FIRST_STEPS and is_first_process():
+            if (advice := self._loader.advice_on_filling) is not None:
+                logger.warning(advice)
         self._moved = self._sums = self._values = None
         return step
 

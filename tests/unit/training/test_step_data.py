@@ -11,7 +11,13 @@ from symbiotic_titan.config.data import Data
 from symbiotic_titan.parallel.ranks import DataRanks, on_host
 from symbiotic_titan.process import raised_by_us
 from symbiotic_titan.signals import StopRequest
-from symbiotic_titan.training.step_data import MovedAhead, StepData, Stop, error_of_ranks
+from symbiotic_titan.training.step_data import (
+    FIRST_STEPS,
+    MovedAhead,
+    StepData,
+    Stop,
+    error_of_ranks,
+)
 
 ALONE = DataRanks(torch.device("cpu"), 0, 1, None)
 
@@ -40,6 +46,10 @@ class Loader:
     def check_reads(self, waited, limit):
         if waited > limit:
             raise ValueError(f"waited {limit}")
+
+    @property
+    def advice_on_filling(self):
+        return f"rows stay empty, at {self.position}"
 
     def check_skip_counts(self, counts):
         if counts[1] > 3:
@@ -84,6 +94,17 @@ def test_the_loader_stands_before_a_step_until_it_is_taken():
     assert list(step.micro_batches) == [-3, -4] and loader.position == 4
     assert step.counts.tolist() == step.counts_on_host.tolist() == [7, 2]
     assert not data.is_agreed and len(times) == 2
+
+
+def test_rows_that_stay_empty_are_told_once_and_by_one_rank(caplog, monkeypatch):
+    data, other = step_data(Loader()), step_data(Loader())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2 * FIRST_STEPS):
+            next(data)
+        monkeypatch.setenv("RANK", "1")
+        for _ in range(FIRST_STEPS):
+            next(other)
+    assert caplog.messages == [f"rows stay empty, at {FIRST_STEPS}"]
 
 
 def test_an_error_between_micro_batches_leaves_the_loader_before_those_that_were_read():
