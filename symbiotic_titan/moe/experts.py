@@ -21,7 +21,7 @@ from symbiotic_titan.moe.kernels import (
 )
 from symbiotic_titan.moe.partition import MoEArgs
 from symbiotic_titan.moe.record import RoutingRecord
-from symbiotic_titan.moe.router import Router, is_any_modality
+from symbiotic_titan.moe.router import Router, is_any_modality, uniform_by_fan_in
 
 # (rows (N, D), w1, w2, w3, rows of each expert) -> (N, D), as ``grouped_swiglu``.
 SwiGLUKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -30,7 +30,7 @@ SwiGLUKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 class GroupedExperts(nn.Module):
     """One group's SwiGLU experts ``w2(silu(w1 x) * w3 x)`` with stacked weights: w1, w3 (E, F, D) and w2 (E, D, F).
 
-    Created uninitialised, as in every module; ``model.initialize`` sets the values.
+    Created with the values that ``nn.Linear`` would give each expert; ``model.initialize`` sets those of a run.
     """
 
     swiglu: SwiGLUKernel  # the float8 converter and torch.compile replace it
@@ -41,6 +41,11 @@ class GroupedExperts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.w1, self.w2, self.w3):
+            uniform_by_fan_in(weight)
 
     def forward(self, rows_ND: Tensor, counts_e: Tensor) -> Tensor:
         """(N, D). ``counts_e``: rows of each expert on this rank; they sum to N."""
@@ -64,10 +69,17 @@ class SharedExpert(nn.Module):
         self.shield_modalities = args.shield_modalities
         self.shield_mode = args.shield_mode
 
-    def forward(self, x_TD: Tensor, modality_T: Tensor, shield_scale: Tensor) -> Tensor:
-        """(T, D). ``shield_scale``: 0-dim tensor, factor on the gradient of shielded tokens; 1 means no shield."""
+    def forward(
+        self, x_TD: Tensor, modality_T: Tensor, shield_scale: Tensor | float | None
+    ) -> Tensor:
+        """(T, D). ``shield_scale``: see ``PartitionedMoE``."""
         if not self.shield_modalities:
             return self._swiglu(x_TD, lambda layer, y: layer(y))
+        if shield_scale is None:
+            raise ValueError(
+                f"shield_modalities = {self.shield_modalities} needs a shield_scale in every call: 0 stops the gradient of these "
+                "tokens in the shared expert, 1 lets all of it through; without a shield, leave shield_modalities empty"
+            )
         shielded_T = is_any_modality(modality_T, self.shield_modalities)
         factors_T = token_factors(shielded_T, shield_scale)
         if self.shield_mode == "output":
@@ -88,7 +100,8 @@ class PartitionedMoE(nn.Module):
     """A mixture of experts in which a token is routed inside the group of its modality (arXiv 2604.07753).
 
     Parameters: ``router.<g>.weight``, ``experts.<g>.{w1,w2,w3}``, ``shared_experts.{w1,w2,w3}.weight`` and, with a gate,
-    ``shared_experts.gate.weight``.
+    ``shared_experts.gate.weight``. Each matrix begins as that of an ``nn.Linear``; built on ``meta``, every module that owns some has
+    ``reset_parameters`` for after ``to_empty``.
     """
 
     dispatcher: Dispatcher  # expert parallelism replaces it
@@ -114,15 +127,19 @@ class PartitionedMoE(nn.Module):
         self,
         x_TD: Tensor,
         modality_T: Tensor,
-        shield_scale: Tensor,
+        shield_scale: Tensor | float | None = None,
         *,
         modality_counts: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, RoutingRecord]:
         """((T, D) in the dtype of ``x_TD``, record).
 
         modality_T: integers of ``sequence.modality``. Padding is neither routed nor counted; its routed output is 0.
-        shield_scale: 0-dim float tensor, factor on the gradient of shielded tokens in the shared expert; 1 means no shield.
+        shield_scale: factor on the gradient that tokens of ``shield_modalities`` send through the shared expert; 1 means no shield.
+            Needed only where there are such modalities. As a 0-dim tensor, it can change without a recompilation.
         modality_counts: tokens of each modality in ``modality_T``; without it the host waits for the device to count them.
+
+        Raises:
+            ValueError: there are ``shield_modalities``, and no ``shield_scale``.
         """
         group_tokens = None
         if modality_counts is not None:

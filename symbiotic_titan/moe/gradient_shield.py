@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def token_factors(shielded_T: Tensor, scale: Tensor) -> Tensor:
+def token_factors(shielded_T: Tensor, scale: Tensor | float) -> Tensor:
     """(T,) float32: ``scale`` for shielded tokens, 1 for the others."""
+    if not isinstance(scale, Tensor):
+        scale = torch.tensor(scale, device=shielded_T.device)
     return torch.where(shielded_T, scale.float(), 1.0)
 
 

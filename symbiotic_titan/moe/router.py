@@ -139,6 +139,12 @@ def unused_places(group_T: Tensor, top_ks: tuple[int, ...]) -> Tensor | None:
 pytree.register_dataclass(Routing)
 
 
+def uniform_by_fan_in(weight: Tensor) -> None:
+    """Fill with the values that ``nn.Linear`` gives its matrix, for matrices stacked on the first dim too. Nothing on ``meta``."""
+    bound = weight.shape[-1] ** -0.5
+    nn.init.uniform_(weight, -bound, bound)
+
+
 class GroupRouter(nn.Module):
     """One group's part of the router: ``weight (E, D)`` and, for choosing only, a float32 buffer ``bias (E,)``."""
 
@@ -147,8 +153,14 @@ class GroupRouter(nn.Module):
     def __init__(self, num_experts: int, dim: int, selection_bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        bias = torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None
+        bias = torch.empty(num_experts, dtype=torch.float32) if selection_bias else None
         self.register_buffer("bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        uniform_by_fan_in(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Router(nn.ModuleDict):

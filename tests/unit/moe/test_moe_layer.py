@@ -1,11 +1,15 @@
 """The whole layer against a plain loop, and what must hold exactly."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 
 from symbiotic_titan.moe.experts import PartitionedMoE
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.modality import PADDING, TEXT, VAE, VIT
+from tests.helpers.forked import ROOT
 from tests.helpers.moe_reference import (
     GROUPS,
     POOL,
@@ -226,7 +230,72 @@ def test_activation_checkpointing_counts_once_and_changes_nothing():
         assert torch.equal(ours, expected)
 
 
-def test_layer_is_built_on_meta_without_memory():
+def test_layer_is_built_on_meta_without_memory_or_random_numbers():
+    before = torch.get_rng_state()
     with torch.device("meta"):
         layer = PartitionedMoE(make_args(shared_hidden_dim=8, selection_bias=True))
     assert {p.device.type for p in layer.parameters()} == {"meta"}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def reset(layer):
+    """What a user does with a model that was built on ``meta``, over memory that held NaN."""
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.data.fill_(float("nan"))
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+@pytest.mark.parametrize("after", [None, reset], ids=["as built", "reset"])
+def test_every_matrix_begins_as_that_of_a_linear_layer(after):
+    torch.manual_seed(0)
+    args = make_args(dim=48, hidden_dim=64, shared_hidden_dim=80, shared_gate=True)
+    layer = PartitionedMoE(replace(args, selection_bias=True))
+    if after is not None:
+        after(layer)
+    for name, weight in layer.named_parameters():
+        bound = weight.shape[-1] ** -0.5
+        assert bool((weight.abs() <= bound).all()), name
+        mean, std = weight.mean().item(), weight.std(correction=0).item()
+        error = 4 / weight.numel() ** 0.5  # four standard errors, generously
+        assert abs(mean) < error * bound and abs(std / bound * 3**0.5 - 1) < error, name
+    assert [b.tolist() for b in layer.buffers()] == [[0.0] * 7, [0.0] * 5]
+    w1_EFD = layer.experts["generation"].w1
+    assert not torch.equal(w1_EFD[0], w1_EFD[1])
+
+
+def test_without_a_shield_no_scale_is_needed_and_a_shield_needs_one():
+    layer = make_layer(make_args(shared_hidden_dim=8))
+    x_TD, modality_T = make_tokens()
+    plain_TD = layer(x_TD, modality_T)[0]
+    assert torch.equal(plain_TD, layer(x_TD, modality_T, NO_SHIELD)[0])
+    shielded = PartitionedMoE(replace(layer.args, shield_modalities=(VAE,)))
+    shielded.load_state_dict(layer.state_dict())
+    with pytest.raises(
+        ValueError, match=r"shield_modalities = \(2,\) needs a shield_scale in every call: 0 stops"
+    ):
+        shielded(x_TD, modality_T)
+
+    def shared_grads(scale):
+        out_TD, _ = shielded(x_TD, modality_T, scale)
+        return torch.autograd.grad(out_TD.sum(), [*shielded.shared_experts.parameters()])
+
+    whole = shared_grads(1.0)
+    for part, same, all_of_it in zip(
+        shared_grads(0.25), shared_grads(torch.tensor(0.25)), whole, strict=True
+    ):
+        assert torch.equal(part, same) and not torch.equal(part, all_of_it)
+
+
+def test_the_example_of_the_python_api_computes_and_trains():
+    page = (ROOT / "docs" / "reference" / "api.md").read_text()
+    [code] = re.findall(r"^```python\n(import torch\n.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(compile(code, "api.md", "exec"), names)  # the page's own block
+    out_TD, loss, moe = (names[key] for key in ("out_TD", "loss", "moe"))
+    assert out_TD.shape == (100, 64) and 0.005 < out_TD.std().item() < 1
+    assert 0 < loss.item() < 2
+    for name, parameter in moe.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+        assert parameter.grad.abs().max() > 0, name

@@ -68,8 +68,8 @@ def test_tokens_whose_top_k_is_inside_the_group_get_exactly_the_same_output(tmp_
     args = tiny_args(groups=BIMODAL, **switches)
     partition_checkpoint(source, args, plan, tmp_path / "out")
     split = read_model(args, tmp_path / "out")
-    x_TD = torch.randn(40, 32)
-    modality_T = torch.tensor([TEXT, VIT, VAE, TEXT]).repeat(10)
+    x_TD = torch.randn(80, 32)
+    modality_T = torch.tensor([TEXT, VIT, VAE, TEXT]).repeat(20)
     for layer, row in zip(("1", "2"), plan.order, strict=True):
         whole, parts = model.layers[layer].moe, split.layers[layer].moe
         chosen_TK = whole.router(x_TD, modality_T).experts_TK
