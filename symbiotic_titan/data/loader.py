@@ -22,7 +22,6 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.components.dataloader import BaseDataLoader
 
-from symbiotic_titan.data.filling import advice
 from symbiotic_titan.data.fingerprint import (
     check_fingerprint,
     check_stages,
@@ -34,6 +33,7 @@ from symbiotic_titan.data.fingerprint import (
 from symbiotic_titan.data.stream_state import (
     PipelineSpec,
     StreamState,
+    advice_on_filling,
     check_skip_counts,
     check_skipped,
     count_reasons,
@@ -183,8 +183,7 @@ class PackedLoader(BaseDataLoader):
     @property
     def advice_on_filling(self) -> str | None:
         """A line for the log where the first rows of this rank's streams are not full enough."""
-        fillings = [state["filling"] for state in self._states.values()]
-        return advice(fillings, self._spec.config, self._spec.size)
+        return advice_on_filling(self._spec, list(self._states.values()))
 
     @property
     def position(self) -> States:

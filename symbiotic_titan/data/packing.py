@@ -1,11 +1,14 @@
-"""Packing: which documents share a packed sequence. Its tensors are made in ``data.sequence_builder``."""
+"""Packing: which documents share a packed sequence, and which setting keeps it from being full. Its tensors are made in
+``data.sequence_builder``."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from symbiotic_titan.data.documents import (
     Document,
 )
+from symbiotic_titan.sequence.tasks import task_names
 
 
 @dataclass(frozen=True)
@@ -133,3 +136,63 @@ def fullest(waiting: list[Document], size: SequenceSize) -> list[int]:
 def _side_by_side(values: list[int], width: int) -> int:
     """``values`` as the fields of one integer; none is negative, each has at most ``width`` bits."""
     return sum(value << width * number for number, value in enumerate(values))
+
+
+# ---- how full the sequences are -------------------------------------------------------------------------------------------
+
+# Share of the positions of a sequence, on average, below which a setting is wrong more likely than not.
+LEAST_FULL = 0.8
+# Sequences of a stream that are looked at. Looking compares a sequence that is not full with every waiting document.
+NUM_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Filling:
+    """The first sequences that a stream made since the start.
+
+    rows:    their number.
+    tokens:  positions that are used.
+    limits:  key of the config -> sequences that are less than ``LEAST_FULL`` because of it.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    limits: Counter[str] = field(default_factory=Counter)
+
+    def after(
+        self, chosen: Sequence[Document], waiting: Sequence[Document], size: SequenceSize
+    ) -> "Filling":
+        """With one more sequence, of the ``chosen`` documents, while others are ``waiting``. Past ``NUM_ROWS`` nothing is added."""
+        if self.rows >= NUM_ROWS:
+            return self
+        left = size
+        for document in chosen:
+            left = left.minus(document)
+        limits, used = Counter(self.limits), size.num_tokens - left.num_tokens
+        if used < LEAST_FULL * size.num_tokens:
+            limits[limiting(left, waiting)] += 1
+        return Filling(self.rows + 1, self.tokens + used, limits)
+
+
+def limiting(left: SequenceSize, waiting: Iterable[Document]) -> str:
+    """The key of the config that refuses most of the ``waiting`` documents for which a sequence has positions ``left``; that of its length
+    where it has none for any."""
+    refused: Counter[str] = Counter()
+    lengths = [document.num_tokens for document in waiting]
+    if not lengths:
+        return "data.lookahead"
+    for document in waiting:
+        if document.num_tokens <= left.num_tokens:
+            refused.update(_refusals(left, document) or ["data.packing"])
+    return refused.most_common(1)[0][0] if refused else "training.seq_len"
+
+
+def _refusals(left: SequenceSize, document: Document) -> list[str]:
+    keys = []
+    if document.num_vit_tokens > left.num_vit_tokens:
+        keys.append("data.max_vit_tokens")
+    if document.num_vae_tokens > left.num_vae_tokens:
+        keys.append("data.max_vae_tokens")
+    if document.num_tokens > left.of_task(document.task):
+        keys.append(f"data.max_row_share.{task_names()[document.task]}")
+    return keys

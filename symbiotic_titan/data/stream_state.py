@@ -1,5 +1,6 @@
 """What determines the streams, and the state of each between two sequences, which checkpoints hold."""
 
+from collections import Counter
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict, cast
@@ -8,10 +9,9 @@ import numpy as np
 
 from symbiotic_titan.config.data import Data, DataSource
 from symbiotic_titan.data.documents import Document
-from symbiotic_titan.data.filling import Filling
 from symbiotic_titan.data.formats.shard import REASONS, Sample, Shard
 from symbiotic_titan.data.mixture import integer_weights
-from symbiotic_titan.data.packing import SequenceSize
+from symbiotic_titan.data.packing import LEAST_FULL, Filling, SequenceSize
 from symbiotic_titan.data.sequence_builder import SequenceBuilder
 
 
@@ -225,3 +225,38 @@ def check_skip_counts(spec: PipelineSpec, counts: list[int], last: str = "") -> 
         f"skipped {sum(skipped)} bad samples ({named}) of {num_read} read, {sum(skipped) / num_read:.2%}, more than {limits}{last}; "
         f"list them with symbiotic check-data and repair the shards, or {remedy}"
     )
+
+
+def advice_on_filling(spec: PipelineSpec, states: list[StreamState]) -> str | None:
+    """A line that names the setting that keeps most of the first sequences from being full, and what to do; None if they are full."""
+    fillings, size = [state["filling"] for state in states], spec.size
+    rows = sum(filling.rows for filling in fillings)
+    used = sum(filling.tokens for filling in fillings) / max(rows * size.num_tokens, 1)
+    limits = sum((filling.limits for filling in fillings), Counter[str]())
+    if not rows or used >= LEAST_FULL or not limits:
+        return None
+    key, count = limits.most_common(1)[0]
+    value, remedy = _value_and_remedy(key, spec.config, size)
+    what = (
+        "no other sample waited" if key == "data.lookahead" else "samples that waited were left out"
+    )
+    return (
+        f"rows are {used:.0%} full in the first steps, the rest is padding. In {count} of {rows} rows {what} because of {key} = {value}: "
+        f"{remedy}; symbiotic show-batch shows the effect"
+    )
+
+
+def _value_and_remedy(key: str, config: Data, size: SequenceSize) -> tuple[object, str]:
+    if key == "training.seq_len":
+        others = [f"data.lookahead = {config.lookahead}"]
+        if config.packing == "longest_first":
+            others.append("set data.packing = 'fullest'")
+        return size.num_tokens, f"raise it, or {', or '.join(others)}"
+    if key == "data.packing":
+        return repr(config.packing), "choose another, such as 'fullest'"
+    if key.startswith("data.max_row_share."):
+        share = config.max_row_share[key.rpartition(".")[2]]
+        return share, "raise it, or lower the weights of this task's sources"
+    if key == "data.lookahead":
+        return config.lookahead, "raise it, so that more samples wait"
+    return getattr(config, key.removeprefix("data.")), "raise it, or set 0 for as many as fit"

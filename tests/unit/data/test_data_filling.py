@@ -6,8 +6,7 @@ from itertools import islice
 import pytest
 
 from symbiotic_titan.data.documents import Document, TextSegment
-from symbiotic_titan.data.filling import NUM_ROWS, Filling, limiting
-from symbiotic_titan.data.packing import SequenceSize
+from symbiotic_titan.data.packing import NUM_ROWS, Filling, SequenceSize, limiting
 from symbiotic_titan.sequence.tasks import task_number
 from tests.unit.data.test_data_packing import vae, vit
 
