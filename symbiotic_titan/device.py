@@ -9,6 +9,7 @@ torch is imported where it is used: this module belongs to the package, and ``sy
 
 import importlib
 import importlib.util
+import logging
 import os
 import resource
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 _UTILS = "torchtitan.tools.utils"
+_PROFILING = "torchtitan.tools.profiling"
 _ATTENTION = "torchtitan.models.attention"
 
 
@@ -125,6 +128,40 @@ class CpuDeviceModule:
         }
 
 
+@contextmanager
+def profiling_on_cpu(
+    profiling_config: Any, *, global_step: int = 0, base_folder: str = "", leaf_folder: str = ""
+) -> Iterator[Any]:
+    """torchtitan's ``maybe_enable_profiling``, whose list of what to profile torch refuses without an accelerator."""
+    if not profiling_config.enable_profiling:
+        yield None
+        return
+    import torch
+
+    logger, rank = logging.getLogger(), torch.distributed.get_rank()
+    folder = Path(base_folder, profiling_config.save_traces_folder)
+    warmup, active = profiling_config.profiler_warmup, profiling_config.profiler_active
+
+    def write(profiler: torch.profiler.profile) -> None:
+        path = folder / f"iteration_{profiler.step_num}" / leaf_folder / f"rank{rank}_trace.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        logger.info(f"profiler: wrote {path}")
+
+    logger.info(f"profiler: traces are written to {folder}")
+    cycle = torch.profiler.schedule(
+        wait=profiling_config.profile_freq - warmup - active, warmup=warmup, active=active
+    )
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU],
+        schedule=cycle,
+        on_trace_ready=write,
+        record_shapes=True,
+    ) as profiler:
+        profiler.step_num = global_step
+        yield profiler
+
+
 def stub_triton_kernels() -> None:
     """Replace torchtitan's Triton kernels by stubs where Triton is missing; this project never calls them."""
     name = "torchtitan.models.moe.kernels"
@@ -147,6 +184,7 @@ def _tell_cpu() -> None:
         "get_device_info": lambda: ("cpu", CpuDeviceModule),
         # A CPU has no listed peak, so metrics leave utilisation out.
         "get_peak_flops": lambda device_name: float("nan"),
+        "maybe_enable_profiling": profiling_on_cpu,
     }
     for name, module in list(sys.modules.items()):
         if module is not None and name.split(".")[0] == "torchtitan":
@@ -180,7 +218,11 @@ def _then_tell_cpu() -> Iterator[None]:
 # Modules that are loaded differently on a machine without an accelerator -> what surrounds their execution. The attention module
 # compiles kernels that need one.
 _ON_CPU: Mapping[str, Callable[[], AbstractContextManager[None]]] = MappingProxyType(
-    {_UTILS: _then_tell_cpu, _ATTENTION: _without_compiler}
+    {
+        _UTILS: _then_tell_cpu,
+        _PROFILING: _then_tell_cpu,
+        _ATTENTION: _without_compiler,
+    }
 )
 
 

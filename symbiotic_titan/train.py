@@ -34,12 +34,13 @@ STATUSES: dict[type[Exception], int] = {
     NothingToDo: 0,
 }
 
-# Warnings of torch, once for each module on each rank, that mean nothing here: no output of a module is changed in place, no weight is
-# drawn by DTensor, and the groups whose timeout cannot be set have one member.
+# Warnings of torch, most of them once for each module on each rank, that mean nothing here: no output of a module is changed in place, no
+# weight is drawn by DTensor, the groups whose timeout cannot be set have one member, and a profile is written at the end of its cycle.
 MEANINGLESS = (
     "FSDP2-wrapped module .* returned a view tensor",
     "DTensor random operators may not have complete support on cpu",
     "DTensor manual_seed.* may not have complete support on cpu",
+    "Warning: Profiler clears events at the end of each cycle",
     "Set timeout is now only supported for either nccl or gloo",
 )
 

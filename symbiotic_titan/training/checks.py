@@ -40,7 +40,6 @@ def check_device(config: JobConfig, args: ModelArgs) -> None:
             "training.enable_cpu_offload = True needs an accelerator: without one the weights are on the CPU already; remove it"
         )
     for key, why in (
-        ("profiling.enable_profiling", "torchtitan traces one's kernels"),
         ("profiling.enable_memory_snapshot", "it records the allocations of one's memory"),
         ("training.gc_debug", "it looks for tensors in one's memory"),
     ):
@@ -68,13 +67,18 @@ def check_installed(config: JobConfig) -> None:
 
 
 def check_profiling(config: JobConfig) -> None:
-    """A cycle of the profiler must have room for its warmup and its active steps."""
+    """A cycle of the profiler must have room for its warmup and its active steps, and a run for a cycle."""
     profiling = config.profiling
     needed = profiling.profiler_warmup + profiling.profiler_active
     if profiling.enable_profiling and profiling.profile_freq < needed:
         raise ValueError(
             f"profiling.profile_freq = {profiling.profile_freq}: must be at least profiling.profiler_warmup + profiler_active = {needed}; "
             "raise it"
+        )
+    if profiling.enable_profiling and profiling.profile_freq > config.training.steps:
+        logger.warning(
+            f"profiling.enable_profiling = true has no effect: the first trace is written at step profiling.profile_freq = "
+            f"{profiling.profile_freq}, after training.steps = {config.training.steps}; lower it"
         )
 
 

@@ -183,6 +183,12 @@ SIGNATURES = {
     "tools.utils.get_device_info": (),
     "tools.utils.get_peak_flops": ("device_name",),
     "tools.logging.init_logger": (),
+    "tools.profiling.maybe_enable_profiling": (
+        "profiling_config",
+        "global_step",
+        "base_folder",
+        "leaf_folder",
+    ),
 }
 
 # Names that are imported as types, values or exceptions: they only have to exist.

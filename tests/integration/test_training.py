@@ -1,6 +1,7 @@
 """The main job end to end: it learns, repeats, resumes, stops, and gives the same losses however it is spread out."""
 
 import functools
+import json
 import shutil
 import signal
 import subprocess
@@ -180,10 +181,24 @@ def test_a_run_begins_with_an_export_as_with_the_checkpoint_it_was_made_of(tmp_p
     assert refused.status == 2 and "set checkpoint.initial_load_model_only" in refused.text
 
 
-def test_full_activation_checkpointing_counts_records_once(tmp_path, demo, reference):
-    run = launch(tmp_path, demo, training__steps=6, activation_checkpoint__mode="full")
+def test_full_activation_checkpointing_counts_records_once_and_is_profiled(
+    tmp_path, demo, reference
+):
+    profiling = {"enable_profiling": True, "profile_freq": 5}
+    run = launch(
+        tmp_path,
+        demo,
+        training__steps=6,
+        activation_checkpoint__mode="full",
+        **{f"profiling__{key}": value for key, value in profiling.items()},
+    )
     tags = (*LOSSES, "routing/capacity_rate/all", "tokens/vae")
     assert_same(run, reference, tags=tags, last=6, rtol=1e-5)
+    (trace,) = (path for path in (tmp_path / "profile_traces").rglob("*") if path.is_file())
+    assert trace == tmp_path / "profile_traces/iteration_5/rank0_trace.json"
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"aten::mm", "Optimizer.step#AdamW.step"} <= {event.get("name") for event in events}
+    assert "Warning" not in run.text
 
 
 def test_global_balance_of_two_micro_batches_equals_one_of_twice_the_rows(tmp_path, demo):

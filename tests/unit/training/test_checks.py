@@ -128,7 +128,6 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
         ),
         ("--activation_checkpoint.mode memory_budget", "'memory_budget' is not supported"),
         ("--checkpoint.async_mode async_with_pinned_mem", "needs an accelerator; use 'async'"),
-        ("--profiling.enable_profiling", "enable_profiling = true needs an accelerator: torchti"),
         ("--profiling.enable_memory_snapshot", "enable_memory_snapshot = true needs an accelera"),
         (
             "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op --activation_checkpoint.debug",
@@ -279,6 +278,16 @@ def test_a_stage_changes_the_rate_of_a_trained_group(tmp_path):
     assert str(error.value) == expected
     with pytest.raises(ValueError, match=r"#1.lr.some: the group is frozen, so it has no learning"):
         check("some", frozen="frozen = true\n")
+
+
+def test_a_run_that_ends_before_its_first_trace_is_pointed_out(tmp_path, caplog):
+    profiled = ["--profiling.enable_profiling", "--profiling.profile_freq", "20"]
+    check_job(config_of(tmp_path, "--training.steps", "20", *profiled))
+    assert "has no effect" not in caplog.text
+    check_job(config_of(tmp_path, "--training.steps", "19", *profiled))
+    assert (
+        "enable_profiling = true has no effect: the first trace is written at step" in caplog.text
+    )
 
 
 def test_a_stage_after_the_last_step_is_pointed_out(tmp_path, caplog):
