@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# The checkout of the repository; of a package that was installed from a wheel, the folder that it lies in.
+ROOT = Path(__file__).resolve().parents[1]
+
 # Exit statuses; docs/running.md explains them.
 MISTAKE = 2
 DISK_FULL = 3
@@ -173,6 +176,19 @@ def is_running(pid: int, start: str = "") -> bool:
     except PermissionError:
         pass  # it does, and belongs to another user
     return True
+
+
+def check_checkout(root: Path, file: str) -> None:
+    """Pass if ``root`` has a file or folder of the repository that is not in a wheel.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if not (root / file).exists():
+        raise ValueError(
+            f"this command needs {file} of the repository, which {root} does not have: a package that was installed without its "
+            "repository has no such files; clone the repository, run tools/setup_env.sh there, and use the command of its .venv"
+        )
 
 
 def exit_status(

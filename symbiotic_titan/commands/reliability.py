@@ -23,11 +23,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from symbiotic_titan.process import ProgressLine, duration, exit_status
+from symbiotic_titan.process import ROOT, ProgressLine, check_checkout, duration, exit_status
 from symbiotic_titan.reliability.campaign import KINDS, Chain, Findings, Settings, reference
-from symbiotic_titan.reliability.runs import LAYOUTS, ROOT, Layout
+from symbiotic_titan.reliability.runs import LAYOUTS, Layout
 
 ALL_KINDS = (*KINDS, "damage")
+SCRIPT = "run_train.sh"
 
 
 class Campaign:
@@ -157,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--trials, --steps and --at-once must be at least 1")
     settings = Settings(
         folder=options.out.resolve(),
-        command=(str(ROOT / "run_train.sh"),),
+        command=(str(ROOT / SCRIPT),),
         arguments=tuple(overrides),
         steps=options.steps,
         patience=options.patience,
@@ -168,6 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     campaign = Campaign(settings, layouts, options.at_once, options.trials)
 
     def run() -> None:
+        check_checkout(ROOT, SCRIPT)
         findings = campaign.run(options.minutes)
         print_table(findings)
         print(json.dumps(findings.as_dict()))

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic_titan.config.files import check_output_folder, read_json, write_json
-from symbiotic_titan.process import DiskFull, exit_status
+from symbiotic_titan.process import ROOT, DiskFull, check_checkout, exit_status
 from symbiotic_titan.study.queue import Queue
 from symbiotic_titan.study.record import recorded
 from symbiotic_titan.study.runs import START, StudyRun, find_runs
 from symbiotic_titan.study.stages import (
+    FOLDER,
     Scale,
     all_stages,
     bytes_of,
@@ -34,7 +35,6 @@ from symbiotic_titan.study.stages import (
     systems_of,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = "study"  # the kind of OUT/settings.json
 # Student's t needs at least one degree of freedom.
 FEWEST_SEEDS = 2
@@ -192,9 +192,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
-    os.chdir(ROOT)
+
+    def run() -> None:
+        check_checkout(ROOT, str(FOLDER))
+        os.chdir(ROOT)
+        reproduce(options)
+
     return exit_status(
-        lambda: reproduce(options),
+        run,
         (OSError, RuntimeError, ValueError),
         f"stopped; the same command goes on: symbiotic {' '.join(sys.argv[1:]) if arguments is None else 'reproduce'}",
     )

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from symbiotic_titan.process import ROOT
 from symbiotic_titan.reliability.runs import (
-    ROOT,
     Started,
     launchers_of,
     ranks_of,

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from symbiotic_titan.process import process_fields
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = "checkpoint"
 STARTS = re.compile(r"Training starts at step (\d+)")
 STEP = re.compile(r"step: *(\d+) ")

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic_titan.config.files import read_json, write_json
+from symbiotic_titan.process import ROOT
 
 FILE, KIND = "record.json", "study record"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def read_record(out: Path) -> dict[str, Any]:
