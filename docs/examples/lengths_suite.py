@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from symbiotic_titan.evaluation.suite import SUITES, Progress, Scores, Suite, measure
+from symbiotic_titan.evaluation.suite import SUITES, Progress, Scores, Suite, measure_mean
 from symbiotic_titan.inference.generator import Generator
 
 
@@ -27,8 +27,7 @@ def run(generator: Generator, options: Options, folder: Path, progress: Progress
         max_tokens=32,
         advance=progress("answers", options.answers),
     )
-    mean = sum(len(text.text) for text in texts) / options.answers
-    return {"lengths/characters": measure(mean, number=options.answers)}
+    return {"lengths/characters": measure_mean([len(text.text) for text in texts])}
 
 
 SUITES.register("lengths", Suite("lengths", "how much the model says", Options, run))

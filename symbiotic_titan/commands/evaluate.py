@@ -1,4 +1,4 @@
-"""Score checkpoints: runs suites, and shows each score with its chance level and its upper bound.
+"""Score checkpoints: runs suites, and shows each score with its interval of 95 %, its chance level and its upper bound.
 
 Examples:
     symbiotic evaluate outputs/mini --suite demo_world
@@ -12,9 +12,10 @@ A checkpoint is its folder, .../step-N, or that of a run, whose newest complete 
 config as --section.key value. A module in --experimental.custom_import is imported besides the one that a config names; one that only a
 run's kept config names is not, unless --config names that file.
 
-The table is printed, and everything is written below --out, a folder per checkpoint: <suite>.json, and <suite>/ with images and
-answers. A suite that was finished with the same settings is not run again, and existing images are reused. With --compare one table
-shows all, and OUT/comparison.json holds it.
+The table is printed, and everything is written below --out, a folder per checkpoint: <suite>-<options>.json, and <suite>-<options>/ with
+images and answers. <options> is a hash of the suite's options, so that scores with others stay beside it. A suite that was finished with
+the same options is not run again unless a file that they name has changed, and existing images are reused. With --compare one table shows
+all, and OUT/comparison.json holds it. symbiotic plot --evaluation OUT shows scores over training steps.
 
 torchrun spreads a model that is too large for one device over several processes, as its config says.
 """

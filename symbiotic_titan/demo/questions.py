@@ -10,6 +10,7 @@ from symbiotic_titan.demo.scenes import COLOURS, PLACES, RELATIONS, SHAPES
 from symbiotic_titan.evaluation.suite import (
     Score,
     Scores,
+    measure_mean,
 )
 
 # Kind of question -> beginning of a question -> what it asks for. The longest beginning counts; other questions are "other" in both.
@@ -95,5 +96,5 @@ def _measure(rows: list[tuple[bool, str, str]]) -> Score:
     for _, wording, true in rows:
         answers[wording][true] += 1
     blind = sum(counts.most_common(1)[0][1] for counts in answers.values())
-    right, number = sum(is_right for is_right, *_ in rows), len(rows)
-    return Score(score=right / number, chance=blind / number, upper_bound=1.0, number=number)
+    right = [is_right for is_right, *_ in rows]
+    return measure_mean(right, chance=blind / len(rows), upper_bound=1.0)

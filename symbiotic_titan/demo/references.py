@@ -9,17 +9,14 @@ Items are lines of JSON with the columns of MMLU: {"question": "...", "choices":
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from symbiotic_titan.data.order import hash_key
-from symbiotic_titan.evaluation.suite import (
-    Score,
-    Scores,
-)
+from symbiotic_titan.evaluation.suite import Scores, measure_mean
 
 NUM_CHOICES = 4
 # A sentence is cut after one of these words: much can follow them.
@@ -212,19 +209,16 @@ def choice_score(items: Sequence[ChoiceItem], loglikelihood: LogLikelihood) -> S
     results = loglikelihood(pairs)
     assert len(results) == len(pairs), "one log-likelihood per pair"
     likelihoods = iter([value for value, _ in results])
-    right: Counter[str] = Counter()
+    right: dict[str, list[bool]] = {"accuracy": [], "accuracy_per_character": []}
     for item in items:
         values = [next(likelihoods) for _ in item.choices]
         per_character = [v / len(c) for v, c in zip(values, item.choices, strict=True)]
-        right["accuracy"] += _best(values) == item.answer
-        right["accuracy_per_character"] += _best(per_character) == item.answer
-    number = len(items)
-    chance = sum(1 / len(item.choices) for item in items) / number
+        right["accuracy"].append(_best(values) == item.answer)
+        right["accuracy_per_character"].append(_best(per_character) == item.answer)
+    chance = sum(1 / len(item.choices) for item in items) / len(items)
     return {
-        f"knowledge/{name}": Score(
-            score=right[name] / number, chance=chance, upper_bound=1.0, number=number
-        )
-        for name in ("accuracy", "accuracy_per_character")
+        f"knowledge/{name}": measure_mean(found, chance=chance, upper_bound=1.0)
+        for name, found in right.items()
     }
 
 

@@ -11,6 +11,7 @@ are the bound and blank ones are chance.
 
 from collections.abc import Sequence
 from random import Random
+from statistics import fmean
 
 from PIL import Image
 
@@ -40,6 +41,8 @@ from symbiotic_titan.demo.scene_reader import (
 from symbiotic_titan.evaluation.suite import (
     Score,
     Scores,
+    measure,
+    measure_mean,
 )
 
 # Names of the scores, in the order of tables.
@@ -82,14 +85,11 @@ def demo_world_score(
         for image, n in zip(_new_pictures(captions * NEW_SETS), pixels * NEW_SETS, strict=True)
     ]
     reader = reader or DigitReader()
-    facts, at_best = (_mean_facts(captions, pictures, reader) for pictures in (made, real))
-    by_chance = _mean_facts(captions * NEW_SETS, new, reader)
+    facts, at_best = (_facts(captions, pictures, reader) for pictures in (made, real))
+    by_chance = _facts(captions * NEW_SETS, new, reader)
     scores = {
-        name: Score(
-            score=facts[name][0],
-            chance=by_chance[name][0],
-            upper_bound=at_best[name][0],
-            number=facts[name][1],
+        name: measure_mean(
+            facts[name], chance=fmean(by_chance[name]), upper_bound=fmean(at_best[name])
         )
         for name in PICTURE_SCORES
         if name in facts
@@ -103,7 +103,7 @@ def _distance(made: list[Image.Image], real: list[Image.Image], new: list[Image.
     """Distances from the real pictures: of those made, of blank ones (chance) and of new ones (the bound)."""
     blank = [Image.new("RGB", image.size, scenes.BACKGROUNDS["gray"]) for image in made]
     score, chance, upper_bound = (frechet_distance(p, real) for p in (made, blank, new))
-    return Score(score=score, chance=chance, upper_bound=upper_bound, number=len(made))
+    return measure(score, chance=chance, upper_bound=upper_bound, number=len(made))
 
 
 def check_picture(
@@ -119,15 +119,15 @@ def check_picture(
     return {"scene/all_correct": all_correct} | {f"scene/{k}": v for k, v in facts.items()}
 
 
-def _mean_facts(
+def _facts(
     captions: list[ParsedCaption], images: list[Image.Image], reader: DigitReader
-) -> dict[str, tuple[float, int]]:
-    """Name -> (mean over the captions that mention it, their number)."""
+) -> dict[str, list[float]]:
+    """Name -> the share of it that is right, for each of the captions that mention it."""
     values: dict[str, list[float]] = {}
     for caption, image in zip(captions, images, strict=True):
         for name, value in check_picture(caption, image, reader).items():
             values.setdefault(name, []).append(value)
-    return {name: (sum(found) / len(found), len(found)) for name, found in values.items()}
+    return values
 
 
 def _new_pictures(captions: list[ParsedCaption]) -> list[Image.Image]:

@@ -141,7 +141,7 @@ def score_pictures(
         )
         for number, sample in enumerate(samples)
     ]
-    images = generate_images(generator, requests, options, progress)
+    images = generate_images(generator, requests, options, progress, folder)
     if is_first_process():
         shown = slice(min(NUM_SHOWN, len(images)))
         pairs = [_beside(i, s.image) for i, s in zip(images[shown], samples[shown], strict=True)]

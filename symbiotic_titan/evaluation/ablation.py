@@ -11,10 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from symbiotic_titan.evaluation.kept import NONE, SHARED_ONLY
 from symbiotic_titan.moe.experts import PartitionedMoE
 
-NONE = "none"
-SHARED_ONLY = "shared_only"
 _WITHOUT = "without:"
 
 

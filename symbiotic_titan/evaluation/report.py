@@ -1,17 +1,14 @@
-"""Tables of scores: of one evaluation target, or of several side by side."""
+"""Tables of scores with their intervals: of one evaluation target, or of several side by side."""
 
 from collections.abc import Mapping, Sequence
 
-from symbiotic_titan.evaluation.suite import (
-    Score,
-    Scores,
-)
+from symbiotic_titan.evaluation.suite import Score, Scores
 
 _MISSING = "-"
 
 
 def comparison_table(columns: Mapping[str, Scores]) -> str:
-    """A row per score, a column per label of ``columns``, then chance, upper bound and number.
+    """A row per score, a column per label of ``columns`` with ``score [low, high]``, then chance, upper bound and number.
 
     The last three come from the first column that has the score. A row gets a * if they differ by more than 1 % in another
     column, as with a Fréchet distance or other settings.
@@ -19,7 +16,7 @@ def comparison_table(columns: Mapping[str, Scores]) -> str:
     names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
     header = ["", *columns, "chance", "upper bound", "number"]
     rows = [_row(name, [scores.get(name) for scores in columns.values()]) for name in names]
-    return _aligned([header, *rows])
+    return _aligned([header, *rows], 1 + len(columns))
 
 
 def _row(name: str, found: Sequence[Score | None]) -> list[str]:
@@ -28,7 +25,7 @@ def _row(name: str, found: Sequence[Score | None]) -> list[str]:
     marked = any(_differ(first, other) for other in known[1:])
     return [
         name + " *" * marked,
-        *(_cell(score and score["score"]) for score in found),
+        *(_score_cell(score) for score in found),
         _cell(first["chance"]),
         _cell(first["upper_bound"]),
         str(first["number"]),
@@ -51,13 +48,21 @@ def _cell(value: float | None) -> str:
     return _MISSING if value is None else f"{value:.3f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Names are aligned left, numbers right."""
+def _score_cell(score: Score | None) -> str:
+    if score is None or score["interval"] is None:
+        return _cell(score and score["score"])
+    low, high = score["interval"]
+    return f"{score['score']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """The first ``left`` columns are aligned left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        ).rstrip()
+    cells = [
+        [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         for row in rows
-    )
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in cells)

@@ -1,7 +1,4 @@
-"""Run suites on a target, each once: the scores of a finished suite are read from its file.
-
-OUT/<run>-step-N-<fingerprint>/<suite>.json    settings and scores
-OUT/<run>-step-N-<fingerprint>/<suite>/        the suite's own files: images, answers
+"""Run suites on a target, each once: the scores of a finished suite are read from its file, see ``evaluation.kept``.
 
 Several processes that share a model all compute the same results, and the first one writes them.
 """
@@ -14,12 +11,11 @@ from typing import Any
 
 from symbiotic_titan.config.files import read_json, write_json
 from symbiotic_titan.evaluation.ablation import ablated
+from symbiotic_titan.evaluation.kept import FILES, KIND, files_of, result_file
 from symbiotic_titan.evaluation.suite import Advance, Progress, Scores, Suite
 from symbiotic_titan.evaluation.target import Target, files_hash
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.process import is_first_process
-
-KIND = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class ChosenSuite:
             paths = [Path(word) for word in words if isinstance(word, str)]
             if hashes := [files_hash(path) for path in paths if path.exists()]:
                 files[key] = hashes if isinstance(value, list) else hashes[0]
-        return {**values, "files": files}
+        return {**values, FILES: files}
 
 
 @dataclass(frozen=True)
@@ -76,11 +72,12 @@ def evaluate(
 
 
 def _finished(chosen: ChosenSuite, folder: Path) -> Result | None:
-    path = folder / f"{chosen.suite.name}.json"
+    settings = chosen.settings()
+    path = result_file(folder, chosen.suite.name, settings)
     if not path.exists():
         return None
     values = read_json(path, KIND, ("settings", "scores"))
-    if values["settings"] != chosen.settings():
+    if values["settings"] != settings:  # a file that an option names has changed
         return None
     return Result(chosen.suite.name, path, values["scores"], is_old=True)
 
@@ -88,10 +85,10 @@ def _finished(chosen: ChosenSuite, folder: Path) -> Result | None:
 def _run(
     generator: Generator, chosen: ChosenSuite, folder: Path, target: Target, progress: Progress
 ) -> Result:
-    name = chosen.suite.name
-    path, own_folder = folder / f"{name}.json", folder / name
+    name, settings = chosen.suite.name, chosen.settings()
+    path = result_file(folder, name, settings)
+    own_folder = files_of(path)
     own_folder.mkdir(parents=True, exist_ok=True)
-    settings = chosen.settings()
 
     def named_progress(what: str, total: int) -> Advance:
         return progress(f"{target.label} {name}: {what}", total)

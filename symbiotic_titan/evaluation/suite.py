@@ -7,8 +7,7 @@
 
     def run(generator, options, folder, progress):
         texts = generator.text(["Say something."] * options.prompts, advance=progress("texts", options.prompts))
-        mean = sum(len(text.text) for text in texts) / options.prompts
-        return {"lengths/mean": measure(mean, number=options.prompts)}
+        return {"lengths/mean": measure_mean([len(text.text) for text in texts])}
 
     SUITES.register("lengths", Suite("lengths", "how much a model says", Lengths, run))
 
@@ -16,25 +15,29 @@
 This module imports neither models nor suites, so that registering a suite costs nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
 
+from symbiotic_titan.evaluation import intervals
+from symbiotic_titan.evaluation.intervals import Interval
 from symbiotic_titan.registry import Registry
 
 
 class Score(TypedDict):
     """``score`` of the model, between ``chance`` and ``upper_bound``, from ``number`` samples. Plain data, for JSON.
 
+    interval:    [low, high] of 95 %, see ``evaluation.intervals``.
     chance:      the score without looking at the prompt or at the image.
     upper_bound: the score of the real images or answers under the same rules.
 
-    Both are None where they are unknown.
+    These are None where they are unknown.
     """
 
     score: float
+    interval: list[float] | None
     chance: float | None
     upper_bound: float | None
     number: int
@@ -52,8 +55,8 @@ Progress = Callable[[str, int], Advance]
 
 # (generator, options, folder, progress) -> scores by name, such as "answers/all". The generator is an ``inference.Generator``.
 #
-# folder: exists and belongs to this suite with this checkpoint, config and ablation. Files of an interrupted run are still there,
-# and a suite may continue from them (``suites.generation`` does for images). With several processes only the first may write.
+# folder: exists and belongs to this suite with these options, this checkpoint, config and ablation. Files of an interrupted run are
+# still there, and a suite may continue from them (``suites.generation`` does for images). With several processes only the first may write.
 # Raises ValueError for a user's mistake.
 Run = Callable[[Any, Options, Path, Progress], Scores]
 
@@ -114,8 +117,28 @@ def measure(
     score: float,
     *,
     number: int,
+    interval: Interval | None = None,
     chance: float | None = None,
     upper_bound: float | None = None,
 ) -> Score:
-    """A score over ``number`` samples; chance and upper bound may be unknown."""
-    return Score(score=score, chance=chance, upper_bound=upper_bound, number=number)
+    """A score over ``number`` samples; its interval, chance and upper bound may be unknown."""
+    return Score(
+        score=score,
+        interval=list(interval) if interval else None,
+        chance=chance,
+        upper_bound=upper_bound,
+        number=number,
+    )
+
+
+def measure_mean(
+    values: Collection[float], *, chance: float | None = None, upper_bound: float | None = None
+) -> Score:
+    """The mean of ``values``, one of each sample, with its interval. Where each is 0 or 1 it is a share."""
+    return measure(
+        sum(values) / len(values),
+        number=len(values),
+        interval=intervals.of_mean(values),
+        chance=chance,
+        upper_bound=upper_bound,
+    )

@@ -90,10 +90,11 @@ class Target:
 
     def description(self) -> dict[str, Any]:
         """JSON-able, for the readers of a result."""
+        step = open_model(self.checkpoint).step
         return {
             "label": self.label,
             "checkpoint": str(self.checkpoint),
-            "step": open_model(self.checkpoint).step,
+            "step": step_of(self.checkpoint.absolute()) if step is None else step,
             "flavor": self.config.model.flavor,
             "config": self.config.job.config_file,
             "probe": self.ablation,

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic_titan.config.files import replacing
+from symbiotic_titan.evaluation.kept import newest_result
 from symbiotic_titan.study import runs
 from symbiotic_titan.study.queue import Stage
 from symbiotic_titan.study.runs import Check, Command, StudyRun
@@ -257,8 +258,7 @@ def copy_file(source: Path, out: Path) -> None:
 
 def keep_scores(last: Path, folder: Path, out: Path) -> None:
     """Copy the scores that symbiotic evaluate has written below ``folder``, and delete the checkpoints of the run before its ``last``."""
-    newest = max(folder.glob("*/demo_world.json"), key=lambda path: path.stat().st_mtime)
-    copy_file(newest, out)
+    copy_file(newest_result(folder, "demo_world"), out)
     for path in last.parent.glob("step-*"):
         if path != last:
             shutil.rmtree(path)

@@ -3,6 +3,7 @@ the images of the captions in a file.
 """
 
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from symbiotic_titan.config.files import replacing
 from symbiotic_titan.evaluation.files import check_file, check_limit, read_prompts
+from symbiotic_titan.evaluation.kept import other_results
 from symbiotic_titan.evaluation.suite import Progress
 from symbiotic_titan.flow.solver import SolverOptions
 from symbiotic_titan.inference.generator import Generator
@@ -72,8 +74,10 @@ def generate_images(
     requests: Sequence[ImageRequest],
     settings: ImageSettings,
     progress: Progress,
+    folder: Path | None = None,
 ) -> list[Image.Image]:
-    """An image for each of ``requests``. Files that were generated with these settings before are read instead.
+    """An image for each of ``requests``. Files that were generated with these settings before are read instead, in ``folder``, which is
+    the suite's own, also those that it keeps with other options.
 
     Files are written a batch at a time, so an interrupted run continues after its last batch. An image depends on its prompt,
     the settings and its position among the requests of its size.
@@ -84,7 +88,7 @@ def generate_images(
     images: list[Image.Image | None] = [None] * len(requests)
     missing: dict[Size | None, list[_NumberedRequest]] = defaultdict(list)
     for item in _numbered(requests):
-        images[item.position] = _read(item, settings)
+        images[item.position] = _existing(item, settings, folder)
         if images[item.position] is None:
             missing[item.request.size].append(item)
     advance = progress("image steps", len(requests) * settings.steps)
@@ -138,9 +142,26 @@ def _batches(items: list[_NumberedRequest], batch_size: int) -> Iterator[list[_N
         yield batch
 
 
-def _read(item: _NumberedRequest, settings: ImageSettings) -> Image.Image | None:
+def _existing(
+    item: _NumberedRequest, settings: ImageSettings, folder: Path | None
+) -> Image.Image | None:
+    """The image in its own file, or as it was generated with other options of the suite, whose file is then copied."""
+    path = item.request.path
+    if (image := _read(path, item, settings)) is not None or folder is None:
+        return image
+    for other in other_results(folder):
+        source = other / path.relative_to(folder)
+        if (image := _read(source, item, settings)) is not None:
+            if is_first_process():
+                with replacing(path, ".incomplete") as unfinished:
+                    shutil.copyfile(source, unfinished)
+            return image
+    return None
+
+
+def _read(path: Path, item: _NumberedRequest, settings: ImageSettings) -> Image.Image | None:
     try:
-        with Image.open(item.request.path) as image:
+        with Image.open(path) as image:
             is_same = image.info.get(_NOTE) == item.note(settings)
             return image.convert("RGB") if is_same else None
     except (FileNotFoundError, UnidentifiedImageError):
@@ -181,7 +202,7 @@ def generate_captioned(
     requests = [
         ImageRequest(prompt, folder / "images" / f"{i:05d}.png") for i, prompt in enumerate(prompts)
     ]
-    return prompts, generate_images(generator, requests, options, progress)
+    return prompts, generate_images(generator, requests, options, progress, folder)
 
 
 def stacked(images: Sequence[Image.Image]) -> torch.Tensor:

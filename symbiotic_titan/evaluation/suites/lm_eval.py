@@ -2,22 +2,30 @@
 
     lm_eval/TASK/METRIC   as lm-eval reports it, of tasks and of groups that say how to put their tasks together
 
+The interval is the normal one by lm-eval's standard error. Chance is known of accuracies of multiple choice: one by the number of choices.
+
 In its folder: results.json, the rest of lm-eval's report: versions and settings of the tasks.
 """
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from symbiotic_titan.evaluation.files import check_folder, check_limit
+from symbiotic_titan.evaluation.intervals import Interval, of_error
 from symbiotic_titan.evaluation.suite import Progress, Scores, Suite, measure
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.process import is_first_process
 
 # The keys of lm-eval's results that are kept: those with short values.
 REPORTED = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "n-samples")
+# Beginning of the metrics whose chance is that of a choice at random.
+ACCURACY = "acc"
+# Draws for the standard errors of metrics that have no formula for it.
+BOOTSTRAP = 1000
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ def run_lm_eval(
             raise ValueError(
                 f"--lm_eval.tasks: there is no task {name!r} in {options.folder}, which has {known}"
             )
+    # Its bootstrap would fork processes of their own, which may hang where torch has started threads.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.chdir(options.folder):
         results = lm_eval.simple_evaluate(
             GeneratorLM(generator, batch_size=options.batch_size, progress=progress),
@@ -72,20 +82,52 @@ def run_lm_eval(
             num_fewshot=options.num_fewshot,
             limit=options.limit,
             task_manager=tasks,
-            bootstrap_iters=0,
-            log_samples=False,
+            bootstrap_iters=BOOTSTRAP,
         )
     if is_first_process():
         reported = {name: results[name] for name in REPORTED if name in results}
         path.write_text(json.dumps(reported, indent=1, default=str) + "\n", encoding="utf-8")
+    return lm_eval_scores(results)
+
+
+def lm_eval_scores(results: dict[str, Any]) -> Scores:
+    """The numbers of a report of lm-eval that has its samples."""
     return {
         f"lm_eval/{task}/{key.removesuffix(',none')}": measure(
-            value, number=_num_questions(task, results)
+            value,
+            number=_num_questions(task, results),
+            interval=_interval(value, values.get(key.replace(",", "_stderr,", 1))),
+            chance=_chance(task, results) if key.startswith(ACCURACY) else None,
         )
         for task, values in results["results"].items()
         for key, value in values.items()
         if isinstance(value, float) and "_stderr" not in key
     }
+
+
+def _interval(value: float, standard_error: Any) -> Interval | None:
+    """None where lm-eval has no standard error and says so in letters."""
+    return of_error(value, standard_error) if isinstance(standard_error, float) else None
+
+
+def _chance(task: str, results: dict[str, Any]) -> float | None:
+    """The accuracy of choosing at random, of a task or over all questions of a group; None where it is not multiple choice."""
+    if task not in results["n-samples"]:
+        parts = results["group_subtasks"][task]
+        known = [(_chance(part, results), _num_questions(part, results)) for part in parts]
+        weighted = [chance * number for chance, number in known if chance is not None]
+        return (
+            sum(weighted) / _num_questions(task, results) if len(weighted) == len(known) else None
+        )
+    config = results["configs"][task]
+    if config.get("output_type") != "multiple_choice":
+        return None
+    metrics = [row.get("metric") for row in config.get("metric_list") or []]
+    requests_each = (
+        2 if "acc_mutual_info" in metrics else 1
+    )  # every choice also without the question
+    choices = [len(sample["resps"]) / requests_each for sample in results["samples"][task]]
+    return sum(1 / number for number in choices) / len(choices)
 
 
 def _num_questions(task: str, results: dict[str, Any]) -> int:

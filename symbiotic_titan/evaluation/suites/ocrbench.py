@@ -17,11 +17,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from PIL import Image
 
 from symbiotic_titan.evaluation.files import check_file, check_limit, decoded
-from symbiotic_titan.evaluation.suite import Progress, Scores, Suite, measure
+from symbiotic_titan.evaluation.suite import Progress, Scores, Suite, measure_mean
 from symbiotic_titan.inference.generator import Generator
 from symbiotic_titan.process import is_first_process
 
@@ -135,15 +136,36 @@ def _words(text: str) -> str:
 
 
 def ocr_score(predictions: Sequence[str], questions: Sequence[OcrQuestion]) -> Scores:
-    """Share of right predictions, of all questions and by category."""
+    """Share of right predictions, of all questions and by category.
+
+    Chance is the best score without images: in each of the file's categories always the answer that is right most often.
+    """
     right: dict[str, list[bool]] = defaultdict(list)
+    blind: dict[str, list[bool]] = defaultdict(list)
+    without_images = _blind_answers(questions)
     for prediction, question in zip(predictions, questions, strict=True):
         is_recognition = question.category in TEXT_RECOGNITION
         for name in ("all", "Text Recognition" if is_recognition else question.category):
             right[name].append(is_right(prediction, question))
+            blind[name].append(is_right(without_images[question.category], question))
     return {
-        f"ocrbench/{name}": measure(sum(values) / len(values), upper_bound=1.0, number=len(values))
+        f"ocrbench/{name}": measure_mean(values, chance=fmean(blind[name]), upper_bound=1.0)
         for name, values in right.items()
+    }
+
+
+def _blind_answers(questions: Sequence[OcrQuestion]) -> dict[str, str]:
+    """Category -> of its questions' answers the one that is right for most of them."""
+    by_category: dict[str, list[OcrQuestion]] = defaultdict(list)
+    for question in questions:
+        by_category[question.category].append(question)
+    answers = {
+        category: dict.fromkeys(answer for question in asked for answer in question.answers)
+        for category, asked in by_category.items()
+    }
+    return {
+        category: max(answers[category], key=lambda answer: sum(is_right(answer, q) for q in asked))
+        for category, asked in by_category.items()
     }
 
 

@@ -131,7 +131,7 @@ def run_geneval(
             ImageRequest(row["prompt"], place / "samples" / f"{sample:05d}.png")
             for sample in range(options.samples)
         ]
-    return _count("geneval_images", generator, requests, options, progress)
+    return _count("geneval_images", generator, requests, options, progress, folder)
 
 
 def run_compbench(
@@ -148,7 +148,7 @@ def run_compbench(
                 )
                 for sample in range(options.samples)
             ]
-    return _count("t2i_compbench_images", generator, requests, options, progress)
+    return _count("t2i_compbench_images", generator, requests, options, progress, folder)
 
 
 def _count(
@@ -157,8 +157,9 @@ def _count(
     requests: Sequence[ImageRequest],
     options: ImageSettings,
     progress: Progress,
+    folder: Path,
 ) -> Scores:
-    images = generate_images(generator, requests, options, progress)
+    images = generate_images(generator, requests, options, progress, folder)
     return {f"{suite}/images": measure(len(images), number=len(images))}
 
 

@@ -19,6 +19,7 @@ from symbiotic_titan.demo.write import (
     WorldSize,
     write_world,
 )
+from symbiotic_titan.evaluation.kept import newest_result, read_result, read_results
 from symbiotic_titan.evaluation.suite import SUITES, Suite, measure
 from symbiotic_titan.evaluation.suites.generation import (
     ImageRequest,
@@ -79,7 +80,7 @@ def runs():
     def run(generator, options, folder, progress):
         folders.append(folder)
         requests = [ImageRequest(prompt, folder / f"{prompt}.png") for prompt in ("a", "b")]
-        images = generate_images(generator, requests, options, progress)
+        images = generate_images(generator, requests, options, progress, folder)
         brightness = sum(sum(i.convert("L").histogram()[128:]) for i in images)
         scores = {
             "bright": measure(brightness / 2048, number=2, chance=0.5),
@@ -133,7 +134,18 @@ def test_a_finished_suite_is_not_run_again_and_drawn_images_are_not_drawn_again(
     assert len(runs) == 2 and prompts_drawn == ["a", "b"]
     assert run(*arguments, "--drawn.seed", 3) == 0
     assert len(runs) == 3 and prompts_drawn == ["a", "b"] * 2
-    assert len(set(runs)) == 1
+    assert len(set(runs)) == 3, "each has files of its own"
+    kept = {path.stem: read_result(path) for path in runs[0].parent.glob("*.json")}
+    assert kept.keys() == {folder.name for folder in runs}
+    assert {result.suite for result in kept.values()} == {"drawn"}
+    assert newest_result(out, "drawn").stem == runs[2].name
+
+    assert run(*arguments) == 0
+    assert len(runs) == 3, "the first scores were not overwritten"
+    found = read_results(out)
+    assert len(found) == 3 and {result.step for result in found} == {8}
+    assert {result.run for result in found} == {run_folder.resolve()}
+    assert len({result.options for result in found}) == 3
 
 
 @pytest.mark.parametrize("option", ["list_file", "list_files"])
@@ -150,7 +162,8 @@ def test_a_changed_file_config_or_checkpoint_is_evaluated_anew(run_folder, tmp_p
     for path in (run_folder / "checkpoint" / "step-8").iterdir():
         os.utime(path, ns=(1, len(option)))
     assert run(*arguments) == 0 and len(runs) == 4
-    assert len(set(runs)) == 3, "another config or checkpoint has a folder of its own"
+    assert len({folder.parent for folder in runs}) == 3, "another config or checkpoint has its own"
+    assert runs[0] == runs[1], "the scores of a changed file replace those before"
 
 
 def test_checkpoints_and_probes_are_compared_side_by_side(run_folder, tmp_path, runs, capsys):
@@ -179,12 +192,13 @@ def test_the_file_of_a_result_says_what_was_measured_and_how(run_folder, tmp_pat
     checkpoint = run_folder / "checkpoint" / "step-7"
     options = ["--suite", "drawn", "--out", tmp_path, "--probe", "without:generation"]
     assert run(checkpoint, *options) == 0
-    values = json.loads((runs[0].parent / "drawn.json").read_text())
+    values = json.loads(runs[0].with_suffix(".json").read_text())
     assert values["kind"] == "evaluation" and values["suite"] == "drawn"
     assert values["checkpoint"] == str(checkpoint) and values["flavor"] == "debug"
     assert values["probe"] == "without:generation" and values["config"] == CONFIG
     assert values["settings"]["guidance"] == 3.0 and values["seconds"] >= 0
-    assert values["scores"]["bright"].keys() == {"score", "chance", "upper_bound", "number"}
+    names = {"score", "interval", "chance", "upper_bound", "number"}
+    assert values["scores"]["bright"].keys() == names
     assert all(character not in runs[0].parent.name for character in ": ")
 
 
@@ -215,8 +229,9 @@ def test_the_demo_world_is_measured_in_all_its_parts(
         "heldout/accuracy/mmu",
     } <= names
     [folder] = tmp_path.iterdir()
-    assert (folder / "demo_world" / "pictures.png").stat().st_size < 200_000
-    scores = json.loads((folder / "demo_world.json").read_text())["scores"]
+    [result] = folder.glob("demo_world-*.json")
+    assert (result.with_suffix("") / "pictures.png").stat().st_size < 200_000
+    scores = json.loads(result.read_text())["scores"]
     assert 4 < scores["heldout/by_task/lm_text"]["score"] < 8, "as any model with random weights"
 
 
@@ -282,7 +297,7 @@ def test_the_configs_that_the_runs_kept_need_no_naming(run_folder, tmp_path, run
         SavedConfig(load_job_config(["--job.config_file", CONFIG, *settings])).write()
     both = [str(tmp_path / "a"), str(tmp_path / "b" / "checkpoint" / "step-7")]
     assert evaluate.main([*both, "--suite", "drawn", "--out", str(tmp_path / "out")]) == 0
-    results = [json.loads(f.read_text()) for f in sorted((tmp_path / "out").glob("*/drawn.json"))]
+    results = [json.loads(f.read_text()) for f in sorted((tmp_path / "out").glob("*/drawn-*.json"))]
     assert [r["label"] for r in results] == ["a/step-8", "b/step-7"]
     assert [r["config"] for r in results] == [str(tmp_path / n / "config.toml") for n in "ab"]
     assert len({r["scores"]["bright"]["score"] for r in results}) == 2
@@ -302,7 +317,7 @@ def test_a_suite_of_the_users_own_module_is_run(
     assert run(run_folder, "--suite", "lengths", "--lengths.answers", 0, *own) == 2
     assert "--lengths.answers: must be at least 1, got 0" in capsys.readouterr().err
     assert run(run_folder, "--suite", "lengths", "--lengths.answers", 3, *own) == 0
-    [result] = tmp_path.glob("*/lengths.json")
+    [result] = tmp_path.glob("*/lengths-*.json")
     score = json.loads(result.read_text())["scores"]["lengths/characters"]
     assert score["number"] == 3 and score["score"] >= 0
 
@@ -328,7 +343,7 @@ def test_the_runs_own_module_and_that_of_the_command_line_both_hold(
         options += ["--config", str(tmp_path / "run" / "config.toml")]
         assert evaluate.main([str(tmp_path / "run"), *options, *brought]) == 0
         assert "softplus" in ROUTER_SCORES
-    assert list(tmp_path.glob("out/*/lengths.json"))
+    assert list(tmp_path.glob("out/*/lengths-*.json"))
 
 
 def test_a_run_that_is_stopped_says_that_it_can_go_on(run_folder, tmp_path, monkeypatch, capsys):

@@ -28,6 +28,7 @@ from symbiotic_titan.demo.write import (
     WorldSize,
     write_world,
 )
+from symbiotic_titan.evaluation.intervals import of_share
 from symbiotic_titan.inference.generator import Completion
 from symbiotic_titan.inference.images import Picture
 from symbiotic_titan.inference.text import LogLikelihood
@@ -133,6 +134,7 @@ def test_items_of_a_file_take_the_place_of_those_of_the_text(world_folder, optio
     scores = score_knowledge(Perfect(world_folder), own, tmp_path, no_progress)
     assert scores["knowledge/accuracy"] == {
         "score": 1.0,
+        "interval": list(of_share(2, 2)),
         "chance": 0.5,
         "upper_bound": 1.0,
         "number": 2,

@@ -18,6 +18,7 @@ from symbiotic_titan.demo.questions import (
     kind_and_asked,
     normalised,
 )
+from symbiotic_titan.evaluation.intervals import of_share
 
 IMAGE = Image.new("RGB", (8, 8))
 
@@ -55,6 +56,7 @@ def test_score_counts_right_answers_and_chance_the_most_frequent_of_each_kind():
     )
     scores = answer_score(["1", "two", "four", "no"], samples)
     everything = {"score": 0.5, "chance": 0.75, "upper_bound": 1.0, "number": 4}
+    everything["interval"] = list(of_share(2, 4))
     assert scores["answers/all"] == scores["answers/perception"] == everything
     assert list(scores) == [
         f"answers/{name}" for name in ("all", "perception", "count", "presence")
@@ -62,6 +64,7 @@ def test_score_counts_right_answers_and_chance_the_most_frequent_of_each_kind():
     assert scores["answers/count"]["score"] == scores["answers/count"]["chance"] == 2 / 3
     assert scores["answers/presence"] == {
         "score": 0.0,
+        "interval": list(of_share(0, 1)),
         "chance": 1.0,
         "upper_bound": 1.0,
         "number": 1,

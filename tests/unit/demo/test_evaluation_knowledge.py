@@ -14,6 +14,7 @@ from symbiotic_titan.demo.references import (
     read_items,
     write_items,
 )
+from symbiotic_titan.evaluation.intervals import of_share
 
 ITEM = ChoiceItem("Grass is", ("blue.", "green as ever."), 1)
 
@@ -74,7 +75,8 @@ def test_a_model_that_knows_the_texts_is_right_and_an_indifferent_one_guesses(te
 
     scores = choice_score(items, knows)
     for measure in scores.values():
-        assert measure == {"score": 1.0, "chance": 0.25, "upper_bound": 1.0, "number": 80}
+        whole = {"interval": list(of_share(80, 80)), "number": 80}
+        assert measure == {"score": 1.0, "chance": 0.25, "upper_bound": 1.0, **whole}
     constant = choice_score(items, lambda pairs: [(-1.0, False)] * len(pairs))
     first = sum(item.answer == 0 for item in items) / 80
     assert constant["knowledge/accuracy"]["score"] == first < 0.5

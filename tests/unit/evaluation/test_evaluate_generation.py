@@ -115,6 +115,18 @@ def test_another_batch_size_or_more_images_keep_those_that_are_there(tmp_path):
     assert generator.drawn == ["d", "e"]
 
 
+def test_images_of_other_options_are_taken_over_where_they_would_be_the_same(tmp_path, expected):
+    first, second = tmp_path / "suite-01234567", tmp_path / "suite-89abcdef"
+    generate_images(FakeGenerator(), requests_in(first, SIZES[:3]), SETTINGS, Counted(), first)
+    generator = FakeGenerator()
+    images = generate_images(generator, requests_in(second), SETTINGS, Counted(), second)
+    assert generator.drawn == ["d", "e"] and pixels(images) == expected
+    assert all(request.path.is_file() for request in requests_in(second))
+    other = tmp_path / "suites-01234567"
+    generate_images(generator, requests_in(other, SIZES[:1]), SETTINGS, Counted(), other)
+    assert generator.drawn == ["d", "e", "a"], "another suite's"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

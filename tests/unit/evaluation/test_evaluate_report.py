@@ -6,14 +6,14 @@ from symbiotic_titan.evaluation.suite import measure
 
 def test_scores_stand_side_by_side_with_chance_and_upper_bound():
     one = {
-        "digit": measure(0.5, number=8, chance=0.1, upper_bound=1.0),
+        "digit": measure(0.5, number=8, interval=(0.2, 0.8), chance=0.1, upper_bound=1.0),
         "loss": measure(2, number=3),
     }
     other = {"digit": measure(0.625, number=8, chance=0.1, upper_bound=1.0)}
     assert comparison_table({"run/step-1": one, "b": other}).splitlines() == [
-        "       run/step-1      b  chance  upper bound  number",
-        "digit       0.500  0.625   0.100        1.000       8",
-        "loss        2.000      -       -            -       3",
+        "       run/step-1            b      chance  upper bound  number",
+        "digit  0.500 [0.200, 0.800]  0.625   0.100        1.000       8",
+        "loss   2.000                 -           -            -       3",
     ]
 
 

@@ -100,7 +100,11 @@ def test_lm_eval_gives_the_accuracy_of_our_own_scorer(generator, tasks, items, t
     assert scores["lm_eval/facts/acc"]["score"] == own["knowledge/accuracy"]["score"]
     normalised = own["knowledge/accuracy_per_character"]["score"]
     assert scores["lm_eval/facts/acc_norm"]["score"] == normalised
-    assert scores["lm_eval/facts/acc"]["number"] == len(items)
+    accuracy = scores["lm_eval/facts/acc"]
+    assert accuracy["number"] == len(items) and accuracy["chance"] == 0.25
+    low, high = accuracy["interval"]
+    reported = json.loads((tmp_path / "results.json").read_text())["results"]["facts"]
+    assert (high - low) / 2 == pytest.approx(1.959964 * reported["acc_stderr,none"])
     assert 0 < own["knowledge/accuracy"]["score"] != normalised, "the two can be told apart"
     assert (
         json.loads((tmp_path / "results.json").read_text())["n-samples"]["facts"]["effective"] == 32
@@ -142,6 +146,7 @@ def test_a_group_is_scored_over_all_questions_of_its_tasks(generator, tasks, tmp
     one, other = (scores[f"lm_eval/{name}/acc"]["score"] for name in ("facts", "mmlu_csv"))
     assert scores["lm_eval/both/acc"]["score"] == pytest.approx((one + other) / 2)
     assert scores["lm_eval/both/acc"]["number"] == 12
+    assert scores["lm_eval/both/acc"]["chance"] == 0.25
 
 
 def test_a_text_without_context_begins_behind_the_opening(lm, generator):

@@ -8,6 +8,7 @@ import json
 import pytest
 from PIL import Image
 
+from symbiotic_titan.evaluation.intervals import of_share
 from symbiotic_titan.evaluation.suites.ocrbench import (
     FORMULA,
     OcrBenchOptions,
@@ -93,6 +94,18 @@ def test_text_recognition_is_one_category_of_six():
     assert scores["ocrbench/all"]["number"] == 4
 
 
+def test_chance_is_always_giving_the_best_answer_of_a_category():
+    first = [question(*answers) for answers in (("stop",), ("go", "stop"), ("slow",), ("go",))]
+    second = [question("x y", category=FORMULA), question("xy z", category=FORMULA)]
+    scores = ocr_score(["no"] * 6, first + second)
+    # Of signs "stop" and "go" are right twice each; a formula that holds another one answers both.
+    assert (
+        scores[f"ocrbench/{VQA}"]["chance"] == 0.5 and scores[f"ocrbench/{FORMULA}"]["chance"] == 1
+    )
+    assert scores["ocrbench/all"]["chance"] == pytest.approx(4 / 6)
+    assert scores["ocrbench/all"]["score"] == 0 and scores["ocrbench/all"]["interval"][0] == 0
+
+
 class Reader:
     """Says the colour of the image, and the first word of the question."""
 
@@ -113,7 +126,8 @@ def test_a_run_asks_every_question_about_its_image(make_file, tmp_path):
     scores = run_ocrbench(Reader(), options, tmp_path, lambda what, total: done.append)
     assert scores["ocrbench/all"] == {
         "score": pytest.approx(2 / 3),
-        "chance": None,
+        "interval": list(of_share(2, 3)),
+        "chance": pytest.approx(2 / 3),  # "blue" is right where "blue w" is wanted not, nor "RED"
         "upper_bound": 1.0,
         "number": 3,
     }

@@ -11,6 +11,8 @@ from PIL import Image
 
 from symbiotic_titan import cli
 from symbiotic_titan.commands import plot
+from symbiotic_titan.evaluation.kept import result_file
+from symbiotic_titan.evaluation.suite import measure
 from symbiotic_titan.plots import curves
 from symbiotic_titan.plots.expert_figures import expert_counts, layer_imbalance
 from symbiotic_titan.plots.expert_use import from_run
@@ -21,6 +23,7 @@ from tests.helpers.written_runs import GROUPS, Log, write_full_run
 
 ROOT = Path(__file__).parents[3]
 ON_PAGE, OTHERS = ("5b", "6b", "7", "10"), ("5a", "6c", "8", "9")
+OF_RESULTS = ("6a", "11")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def test_so_are_all_the_others(drawn, tmp_path):
     _, run = drawn
     assert plot.main([str(run), "--out", str(tmp_path), "--figures", *OTHERS]) == 0
     assert all(has_sensible_size(tmp_path / f"figure_{name}.png") for name in OTHERS)
-    assert not set(OTHERS + ON_PAGE) ^ set(plot.FIGURES)
+    assert not set(OTHERS + ON_PAGE + OF_RESULTS) ^ set(plot.FIGURES)
 
 
 def test_the_page_holds_the_pictures_themselves_and_asks_no_network(drawn):
@@ -191,6 +194,109 @@ def test_without_data_nothing_is_written(tmp_path, capsys):
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "error: there is nothing to draw\n"
     assert not (tmp_path / "out").exists()
+
+
+# ---- kept scores ----------------------------------------------------------------------------------------------------------
+
+
+def keep(out, run, step, score, *, probe="none", weights="trained", **options):
+    """A result as symbiotic evaluate keeps it."""
+    settings = {"pictures": 60, **options, "files": {"data": str(score)}}
+    place = out / f"{run.name}-step-{step}-{probe}-{weights}"
+    values = {
+        "kind": "evaluation",
+        "suite": "demo_world",
+        "checkpoint": str(run / "checkpoint" / f"step-{step}"),
+        "step": step,
+        "probe": probe,
+        "weights": weights,
+        "settings": settings,
+        "scores": {
+            "answers/all": measure(
+                score, number=9, interval=(score - 0.1, score + 0.2), chance=0.3
+            ),
+            "heldout/text": measure(2 * score, number=9),
+        },
+    }
+    path = result_file(place, "demo_world", settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """(folder of results, two runs), with results of other options, ablations, weights and runs beside those that count."""
+    out = tmp_path / "evaluation"
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for run in (ours, other, tmp_path / "third"):
+        Log(run).scalars("a", {1: 1.0}).close()
+        for step in (200, 100):
+            keep(out, run, step, step / 400)
+    keep(out, ours, 300, 0.9, pictures=8)
+    keep(out, ours, 100, 0.1, probe="shared_only")
+    keep(out, ours, 100, 0.7, weights="ema")
+    return out, ours, other
+
+
+def score_figures(out, *runs, name="11", **values):
+    options = plot.parse([*map(str, runs), "--evaluation", str(out)])
+    vars(options).update(values)
+    found = plot.read_runs(options)
+    return plot.score_drawing(name, found, plot.kept_results(options, found), options.scores)
+
+
+def test_scores_are_drawn_against_steps_with_intervals_and_chance(scored):
+    drawing = score_figures(*scored)
+    [panel] = drawing.figure.axes
+    first, second, chance = [line for line in panel.lines if line.get_linestyle() != "None"][:3]
+    for line, color in ((first, COLORS[0]), (second, COLORS[1])):
+        assert line.get_xydata().tolist() == [[100, 0.25], [200, 0.5]]
+        assert line.get_color() == color
+    assert chance.get_ydata() == [0.3, 0.3] and panel.get_title() == "answers/all"
+    [bars, _] = panel.collections
+    ends = [end for segment in bars.get_segments() for end in segment[:, 1].tolist()]
+    assert ends == pytest.approx([0.15, 0.45, 0.4, 0.7])
+    assert drawing.notes[0].startswith("demo_world: 1 results with other options than demo_world-")
+
+
+def test_the_shared_expert_alone_averages_and_any_score_can_be_chosen(scored):
+    out, ours, _ = scored
+    [panel] = score_figures(out, ours, name="6a").figure.axes
+    assert panel.lines[0].get_xydata().tolist() == [[100, 0.1]]
+    [panel] = score_figures(out, ours, weights="ema").figure.axes
+    assert panel.lines[0].get_xydata().tolist() == [[100, 0.7]]
+    [panel] = score_figures(out, ours, scores=["heldout/text"]).figure.axes
+    assert panel.get_title() == "heldout/text" and panel.lines[0].get_ydata().tolist() == [0.5, 1.0]
+    with pytest.raises(
+        MissingData, match="name the folder of symbiotic evaluate with --evaluation"
+    ):
+        score_figures(out, ours, name="6a", weights="ema")
+
+
+def test_files_of_every_format_are_written_and_are_the_same_every_time(scored, tmp_path):
+    out, ours, _ = scored
+    words = [str(ours), "--evaluation", str(out), "--figures", "11", "--format", "svg", "pdf"]
+    for folder in ("a", "b"):
+        assert plot.main([*words, "--out", str(tmp_path / folder)]) == 0
+    names = {"figure_11.svg", "figure_11.pdf", "index.html"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == names
+    assert (tmp_path / "a" / "figure_11.pdf").read_bytes().startswith(b"%PDF")
+    assert "<svg" in (tmp_path / "a" / "figure_11.svg").read_text()
+    assert "data:image/png;base64" in (tmp_path / "a" / "index.html").read_text()
+    for name in names:
+        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
+        assert first == second, name
+
+
+def test_a_score_that_no_result_has_and_a_folder_that_is_missing_are_named(scored, capsys):
+    out, ours, _ = scored
+    assert plot.main([str(ours), "--evaluation", str(out), "--scores", "answer"]) == 2
+    message = "--scores: no kept result has 'answer'; choose from answers/all, heldout/text"
+    assert message in capsys.readouterr().err
+    assert plot.main([str(ours), "--evaluation", str(out / "no")]) == 2
+    assert "no such folder; name the --out of symbiotic evaluate" in capsys.readouterr().err
+    assert plot.main([str(ours), "--scores", "answers/all"]) == 2
+    assert "--scores: needs --evaluation" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_command_that_installs_it_is_named(monkeypatch, capsys):

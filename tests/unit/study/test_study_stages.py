@@ -188,7 +188,7 @@ def test_scores_are_kept_and_of_a_finished_run_its_last_checkpoint():
     run = OUT / "seed-0/mot"
     for step in (200, 400, 600):
         (run / f"checkpoint/step-{step}").mkdir(parents=True)
-    scores = run / "evaluation/mot-step-600-abc/demo_world.json"
+    scores = run / "evaluation/mot-step-600-abc/demo_world-0123abcd.json"
     scores.parent.mkdir(parents=True)
     scores.write_text(json.dumps({"scores": 1}))
     keep_scores(run / "checkpoint/step-600", run / "evaluation", run / "scores.json")
