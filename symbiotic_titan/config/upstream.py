@@ -53,9 +53,11 @@ UNSUPPORTED = (
         "use parallelism.expert_parallel_degree and FSDP",
     ),
     Unsupported("parallelism.pipeline_parallel_degree", 1, "use FSDP and expert parallelism"),
-    Unsupported("parallelism.disable_loss_parallel", False, "there is no tensor parallelism"),
+    Unsupported(
+        "parallelism.disable_loss_parallel", False, "remove it, there is no tensor parallelism"
+    ),
     *(
-        Unsupported(f"parallelism.{key}", default, "there is no pipeline parallelism")
+        Unsupported(f"parallelism.{key}", default, "remove it, there is no pipeline parallelism")
         for key, default in (
             ("module_fqns_per_model_part", None),
             ("pipeline_parallel_first_stage_less_layers", 1),
@@ -120,7 +122,9 @@ UNSUPPORTED = (
         "initial weights do not depend on the number of ranks",
     ),
     Unsupported(
-        "parallelism.enable_async_tensor_parallel", False, "there is no tensor parallelism"
+        "parallelism.enable_async_tensor_parallel",
+        False,
+        "remove it, there is no tensor parallelism",
     ),
     Unsupported("model.tokenizer_path", None, "name the file in tokenizer.path"),
     Unsupported(

@@ -98,7 +98,8 @@ class Result:
 
     @property
     def is_training(self) -> bool:
-        return self.arguments[1:2] == ["train"] and "--help" not in self.arguments
+        asks = {"--help", "--help-all"} & set(self.arguments)
+        return self.arguments[1:2] == ["train"] and not asks
 
 
 def narrow(args: ModelArgs) -> ModelArgs:

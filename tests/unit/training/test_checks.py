@@ -96,6 +96,14 @@ def test_offload_to_the_cpu_needs_a_second_rank(tmp_path, monkeypatch):
         ("--training.steps 0", "training.steps: must be at least 1, got 0"),
         ("--training.dataset c4", "training.dataset = 'c4' is not supported"),
         (
+            "--parallelism.pipeline_parallel_schedule GPipe",
+            "parallelism.pipeline_parallel_schedule = 'GPipe' is not supported by this trainer; remove it, there is no pipeline",
+        ),
+        (
+            "--activation_checkpoint.memory_budget 0.3",
+            "memory_budget = 0.3 is not supported by this trainer; choose an activation_checkpoint.mode instead",
+        ),
+        (
             "--fault_tolerance.replica_id 3",
             "fault_tolerance.replica_id = 3 is not supported by this trainer; resume from a checkpoint",
         ),
