@@ -93,6 +93,13 @@ def blocks(
             yield from (block(header, row, {}) for row in value)
 
 
+def config_text(config: JobConfig) -> str:
+    """All of ``config`` as TOML, but for the file that it was read from."""
+    table = without_none(asdict(config))
+    table["job"].pop("config_file", None)
+    return "\n\n".join(blocks(table, {})) + "\n"
+
+
 NAME = "config.toml"
 
 
@@ -100,9 +107,7 @@ class SavedConfig:
     """``config`` as it is now, to be written when the run is sure to begin: by then parts of it may have been filled in."""
 
     def __init__(self, config: JobConfig) -> None:
-        table = without_none(asdict(config))
-        table["job"].pop("config_file", None)
-        self._text = "\n\n".join(blocks(table, {})) + "\n"
+        self._text = config_text(config)
         self._path = Path(config.job.dump_folder) / NAME
 
     def write(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -17,7 +18,7 @@ from symbiotic_titan.plots.style import (
 )
 
 COLUMNS = 3
-CHANCE = {"color": "#777777", "linewidth": 0.9, "linestyle": (0, (2, 2))}
+CHANCE: dict[str, Any] = {"color": "#777777", "linewidth": 0.9, "linestyle": (0, (2, 2))}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def draw_scores(panel: Axes, curve: ScoreCurve) -> None:
         errors = [[point.score - point.interval[0] for point in curve.points if point.interval]]
         errors += [[point.interval[1] - point.score for point in curve.points if point.interval]]
         scores = [point.score for point in curve.points if point.interval]
-        bars = {"ecolor": style["color"], "elinewidth": 1.0, "capsize": 2.5}
+        bars: dict[str, Any] = {"ecolor": style["color"], "elinewidth": 1.0, "capsize": 2.5}
         panel.errorbar([row[0] for row in known], scores, yerr=errors, fmt="none", **bars)
 
 

@@ -57,11 +57,16 @@ def panels(
     return figure, axes
 
 
+def as_pixels(figure: Figure) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def as_png(figure: Figure) -> bytes:
     """A PNG of 256 colours, which lines and letters need no more than: a third of the bytes."""
-    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture, file = Image.fromarray(as_pixels(figure)), io.BytesIO()
     colours = picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     colours.save(file, format="PNG")
     return file.getvalue()

@@ -85,8 +85,8 @@ def check_sampling(config: JobConfig, geometry: ImageGeometry, *, elsewhere: boo
         why = "there are no prompts; give captions in sampling.prompts"
     elif not generates(used_sources(config.data.sources, config.data.stages)):
         why = "no source in [[data.sources]] has target images; add one"
-    elif not config.metrics.enable_tensorboard:
-        why = "sample grids are shown in TensorBoard; set metrics.enable_tensorboard = true"
+    elif not (config.metrics.enable_tensorboard or config.metrics.enable_wandb):
+        why = "sample grids are shown in TensorBoard and W&B; set metrics.enable_tensorboard = true"
     if why is not None:
         raise ValueError(f"sampling.enable = true: {why}, or set it to false")
     codec_info(config.latents)  # raises where latents could not be decoded

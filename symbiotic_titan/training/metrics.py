@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import (
@@ -13,6 +14,7 @@ from torchtitan.components.metrics import (
     LoggerContainer,
     MetricsProcessor,
     TensorBoardLogger,
+    WandBLogger,
 )
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
@@ -148,6 +150,7 @@ class SymbioticMetrics(MetricsProcessor):
         self.num_steps = job_config.training.steps
         self.capacity_factor = job_config.experts.capacity_factor
         self.last_logged_step: int | None = None
+        self.has_warned_of_maps = False
         self._first_logged: tuple[int, float] | None = None  # step, and when it was
         self.cost: ModelCost | None = None  # set by the trainer, which has the model
         self.labels_since_last_log = 0
@@ -222,7 +225,11 @@ class SymbioticMetrics(MetricsProcessor):
         return duration((now - start) / (step - first) * (self.num_steps - step))
 
     def log_step(self, report: StepReport) -> None:
-        """Write one step to TensorBoard (or W&B) and to the console."""
+        """Write one step to TensorBoard (or W&B) and to the console; with the first one what TensorBoard is told of the run."""
+        if self.last_logged_step is None:
+            from symbiotic_titan.training.run_description import describe_run
+
+            self.write_tensorboard(lambda writer: describe_run(writer, self.job_config))
         metrics = {f"loss/{name}": value for name, value in report.losses.items()}
         metrics |= {f"grad_norm/{name}": value for name, value in report.grad_norms.items()}
         metrics |= {f"lr/{name}": value for name, value in report.rates.items()}
@@ -260,12 +267,46 @@ class SymbioticMetrics(MetricsProcessor):
             self.write_tensorboard(
                 lambda writer: write_routing(writer, step, counts, self.groups, self.moe_layers)
             )
+            self.log_expert_maps(step, counts)
         return metrics
 
+    def log_expert_maps(self, step: int, counts_YME: torch.Tensor) -> None:
+        """A heat map of every modality that has tokens, where matplotlib is installed. ``counts_YME`` on the CPU."""
+        if not self.shows_images:
+            return
+        try:
+            from symbiotic_titan.plots.expert_maps import expert_map
+            from symbiotic_titan.plots.style import as_pixels
+        except ModuleNotFoundError as error:
+            if not self.has_warned_of_maps:
+                logger.warning(
+                    f"heat maps of routing need {error.name}, of the extra plot; training goes on without them, and symbiotic plot "
+                    "can show the logged counts later"
+                )
+            self.has_warned_of_maps = True
+            return
+        for modality, name in enumerate(MODALITY_NAMES):
+            counts_YE = counts_YME[:, modality].numpy()
+            if counts_YE.any():
+                title = f"{name} tokens at step {step}"
+                figure = expert_map(title, counts_YE, modality, self.groups, self.moe_layers)
+                self.log_image(f"routing/experts/{name}", as_pixels(figure), step)
+
     @property
-    def has_tensorboard(self) -> bool:
-        """Whether this rank writes TensorBoard's files."""
-        return any(isinstance(own.sink, TensorBoardLogger) for own in self.sinks)
+    def shows_images(self) -> bool:
+        """Whether this rank writes to TensorBoard or W&B."""
+        return any(isinstance(own.sink, TensorBoardLogger | WandBLogger) for own in self.sinks)
+
+    def log_image(self, tag: str, image_HW3: np.ndarray, step: int) -> None:
+        """Show ``image_HW3``, uint8, in TensorBoard and W&B, on ranks that write there."""
+        self.write_tensorboard(
+            lambda writer: writer.add_image(tag, image_HW3, step, dataformats="HWC")
+        )
+        for own in self.sinks:
+            if isinstance(own.sink, WandBLogger):
+                own.attempt(
+                    lambda sink: sink.wandb.log({tag: sink.wandb.Image(image_HW3)}, step=step)
+                )
 
     def write_tensorboard(self, write: Callable[[SummaryWriter], object]) -> None:
         """Call ``write`` with the writer of TensorBoard's files, on ranks that have one."""

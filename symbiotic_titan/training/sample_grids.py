@@ -1,4 +1,4 @@
-"""Sample grids: images that the model in training generates for fixed prompts, shown as one grid in TensorBoard.
+"""Sample grids: images that the model in training generates for fixed prompts, shown as one grid in TensorBoard and W&B.
 
 Prompts and noise are the same every time, so two grids differ only by the weights. Sampling changes no global random state and
 nothing that the optimizer reads: training with and without it is bitwise equal. The prompts are divided among the processes, and each
@@ -30,7 +30,7 @@ from symbiotic_titan.training.trainer import SymbioticTrainer
 
 
 class SampleGrids:
-    """Generates the grids of [sampling]. Every process calls it; the one that logs to TensorBoard writes.
+    """Generates the grids of [sampling]. Every process calls it; the one that logs writes.
 
     autocast: context manager of the model's compute precision. stop_requested: a collective, with the same answer on all processes.
     codec: that of [latents]; built here if None. weights: gives the model those that generate.
@@ -112,13 +112,11 @@ class SampleGrids:
             raise Interrupted
 
     def _write(self, step: int, pictures_NHW3: np.ndarray) -> None:
-        if not self._metrics.has_tensorboard:
+        if not self._metrics.shows_images:
             return
         images = [Image.fromarray(picture_HW3) for picture_HW3 in pictures_NHW3]
         grid_HW3 = np.asarray(picture_grid(images, self._settings.prompts))
-        self._metrics.write_tensorboard(
-            lambda writer: writer.add_image("sampling/pictures", grid_HW3, step, dataformats="HWC")
-        )
+        self._metrics.log_image("sampling/pictures", grid_HW3, step)
 
 
 def add_sample_grids(trainer: SymbioticTrainer) -> None:

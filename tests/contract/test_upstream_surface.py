@@ -75,6 +75,7 @@ SIGNATURES = {
     "components.metrics.BaseLogger.log": ("self", "metrics", "step"),
     "components.metrics.LoggerContainer.log": ("self", "metrics", "step"),
     "components.metrics.TensorBoardLogger.log": ("self", "metrics", "step"),
+    "components.metrics.WandBLogger.log": ("self", "metrics", "step"),
     # validation; build_validator is the contract of the train spec's slot
     "components.validate.BaseValidator.__init__": ("self", "job_config"),
     "components.validate.BaseValidator.validate": ("self", "model_parts", "step"),

@@ -57,12 +57,11 @@ def draw(rank, layout, stop_at=None):
     before = trained_on(model, args, rank)
     state = torch.random.get_rng_state()
     grids, asked, forwards = [], [], []
-    writer = SimpleNamespace(add_image=lambda tag, image, step, dataformats: grids.append(image))
     metrics = SimpleNamespace(
         time_last_log=0.0,
         color=SimpleNamespace(yellow="", green="", blue="", reset=""),
-        has_tensorboard=rank == 0,
-        write_tensorboard=lambda write: write(writer),
+        shows_images=rank == 0,
+        log_image=lambda tag, image, step: grids.append(image),
     )
 
     def stop_requested():

@@ -9,7 +9,6 @@ import torch
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.moe.routing_metrics import (
     capacity_rates,
-    heat_map,
     layer_statistics,
     means_over_layers,
     reachable_experts,
@@ -187,9 +186,3 @@ def test_names_carry_the_number_of_the_layer():
 def test_reachable_experts_are_those_of_the_modality_s_group():
     expected = [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
     assert reachable_experts(GROUPS).int().tolist() == expected
-
-
-def test_heat_map_scales_each_layer_by_its_most_used_expert():
-    image = heat_map(torch.tensor([[4, 1], [0, 0]]))
-    assert image.shape == (1, 32, 16)
-    assert image[0, 0, 0] == 1 and image[0, 15, 15] == 0.25 and not image[0, 16:].any()

@@ -3,13 +3,17 @@
 import logging
 import re
 import resource
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
-from torchtitan.components.metrics import BaseLogger
+from torchtitan.components.metrics import BaseLogger, WandBLogger
 from torchtitan.distributed import ParallelDims
 
 from symbiotic_titan.config.job import JobConfig
@@ -121,6 +125,83 @@ def test_means_are_logged_always_and_layers_with_an_account(make_metrics, tmp_pa
     assert [e.step for e in tensors] == [1, 15]
     counts = make_ndarray(tensors[1].tensor_proto)
     assert counts.dtype == "int32" and (counts == COUNTS.numpy()).all()
+
+
+def test_tensorboard_gets_the_config_hyperparameters_and_groups_of_curves_once(
+    make_metrics, tmp_path
+):
+    metrics = make_metrics("--metrics.enable_tensorboard", "--optimizer.lr", "0.125")
+    for step in (1, 2):
+        metrics.log_step(report(step))
+    metrics.close()
+    log = read_log(tmp_path)
+    [text] = log.Tensors("config/text_summary")
+    lines = make_ndarray(text.tensor_proto).item().decode().splitlines()
+    assert "    [optimizer]" in lines and "    lr = 0.125" in lines
+    found = {
+        tag: log.SummaryMetadata(tag).plugin_data.content
+        for tag in ("_hparams_/experiment", "_hparams_/session_start_info")
+    }
+    start = HParamsPluginData.FromString(found["_hparams_/session_start_info"]).session_start_info
+    assert start.hparams["optimizer.lr"].number_value == 0.125
+    assert start.hparams["model.flavor"].string_value == metrics.job_config.model.flavor
+    experiment = HParamsPluginData.FromString(found["_hparams_/experiment"]).experiment
+    assert {info.name.tag for info in experiment.metric_infos} >= {"loss/text", "validation/text"}
+    [layout] = log.Tensors("custom_scalars__config__")
+    charts = Layout.FromString(make_ndarray(layout.tensor_proto).item())
+    patterns = [tag for c in charts.category for chart in c.chart for tag in chart.multiline.tag]
+    assert any(re.search(tag, "loss/text") for tag in patterns)
+    assert {category.title for category in charts.category} >= {"losses", "routing"}
+
+
+class FakeWandb:
+    """The part of wandb's interface that logging uses."""
+
+    def __init__(self):
+        self.logged, self.run = [], None
+
+    def Image(self, image_HW3):
+        assert image_HW3.dtype == np.uint8 and image_HW3.shape[2] == 3
+        return image_HW3.shape
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+
+def test_pictures_and_heat_maps_reach_wandb_where_it_is_the_only_one(make_metrics):
+    metrics = make_metrics()
+    assert not metrics.shows_images
+    sink = WandBLogger.__new__(WandBLogger)
+    sink.wandb, sink.tag = FakeWandb(), None
+    metrics.sinks, metrics.logger = [TolerantSink(sink)], sink
+    assert metrics.shows_images
+    metrics.log_image("sampling/pictures", np.zeros((4, 5, 3), np.uint8), 0)
+    metrics.log_step(report(1))
+    logged = sink.wandb.logged
+    assert logged[0] == (0, {"sampling/pictures": (4, 5, 3)})
+    assert [next(iter(v)) for _, v in logged[1:3]] == [
+        "routing/experts/text",
+        "routing/experts/vae",
+    ]
+    assert [step for step, _ in logged] == sorted(step for step, _ in logged), "as wandb demands"
+    assert logged[-1][1]["loss/text"] == 1.0
+
+
+def test_without_matplotlib_heat_maps_are_missed_with_one_warning(
+    make_metrics, monkeypatch, tmp_path
+):
+    for name in [n for n in sys.modules if n.startswith(("matplotlib", "symbiotic_titan.plots."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = []
+    monkeypatch.setattr(logging.getLogger(), "warning", told.append)
+    metrics = make_metrics("--metrics.enable_tensorboard", "--metrics.routing_freq", "1")
+    for step in (1, 2):
+        metrics.log_step(report(step))
+    metrics.close()
+    assert len(told) == 1 and "heat maps of routing need matplotlib" in told[0]
+    log = read_log(tmp_path)
+    assert len(log.Tensors("routing/counts")) == 2 and not log.Tags()["images"]
 
 
 def test_a_full_disk_costs_metrics_but_not_the_training(make_metrics, tmp_path, monkeypatch):

@@ -44,13 +44,9 @@ class Metrics:
         self.time_last_log, self.written = 100.0, []
         self.color = SimpleNamespace(yellow="", green="", blue="", reset="")
 
-    has_tensorboard = True
+    shows_images = True
 
-    def write_tensorboard(self, write):
-        write(self)
-
-    def add_image(self, tag, image_HW3, step, dataformats):
-        assert dataformats == "HWC"
+    def log_image(self, tag, image_HW3, step):
         self.written.append((tag, step, image_HW3))
 
 
@@ -205,7 +201,7 @@ def test_a_codec_that_training_has_is_not_loaded_again():
         ),
         (
             "--metrics.no_enable_tensorboard",
-            "sampling.enable = true: sample grids are shown in TensorBoard; set metrics.enable_tensorb",
+            "sampling.enable = true: sample grids are shown in TensorBoard and W&B; set metrics.enable_t",
         ),
         ("--latents.codec flux", "latents.path: codec 'flux' needs its weights"),
     ],
@@ -228,6 +224,11 @@ def test_without_prompts_or_a_task_that_draws_it_is_refused():
         check_job(config)
     config.sampling.enable = False
     check_job(config)
+
+
+def test_it_can_be_shown_in_wandb_alone(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    check_job(config_of("--metrics.no_enable_tensorboard --metrics.enable_wandb"))
 
 
 @pytest.mark.parametrize(
