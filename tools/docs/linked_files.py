@@ -1,9 +1,10 @@
 """Links from pages to other files of the repository, which work on a code host, and on the site too: the files become pages of it.
 
 A page of ``docs/`` links to ``../benchmarks/x.md`` or ``examples/x.py`` as any Markdown file of the repository does. On the site a linked
-Markdown file is a page, a program or config is a page with its text, a folder is a list of its files, and an image is copied.
+Markdown file or a notebook is a page, a program or config is a page with its text, a folder is a list of its files, and an image is copied.
 """
 
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -112,10 +113,19 @@ def code_text(path: str) -> str:
     return f"{hidden}# {path}\n\n````` {{.{language} linenums=1}}\n{code}\n`````\n"
 
 
+def notebook_text(path: str) -> str:
+    """A page with the cells of a notebook: text as it is, code as code."""
+    cells = json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
+    texts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    return "\n\n".join(f"```python\n{text}\n```" if code else text for text, code in texts) + "\n"
+
+
 def source_text(path: str) -> str:
     """The Markdown of the page of ``path``, a file or folder outside the site's own pages."""
     if (ROOT / path).is_dir():
         return folder_text(path)
+    if path.endswith(".ipynb"):
+        return notebook_text(path)
     return (ROOT / path).read_text(encoding="utf-8") if path.endswith(".md") else code_text(path)
 
 

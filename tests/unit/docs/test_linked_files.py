@@ -1,7 +1,15 @@
 """Links of pages to other files of the repository."""
 
 import pytest
-from linked_files import code_text, linked_from, links_in, rewritten, site_path, target_of
+from linked_files import (
+    code_text,
+    linked_from,
+    links_in,
+    rewritten,
+    site_path,
+    source_text,
+    target_of,
+)
 
 EXCLUDED = ("docs/plans/", "docs/examples/")
 
@@ -66,3 +74,9 @@ def test_a_program_becomes_a_page_with_one_heading_and_no_links():
     text = code_text("docs/examples/csv_format.py")
     assert text.count("\n# docs/examples/csv_format.py\n") == 1
     assert not list(links_in(text))
+
+
+def test_a_notebook_is_a_page_of_text_and_code():
+    text = source_text("docs/examples/explore_run.ipynb")
+    assert text.startswith("# Explore a run\n") and '```python\nRUN = "outputs/debug"\n' in text
+    assert text.count("```") % 2 == 0 and "execution_count" not in text
