@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from symbiotic_titan.demo.vocabulary import VOCABULARY
 from symbiotic_titan.demo.write import (
     PRETRAIN,
     SPLITS,
@@ -21,7 +22,7 @@ from symbiotic_titan.demo.write import (
 )
 from symbiotic_titan.process import Counter, exit_status
 
-WRITTEN = (*SPLITS, PRETRAIN, "manifest.json")
+WRITTEN = (*SPLITS, PRETRAIN, "manifest.json", VOCABULARY)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,9 @@ Below the folder:
     {train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
     {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...} or {"text": ..., "facts": ...}
     pretrain/{mmu,lm}                                    the same, for a model that others start from; only in the size "study".
-                                                         Its questions are about pictures with patterns as backgrounds
+                                                         Several questions about each picture, as a conversation; the background
+                                                         of some pictures is a pattern
+    tokenizer.json                                       whose tokens are the words of these files, held-out ones left out; only there
 
 The JSON beside an image also says what it shows (``scene``, ``digit`` or ``writing``), for programs that check generated images, and
 beside a question its ``kind``: "perception", "ocr" or "knowledge".
@@ -41,11 +43,15 @@ from symbiotic_titan.demo.held_out import LONG_CAPTIONS, QUESTIONS, SHORT_CAPTIO
 from symbiotic_titan.demo.patterns import draw_pattern, on_pattern
 from symbiotic_titan.demo.questions import kind_and_asked
 from symbiotic_titan.demo.scenes import Scene
+from symbiotic_titan.demo.vocabulary import VOCABULARY, texts_of, vocabulary_of
 from symbiotic_titan.demo.writing import Writing
 
 IMAGE_TASKS = (SHORT_CAPTIONS, LONG_CAPTIONS, QUESTIONS)
 SPLITS = ("train", "heldout")
 PRETRAIN = "pretrain"
+# Questions about a picture of pre-training, at most, and the share of these pictures whose background is a pattern.
+TURNS = 4
+PATTERN_SHARE = 0.25
 # What pictures show, in turn, and what questions are about: "fact" is either a word or a scene. Shapes and digits are most.
 PICTURES = ("scene", "writing", "digit", "scene", "scene", "writing", "digit", "scene")
 ASKED_ABOUT = ("scene", "digit", "writing", "fact", "scene") * 2 + ("scene",)
@@ -81,6 +87,8 @@ class WorldSize:
     pictures: tuple[str, ...] = PICTURES
     asked_about: tuple[str, ...] = ASKED_ABOUT
     facts_every: int = FACTS_EVERY
+    vocabulary: int = 0
+    """Ids of the tokenizer.json; 0: none is written."""
 
     @property
     def num_samples(self) -> int:
@@ -107,11 +115,12 @@ WORLD_SIZES = {
         1500,
         400,
         questions=300,
-        pretrain_images=2400,
+        pretrain_images=6000,
         pretrain_texts=2400,
         pictures=STUDY_PICTURES,
         asked_about=STUDY_ASKED_ABOUT,
         facts_every=STUDY_FACTS_EVERY,
+        vocabulary=1024,
     ),
 }
 
@@ -141,7 +150,7 @@ class _World:
             return _encoded(entity, _ask_fact(fact), _paint(entity, random))
         shown = self._draw(content, random)
         if task == QUESTIONS and self._split == PRETRAIN:
-            return _ask_on_pattern(shown, random)
+            return _converse(shown, random)
         fields = _say(task, shown, random)
         return _encoded(shown, fields, _paint(shown, random))
 
@@ -175,6 +184,7 @@ def write_world(out: Path, seed: int, size: WorldSize, advance: Advance = lambda
     ``advance`` is called with the number of samples written since its last call.
     """
     counts = size.counts()
+    said: list[str] = []
     for split, numbers in counts.items():
         world = _World(seed, split, size)
         num_shards = size.heldout_shards if split == "heldout" else size.train_shards
@@ -184,9 +194,16 @@ def write_world(out: Path, seed: int, size: WorldSize, advance: Advance = lambda
                 texts = world.texts(number)
                 _write_jsonl(folder, texts, num_shards)
                 numbers[task] = len(texts)
+                fields = texts
             else:
-                _write_tars(folder, task, world.samples(task, number), num_shards)
+                samples = world.samples(task, number)
+                _write_tars(folder, task, samples, num_shards)
+                fields = [sample[-1] for sample in samples]
+            if split != "heldout":
+                said += [text for each in fields for text in texts_of(each)]
             advance(number)
+    if size.vocabulary:
+        (out / VOCABULARY).write_text(vocabulary_of(said, size.vocabulary))
     manifest = {"seed": seed, "samples": counts}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -208,13 +225,25 @@ def _ask_fact(fact: Fact) -> dict[str, Any]:
     return fields | {"kind": kind_and_asked(fact.question())[0]}
 
 
-def _ask_on_pattern(shown: Shown, random: Random) -> Sample:
-    """A question about a picture whose background is a pattern; digits have none."""
-    fields = _say(QUESTIONS, shown, random)
-    if isinstance(shown, Digit):
+def _converse(shown: Shown, random: Random) -> Sample:
+    """Different questions about a picture. Digits are never on a pattern."""
+    asked: dict[str, str] = {}
+    # Some pictures have fewer questions than turns.
+    for _ in range(4 * TURNS):
+        fields = _say(QUESTIONS, shown, random)
+        if len(asked) < TURNS:
+            asked[fields["question"]] = fields["answer"]
+    messages = []
+    for question, answer in asked.items():
+        content = question if messages else f"<image>{question}"
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": answer})
+    fields = {"messages": messages}
+    if isinstance(shown, Digit) or random.random() >= PATTERN_SHARE:
         return _encoded(shown, fields, _paint(shown, random))
     # Nothing of the background has a colour that is asked about.
-    pattern = draw_pattern(random, {*shown.colours, *re.findall(r"\w+", fields["question"])})
+    words = re.findall(r"\w+", " ".join(asked))
+    pattern = draw_pattern(random, {*shown.colours, *words})
     white, black = (_paint(replace(shown, background=b), random) for b in ("white", "black"))
     picture = on_pattern(white, black, pattern)
     return _encoded(replace(shown, background=pattern.name), fields, picture)

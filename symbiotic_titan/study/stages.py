@@ -17,6 +17,7 @@ samples in the same order.
 
 import hashlib
 import json
+import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ from symbiotic_titan.study.runs import Check, Command, StudyRun
 
 FOLDER = Path("train_configs/study")
 SEED_FOLDER = "outputs/reproduce/seed-0"  # of the configs
+STAGE = re.compile(r"^from_step = (\d+)$", re.MULTILINE)
 BEFORE = "before.json"
 SCORE_FILE, SCORES_ALONE = "scores.json", "scores_shared_only.json"
 # Systems whose shared expert is scored alone, as in the paper's Figure 6a.
@@ -77,10 +79,14 @@ class Scale:
     factor: int = 1
     usual: int = field(default_factory=lambda: systems_of()["symbiotic"].steps)
 
-    def steps_of(self, run: StudyRun) -> int:
+    def scaled(self, steps: int) -> int:
+        """As many steps of a run here as ``steps`` of its config."""
         if self.steps is None:
-            return run.steps * self.factor
-        return max(1, round(run.steps * self.steps / self.usual))
+            return steps * self.factor
+        return max(1, round(steps * self.steps / self.usual))
+
+    def steps_of(self, run: StudyRun) -> int:
+        return self.scaled(run.steps)
 
     def training(self, run: StudyRun) -> list[str]:
         """Options of its training. ``run``: as its config has it."""
@@ -111,12 +117,14 @@ def configs_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def write_configs(folder: Path) -> None:
-    """The configs of the study for the seed whose ``folder`` this is."""
+def write_configs(folder: Path, scale: Scale) -> None:
+    """The configs of the study for the seed whose ``folder`` this is. Stages of a mixture begin as ``scale`` has it, since no option of a
+    command can move them."""
     for path in sorted(FOLDER.rglob("*.toml")):
         out = folder / "configs" / path.relative_to(FOLDER)
         out.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8").replace(SEED_FOLDER, folder.as_posix())
+        text = STAGE.sub(lambda found: f"from_step = {scale.scaled(int(found[1]) - 1) + 1}", text)
         out.write_text(text, encoding="utf-8")
 
 
@@ -270,7 +278,7 @@ def keep_scores(last: Path, folder: Path, out: Path) -> None:
 def all_stages(out: Path, seeds: Sequence[int], systems: list[str], scale: Scale) -> list[Stage]:
     """Of all seeds, after their configs were written."""
     for seed in seeds:
-        write_configs(out / f"seed-{seed}")
+        write_configs(out / f"seed-{seed}", scale)
     return [s for seed in seeds for s in SeedStages(out, seed, systems, scale).stages()]
 
 

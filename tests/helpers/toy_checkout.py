@@ -21,6 +21,7 @@ from PIL import Image
 
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
+from symbiotic_titan.demo.vocabulary import VOCABULARY, vocabulary_of
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.model_config import write_model_config
@@ -144,6 +145,8 @@ class ToyCheckout:
         study.mkdir(parents=True)
         for name, part in (("train", "train"), ("heldout", "heldout"), ("pretrain", "train")):
             (study / name).symlink_to(demo / part)
+        texts = [path.read_text() for path in sorted(demo.glob("train/lm/*.jsonl"))]
+        (study / VOCABULARY).write_text(vocabulary_of(texts, 1024))
         released_data.bagel_t2i(folder / "bagel_example")
         released_data.bagel_editing(folder / "bagel_example")
         released_data.llava_665k(folder / "llava")

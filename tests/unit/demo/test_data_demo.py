@@ -11,24 +11,28 @@ import pytest
 
 from symbiotic_titan.commands import make_demo_data
 from symbiotic_titan.config.data import DataSource
+from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.data.decoding import decode_image
 from symbiotic_titan.data.readers import Reader, index_source
+from symbiotic_titan.data.tokenizer import BYTE_SPECIALS, open_tokenizer
 from symbiotic_titan.demo import (
     digits,
     scenes,
 )
 from symbiotic_titan.demo.docstrings import prose
 from symbiotic_titan.demo.questions import kind_and_asked
+from symbiotic_titan.demo.vocabulary import VOCABULARY, vocabulary_of
 from symbiotic_titan.demo.write import (
     IMAGE_TASKS,
     SPLITS,
+    TURNS,
     WorldSize,
     write_world,
 )
 from tests.helpers.demo_world import TINY
 
 SMALL = WorldSize(5, 2, 6, 3, train_shards=2)
-STUDY = replace(SMALL, questions=4, pretrain_images=2, pretrain_texts=6)
+STUDY = replace(SMALL, questions=4, pretrain_images=4, pretrain_texts=6, vocabulary=300)
 
 
 def read_all(folder, form="webdataset"):
@@ -248,11 +252,29 @@ def test_size_study_has_as_few_questions_as_asked_for_and_data_to_start_from(too
         counts = json.loads((out / "manifest.json").read_text())["samples"]
         assert counts["train"] == {"t2i": 5, "t2i_long": 5, "mmu": questions, "lm": 6}
         assert len(read_all(out / "train" / "mmu")) == questions
-    described = [fields for _, fields in read_all(out / "pretrain" / "mmu")]
-    assert len(described) == counts["pretrain"]["mmu"] == 2
-    assert all(kind_and_asked(f["question"])[0] == f["kind"] for f in described)
+    talks = [fields["messages"] for _, fields in read_all(out / "pretrain" / "mmu")]
+    assert len(talks) == counts["pretrain"]["mmu"] == 4
+    for talk in talks:
+        assert [turn["role"] for turn in talk] == ["user", "assistant"] * (len(talk) // 2)
+        first, *others = (turn["content"] for turn in talk[::2])
+        asked = {kind_and_asked(q)[0] for q in (first.removeprefix("<image>"), *others)}
+        assert first.startswith("<image>") and "other" not in asked
+        assert len(set(others)) == len(others) < TURNS
+    assert max(map(len, talks)) == 2 * TURNS
     texts = {s: [f["text"] for _, f in read_all(out / s / "lm", "jsonl")] for s in counts}
     assert len(texts["pretrain"]) == 6 and not set(texts["pretrain"]) & set(texts["train"])
+
+
+def test_the_vocabulary_has_the_words_of_training_files_and_takes_any_text(tmp_path):
+    write_world(tmp_path, 0, STUDY)
+    tokenizer = open_tokenizer(Tokenizer("huggingface", str(tmp_path / VOCABULARY)))
+    assert tokenizer.vocab_size == STUDY.vocabulary + len(BYTE_SPECIALS)
+    for text in ("Which digit is this?", "What colour? \u00fc\n\t\u4e2d", " the  red"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("327")) == 3
+    assert len(tokenizer.encode("a digit and the picture")) < 16
+    with pytest.raises(ValueError, match="vocabulary: 9000 ids are wanted, the texts give"):
+        vocabulary_of(["a few words"], 9000)
 
 
 def test_tool_never_replaces_what_it_did_not_write(tool, tmp_path, capsys):

@@ -136,7 +136,7 @@ def test_the_commands_take_their_arguments(monkeypatch):
     monkeypatch.setattr(make_demo_data, "write_world", write)
     assert profile_experts.main(list(found["seed-0/profile"].command[4:])) == 2
     assert make_demo_data.main(list(found["seed-0/data"].command[4:])) == 0
-    assert read["profile"] == (OUT / "seed-0/vlm/checkpoint/step-400", [])
+    assert read["profile"] == (OUT / "seed-0/vlm/checkpoint/step-2000", [])
     assert read["data"] == (0, 300)
 
 
@@ -163,12 +163,22 @@ def test_the_shared_expert_of_two_systems_is_scored_alone():
 
 def test_fewer_steps_shorten_the_pre_training_too_and_move_the_start():
     found = made("standard_moe", "symbiotic", scale=Scale(steps=90))
-    assert options_of(found["seed-0/vlm/train"])["--training.steps"] == "80"
+    assert options_of(found["seed-0/vlm/train"])["--training.steps"] == "400"
     train = options_of(found["seed-0/standard_moe/train"])
-    vlm = f"{OUT}/seed-0/vlm/checkpoint/step-80"
+    vlm = f"{OUT}/seed-0/vlm/checkpoint/step-400"
     assert (train["--training.steps"], train["--checkpoint.initial_load_path"]) == ("90", vlm)
     assert "--checkpoint.initial_load_path" not in options_of(found["seed-0/symbiotic/train"])
     assert words_after(found["seed-0/24_8/partition"], "--checkpoint") == vlm
+
+
+@pytest.mark.parametrize(
+    ("scale", "first"), [(Scale(), 1401), (Scale(steps=90), 281), (Scale(factor=2), 2801)]
+)
+def test_the_mixture_of_the_pre_training_changes_where_the_scale_has_it(scale, first):
+    train = made("symbiotic", seeds=[0], scale=scale)["seed-0/vlm/train"]
+    config = load_job_config(["--job.config_file", words_after(train, "train")])
+    [stage] = config.data.stages
+    assert (stage.from_step, stage.weights) == (first, {"lm": 1.5})
 
 
 @pytest.mark.parametrize("name", ["symbiotic", "standard_moe"])
