@@ -13,7 +13,8 @@ from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 from symbiotic_titan.losses.step import LossFunction
 from symbiotic_titan.losses.terms import plain_text_errors
-from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.args import round_vocab_size
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.parallel.ranks import gather_over_ranks
 
 
@@ -44,8 +45,7 @@ def loader_options(
     job_config: JobConfig, tokenizer: BaseTokenizer, dp_rank: int, dp_world_size: int
 ) -> dict[str, Any]:
     """Arguments of ``build_loader``: the shape of a row, and which rows belong to this rank."""
-    args = FLAVORS[job_config.model.flavor]
-    args.update_from_config(job_config)
+    args = model_args(job_config)
     return {
         "latents": job_config.latents,
         "geometry": args.geometry,
@@ -64,18 +64,18 @@ def build_tokenizer(job_config: JobConfig) -> ByteTokenizer | FileTokenizer:
     """The tokenizer of [tokenizer].
 
     Raises:
-        ValueError: its file cannot be used, or the flavor has fewer embeddings than it has ids.
+        ValueError: its file cannot be used, or the model has fewer embeddings than it has ids.
     """
     tokenizer = open_tokenizer(job_config.tokenizer)
-    flavor = job_config.model.flavor
-    num_rows = FLAVORS[flavor].vocab_size
-    added = tokenizer.added
+    model, num_rows, added = job_config.model, model_args(job_config).vocab_size, tokenizer.added
     if tokenizer.vocab_size > num_rows:
+        key = "vocab_size" if model.vocab_size else "flavor"
         raise ValueError(
             f"[tokenizer]: {tokenizer.vocab_size} ids, among them {len(added)} special tokens that the file lacks, are more "
-            f"than the {num_rows} embeddings of model.flavor = {flavor!r}; choose a larger flavor (symbiotic convert from-hf "
-            f"--spare-rows {tokenizer.vocab_size - num_rows} makes one of a release), name unused tokens of the file in "
-            f"[tokenizer.special], or use a file with at most {num_rows - len(added)} ids"
+            f"than the {num_rows} embeddings of model.{key} = {getattr(model, key)!r}; for a model trained from scratch, set "
+            f"model.vocab_size = {round_vocab_size(tokenizer.vocab_size)}; for a release, symbiotic convert from-hf --spare-rows "
+            f"{tokenizer.vocab_size - num_rows} adds embeddings; or name unused tokens of the file in [tokenizer.special], or use a "
+            f"file with at most {num_rows - len(added)} ids"
         )
     reserved = ", ".join(f"{token} as {role}" for role, token in tokenizer.reserved.items())
     logger.info(

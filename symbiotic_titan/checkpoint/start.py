@@ -147,12 +147,8 @@ def check_resumable(
             f"checkpoint {folder} holds the model alone (checkpoint.last_save_model_only), so this run cannot go on; "
             "name an older one with --checkpoint.load_step, or start another job.dump_folder with checkpoint.initial_load_path"
         )
-    mismatch = _mismatch(saved, shapes)
-    if mismatch:
-        raise ValueError(
-            f"checkpoint {folder} is of another model: {mismatch}; resume with the model.flavor and [experts] it was saved "
-            "with, or start another job.dump_folder"
-        )
+    remedy = "resume with the model.flavor and [experts] it was saved with, or start another job.dump_folder"
+    _check_is_model(f"checkpoint {folder}", saved, shapes, remedy)
     from symbiotic_titan.weights.dcp import check_holds
 
     with_state = {key.rpartition(".")[0] for key in saved if key.startswith("optimizer.state.")}
@@ -178,25 +174,27 @@ def check_weights(
     Raises:
         ValueError: they belong to another model, or lack the training state that the config asks for.
     """
-    mismatch = _mismatch(held, shapes)
-    if mismatch:
-        raise ValueError(
-            f"{START}: {start} is of another model: {mismatch}; split it as [experts] says with symbiotic convert, or name one "
-            "that was"
-        )
+    remedy = "split it as [experts] says with symbiotic convert, or name one that was"
+    _check_is_model(f"{START}: {start}", held, shapes, remedy)
     if not model_only and "train_state.step" not in held:
         raise ValueError(
             f"{START}: {start} holds the model alone; set checkpoint.initial_load_model_only = true"
         )
 
 
-def _mismatch(held: Entries, shapes: Mapping[str, Shape]) -> str | None:
-    """Describes the first of ``shapes`` that is missing from ``held`` or differs there; None if all match."""
+def _check_is_model(
+    checkpoint: str, held: Entries, shapes: Mapping[str, Shape], remedy: str
+) -> None:
+    """Pass if ``held`` has all ``shapes``. ``checkpoint``: how a message begins."""
+    from symbiotic_titan.weights.compatibility import check_num_embeddings
+
+    check_num_embeddings(checkpoint, held, shapes)
     for name, shape in shapes.items():
         if held.get(name) != shape:
             found = f"has shape {held[name]}" if name in held else "is missing"
-            return f"{name} {found} in it and has shape {shape} here"
-    return None
+            raise ValueError(
+                f"{checkpoint} is of another model: {name} {found} in it and has shape {shape} here; {remedy}"
+            )
 
 
 # ---- once the process group exists ----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.data.loader import PackedLoader
 from symbiotic_titan.data.statistics import Table, tables_of
 from symbiotic_titan.data.tokenizer import Tokenizer
-from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.masks import build_dense_mask
 from symbiotic_titan.process import exit_status
 from symbiotic_titan.sequence.batch import PackedBatch
@@ -357,8 +357,7 @@ def open_data(config: JobConfig) -> tuple[PackedLoader, Tokenizer, ImageGeometry
     workers.num_workers, workers.pin_memory = 0, False
     tokenizer = build_tokenizer(config)
     loader = build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
-    args = FLAVORS[config.model.flavor]
-    args.update_from_config(config)
+    args = model_args(config)
     return loader, tokenizer, args.geometry
 
 

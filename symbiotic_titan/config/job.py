@@ -88,6 +88,10 @@ class Model(UpstreamModel):
     flavor: Annotated[str, PATH] = "debug"
     """Which size to train: its name, or the path of a model.json"""
 
+    vocab_size: Annotated[int, Range(1, 10**8, also={0: "those of the flavor"})] = 0
+    """Embeddings, and so the token ids that the model knows, of a model trained from scratch. A vocabulary file needs one for each of
+    its ids and for each special token that it lacks; where there are too few, the refusal names the number. 0: those of the flavor"""
+
     attention_backend: Literal["sdpa", "flex"] = "sdpa"
     """``sdpa``: dense mask, runs anywhere; ``flex``: FlexAttention with one block mask per step, needs CUDA"""
 

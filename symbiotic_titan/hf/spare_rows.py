@@ -12,13 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from symbiotic_titan.model.args import ModelArgs
+from symbiotic_titan.model.args import ModelArgs, round_vocab_size
 from symbiotic_titan.weights.reader import CheckpointReader, TensorSpec, cut
 from symbiotic_titan.weights.safetensors import copy_into
 
 TABLES = ("tok_embeddings.weight", "output.weight")
-# The number of rows is rounded up to a multiple of this, so that it divides among ranks and fills the tiles of a matmul.
-MULTIPLE = 64
 
 
 def with_spare_rows(args: ModelArgs, num_rows: int) -> ModelArgs:
@@ -31,7 +29,7 @@ def with_spare_rows(args: ModelArgs, num_rows: int) -> ModelArgs:
         raise ValueError(f"--spare-rows: must be zero or positive, got {num_rows}")
     if num_rows == 0:
         return args
-    return replace(args, vocab_size=-(-(args.vocab_size + num_rows) // MULTIPLE) * MULTIPLE)
+    return replace(args, vocab_size=round_vocab_size(args.vocab_size + num_rows))
 
 
 class SpareRowsReader:

@@ -18,6 +18,8 @@ from symbiotic_titan.sequence.geometry import ImageGeometry
 from symbiotic_titan.sequence.modality import NUM_MODALITIES, modality_ids
 from symbiotic_titan.sequence.positions import RotaryLayout
 
+VOCAB_MULTIPLE = 64
+
 
 def one_pool(num_experts: int) -> tuple[ExpertGroup, ...]:
     """The standard MoE: a single group ``all`` in which every modality routes."""
@@ -50,6 +52,11 @@ def partition_groups(
             f"change num_experts of a group by {num_experts - held:+d}"
         )
     return groups
+
+
+def round_vocab_size(num_ids: int) -> int:
+    """``num_ids``, up to a number of embeddings that divides among ranks and fills the tiles of a matmul."""
+    return -(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass(kw_only=True)
@@ -244,6 +251,8 @@ class ModelArgs(BaseModelArgs):
 
     def update_from_config(self, job_config: JobConfig, **kwargs: object) -> None:  # type: ignore[override]
         """Apply [model], [experts], [shielding], [latents] and debug.seed. torchtitan calls it before the model is built."""
+        if job_config.model.vocab_size:
+            self.vocab_size = job_config.model.vocab_size
         partition = job_config.experts.partition
         if partition:
             self.groups = partition_groups(partition, self.num_experts, job_config.model.flavor)

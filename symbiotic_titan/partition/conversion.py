@@ -9,6 +9,7 @@ from symbiotic_titan.partition.pools import ONE_POOL
 from symbiotic_titan.weights.compatibility import (
     SHARED,
     absent_parts,
+    check_num_embeddings,
     part_of,
 )
 from symbiotic_titan.weights.reader import (
@@ -109,6 +110,8 @@ def plan_conversion(
     Raises:
         ValueError: ``source`` lacks a tensor, has one of another shape, or has one that the config's model does not use.
     """
+    held, needs = ({name: spec.shape for name, spec in side.items()} for side in (source, target))
+    check_num_embeddings("the checkpoint", held, needs)
     origins = {n: _shared_origin(n, shared) or _origin(n, source, slots) for n in target}
     origins = _in_reading_order(origins, source)
     absent = absent_parts(source)

@@ -18,7 +18,7 @@ from symbiotic_titan.config.upstream import (
 from symbiotic_titan.data.loader import streams_of_rank
 from symbiotic_titan.device import device_type, has_slow_bfloat16, supports_flex_attention
 from symbiotic_titan.model.args import ModelArgs
-from symbiotic_titan.model.flavors import FLAVORS
+from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.moe.partition import check_expert_parallel_degree
 from symbiotic_titan.moe.router import check_score
 from symbiotic_titan.optim.shield_schedule import check_schedule
@@ -331,8 +331,7 @@ def check_job(
     check_ema(config)
     check_stability(config)
     check_converters(config)
-    args = FLAVORS[config.model.flavor]
-    args.update_from_config(config)
+    args = model_args(config)
     check_score(args.moe_args.score_function)
     check_z_loss(config, args)
     check_shielding(config, args)

@@ -7,6 +7,7 @@ from torch import nn
 
 from symbiotic_titan.weights.reader import (
     CheckpointReader,
+    Entries,
     TensorSpec,
     some_of,
 )
@@ -15,6 +16,7 @@ from symbiotic_titan.weights.reader import (
 OPTIONAL_PARTS = ("vit", "latent_embedding", "flow_head")
 
 SHARED = ".moe.shared_experts."
+EMBEDDINGS = "tok_embeddings.weight"
 
 
 def tensors_of_model(model: nn.Module) -> dict[str, TensorSpec]:
@@ -44,6 +46,10 @@ def check_is_model(reader: CheckpointReader, tensors: Mapping[str, TensorSpec]) 
             f"checkpoint {reader.folder} has the expert groups {', '.join(has)}, the config's model {', '.join(needs)}; "
             "use the config that the checkpoint was made for"
         )
+    held = {name: spec.shape for name, spec in reader.tensors.items()}
+    check_num_embeddings(
+        f"checkpoint {reader.folder}", held, {name: spec.shape for name, spec in tensors.items()}
+    )
     where = f"checkpoint {reader.folder} is of another model"
     remedy = "use the model.flavor, [experts] and [latents] it was saved with"
     absent = absent_parts(reader.tensors)
@@ -58,6 +64,21 @@ def check_is_model(reader: CheckpointReader, tensors: Mapping[str, TensorSpec]) 
     if more:
         raise ValueError(
             f"{where}: it has {some_of(more)}, which the config's model lacks; {remedy}"
+        )
+
+
+def check_num_embeddings(checkpoint: str, held: Entries, needs: Entries) -> None:
+    """Pass unless the number of embeddings differs between the stored tensors ``held`` and the model's ``needs``, and their width does not.
+    ``checkpoint``: how a message begins.
+
+    Raises:
+        ValueError: it does.
+    """
+    stored, here = held.get(EMBEDDINGS), needs.get(EMBEDDINGS)
+    if stored and here and stored != here and stored[1:] == here[1:]:
+        raise ValueError(
+            f"{checkpoint} has {stored[0]} embeddings, the config's model {here[0]}; set model.vocab_size = {stored[0]}: loading a "
+            "checkpoint does not change their number"
         )
 
 

@@ -135,6 +135,18 @@ def test_start_that_does_not_fit_is_refused(tmp_path, shapes, model_only, messag
         check_weights(start, entries(start), shapes, model_only=model_only)
 
 
+def test_another_number_of_embeddings_is_named_with_its_key(tmp_path):
+    name = "tok_embeddings.weight"
+    needs, held = {name: (384, 8)}, {name: (320, 8)}
+    message = "has 320 embeddings, the config's model 384; set model.vocab_size = 320: "
+    with pytest.raises(ValueError, match=f"^checkpoint.initial_load_path: .* {message}"):
+        check_weights(tmp_path, held, needs, model_only=True)
+    with pytest.raises(ValueError, match=f"^checkpoint {tmp_path} {message}"):
+        check_resumable(tmp_path, held | {"train_state.step": None}, needs, [])
+    with pytest.raises(ValueError, match=r"tok_embeddings.weight has shape \(320, 4\) in it"):
+        check_weights(tmp_path, {name: (320, 4)}, needs, model_only=True)
+
+
 def test_missing_or_damaged_folder_is_named_with_its_key(tmp_path):
     with pytest.raises(ValueError, match="a.key: no such folder: .*; do that"):
         complete_metadata(tmp_path / "none", "a.key", "do that")

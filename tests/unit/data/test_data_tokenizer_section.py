@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from symbiotic_titan.config.job import JobConfig, Model
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.config.tokenizer import Tokenizer
 from symbiotic_titan.data.tokenizer import ByteTokenizer, open_tokenizer
+from symbiotic_titan.model.flavors import model_args
 from tests.helpers.tokenizer_files import byte_level_bpe, whole_words, write
 
 # ---- flavors ----------------------------------------------------------------------------------------------------------
@@ -23,9 +25,23 @@ def test_a_vocabulary_may_fill_the_flavor_and_not_a_token_more(tmp_path):
     with pytest.raises(
         ValueError,
         match="151937 ids, among them 11 special tokens .* more than the 151936 embeddings of model.flavor = "
-        "'30B-A3B'; .* a file with at most 151925 ids",
+        "'30B-A3B'; .* set model.vocab_size = 152000; .* a file with at most 151925 ids",
     ):
         build_tokenizer(job("30B-A3B", fits + 1))
+
+
+def test_a_model_from_scratch_takes_as_many_embeddings_as_its_tokenizer_needs(tmp_path):
+    section = ["--tokenizer.kind", "huggingface", "--tokenizer.path"]
+    section.append(write(tmp_path, whole_words(str(i) for i in range(1000))))
+    with pytest.raises(ValueError, match="320 embeddings of model.flavor = 'debug'") as refusal:
+        build_tokenizer(load_job_config(section))
+    [size] = re.findall(r"set model.vocab_size = (\d+);", str(refusal.value))
+    config = load_job_config([*section, "--model.vocab_size", size])
+    assert build_tokenizer(config).vocab_size == 1012 <= model_args(config).vocab_size == 1024
+    with pytest.raises(ValueError, match="1000 embeddings of model.vocab_size = 1000; "):
+        build_tokenizer(load_job_config([*section, "--model.vocab_size", "1000"]))
+    with pytest.raises(ValueError, match=r"model.vocab_size: must .* or 0 \(those of the flavor\)"):
+        load_job_config(["--model.vocab_size", "-1"])
 
 
 SECTION = """

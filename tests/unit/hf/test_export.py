@@ -317,6 +317,8 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path, split):
         export(folder, replace(args, groups=()), tmp_path / "out")
     with pytest.raises(ValueError, match="is of another model: tok_embeddings.weight has"):
         export(folder, replace(args, dim=64), tmp_path / "out")
+    with pytest.raises(ValueError, match=f"set model.vocab_size = {args.vocab_size}: "):
+        export(folder, replace(args, vocab_size=args.vocab_size + 64), tmp_path / "out")
     with pytest.raises(ValueError, match="split exists; choose another --out"):
         export(folder, args, folder)
 

@@ -119,7 +119,7 @@ def test_the_conversion_says_how_many_rows_the_special_tokens_need(tmp_path, cap
         flavor = str(tmp_path / folder / "model.json")
         return build_tokenizer(JobConfig(model=Model(flavor=flavor), tokenizer=section))
 
-    with pytest.raises(ValueError, match="139 ids.* 128 embeddings.*from-hf --spare-rows 11 makes"):
+    with pytest.raises(ValueError, match="139 ids.* 128 embeddings.*from-hf --spare-rows 11 adds"):
         tokenizer("full")
     run(*("from-hf", "--hf", tmp_path / "release", "--out", tmp_path / "more", "--spare-rows", 11))
     assert "warning" not in capsys.readouterr().err

@@ -4,12 +4,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from symbiotic_titan.config.experts import ExpertGroupRow
 from symbiotic_titan.config.generation import Latents
-from symbiotic_titan.model.args import one_pool, partition_groups
+from symbiotic_titan.model.args import one_pool, partition_groups, round_vocab_size
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.model_config import write_model_config
+from symbiotic_titan.model.symbiotic import SymbioticModel
 from symbiotic_titan.model.vit_args import VitArgs
 from symbiotic_titan.moe.partition import ExpertGroup
 from symbiotic_titan.sequence.geometry import ImageGeometry
@@ -23,10 +25,12 @@ def row(modalities, num_experts):
 SPLIT = {"understanding": row(["text", "vit"], 12), "generation": row(["vae"], 4)}
 
 
-def config(partition=None, shared=True, modalities=("vae",), patch=8, seed=3, flavor="debug"):
+def config(
+    partition=None, shared=True, modalities=("vae",), patch=8, seed=3, flavor="debug", vocab_size=0
+):
     """The sections that ModelArgs reads, as JobConfig has them."""
     return SimpleNamespace(
-        model=SimpleNamespace(flavor=flavor, attention_backend="flex"),
+        model=SimpleNamespace(flavor=flavor, attention_backend="flex", vocab_size=vocab_size),
         experts=SimpleNamespace(
             partition=partition or {}, shared=shared, score_function=None, new_shared_experts=0
         ),
@@ -84,6 +88,22 @@ def test_the_config_partitions_shields_and_sizes_the_model():
         latent_stride=1,
         latent_patch=8,
     )
+
+
+def test_the_number_of_embeddings_is_the_flavors_unless_the_config_gives_another():
+    args = FLAVORS["debug"]
+    args.update_from_config(config())
+    assert args.vocab_size == 320
+    args.update_from_config(config(vocab_size=129_344))
+    assert args.vocab_size == 129_344
+    with torch.device("meta"):
+        model = SymbioticModel(args)
+    assert model.tok_embeddings.weight.shape == model.output.weight.shape == (129_344, args.dim)
+
+
+@pytest.mark.parametrize(("ids", "expected"), [(1, 64), (64, 64), (129_288, 129_344)])
+def test_numbers_of_embeddings_are_multiples_of_64(ids, expected):
+    assert round_vocab_size(ids) == expected
 
 
 def test_sizes_of_a_group_and_copies_reach_the_model():

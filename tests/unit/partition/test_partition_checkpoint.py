@@ -289,6 +289,10 @@ def test_sources_of_other_models_are_refused(tmp_path, vlm):
             partition_checkpoint(folder, args, plan, out)
 
     refused(tiny_args(dim=64), "of another model: tok_embeddings.weight has shape")
+    refused(
+        replace(tiny_args(), vocab_size=128),
+        "the checkpoint has 64 embeddings, the config's model 128; set model.vocab_size = 64: ",
+    )
     refused(tiny_args(num_layers=4), "it lacks layers.3.attention_norm.weight, .* and 12 more")
     refused(tiny_args(num_layers=2), "the config's model has no layers.2.attention_norm.weight")
     state = {k: v for k, v in model.state_dict().items() if ".shared_experts." not in k}
