@@ -146,7 +146,7 @@ class ToyCheckout:
         for name, part in (("train", "train"), ("heldout", "heldout"), ("pretrain", "train")):
             (study / name).symlink_to(demo / part)
         texts = [path.read_text() for path in sorted(demo.glob("train/lm/*.jsonl"))]
-        (study / VOCABULARY).write_text(vocabulary_of(texts, 1024))
+        (study / VOCABULARY).write_text(vocabulary_of(texts, 300))
         released_data.bagel_t2i(folder / "bagel_example")
         released_data.bagel_editing(folder / "bagel_example")
         released_data.llava_665k(folder / "llava")
