@@ -34,7 +34,9 @@ def vocabulary_of(texts: Iterable[str], size: int) -> str:
 
 
 def texts_of(fields: Mapping[str, Any]) -> list[str]:
-    """The texts of a sample of the demo world, by the fields of the JSON beside its image."""
-    turns = [turn["content"].removeprefix("<image>") for turn in fields.get("messages", ())]
-    keys = ("text", "caption", "question", "answer")
-    return turns + [fields[key] for key in keys if key in fields]
+    """The texts of a sample of the demo world.
+
+    Args:
+        fields: the JSON beside its image, or its line of JSONL.
+    """
+    return [fields[key] for key in ("text", "caption", "question", "answer") if key in fields]

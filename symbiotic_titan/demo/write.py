@@ -6,8 +6,7 @@ Below the folder:
     {train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
     {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...} or {"text": ..., "facts": ...}
     pretrain/{mmu,lm}                                    the same, for a model that others start from; only in the size "study".
-                                                         Several questions about each picture, as a conversation; the background
-                                                         of some pictures is a pattern
+                                                         The background of some of its pictures is a pattern
     tokenizer.json                                       whose tokens are the words of these files, held-out ones left out; only there
 
 The JSON beside an image also says what it shows (``scene``, ``digit`` or ``writing``), for programs that check generated images, and
@@ -49,8 +48,7 @@ from symbiotic_titan.demo.writing import Writing
 IMAGE_TASKS = (SHORT_CAPTIONS, LONG_CAPTIONS, QUESTIONS)
 SPLITS = ("train", "heldout")
 PRETRAIN = "pretrain"
-# Questions about a picture of pre-training, at most, and the share of these pictures whose background is a pattern.
-TURNS = 4
+# Of the pictures of pre-training, those whose background is a pattern.
 PATTERN_SHARE = 0.25
 # What pictures show, in turn, and what questions are about: "fact" is either a word or a scene. Shapes and digits are most.
 PICTURES = ("scene", "writing", "digit", "scene", "scene", "writing", "digit", "scene")
@@ -150,7 +148,7 @@ class _World:
             return _encoded(entity, _ask_fact(fact), _paint(entity, random))
         shown = self._draw(content, random)
         if task == QUESTIONS and self._split == PRETRAIN:
-            return _converse(shown, random)
+            return _ask_before_training(shown, random)
         fields = _say(task, shown, random)
         return _encoded(shown, fields, _paint(shown, random))
 
@@ -225,25 +223,13 @@ def _ask_fact(fact: Fact) -> dict[str, Any]:
     return fields | {"kind": kind_and_asked(fact.question())[0]}
 
 
-def _converse(shown: Shown, random: Random) -> Sample:
-    """Different questions about a picture. Digits are never on a pattern."""
-    asked: dict[str, str] = {}
-    # Some pictures have fewer questions than turns.
-    for _ in range(4 * TURNS):
-        fields = _say(QUESTIONS, shown, random)
-        if len(asked) < TURNS:
-            asked[fields["question"]] = fields["answer"]
-    messages = []
-    for question, answer in asked.items():
-        content = question if messages else f"<image>{question}"
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": answer})
-    fields = {"messages": messages}
+def _ask_before_training(shown: Shown, random: Random) -> Sample:
+    """A question about a picture, which may have a pattern as its background; digits have none."""
+    fields = _say(QUESTIONS, shown, random)
     if isinstance(shown, Digit) or random.random() >= PATTERN_SHARE:
         return _encoded(shown, fields, _paint(shown, random))
     # Nothing of the background has a colour that is asked about.
-    words = re.findall(r"\w+", " ".join(asked))
-    pattern = draw_pattern(random, {*shown.colours, *words})
+    pattern = draw_pattern(random, {*shown.colours, *re.findall(r"\w+", fields["question"])})
     white, black = (_paint(replace(shown, background=b), random) for b in ("white", "black"))
     picture = on_pattern(white, black, pattern)
     return _encoded(replace(shown, background=pattern.name), fields, picture)

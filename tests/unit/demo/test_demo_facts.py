@@ -77,6 +77,7 @@ def study(tmp_path_factory):
 def test_kinds_of_questions_are_balanced_and_few(study):
     asked = read_questions(demo_source(study, "train", "mmu"))
     assert Counter(sample.kind for sample in asked) == dict.fromkeys(KINDS, 90)
+    assert len(read_questions(demo_source(study, "pretrain", "mmu"))) == 20
     full = WORLD_SIZES["full"].asked_about
     assert full.count("scene") + full.count("digit") > len(full) / 2
 

@@ -77,9 +77,7 @@ def test_questions_of_pre_training_name_no_colour_of_the_background(tmp_path):
         if shown is None or shown["background"] in BACKGROUNDS:
             continue
         kind, first, _, second = shown["background"].split()
-        asked = {
-            word for turn in fields["messages"] for word in re.findall(r"\w+", turn["content"])
-        }
+        asked = set(re.findall(r"\w+", fields["question"]))
         assert not asked & {first, second}
         pixels = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
         assert kind in KINDS and {SHADES[first], SHADES[second]} <= pixels
