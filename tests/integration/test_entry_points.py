@@ -54,10 +54,11 @@ def installed(tmp_path_factory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
     [site] = (folder / "venv" / "lib").glob("python3*/site-packages")
-    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     [wheel] = folder.glob("*.whl")
     install = [*pip, "--python", python, "install", *quiet, "--no-index", wheel]
     subprocess.run(install, check=True, capture_output=True)
+    # Not before: pip would find that the package is installed, from the repository.
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     shutil.rmtree(folder / "source")
     return python.parent
 
