@@ -37,9 +37,8 @@ types=$(mktemp)
 trap 'rm -f "$types"' EXIT
 "$python" -m mypy >"$types" 2>&1 &
 mypy=$!
-# Whole files side by side, one more than there are cores, since tests of several processes often wait: tests of one file share what
-# they set up. Those of whole runs come first, because they last longest.
-workers=$("$python" -c 'import os; print(min((os.cpu_count() or 1) + 1, 8))')
+# Whole files side by side: tests of one file share what they set up. Those of whole runs come first, because they last longest.
+workers=$("$python" -c 'import os; print(min(os.cpu_count() or 1, 8))')
 stage tests pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder \
     tests/integration tests/distributed tests/unit tests/contract
 if nvidia-smi -L >/dev/null 2>&1; then
