@@ -2,7 +2,7 @@
 ``data.sequence_builder``."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from symbiotic_titan.data.documents import (
@@ -174,12 +174,11 @@ class Filling:
         return Filling(self.rows + 1, self.tokens + used, limits)
 
 
-def limiting(left: SequenceSize, waiting: Iterable[Document]) -> str:
+def limiting(left: SequenceSize, waiting: Sequence[Document]) -> str:
     """The key of the config that refuses most of the ``waiting`` documents for which a sequence has positions ``left``; that of its length
     where it has none for any."""
     refused: Counter[str] = Counter()
-    lengths = [document.num_tokens for document in waiting]
-    if not lengths:
+    if not waiting:
         return "data.lookahead"
     for document in waiting:
         if document.num_tokens <= left.num_tokens:

@@ -41,19 +41,17 @@ class ScoreCurve:
 
 
 def draw_scores(panel: Axes, curve: ScoreCurve) -> None:
-    """The line of a run with its points and, where they are known, the band of their intervals."""
-    steps = [point.step for point in curve.points]
-    style = line_style(curve.index)
+    """The line of a run with its points and, where they are known, bars of their intervals."""
+    steps, style = [point.step for point in curve.points], line_style(curve.index)
     panel.plot(
         steps, [p.score for p in curve.points], linewidth=1.8, marker="o", markersize=4, **style
     )
-    known = [(point.step, *point.interval) for point in curve.points if point.interval]
-    if known:
-        errors = [[point.score - point.interval[0] for point in curve.points if point.interval]]
-        errors += [[point.interval[1] - point.score for point in curve.points if point.interval]]
-        scores = [point.score for point in curve.points if point.interval]
-        bars: dict[str, Any] = {"ecolor": style["color"], "elinewidth": 1.0, "capsize": 2.5}
-        panel.errorbar([row[0] for row in known], scores, yerr=errors, fmt="none", **bars)
+    bars: dict[str, Any] = {"ecolor": style["color"], "elinewidth": 1.0, "capsize": 2.5}
+    for point in curve.points:
+        if point.interval:
+            low, high = point.interval
+            errors = [[point.score - low], [high - point.score]]
+            panel.errorbar([point.step], [point.score], yerr=errors, fmt="none", **bars)
 
 
 def score_figure(

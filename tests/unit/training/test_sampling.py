@@ -228,7 +228,12 @@ def test_without_prompts_or_a_task_that_draws_it_is_refused():
 
 def test_it_can_be_shown_in_wandb_alone(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    check_job(config_of("--metrics.no_enable_tensorboard --metrics.enable_wandb"))
+    alone = "--metrics.no_enable_tensorboard"
+    with pytest.raises(ValueError, match="sample grids are shown in TensorBoard and W&B"):
+        check_job(config_of(alone))
+    config = config_of(f"{alone} --metrics.enable_wandb")
+    check_job(config)
+    assert config.sampling.enable and not config.metrics.enable_tensorboard
 
 
 @pytest.mark.parametrize(
