@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
@@ -46,12 +47,11 @@ def draw_scores(panel: Axes, curve: ScoreCurve) -> None:
     panel.plot(
         steps, [p.score for p in curve.points], linewidth=1.8, marker="o", markersize=4, **style
     )
-    bars: dict[str, Any] = {"ecolor": style["color"], "elinewidth": 1.0, "capsize": 2.5}
-    for point in curve.points:
-        if point.interval:
-            low, high = point.interval
-            errors = [[point.score - low], [high - point.score]]
-            panel.errorbar([point.step], [point.score], yerr=errors, fmt="none", **bars)
+    known = [(p.step, p.score, *p.interval) for p in curve.points if p.interval]
+    if known:
+        at, scores, lows, highs = (np.array(column) for column in zip(*known, strict=True))
+        bars: dict[str, Any] = {"ecolor": style["color"], "elinewidth": 1.0, "capsize": 2.5}
+        panel.errorbar(at, scores, yerr=(scores - lows, highs - scores), fmt="none", **bars)
 
 
 def score_figure(
