@@ -39,6 +39,11 @@ print(json.dumps([statuses, [main(["reproduce"]), main(["reliability"])]]))
 """
 
 
+def without_repository() -> dict[str, str]:
+    """The environment variables, without those by which Python finds the repository."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK")}
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """The programs' folder of an environment that has the wheel of this repository, and all else from that of the tests."""
@@ -48,16 +53,18 @@ def installed(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "symbiotic_titan", folder / "source/symbiotic_titan", ignore=left_out)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
+    # Neither PYTHONPATH nor the current folder: beside an editable package pip finds its egg-info, and would install nothing.
+    alone = {"cwd": folder, "env": without_repository(), "check": True, "capture_output": True}
     pip, quiet = [sys.executable, "-m", "pip"], ["--quiet", "--no-deps"]
     build = ["wheel", *quiet, "--no-build-isolation", "--wheel-dir", folder, folder / "source"]
-    subprocess.run([*pip, *build], check=True, capture_output=True)
+    subprocess.run([*pip, *build], **alone)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
     [site] = (folder / "venv" / "lib").glob("python3*/site-packages")
     [wheel] = folder.glob("*.whl")
     install = [*pip, "--python", python, "install", *quiet, "--no-index", wheel]
-    subprocess.run(install, check=True, capture_output=True)
-    # Not before: pip would find that the package is installed, from the repository.
+    subprocess.run(install, **alone)
+    # Not before, for the same reason.
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     shutil.rmtree(folder / "source")
     return python.parent
@@ -65,8 +72,7 @@ def installed(tmp_path_factory) -> Path:
 
 def outside(installed: Path, folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     """A program of the environment, run in ``folder``, which cannot find the repository."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK")}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment = without_repository() | {"OMP_NUM_THREADS": "1"}
     program = [str(installed / command[0]), *command[1:]]
     return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
 
