@@ -194,8 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
 
     def run() -> None:
-        check_checkout(ROOT, str(FOLDER))
-        os.chdir(ROOT)
+        check_checkout(ROOT, str(FOLDER.relative_to(ROOT)))
         reproduce(options)
 
     return exit_status(

@@ -28,11 +28,12 @@ from typing import Any
 
 from symbiotic_titan.config.files import replacing
 from symbiotic_titan.evaluation.kept import newest_result
+from symbiotic_titan.process import ROOT
 from symbiotic_titan.study import runs
 from symbiotic_titan.study.queue import Stage
 from symbiotic_titan.study.runs import Check, Command, StudyRun
 
-FOLDER = Path("train_configs/study")
+FOLDER = ROOT / "train_configs/study"
 SEED_FOLDER = "outputs/reproduce/seed-0"  # of the configs
 STAGE = re.compile(r"^from_step = (\d+)$", re.MULTILINE)
 BEFORE = "before.json"

@@ -13,11 +13,12 @@ SYSTEMS = ("standard_moe", "symbiotic")
 
 
 def reproduce(out, *words):
+    """In the folder that ``out`` is in: what the command writes is relative to the current folder."""
     command = [sys.executable, "-m", "symbiotic_titan.cli", "reproduce", *SYSTEMS, *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    options = ("--seeds", "0", "1", "--steps", "2", "--out", str(out))
+    options = ("--seeds", "0", "1", "--steps", "2", "--out", out.name)
     return subprocess.run(
-        [*command, *options], capture_output=True, text=True, env=environment, cwd=ROOT
+        [*command, *options], capture_output=True, text=True, env=environment, cwd=out.parent
     )
 
 

@@ -14,7 +14,6 @@ from symbiotic_titan.study.stages import Scale, all_stages, bytes_of, keep_score
 from tests.helpers.documented import documented
 from tests.helpers.written_studies import write_system
 
-ROOT = Path(__file__).parents[3]
 OUT = Path("outputs/compared")
 TRAINED = {
     *("symbiotic", "standard_moe", "standard_moe_two_rates", "mot", "only_lm_mmu"),
@@ -27,11 +26,9 @@ SPLITS = {
 
 
 @pytest.fixture(autouse=True)
-def checkout(tmp_path, monkeypatch):
-    """An empty folder with the configs of the repository."""
-    (tmp_path / "train_configs").symlink_to(ROOT / "train_configs")
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder: what the command writes is relative to it, and the configs are those of the repository."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "1")
 
 
@@ -262,7 +259,7 @@ def test_a_study_begun_with_other_settings_is_refused_and_the_same_goes_on(
 @pytest.mark.parametrize(
     "line", sorted({str(c) for c in documented() if c.words[:2] == ("symbiotic", "reproduce")})
 )
-def test_a_documented_study_has_the_stages_of_its_systems_and_seeds(line, command):
+def test_a_documented_study_has_the_stages_of_its_systems_and_seeds(line, command, tmp_path):
     """The whole of it, at toy size: tests/integration/test_reproduce.py."""
     _, ran = command
     words = line.split()[2:]
@@ -276,7 +273,7 @@ def test_a_documented_study_has_the_stages_of_its_systems_and_seeds(line, comman
     assert named == set(options.systems or TRAINED | SPLITS)
     folders = {stage.name.split("/")[0] for stage in queue.stages}
     assert folders == {f"seed-{seed}" for seed in options.seeds}
-    assert (options.out / "settings.json").is_file()
+    assert (tmp_path / options.out / "settings.json").is_file()
 
 
 def test_a_page_can_be_written_again_and_nothing_is_run(monkeypatch, capsys):
