@@ -92,7 +92,7 @@ def generate_texts(generator: Generator, prompts: list[str], options: argparse.N
         seed=options.seed,
         conversation=not options.plain,
         batch_size=options.batch_size,
-        advance=Counter("prompts", len(prompts)),
+        progress=Counter,
     )
     if not is_first_process():
         return

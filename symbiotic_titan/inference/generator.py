@@ -80,6 +80,10 @@ def _no_progress(count: int) -> None:
     return None
 
 
+def _uncounted(what: str, total: int) -> Advance:
+    return _no_progress
+
+
 class Generator:
     """Images, texts and log-likelihoods of ``model``, whose config is ``config``. No gradients, and no global random state.
 
@@ -261,11 +265,14 @@ class Generator:
         batch_size: int = 8,
         first_index: int = 0,
         advance: Advance = _no_progress,
+        progress: Callable[[str, int], Advance] = _uncounted,
     ) -> list[Completion]:
         """The model's answer to each prompt, or with ``conversation = False`` its continuation of plain text.
 
         images: those shown before each prompt's text. A text ends with the model's turn, at a string of ``stop``, after
         ``max_tokens`` tokens, or at the end of the row (training.seq_len). It never begins an image. A temperature of 0 is greedy.
+        advance: called after each batch with the number of texts in it. progress: given ("tokens", how many there may be), its result
+        is called after each token of a batch with the number of tokens, and when a text ends with those that it might still have had.
 
         Raises:
             ValueError: a number out of range, or a prompt longer than a row.
@@ -275,6 +282,7 @@ class Generator:
         self._prompts.check_room(documents, [1] * len(documents), "of its answer")
         limits = [min(max_tokens, self._prompts.seq_len - d.num_tokens) for d in documents]
         completions = []
+        advance_tokens = progress("tokens", sum(limits))
         for batch in _batches(len(prompts), batch_size):
             rows = continue_prompts(
                 self._session(self.cached),
@@ -284,6 +292,7 @@ class Generator:
                 TokenSampler(sampling, seed, [first_index + i for i in batch], self._no_text),
                 endings_of(self.tokenizer, stop),
                 self._any_of,
+                advance_tokens,
             )
             completions += [completion_of(row, self.tokenizer, stop) for row in rows]
             advance(len(batch))

@@ -107,6 +107,11 @@ class Continuation:
     max_tokens: int
     ending: Ending | None = None
 
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still come."""
+        return self.max_tokens - len(self.ids) if self.ending is None else 0
+
     def add(self, token: int, endings: Endings) -> None:
         self.ids.append(token)
         length = endings.length_before(self.ids)
@@ -155,13 +160,16 @@ def continue_prompts(
     sample: Callable[[torch.Tensor], torch.Tensor],
     endings: Endings,
     any_of: AnyOf = bool,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[Continuation]:
     """Generate at most ``max_tokens`` tokens after each prompt.
 
     ``sample``: (B, V) logits -> (B,) tokens. ``any_of``: logical or over processes. All of them run as many forwards as the longest
-    text of any needs, because forwards contain collectives.
+    text of any needs, because forwards contain collectives. ``advance``: called after each of them with the number of tokens that came,
+    or will not come as their text has ended; the sum is that of ``max_tokens``.
     """
     rows = [Continuation([], limit) for limit in max_tokens]
+    num_left = sum(max_tokens)
     prompts = chunks.prompts(documents)
     positions_B = prompts.positions
     logits_BNV = session.prefill(prompts.batch, prompts.lengths.unsqueeze(1) - 1).logits
@@ -170,6 +178,9 @@ def continue_prompts(
         for row, token in zip(rows, tokens_B.tolist(), strict=True):  # device sync
             if row.ending is None:
                 row.add(token, endings)
+        before, num_left = num_left, sum(row.num_left for row in rows)
+        if num_left < before:  # else only other processes go on
+            advance(before - num_left)
         active = [row.ending is None for row in rows]
         if not any_of(any(active)):
             return rows

@@ -162,6 +162,18 @@ def test_a_text_ends_where_the_row_is_full(generator):
     assert completion.ending in ("length", "end") and len(completion.ids) <= 3
 
 
+def test_progress_counts_tokens_up_to_those_that_may_come(generator):
+    told = []
+
+    def progress(what, total):
+        told.append((what, total))
+        return told.append
+
+    generator.text(["a" * 378, "b"], max_tokens=12, batch_size=2, progress=progress)
+    assert told[0] == ("tokens", 3 + 12)
+    assert all(told[1:]) and sum(told[1:]) == 3 + 12 and len(told) > 2
+
+
 def test_log_likelihoods_are_sums_over_the_continuation(generator, model, tokenizer, prompts):
     pairs = [("the", " red circle"), ("how many are there", " one"), ("", "x")]
     found = generator.log_likelihoods(pairs, batch_size=2)
