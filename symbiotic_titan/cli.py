@@ -34,7 +34,6 @@ COMMANDS = {
 EXTRAS = {
     "datasets": "bench",
     "diffusers": "diffusers",
-    "jinja2": "plot",
     "lm_eval": "lm-eval",
     "matplotlib": "plot",
     "sklearn": "demo",

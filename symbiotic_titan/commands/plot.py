@@ -31,8 +31,9 @@ from symbiotic_titan.evaluation.kept import (
 from symbiotic_titan.evaluation.suite import Score
 from symbiotic_titan.plots import curves, expert_figures
 from symbiotic_titan.plots.expert_use import ExpertUse, from_profile, from_run
+from symbiotic_titan.plots.html import Picture
 from symbiotic_titan.plots.logs import Run, default_labels, read_run
-from symbiotic_titan.plots.page import Picture, page
+from symbiotic_titan.plots.page import page
 from symbiotic_titan.plots.score_curves import ScoreCurve, ScorePoint, score_figure
 from symbiotic_titan.plots.style import Drawing, MissingData, as_file, as_png
 from symbiotic_titan.process import exit_status

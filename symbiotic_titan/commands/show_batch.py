@@ -11,14 +11,12 @@ them, and who sees whom. An image whose latents come from an autoencoder is show
 """
 
 import argparse
-import base64
-import html
-import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,6 +32,7 @@ from symbiotic_titan.data.statistics import Table, tables_of
 from symbiotic_titan.data.tokenizer import Tokenizer
 from symbiotic_titan.model.flavors import model_args
 from symbiotic_titan.model.masks import build_dense_mask
+from symbiotic_titan.plots.html import png_of, templates
 from symbiotic_titan.process import exit_status
 from symbiotic_titan.sequence.batch import PackedBatch
 from symbiotic_titan.sequence.geometry import (
@@ -52,23 +51,6 @@ from symbiotic_titan.sequence.tasks import task_names
 COLOURS = ("#4c78a8", "#54a24b", "#e45756", "#cccccc")
 MAX_MASK_PIXELS = 640  # longer rows: every k-th token
 EDGE = 8  # pixels of the coloured strips beside the mask
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: 4px 10px; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: 13px; }
-.run { unicode-bidi: isolate; }
-.trained { background: #fde9a9; }
-.special { color: #777; }
-.bar { display: flex; height: 22px; margin: 8px 0; }
-.bar span { min-width: 1px; border-right: 1px solid #fff; }
-img { image-rendering: pixelated; border: 1px solid #ddd; }
-figcaption, .note { color: #555; }
-.wrong { color: #b00020; font-weight: bold; }
-"""
-# Even if a text got past the escaping, a browser would fetch and run nothing.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
@@ -132,28 +114,32 @@ def visible(text: str) -> str:
     )
 
 
-def text_html(tokens: list[int], trained: list[bool], tokenizer: Tokenizer) -> str:
-    """Decoded text in runs of one kind: trained or not, special or not."""
+def text_runs(
+    tokens: list[int], trained: list[bool], tokenizer: Tokenizer
+) -> list[tuple[str, bool, bool]]:
+    """(text, is special, is trained) of decoded text, in runs of one kind."""
     names = {token: name for name, token in tokenizer.special_ids.items()}
-    parts = []
+    runs = []
     pairs = zip(tokens, trained, strict=True)
     for (is_target, name), run in groupby(pairs, key=lambda pair: (pair[1], names.get(pair[0]))):
         ids = [token for token, _ in run]
         text = name * len(ids) if name else visible(tokenizer.decode(ids))
-        kinds = ["run", *(["special"] if name else []), *(["trained"] if is_target else [])]
-        parts.append(f'<span class="{" ".join(kinds)}">{html.escape(text)}</span>')
-    return f'<div class="text">{"".join(parts)}</div>'
+        runs.append((text, bool(name), is_target))
+    return runs
 
 
-def image_tag(picture: Image.Image, label: str, zoom: int = 1) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    width, height = picture.width * zoom, picture.height * zoom
-    return (
-        f'<img alt="{html.escape(label)}" width="{width}" height="{height}" '
-        f'src="data:image/png;base64,{data}">'
-    )
+@dataclass(frozen=True)
+class Shown:
+    """An image on the page. alt: what it is; zoom: how many pixels one of its own takes; note: below it."""
+
+    picture: Image.Image
+    alt: str
+    zoom: int
+    note: str
+
+    @property
+    def png(self) -> bytes:
+        return png_of(self.picture)
 
 
 def vit_picture(row: PackedBatch, span: int, geometry: ImageGeometry) -> tuple[Image.Image, str]:
@@ -216,19 +202,12 @@ def mask_picture(row: PackedBatch) -> Image.Image:
     return Image.fromarray(picture.byte().numpy(), "RGB")
 
 
-def segment_html(
+def segment_view(
     row: PackedBatch, segment: Segment, tokenizer: Tokenizer, geometry: ImageGeometry
-) -> str:
-    """A line of the table."""
+) -> dict[str, Any]:
+    """A line of the table: its ``cells``, then ``runs`` of text or an ``image``."""
     here, modality = slice(segment.start, segment.end), MODALITY_NAMES[segment.modality]
     trained = is_trained(row)[here]
-    if segment.span < 0:  # text, or a token that begins or ends an image
-        content = text_html(row.tokens[0, here].tolist(), trained, tokenizer)
-    else:
-        draw = vit_picture if segment.modality == VIT else vae_picture
-        picture, shown = draw(row, segment.span, geometry)
-        tag = image_tag(picture, modality, zoom=max(1, 128 // max(picture.size)))
-        content = f'{tag}<div class="note">{picture.width} x {picture.height} {shown}</div>'
     cells = (
         segment.document,
         segment.task,
@@ -237,50 +216,45 @@ def segment_html(
         segment.end - segment.start,
         positions_text(row, segment),
         sum(trained),
-        content,
     )
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    if segment.span < 0:  # text, or a token that begins or ends an image
+        runs = text_runs(row.tokens[0, here].tolist(), trained, tokenizer)
+        return {"cells": cells, "runs": runs, "image": None}
+    draw = vit_picture if segment.modality == VIT else vae_picture
+    picture, what = draw(row, segment.span, geometry)
+    note = f"{picture.width} x {picture.height} {what}"
+    image = Shown(picture, modality, max(1, 128 // max(picture.size)), note)
+    return {"cells": cells, "runs": (), "image": image}
 
 
-def bar_html(row: PackedBatch, segments: list[Segment]) -> str:
-    """The row as a bar: one box per segment, as wide as it is long, then padding."""
+def boxes_of(row: PackedBatch, segments: list[Segment]) -> list[tuple[int, str, str]]:
+    """(tokens, colour, title) of every segment, then of the padding."""
     boxes = [
         (
             s.end - s.start,
-            s.modality,
+            COLOURS[s.modality],
             f"document {s.document}, {s.task}, {MODALITY_NAMES[s.modality]}",
         )
         for s in segments
     ]
     padding = int((row.modality == PADDING).sum())
-    if padding:
-        boxes.append((padding, PADDING, "padding"))
-    spans = (
-        f'<span style="flex:{length};background:{COLOURS[modality]}" title="{title}, {length} tokens"></span>'
-        for length, modality, title in boxes
-    )
-    return f'<div class="bar">{"".join(spans)}</div>'
+    return [*boxes, *([(padding, COLOURS[PADDING], "padding")] if padding else [])]
 
 
-def row_html(number: int, row: PackedBatch, tokenizer: Tokenizer, geometry: ImageGeometry) -> str:
+def row_view(
+    number: int, row: PackedBatch, tokenizer: Tokenizer, geometry: ImageGeometry
+) -> dict[str, Any]:
+    """What the template shows of a row."""
     segments = segments_of(row)
-    heads = ("document", "task", "modality", "tokens", "number", "positions", "trained", "content")
-    lines = [segment_html(row, segment, tokenizer, geometry) for segment in segments]
-    wrong = num_wrong_labels(row)
-    fill = (row.modality != PADDING).float().mean()
-    return "\n".join(
-        [
-            f'<section id="row-{number}"><h2>Row {number}: {fill:.1%} full</h2>',
-            f'<p class="wrong">{wrong} labels are not the next token</p>' if wrong else "",
-            bar_html(row, segments),
-            "<table>",
-            "<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>",
-            *lines,
-            "</table>",
-            f"<figure>{image_tag(mask_picture(row), 'attention mask')}<figcaption>Who sees whom: queries "
-            "down, keys across, in the key's colour.</figcaption></figure></section>",
-        ]
-    )
+    note = "Who sees whom: queries down, keys across, in the key's colour."
+    return {
+        "number": number,
+        "fill": f"{(row.modality != PADDING).float().mean():.1%}",
+        "wrong": num_wrong_labels(row),
+        "boxes": boxes_of(row, segments),
+        "segments": [segment_view(row, segment, tokenizer, geometry) for segment in segments],
+        "mask": Shown(mask_picture(row), "attention mask", 1, note),
+    }
 
 
 def page(
@@ -291,22 +265,16 @@ def page(
     tokenizer: Tokenizer,
     geometry: ImageGeometry,
 ) -> str:
-    heading = html.escape(heading)
-    names = zip(COLOURS, (*MODALITY_NAMES, "padding"), strict=True)
-    legend = " ".join(f'<span style="color:{c}">&#9632;</span> {name}' for c, name in names)
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-            f"<title>{heading}</title><style>{STYLE}</style></head><body>",
-            f"<h1>{heading}</h1>",
-            f"<pre>{html.escape(chr(10).join(summary))}</pre>",
-            *(table.html() for table in tables),
-            f'<p>{legend} <span class="trained">trained as the next token</span></p>',
-            *(row_html(number, row, tokenizer, geometry) for number, row in rows),
-            "</body></html>\n",
-        ]
+    return (
+        templates("symbiotic_titan.commands")
+        .get_template("batch.html")
+        .render(
+            heading=heading,
+            summary=summary,
+            tables=tables,
+            legend=list(zip(COLOURS, (*MODALITY_NAMES, "padding"), strict=True)),
+            rows=[row_view(number, row, tokenizer, geometry) for number, row in rows],
+        )
     )
 
 

@@ -1,6 +1,5 @@
 """What packed sequences hold, in tables: packing efficiency, tokens by task and modality, and the sizes of their images."""
 
-import html
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -42,14 +41,6 @@ class Table:
             for line in (self.heads, *self.lines)
         )
         return [self.title, *("  " + line for line in aligned)]
-
-    def html(self) -> str:
-        def row(tag: str, cells: tuple[str, ...]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-        lines = [row("td", line) for line in self.lines]
-        head = f"<h3>{html.escape(self.title)}</h3><table>{row('th', self.heads)}"
-        return "\n".join([head, *lines, "</table>"])
 
 
 @dataclass(frozen=True)

@@ -1,46 +1,14 @@
-"""Self-contained HTML pages from templates, and the one of symbiotic plot: figures and final values of several runs."""
+"""The HTML page of symbiotic plot: figures and final values of several runs."""
 
-import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from symbiotic_titan.plots.html import Picture, templates
 from symbiotic_titan.plots.logs import Run
 
 # Groups of tags in the table, in this order.
 TABLE = ("validation/", "loss/", "routing/", "tokens/", "grad_norm/", "shield/", "perf/")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure as a file.   alt: what it shows, for those who cannot see it.   notes: below it."""
-
-    alt: str
-    png: bytes
-    notes: Sequence[str] = ()
-
-
-def templates(*packages: str) -> Environment:
-    """The templates of ``packages`` and, below them, those of this one. What is put into HTML is escaped; a name that is not given is
-    an error."""
-    loaders = [PackageLoader(package) for package in (*packages, "symbiotic_titan.plots")]
-    environment = Environment(
-        loader=ChoiceLoader(loaders),
-        autoescape=select_autoescape(["html"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["data_uri"] = data_uri
-    return environment
-
-
-def data_uri(png: bytes) -> str:
-    """The picture itself in place of an address."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def final_values(run: Run, tag: str) -> tuple[float, float] | None:

@@ -16,8 +16,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from symbiotic_titan.config.files import replacing, write_json
+from symbiotic_titan.plots.html import Picture, templates
 from symbiotic_titan.plots.logs import Run
-from symbiotic_titan.plots.page import Picture, templates
 from symbiotic_titan.plots.style import MissingData, as_png
 from symbiotic_titan.sequence.modality import MODALITY_NAMES
 from symbiotic_titan.study.claims import Judgement, Verdict, judge

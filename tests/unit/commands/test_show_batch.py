@@ -21,6 +21,7 @@ from symbiotic_titan.data.documents import (
 from symbiotic_titan.data.images import vit_patches
 from symbiotic_titan.data.packing import SequenceSize
 from symbiotic_titan.data.sequence_builder import SequenceBuilder
+from symbiotic_titan.data.statistics import Table
 from symbiotic_titan.data.tokenizer import ByteTokenizer
 from symbiotic_titan.model.masks import build_dense_mask
 from symbiotic_titan.sequence.geometry import ImageGeometry, patchify
@@ -93,7 +94,8 @@ class Structure(HTMLParser):
 
 
 def page_of(row):
-    return show_batch.page("a <b> config", ["a summary"], [], [(3, row)], TOKENIZER, GEOMETRY)
+    table = Table("a & b", ("x", "long head"), [("<1>", "2"), ("wide cell", "3")])
+    return show_batch.page("a <b> config", ["a summary"], [table], [(3, row)], TOKENIZER, GEOMETRY)
 
 
 def images_of(page):
@@ -122,6 +124,7 @@ def test_no_text_of_a_sample_acts_as_html():
         if "src" in attributes:
             assert tag == "img" and attributes["src"].startswith("data:image/png;base64,")
     assert "default-src 'none'" in page
+    assert "<h3>a &amp; b</h3>" in page and "<td>&lt;1&gt;</td>" in page
 
 
 def test_exactly_the_tokens_that_are_trained_are_marked():
