@@ -25,6 +25,7 @@ from symbiotic_titan.build import (
     build_dataloader,
     build_tokenizer,
 )
+from symbiotic_titan.config.files import check_file
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.data.loader import PackedLoader
@@ -331,6 +332,7 @@ def open_data(config: JobConfig) -> tuple[PackedLoader, Tokenizer, ImageGeometry
 
 def run(options: argparse.Namespace, overrides: list[str]) -> None:
     """Raises ValueError for a user's mistake."""
+    check_file(options.out, "--out")
     config = load_job_config(["--job.config_file", options.config, *overrides])
     loader, tokenizer, geometry = open_data(config)
     batches = list(islice(loader, options.batches))
@@ -338,6 +340,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
     summary = summary_of(batches)
     tables = tables_of(loader, geometry, [row for b in batches for row in rows_of(b)])
     text = page(options.config, summary, tables, shown, tokenizer, geometry)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")
     lines = [line for table in tables for line in table.text()]
     print("\n".join([*summary, *lines, f"{options.out}: {len(shown)} rows"]))

@@ -198,9 +198,21 @@ def test_a_users_mistake_ends_with_status_2_and_one_line(capsys, tmp_path):
     out = str(tmp_path / "batch.html")
     assert show_batch.main([str(tmp_path / "nowhere.toml"), "--out", out]) == 2
     assert capsys.readouterr().err.startswith("error: job.config_file: no such file: ")
+    assert show_batch.main(["train_configs/debug.toml", "--out", str(tmp_path)]) == 2
+    assert f"--out: {tmp_path} cannot be written" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--row 2: there are rows 0 to 1; read more with"):
         show_batch.rows_to_show([make_row(), make_row()], 2)
     assert [n for n, _ in show_batch.rows_to_show([make_row(), make_row()], 1)] == [1]
+
+
+def test_the_folder_of_the_page_need_not_exist(monkeypatch, tmp_path):
+    row = make_row()
+    monkeypatch.setattr(show_batch, "load_job_config", lambda arguments: None)
+    monkeypatch.setattr(show_batch, "open_data", lambda config: ([row], TOKENIZER, GEOMETRY))
+    monkeypatch.setattr(show_batch, "tables_of", lambda *parts: [])
+    out = tmp_path / "outputs/batch.html"
+    assert show_batch.main(["a.toml", "--out", str(out)]) == 0
+    assert Structure(out.read_text()).text.count("Row 0") == 1
 
 
 def test_an_image_that_queries_read_is_shown_with_its_patches_and_their_number():
