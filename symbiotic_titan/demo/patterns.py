@@ -10,12 +10,11 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from symbiotic_titan.demo.scenes import BACKGROUNDS, COLOURS
+from symbiotic_titan.demo.scenes import BACKGROUNDS, SHADES
 
 KINDS = ("striped", "checked", "dotted", "wavy")
 # Pixels after which a pattern repeats itself.
 PERIODS = (4, 6, 8, 12)
-SHADES = COLOURS | BACKGROUNDS
 
 
 @dataclass(frozen=True)

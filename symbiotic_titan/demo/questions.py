@@ -27,7 +27,7 @@ KINDS = {
         "what colour": "colour",
     },
     "ocr": {
-        "which word": "word",
+        "how is this word": "word",
         "which number": "number",
         "what is the first": "character",
         "what is the last": "character",
@@ -46,10 +46,10 @@ NAMES = re.compile(rf"\b({'|'.join((*COLOURS, *SHAPES, *PLACES, *RELATIONS))})\b
 
 
 def normalised(answer: str) -> str:
-    """``answer`` in lower case, numerals as words, without articles, punctuation and extra space."""
+    """``answer`` in lower case, numerals as words, without articles, punctuation and extra space. A letter "a" is no article."""
     words = re.findall(r"\w+", answer.casefold())
     spelled = [DIGIT_WORDS[int(w)] if re.fullmatch("[0-9]", w) else w for w in words]
-    return " ".join(word for word in spelled if word not in ("a", "an", "the"))
+    return re.sub(r"\b(?:a|an|the) (?=\w\w)", "", " ".join(spelled))
 
 
 def kind_and_asked(question: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ generated image.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from random import Random
 from typing import Any
@@ -23,6 +23,7 @@ COLOURS = {
     "orange": (245, 130, 20),
 }
 BACKGROUNDS = {"white": (245, 245, 245), "gray": (128, 128, 128), "black": (15, 15, 15)}
+SHADES = COLOURS | BACKGROUNDS
 SHAPES = ("circle", "square", "triangle", "cross")
 # Centre of each place, as shares of height and width.
 PLACES = {
@@ -93,6 +94,14 @@ def draw_scene(random: Random, heldout: bool) -> Scene:
         scene = _any_scene(random)
         if scene.is_heldout() == heldout:
             return scene
+
+
+def draw_plain(random: Random, heldout: bool) -> Scene:
+    """A scene of one thing, on black."""
+    while True:
+        scene = draw_scene(random, heldout)
+        if len(scene.things) == 1:
+            return replace(scene, background="black")
 
 
 def draw_single(random: Random, heldout: bool, colour: str, shape: str) -> Scene | None:

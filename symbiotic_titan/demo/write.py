@@ -6,7 +6,7 @@ Below the folder:
     {train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
     {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...} or {"text": ..., "facts": ...}
     pretrain/{mmu,lm}                                    the same, for a model that others start from; only in the size "study".
-                                                         The background of some of its pictures is a pattern
+                                                         Some of its pictures are plain, some have a pattern as background
     tokenizer.json                                       whose tokens are the words of these files, held-out ones left out; only there
 
 The JSON beside an image also says what it shows (``scene``, ``digit`` or ``writing``), for programs that check generated images, and
@@ -48,8 +48,11 @@ from symbiotic_titan.demo.writing import Writing
 IMAGE_TASKS = (SHORT_CAPTIONS, LONG_CAPTIONS, QUESTIONS)
 SPLITS = ("train", "heldout")
 PRETRAIN = "pretrain"
-# Of the pictures of pre-training, those whose background is a pattern.
-PATTERN_SHARE = 0.25
+# Of pre-training: what its pictures show, in turn; what its questions ask for, few things, so that each is learned; and, of the pictures
+# that are no digits, those that are plain, and those whose background is a pattern.
+PRETRAIN_PICTURES = ("writing", "digit", "writing", "scene", "writing", "scene", "digit", "writing")
+PRETRAIN_ASKED = frozenset({"digit", "colour", "shape", "word", "number"})
+PLAIN_SHARE, PATTERN_SHARE = 0.7, 0.075
 # What pictures show, in turn, and what questions are about: "fact" is either a word or a scene. Shapes and digits are most.
 PICTURES = ("scene", "writing", "digit", "scene", "scene", "writing", "digit", "scene")
 ASKED_ABOUT = ("scene", "digit", "writing", "fact", "scene") * 2 + ("scene",)
@@ -113,7 +116,7 @@ WORLD_SIZES = {
         1500,
         400,
         questions=300,
-        pretrain_images=6000,
+        pretrain_images=16000,
         pretrain_texts=2400,
         pictures=STUDY_PICTURES,
         asked_about=STUDY_ASKED_ABOUT,
@@ -135,8 +138,9 @@ class _World:
 
     def samples(self, task: str, number: int) -> list[Sample]:
         random = Random(hash_key("demo", self._seed, self._split, task))
-        is_asked = task == QUESTIONS and self._split != PRETRAIN
-        turns = self._size.asked_about if is_asked else self._size.pictures
+        turns = self._size.asked_about if task == QUESTIONS else self._size.pictures
+        if self._split == PRETRAIN:
+            turns = PRETRAIN_PICTURES
         contents = [turns[i % len(turns)] for i in range(number)]
         # Or every shard would hold its own mixture.
         random.shuffle(contents)
@@ -146,9 +150,9 @@ class _World:
         if content == "fact":
             fact, entity = draw_question(self._facts, random, self._heldout)
             return _encoded(entity, _ask_fact(fact), _paint(entity, random))
-        shown = self._draw(content, random)
         if task == QUESTIONS and self._split == PRETRAIN:
-            return _ask_before_training(shown, random)
+            return self._before_training(content, random)
+        shown = self._draw(content, random)
         fields = _say(task, shown, random)
         return _encoded(shown, fields, _paint(shown, random))
 
@@ -158,6 +162,25 @@ class _World:
         if content == "writing":
             return writing.draw_writing(random, self._heldout)
         return scenes.draw_scene(random, self._heldout)
+
+    def _before_training(self, content: str, random: Random) -> Sample:
+        """A question about a digit, or about a picture that is plain, or has a pattern as its background, or neither."""
+        draw = 1.0 if content == "digit" else random.random()
+        if draw < PLAIN_SHARE:
+            draw_plain = writing.draw_plain if content == "writing" else scenes.draw_plain
+            shown: Shown = draw_plain(random, self._heldout)
+        else:
+            shown = self._draw(content, random)
+        fields = _say(QUESTIONS, shown, random)
+        while kind_and_asked(fields["question"])[1] not in PRETRAIN_ASKED:
+            fields = _say(QUESTIONS, shown, random)
+        if isinstance(shown, Digit) or not PLAIN_SHARE <= draw < PLAIN_SHARE + PATTERN_SHARE:
+            return _encoded(shown, fields, _paint(shown, random))
+        # Nothing of the background has a colour that is asked about.
+        pattern = draw_pattern(random, {*shown.colours, *re.findall(r"\w+", fields["question"])})
+        white, black = (_paint(replace(shown, background=b), random) for b in ("white", "black"))
+        picture = on_pattern(white, black, pattern)
+        return _encoded(replace(shown, background=pattern.name), fields, picture)
 
     def texts(self, number: int) -> list[dict[str, Any]]:
         """Texts of the standard library, and every so often one that states facts. Pre-training takes the library's first texts,
@@ -221,18 +244,6 @@ def _say(task: str, shown: Shown, random: Random) -> dict[str, Any]:
 def _ask_fact(fact: Fact) -> dict[str, Any]:
     fields = {"question": fact.question(), "answer": fact.value, "fact": fact.description()}
     return fields | {"kind": kind_and_asked(fact.question())[0]}
-
-
-def _ask_before_training(shown: Shown, random: Random) -> Sample:
-    """A question about a picture, which may have a pattern as its background; digits have none."""
-    fields = _say(QUESTIONS, shown, random)
-    if isinstance(shown, Digit) or random.random() >= PATTERN_SHARE:
-        return _encoded(shown, fields, _paint(shown, random))
-    # Nothing of the background has a colour that is asked about.
-    pattern = draw_pattern(random, {*shown.colours, *re.findall(r"\w+", fields["question"])})
-    white, black = (_paint(replace(shown, background=b), random) for b in ("white", "black"))
-    picture = on_pattern(white, black, pattern)
-    return _encoded(replace(shown, background=pattern.name), fields, picture)
 
 
 def _paint(shown: Shown, random: Random) -> Image.Image:

@@ -1,6 +1,6 @@
 """Words of three letters and numbers of two or three digits: their descriptions, their pictures, and what can be said about them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from symbiotic_titan.data.order import hash_fraction
 from symbiotic_titan.demo.glyphs import ROWS, drawn, width_of
-from symbiotic_titan.demo.scenes import BACKGROUNDS, COLOURS, format_of
+from symbiotic_titan.demo.scenes import BACKGROUNDS, COLOURS, SHADES, format_of
 
 # Their names are never held out as words: facts about them are asked in training. What is held out are colours and backgrounds.
 ANIMALS = tuple(
@@ -83,6 +83,12 @@ def draw_writing(random: Random, heldout: bool, numbers: bool | None = None) -> 
             return writing
 
 
+def draw_plain(random: Random, heldout: bool) -> Writing:
+    """As ``draw_writing``, but white on black: where colours differ, a small model needs ten times as many pictures to tell the letters
+    (LOG.md)."""
+    return replace(draw_writing(random, heldout), ink="white", background="black")
+
+
 def draw_animal(random: Random, heldout: bool, animal: str) -> Writing | None:
     """Its name for one side of the split; None if that side has no colours for it."""
     written = [
@@ -116,7 +122,7 @@ def paint(writing: Writing) -> Image.Image:
     ink_HW = drawn(writing.text).repeat(UNIT, axis=0).repeat(UNIT, axis=1)
     row, column = writing.corner
     box_HW3 = pixels_HW3[row : row + ink_HW.shape[0], column : column + ink_HW.shape[1]]
-    box_HW3[ink_HW] = COLOURS[writing.ink]
+    box_HW3[ink_HW] = SHADES[writing.ink]
     return Image.fromarray(pixels_HW3)
 
 
@@ -132,6 +138,11 @@ def is_number(text: str) -> bool:
     return text.isdecimal()
 
 
+def spelled(text: str) -> str:
+    """One character at a time, so that letters which a model has read elsewhere tell it a word that it never read."""
+    return " ".join(text)
+
+
 def noun(text: str) -> str:
     return f"the {'number' if is_number(text) else 'word'} {text}"
 
@@ -144,7 +155,7 @@ def long_caption(writing: Writing) -> str:
     """The format, the background, and the text once more, one character at a time."""
     return (
         f"A {format_of(writing.size)} picture with a {writing.background} background: {noun(writing.text)}, "
-        f"written {' '.join(writing.text)}, in {writing.ink}."
+        f"written {spelled(writing.text)}, in {writing.ink}."
     )
 
 
@@ -159,4 +170,4 @@ def ask(writing: Writing, random: Random) -> tuple[str, str]:
         return f"What is the last {part} of this {what}?", writing.text[-1]
     if what == "number":
         return "Which number is written here?", writing.text
-    return "Which word is this?", writing.text
+    return "How is this word spelled?", spelled(writing.text)

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from random import Random
 
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 
 from symbiotic_titan.demo import scenes, writing
-from symbiotic_titan.demo.patterns import KINDS, PERIODS, SHADES, Pattern, draw_pattern, on_pattern
-from symbiotic_titan.demo.scenes import BACKGROUNDS
+from symbiotic_titan.demo.patterns import KINDS, PERIODS, Pattern, draw_pattern, on_pattern
+from symbiotic_titan.demo.questions import kind_and_asked
+from symbiotic_titan.demo.scenes import BACKGROUNDS, SHADES
 from symbiotic_titan.demo.write import WorldSize, write_world
 
 
@@ -67,6 +69,30 @@ def test_a_pattern_repeats_itself(kind, period):
     assert not np.array_equal(pixels[:-1], pixels[1:])
 
 
+def test_most_pictures_of_pre_training_are_plain_and_few_things_are_asked(tmp_path):
+    size = WorldSize(*(4, 4, 4, 4), train_shards=1, pretrain_images=160, pretrain_texts=4)
+    write_world(tmp_path, 0, size)
+    [shard] = tmp_path.glob("pretrain/mmu/*.tar")
+    num_plain = num_others = 0
+    asked = Counter()
+    for picture, fields in read_pairs(shard):
+        asked[kind_and_asked(fields["question"])[1]] += 1
+        if written := fields.get("writing"):
+            is_plain = written["ink"] == "white"
+            if is_plain:
+                assert written["background"] == "black"
+                found = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
+                assert found == {BACKGROUNDS["white"], BACKGROUNDS["black"]}
+        elif scene := fields.get("scene"):
+            is_plain = len(scene["objects"]) == 1 and scene["background"] == "black"
+        else:
+            continue
+        num_plain += is_plain
+        num_others += not is_plain
+    assert set(asked) == {"digit", "colour", "shape", "word", "number"} and min(asked.values()) > 8
+    assert 60 < num_plain < 110 and 20 < num_others < 60
+
+
 def test_questions_of_pre_training_name_no_colour_of_the_background(tmp_path):
     size = WorldSize(*(4, 4, 4, 4), train_shards=1, pretrain_images=160, pretrain_texts=4)
     write_world(tmp_path, 0, size)
@@ -82,4 +108,4 @@ def test_questions_of_pre_training_name_no_colour_of_the_background(tmp_path):
         pixels = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
         assert kind in KINDS and {SHADES[first], SHADES[second]} <= pixels
         on_patterns += 1
-    assert 15 < on_patterns < 60
+    assert 5 < on_patterns < 30

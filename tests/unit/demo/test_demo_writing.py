@@ -99,8 +99,11 @@ def test_answers_follow_from_the_text():
         drawn = writing.draw_writing(random, False)
         question, answer = writing.ask(drawn, random)
         asked.add(question)
-        expected = drawn.text[0] if "first" in question else drawn.text[-1] if "last" in question else drawn.text  # fmt: skip
-        assert answer == expected
+        part = {"first": 0, "last": -1}.get(question.split()[3])
+        expected = drawn.text if part is None else drawn.text[part]
+        # A word letter by letter, a number as it is.
+        assert answer == (" ".join(expected) if "spelled" in question else expected)
+        assert ("spelled" in question) == (part is None and "word" in question)
         assert ("number" in question) == drawn.text.isdecimal()
     assert len(asked) == 6
 

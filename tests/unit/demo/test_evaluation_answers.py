@@ -33,6 +33,9 @@ def test_differences_that_mean_nothing_are_taken_off():
     assert normalised("Top  left!") == "top left"
     assert normalised("top left") != normalised("bottom left")
     assert normalised("") != normalised("no")
+    assert normalised("a cat") == "cat" and normalised("the cat, a dog") == "cat dog"
+    # Letters are no articles.
+    assert normalised("c a t") == "c a t" and normalised("a") == "a" != normalised("")
 
 
 def test_every_question_of_the_world_has_a_kind():
