@@ -5,8 +5,9 @@ Below the folder:
     manifest.json                                        seed, and samples per split and task
     {train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
     {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...} or {"text": ..., "facts": ...}
-    pretrain/{mmu,lm}                                    the same, for a model that others start from; only in the size "study".
-                                                         Some of its pictures are plain, some have a pattern as background
+    pretrain/{reading,mmu,lm}                            the same, for a model that others start from; only in the size "study".
+                                                         "reading" is questions about plain words and numbers alone, to begin with;
+                                                         in "mmu" some pictures are plain, some have a pattern as background
     tokenizer.json                                       whose tokens are the words of these files, held-out ones left out; only there
 
 The JSON beside an image also says what it shows (``scene``, ``digit`` or ``writing``), for programs that check generated images, and
@@ -48,6 +49,7 @@ from symbiotic_titan.demo.writing import Writing
 IMAGE_TASKS = (SHORT_CAPTIONS, LONG_CAPTIONS, QUESTIONS)
 SPLITS = ("train", "heldout")
 PRETRAIN = "pretrain"
+READING = "reading"
 # Of pre-training: what its pictures show, in turn; what its questions ask for, few things, so that each is learned; and, of the pictures
 # that are no digits, those that are plain, and those whose background is a pattern.
 PRETRAIN_PICTURES = ("writing", "digit", "writing", "scene", "writing", "scene", "digit", "writing")
@@ -83,6 +85,7 @@ class WorldSize:
     heldout_shards: int = 1
     questions: int | None = None
     """Training questions, where they are not as many as training images."""
+    pretrain_readings: int = 0
     pretrain_images: int = 0
     pretrain_texts: int = 0
     pictures: tuple[str, ...] = PICTURES
@@ -103,7 +106,11 @@ class WorldSize:
         heldout = dict.fromkeys(IMAGE_TASKS, self.heldout_images) | {TEXTS: self.heldout_texts}
         counts = {"train": train, "heldout": heldout}
         if self.pretrain_images:
-            counts[PRETRAIN] = {QUESTIONS: self.pretrain_images, TEXTS: self.pretrain_texts}
+            counts[PRETRAIN] = {
+                READING: self.pretrain_readings,
+                QUESTIONS: self.pretrain_images,
+                TEXTS: self.pretrain_texts,
+            }
         return counts
 
 
@@ -116,6 +123,7 @@ WORLD_SIZES = {
         1500,
         400,
         questions=300,
+        pretrain_readings=6000,
         pretrain_images=16000,
         pretrain_texts=2400,
         pictures=STUDY_PICTURES,
@@ -140,7 +148,7 @@ class _World:
         random = Random(hash_key("demo", self._seed, self._split, task))
         turns = self._size.asked_about if task == QUESTIONS else self._size.pictures
         if self._split == PRETRAIN:
-            turns = PRETRAIN_PICTURES
+            turns = ("writing",) if task == READING else PRETRAIN_PICTURES
         contents = [turns[i % len(turns)] for i in range(number)]
         # Or every shard would hold its own mixture.
         random.shuffle(contents)
@@ -150,8 +158,8 @@ class _World:
         if content == "fact":
             fact, entity = draw_question(self._facts, random, self._heldout)
             return _encoded(entity, _ask_fact(fact), _paint(entity, random))
-        if task == QUESTIONS and self._split == PRETRAIN:
-            return self._before_training(content, random)
+        if self._split == PRETRAIN:
+            return self._before_training(task, content, random)
         shown = self._draw(content, random)
         fields = _say(task, shown, random)
         return _encoded(shown, fields, _paint(shown, random))
@@ -163,9 +171,10 @@ class _World:
             return writing.draw_writing(random, self._heldout)
         return scenes.draw_scene(random, self._heldout)
 
-    def _before_training(self, content: str, random: Random) -> Sample:
-        """A question about a digit, or about a picture that is plain, or has a pattern as its background, or neither."""
-        draw = 1.0 if content == "digit" else random.random()
+    def _before_training(self, task: str, content: str, random: Random) -> Sample:
+        """A question about a digit, or about a picture that is plain, as all of ``READING``, or has a pattern as its background, or
+        neither."""
+        draw = 1.0 if content == "digit" else 0.0 if task == READING else random.random()
         if draw < PLAIN_SHARE:
             draw_plain = writing.draw_plain if content == "writing" else scenes.draw_plain
             shown: Shown = draw_plain(random, self._heldout)

@@ -70,8 +70,12 @@ def test_a_pattern_repeats_itself(kind, period):
 
 
 def test_most_pictures_of_pre_training_are_plain_and_few_things_are_asked(tmp_path):
-    size = WorldSize(*(4, 4, 4, 4), train_shards=1, pretrain_images=160, pretrain_texts=4)
-    write_world(tmp_path, 0, size)
+    numbers = {"pretrain_readings": 40, "pretrain_images": 160, "pretrain_texts": 4}
+    write_world(tmp_path, 0, WorldSize(*(4, 4, 4, 4), train_shards=1, **numbers))
+    [shard] = tmp_path.glob("pretrain/reading/*.tar")
+    read = [fields for _, fields in read_pairs(shard)]
+    assert len(read) == 40 and {fields["writing"]["ink"] for fields in read} == {"white"}
+    assert {kind_and_asked(fields["question"])[1] for fields in read} == {"word", "number"}
     [shard] = tmp_path.glob("pretrain/mmu/*.tar")
     num_plain = num_others = 0
     asked = Counter()

@@ -133,7 +133,7 @@ def test_the_commands_take_their_arguments(monkeypatch):
     monkeypatch.setattr(make_demo_data, "write_world", write)
     assert profile_experts.main(list(found["seed-0/profile"].command[4:])) == 2
     assert make_demo_data.main(list(found["seed-0/data"].command[4:])) == 0
-    assert read["profile"] == (OUT / "seed-0/vlm/checkpoint/step-2000", [])
+    assert read["profile"] == (OUT / "seed-0/vlm/checkpoint/step-1500", [])
     assert read["data"] == (0, 300)
 
 
