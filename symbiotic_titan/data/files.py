@@ -9,7 +9,6 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from symbiotic_titan.process import raised_by_us
 
 # Files that Spark and Hugging Face write beside the data.
 SIDE_FILES = re.compile(r"_SUCCESS|_metadata|_common_metadata|(_committed_|_started_).*")
-RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 MAGIC = re.compile(r"[*?[]")
 MAX_NAMES = 1_000_000
 # Questions that a remote file system is asked at a time.
@@ -89,7 +87,7 @@ def _found(source: DataSource, where: str) -> list[str]:
     suffixes = _suffixes(FORMATS[source.format].suffixes)
     found = _match(filesystem, path, suffixes)
     # A name that holds braces, and exists, is itself.
-    names = [path] if found or "{" not in path else _names(path, where)
+    names = [path] if found or "{" not in path else expanded(path, where)
     if names != [path]:
         with ThreadPoolExecutor(REQUESTS if "://" in source.path else 1) as pool:
             matches = list(pool.map(lambda name: _match(filesystem, name, suffixes), names))
@@ -189,60 +187,20 @@ def _nothing(source: DataSource, is_folder: bool, suffixes: tuple[str, ...]) -> 
     return f"no file matches path {source.path!r}; {remedy}"
 
 
-def _names(path: str, where: str) -> list[str]:
-    try:
-        return list(braces(path))
-    except ValueError as error:
-        raise ValueError(f"{where}: path {path!r} {error}") from error
-
-
-def braces(text: str) -> Iterator[str]:
-    """What ``text`` stands for, as in bash: ``{a,b}``, ``{08..11}``, ``{3..1}``, ``{0..9..3}``, one inside another.
+def expanded(path: str, where: str) -> list[str]:
+    """What the braces in ``path`` stand for, as in bash: ``{a,b}``, ``{08..11}``, ``{0..9..3}``, one inside another.
 
     Raises:
         ValueError: more than MAX_NAMES.
     """
-    head, opening, rest = text.partition("{")
-    if not opening:
-        yield text
-        return
-    choices, rest = _choices(rest)
-    tails = list(braces(rest))
-    if len(choices) * len(tails) > MAX_NAMES:
-        raise ValueError(f"stands for more than {MAX_NAMES:,} files; correct its braces")
-    for choice in choices:
-        for tail in tails:
-            yield head + choice + tail
+    import bracex  # few paths have braces
 
-
-def _choices(text: str) -> tuple[list[str], str]:
-    """What the braces stand for that were opened before ``text``, and the rest after them. Those that choose nothing stay."""
-    parts, depth, start = [], 0, 0
-    for i, sign in enumerate(text):
-        if sign == "," and not depth:
-            parts.append(text[start:i])
-            start = i + 1
-        elif sign == "}" and not depth:
-            parts.append(text[start:i])
-            if len(parts) > 1:
-                return [name for part in parts for name in braces(part)], text[i + 1 :]
-            numbers = RANGE.fullmatch(parts[0])
-            if numbers:
-                return _range(*numbers.groups()), text[i + 1 :]
-            return ["{" + name + "}" for name in braces(parts[0])], text[i + 1 :]
-        depth += (sign == "{") - (sign == "}")
-    return ["{"], text  # they are not closed
-
-
-def _range(first: str, last: str, step: str | None) -> list[str]:
-    padded = any(text.lstrip("-").startswith("0") and len(text) > 1 for text in (first, last))
-    width = max(len(first), len(last)) if padded else 0
-    start, end = int(first), int(last)
-    by = int(step or 1) or 1
-    if abs(end - start) // by >= MAX_NAMES:
-        raise ValueError(f"stands for more than {MAX_NAMES:,} files; correct its braces")
-    numbers = range(start, end + 1, by) if start <= end else range(start, end - 1, -by)
-    return [f"{number:0{width}d}" for number in numbers]
+    try:
+        return bracex.expand(path, keep_escapes=True, limit=MAX_NAMES)
+    except bracex.ExpansionLimitException as error:
+        raise ValueError(
+            f"{where}: path {path!r} stands for more than {MAX_NAMES:,} files; correct its braces"
+        ) from error
 
 
 def open_file(path: str, cache_folder: str, where: str, limits: InputLimits) -> tuple[File, str]:
