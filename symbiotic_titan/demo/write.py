@@ -6,7 +6,7 @@ Below the folder:
     {train,heldout}/{t2i,t2i_long,mmu}/<task>-0000.tar   <key>.png or <key>.jpg, and <key>.json
     {train,heldout}/lm/lm-0000.jsonl                     {"text": ..., "module": ...} or {"text": ..., "facts": ...}
     pretrain/{reading,mmu,lm}                            the same, for a model that others start from; only in the size "study".
-                                                         "reading" is questions about plain words and numbers alone, to begin with;
+                                                         "reading" asks for plain words and numbers in the middle, to begin with;
                                                          in "mmu" some pictures are plain, some have a pattern as background
     tokenizer.json                                       whose tokens are the words of these files, held-out ones left out; only there
 
@@ -175,11 +175,13 @@ class _World:
         """A question about a digit, or about a picture that is plain, as all of ``READING``, or has a pattern as its background, or
         neither."""
         draw = 1.0 if content == "digit" else 0.0 if task == READING else random.random()
-        if draw < PLAIN_SHARE:
-            draw_plain = writing.draw_plain if content == "writing" else scenes.draw_plain
-            shown: Shown = draw_plain(random, self._heldout)
-        else:
+        shown: Shown
+        if draw >= PLAIN_SHARE:
             shown = self._draw(content, random)
+        elif content == "scene":
+            shown = scenes.draw_plain(random, self._heldout)
+        else:
+            shown = writing.draw_plain(random, self._heldout, centred=task == READING)
         fields = _say(QUESTIONS, shown, random)
         while kind_and_asked(fields["question"])[1] not in PRETRAIN_ASKED:
             fields = _say(QUESTIONS, shown, random)

@@ -83,10 +83,11 @@ def draw_writing(random: Random, heldout: bool, numbers: bool | None = None) -> 
             return writing
 
 
-def draw_plain(random: Random, heldout: bool) -> Writing:
-    """As ``draw_writing``, but white on black: where colours differ, a small model needs ten times as many pictures to tell the letters
-    (LOG.md)."""
-    return replace(draw_writing(random, heldout), ink="white", background="black")
+def draw_plain(random: Random, heldout: bool, centred: bool = False) -> Writing:
+    """As ``draw_writing``, but white on black, and if ``centred`` in the middle: a small model needs many times as many pictures to tell
+    the letters where colours and places differ (LOG.md)."""
+    plain = replace(draw_writing(random, heldout), ink="white", background="black")
+    return replace(plain, corner=_middle(plain.text)) if centred else plain
 
 
 def draw_animal(random: Random, heldout: bool, animal: str) -> Writing | None:
@@ -111,6 +112,15 @@ def _corner(random: Random, text: str) -> tuple[int, int]:
     return (
         STEP * random.randint(1, (height - UNIT * ROWS) // STEP - 1),
         STEP * random.randint(1, (width - UNIT * width_of(text)) // STEP - 1),
+    )
+
+
+def _middle(text: str) -> tuple[int, int]:
+    """The corner that puts ``text`` in the middle, as far as squares of that size allow."""
+    height, width = SIZES[len(text)]
+    return (
+        (height - UNIT * ROWS) // 2 // UNIT * UNIT,
+        (width - UNIT * width_of(text)) // 2 // UNIT * UNIT,
     )
 
 

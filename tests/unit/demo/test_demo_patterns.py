@@ -75,6 +75,8 @@ def test_most_pictures_of_pre_training_are_plain_and_few_things_are_asked(tmp_pa
     [shard] = tmp_path.glob("pretrain/reading/*.tar")
     read = [fields for _, fields in read_pairs(shard)]
     assert len(read) == 40 and {fields["writing"]["ink"] for fields in read} == {"white"}
+    # In the middle: one place for each size.
+    assert len({(*f["writing"]["size"], *f["writing"]["corner"]) for f in read}) == 2
     assert {kind_and_asked(fields["question"])[1] for fields in read} == {"word", "number"}
     [shard] = tmp_path.glob("pretrain/mmu/*.tar")
     num_plain = num_others = 0

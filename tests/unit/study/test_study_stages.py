@@ -316,9 +316,9 @@ def test_a_disk_without_room_is_one_line(command, capsys, monkeypatch):
     assert not ran and not (OUT / "settings.json").exists()
 
 
-def test_three_seeds_are_estimated_at_about_an_hour_on_two_cores():
+def test_three_seeds_are_estimated_at_an_hour_and_a_half_on_two_cores():
     found = made(*sorted(TRAINED | SPLITS), seeds=(0, 1, 2))
-    assert 50 * 60 < sum(stage.seconds for stage in found.values()) / 2 < 70 * 60
+    assert 80 * 60 < sum(stage.seconds for stage in found.values()) / 2 < 100 * 60
 
 
 def test_bytes_grow_with_seeds_and_systems():
