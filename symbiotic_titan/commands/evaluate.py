@@ -121,17 +121,14 @@ def read_configs(
 
 
 def find_suites(names: Sequence[str]) -> list[Suite[Any]]:
-    """The suites of these names, all of them installed; those not named are not imported.
+    """The suites of these names; those not named are not imported.
 
     Raises:
-        ValueError: none, an unknown one, or one whose packages are missing.
+        ValueError: none, or an unknown one.
     """
     if not names:
         raise ValueError(f"no suite; give --suite NAME, one of {', '.join(SUITES)}")
-    suites = [SUITES[name] for name in dict.fromkeys(names)]
-    for suite in suites:
-        suite.check_installed()
-    return suites
+    return [SUITES[name] for name in dict.fromkeys(names)]
 
 
 def print_suites(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -168,6 +165,8 @@ def run(options: argparse.Namespace, sections: list[str]) -> None:
     configs = read_configs(options.config, overrides, options.checkpoints)
     suites = find_suites(options.suite)
     settings = read_options(suites, of_suites)
+    for suite in suites:
+        suite.check_installed()
     chosen = [ChosenSuite(suite, settings[suite.name]) for suite in suites]
     ablations = list(dict.fromkeys(options.probe)) or [NONE]
     weights = list(dict.fromkeys(options.weights)) or ["trained"]

@@ -1,5 +1,6 @@
 """Files that options of suites name: prompts and images. Every ValueError names the file and the place in it."""
 
+import json
 from pathlib import Path
 
 from PIL import Image
@@ -29,12 +30,30 @@ def check_limit(limit: int | None) -> None:
 
 
 def read_prompts(path: str, limit: int | None = None) -> list[str]:
-    """A prompt per line, up to the first tab; empty lines are skipped. There is at least one."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    prompts = [prompt for line in lines if (prompt := line.partition("\t")[0].strip())]
+    """Prompts of a file, at least one. In a text file a line is one, up to its first tab, and empty lines are skipped; a ``.json`` file is
+    a list of them.
+
+    Raises:
+        ValueError: there are none, or a ``.json`` file holds anything else.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    if path.endswith(".json"):
+        prompts = _listed(text, path)
+    else:
+        prompts = [p for line in text.splitlines() if (p := line.partition("\t")[0].strip())]
     if not prompts:
-        raise ValueError(f"{path}: holds no prompts; a line is one")
+        raise ValueError(f"{path}: holds no prompts; a line is one, or an item of a .json file")
     return prompts[:limit]
+
+
+def _listed(text: str, path: str) -> list[str]:
+    try:
+        prompts = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(prompts, list) or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ValueError(f"{path}: must be a list of prompts, such as HPDv2's anime.json is")
+    return prompts
 
 
 def image_files(folder: str) -> list[Path]:

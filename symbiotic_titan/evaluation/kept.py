@@ -45,9 +45,8 @@ def files_of(path: Path) -> Path:
 
 
 def other_results(folder: Path) -> list[Path]:
-    """Folders of the same suite and checkpoint as ``folder``, with other options."""
-    suite = folder.name.rpartition("-")[0]
-    return sorted(p for p in folder.parent.glob(f"{suite}-{_HASH}") if p.is_dir() and p != folder)
+    """Folders of suites beside ``folder``, so of the same checkpoint: the same suite with other options, and other suites."""
+    return sorted(p for p in folder.parent.glob(f"*-{_HASH}") if p.is_dir() and p != folder)
 
 
 def newest_result(out: Path, suite: str) -> Path:

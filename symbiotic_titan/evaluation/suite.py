@@ -106,6 +106,7 @@ SUITES = SuiteRegistry(
         "demo_world": "symbiotic_titan.demo.suite:DEMO_WORLD",
         "fid": f"{_OURS}.fid:FID",
         "geneval_images": f"{_OURS}.prompts:GENEVAL_IMAGES",
+        "hpsv2": f"{_OURS}.hpsv2:HPSV2",
         "lm_eval": f"{_OURS}.lm_eval:LM_EVAL",
         "ocrbench": f"{_OURS}.ocrbench:OCRBENCH",
         "t2i_compbench_images": f"{_OURS}.prompts:T2I_COMPBENCH_IMAGES",

@@ -80,7 +80,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {"evaluation": "runs suites of scores on checkpoints and keeps their results"},
     {
-        "evaluation.suites": "the field's suites: CLIP score, FID, lm-eval, OCRBench, prompt sets",
+        "evaluation.suites": "the field's suites: CLIP score, FID, HPS v2, lm-eval, OCRBench, prompt sets",
         "partition": "profile the experts, plan a split, apply it to a checkpoint, evaluate it",
     },
     {

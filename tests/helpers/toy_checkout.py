@@ -37,6 +37,7 @@ from tests.helpers.released_models import (
     write_flux,
     write_release,
 )
+from tests.helpers.tiny_scorers import write_clip, write_features, write_hps
 from tests.helpers.tokenizer_files import write_vocabulary
 
 ROOT = forked.ROOT
@@ -65,6 +66,11 @@ TOY: dict[str, Options] = {
     "symbiotic generate image": {"--steps": "1"},
     "symbiotic generate text": {"--max-tokens": "4"},
     "symbiotic show-parallel": {"--ranks": "8"},
+    "suite clip_score": {"--clip_score.steps": "1"},
+    "suite fid": {"--fid.steps": "1"},
+    "suite hpsv2": {"--hpsv2.steps": "1"},
+    "suite lm_eval": {"--lm_eval.num_fewshot": "1", "--lm_eval.limit": "1"},
+    "suite ocrbench": {"--ocrbench.max_tokens": "4"},
     "suite geneval_images": {"--geneval_images.steps": "1", "--geneval_images.samples": "1"},
     "suite t2i_compbench_images": {
         "--t2i_compbench_images.steps": "1",
@@ -168,10 +174,19 @@ class ToyCheckout:
     def _bring_suites(self) -> None:
         """The files of the suites of docs/evaluation.md."""
         shutil.copytree(ROOT / "docs/examples/lm_eval", self.folder / "tasks")
-        (self.folder / "coco/val2017").mkdir(parents=True)
-        shutil.copy(self.folder / "seven.png", self.folder / "coco/val2017")
-        for name in ("captions.txt", "color_val.txt", "shape_val.txt"):
+        self._bring_mmlu()
+        for number, year in enumerate(("val2014", "val2017") * 2):
+            (self.folder / "coco" / year).mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.folder / "seven.png", self.folder / f"coco/{year}/{number}.png")
+        captions = ("captions.txt", "coco_30k.txt", "color_val.txt", "shape_val.txt", "texture_val.txt")  # fmt: skip
+        for name in captions:
             (self.folder / name).write_text("a red circle\na blue square\n")
+        for style in ("anime", "concept-art", "paintings", "photo"):
+            (self.folder / f"{style}.json").write_text('["a red circle", "a blue square"]')
+        for name in ("clip-vit-large-patch14", "CLIP-ViT-H-14"):
+            write_clip(self.folder / name)
+        write_hps(self.folder / "HPS_v2.1_compressed.pt")
+        write_features(self.folder / "inception.pt")
         prompts = self.folder / "geneval/prompts/evaluation_metadata.jsonl"
         prompts.parent.mkdir(parents=True)
         prompts.write_text(json.dumps({"tag": "colors", "include": [], "prompt": "a red dog"}))
@@ -179,6 +194,14 @@ class ToyCheckout:
         columns = ("index", "image", "question", "answer", "category")
         row = ("1", image, "Which digit?", "['7']", "Digit String Recognition")
         (self.folder / "OCRBench.tsv").write_text("\t".join(columns) + "\n" + "\t".join(row))
+
+    def _bring_mmlu(self) -> None:
+        """A question and an example for each subject of docs/examples/lm_eval/mmlu.yaml."""
+        text = (ROOT / "docs/examples/lm_eval/mmlu.yaml").read_text()
+        for path in re.findall(r"data/(?:dev|test)/\w+\.csv", text):
+            file = self.folder / "tasks" / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("What is one?,1,2,3,4,A\n")
 
     def job(self, config: str) -> JobConfig:
         """``config``, read once."""

@@ -5,17 +5,21 @@
 In its folder: images/*.png, one for each caption.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from symbiotic_titan.evaluation.files import check_folder
 from symbiotic_titan.evaluation.suite import Advance, Progress, Scores, Suite, measure
+from symbiotic_titan.evaluation.suites.clip import (
+    Processor,
+    check_clip,
+    load_model,
+    load_processor,
+)
 from symbiotic_titan.evaluation.suites.generation import (
     CaptionOptions,
     generate_captioned,
@@ -33,9 +37,7 @@ class ClipScoreOptions(CaptionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_folder("model", self.model, "the folder of a CLIP model")
-        if not (Path(self.model) / "config.json").is_file():
-            raise ValueError(f"model: {self.model} has no config.json, so it holds no CLIP model")
+        check_clip("model", self.model)
 
 
 def run_clip_score(
@@ -43,7 +45,8 @@ def run_clip_score(
 ) -> Scores:
     """Raises ValueError for a CLIP model that cannot be read."""
     clip = load_clip(options.model)
-    captions, images = generate_captioned(generator, options, folder, progress)
+    captions = options.captions()
+    images = generate_captioned(generator, captions, options, folder, progress)
     score, chance = (
         clip_score(
             clip, images, texts, options.batch_size, generator.device, progress(what, len(images))
@@ -72,24 +75,16 @@ class _Clip:
 
 
 # (CLIP model, its processor of texts and images)
-Clip = tuple[_Clip, Callable[..., Any]]
+Clip = tuple[_Clip, Processor]
 
 
 def load_clip(folder: str) -> Clip:
-    """The CLIP model of a local folder; nothing is downloaded.
+    """The CLIP model of a local folder, for torchmetrics.
 
     Raises:
         ValueError: files are missing, or are not those of a CLIP model.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
-    try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-        processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: holds no CLIP model that can be read ({error})") from error
-    # Truncation keeps the end token, from which CLIP takes a text's features.
-    return _Clip(model), partial(processor, truncation=True)
+    return _Clip(load_model(folder)), load_processor(folder)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def run_fid(generator: Generator, options: FidOptions, folder: Path, progress: P
     """Raises ValueError for a network or an image that cannot be read."""
     network = FeatureNetwork(Path(options.model), options.side)
     references = image_files(options.references)
-    _, images = generate_captioned(generator, options, folder, progress)
+    images = generate_captioned(generator, options.captions(), options, folder, progress)
     if min(len(references), len(images)) <= network.num_features:
         logger.warning(
             f"fid: {len(references)} real and {len(images)} generated images for {network.num_features} features: "

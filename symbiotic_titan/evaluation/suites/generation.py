@@ -1,5 +1,5 @@
-"""Generates the images of suites into the files where their scorers look for them, and reuses existing ones. fid and clip_score score
-the images of the captions in a file.
+"""Generates the images of suites into the files where their scorers look for them, and reuses existing ones: fid, clip_score and hpsv2
+score the same images where they are given the same captions and settings.
 """
 
 import json
@@ -76,8 +76,8 @@ def generate_images(
     progress: Progress,
     folder: Path | None = None,
 ) -> list[Image.Image]:
-    """An image for each of ``requests``. Files that were generated with these settings before are read instead, in ``folder``, which is
-    the suite's own, also those that it keeps with other options.
+    """An image for each of ``requests``. Files that were generated with these settings before are read instead: those in ``folder``, which
+    is the suite's own, and those of the same name that this checkpoint has for other options or another suite.
 
     Files are written a batch at a time, so an interrupted run continues after its last batch. An image depends on its prompt,
     the settings and its position among the requests of its size.
@@ -145,7 +145,7 @@ def _batches(items: list[_NumberedRequest], batch_size: int) -> Iterator[list[_N
 def _existing(
     item: _NumberedRequest, settings: ImageSettings, folder: Path | None
 ) -> Image.Image | None:
-    """The image in its own file, or as it was generated with other options of the suite, whose file is then copied."""
+    """The image in its own file, or as it was generated for other options or another suite, whose file is then copied."""
     path = item.request.path
     if (image := _read(path, item, settings)) is not None or folder is None:
         return image
@@ -181,7 +181,7 @@ class CaptionOptions(ImageSettings):
     """The captions, besides the settings."""
 
     prompts: str = ""
-    """Text file with a caption per line, each for one image"""
+    """Text file with a caption per line, or .json file with a list of them, each for one image"""
 
     limit: int | None = None
     """Captions to use, counted from the first; all by default"""
@@ -190,19 +190,26 @@ class CaptionOptions(ImageSettings):
         super().__post_init__()
         check_file("prompts", self.prompts, "a text file with a caption per line")
         check_limit(self.limit)
-        if len(read_prompts(self.prompts, self.limit)) < 2:
+        if len(self.captions()) < 2:
             raise ValueError("prompts: at least 2 are needed")
+
+    def captions(self) -> list[str]:
+        return read_prompts(self.prompts, self.limit)
 
 
 def generate_captioned(
-    generator: Generator, options: CaptionOptions, folder: Path, progress: Progress
-) -> tuple[list[str], list[Image.Image]]:
-    """The captions, and a picture of each in ``folder``/images/*.png."""
-    prompts = read_prompts(options.prompts, options.limit)
+    generator: Generator,
+    captions: Sequence[str],
+    settings: ImageSettings,
+    folder: Path,
+    progress: Progress,
+) -> list[Image.Image]:
+    """A picture of each of ``captions``, in ``folder``/images/*.png."""
     requests = [
-        ImageRequest(prompt, folder / "images" / f"{i:05d}.png") for i, prompt in enumerate(prompts)
+        ImageRequest(caption, folder / "images" / f"{number:05d}.png")
+        for number, caption in enumerate(captions)
     ]
-    return prompts, generate_images(generator, requests, options, progress, folder)
+    return generate_images(generator, requests, settings, progress, folder)
 
 
 def stacked(images: Sequence[Image.Image]) -> torch.Tensor:

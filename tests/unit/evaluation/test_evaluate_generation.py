@@ -115,7 +115,9 @@ def test_another_batch_size_or_more_images_keep_those_that_are_there(tmp_path):
     assert generator.drawn == ["d", "e"]
 
 
-def test_images_of_other_options_are_taken_over_where_they_would_be_the_same(tmp_path, expected):
+def test_images_of_other_options_and_suites_are_taken_over_where_they_would_be_the_same(
+    tmp_path, expected
+):
     first, second = tmp_path / "suite-01234567", tmp_path / "suite-89abcdef"
     generate_images(FakeGenerator(), requests_in(first, SIZES[:3]), SETTINGS, Counted(), first)
     generator = FakeGenerator()
@@ -124,7 +126,10 @@ def test_images_of_other_options_are_taken_over_where_they_would_be_the_same(tmp
     assert all(request.path.is_file() for request in requests_in(second))
     other = tmp_path / "suites-01234567"
     generate_images(generator, requests_in(other, SIZES[:1]), SETTINGS, Counted(), other)
-    assert generator.drawn == ["d", "e", "a"], "another suite's"
+    assert generator.drawn == ["d", "e"], "another suite has it"
+    elsewhere = tmp_path / "checkpoint" / "suite-01234567"
+    generate_images(generator, requests_in(elsewhere, SIZES[:1]), SETTINGS, Counted(), elsewhere)
+    assert generator.drawn == ["d", "e", "a"], "another checkpoint's"
 
 
 @pytest.mark.parametrize(

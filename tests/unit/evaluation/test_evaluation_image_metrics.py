@@ -1,6 +1,5 @@
 """FID and CLIPScore of torchmetrics with networks from local files, against plain formulas."""
 
-import json
 import math
 import warnings
 from pathlib import Path
@@ -13,13 +12,7 @@ from PIL import Image
 pytest.importorskip("torchmetrics", reason="the extra torchmetrics is not installed")
 
 import scipy.linalg
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-)
+from transformers import CLIPModel, CLIPProcessor
 
 from symbiotic_titan.evaluation.suites.clip_score import (
     ClipScoreOptions,
@@ -32,8 +25,8 @@ from symbiotic_titan.evaluation.suites.fid import (
     run_fid,
 )
 from symbiotic_titan.inference.images import Picture
+from tests.helpers.tiny_scorers import SIDE, write_clip
 
-SIDE = 12
 CAPTIONS = ["a red circle", "two blue squares", "the digit four", "a cross", "a cat"]
 
 
@@ -160,36 +153,7 @@ def test_a_damaged_reference_is_named(fid_options, references, tmp_path):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A tiny CLIP of random weights, whose tokens are letters."""
-    folder = tmp_path_factory.mktemp("clip")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24
-    )
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 2, "projection_dim": 12}
-    text = {
-        "vocab_size": len(tokens),
-        "max_position_embeddings": 24,
-        "eos_token_id": len(tokens) - 1,
-    }
-    text |= {"bos_token_id": len(tokens) - 2}
-    vision = {"image_size": SIDE, "patch_size": 4}
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config=text | size, vision_config=vision | size, projection_dim=12)
-    CLIPModel(config).save_pretrained(folder)
-    pixels = {"shortest_edge": SIDE}
-    images = CLIPImageProcessor(size=pixels, crop_size={"height": SIDE, "width": SIDE})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return str(folder)
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def cosines(folder, images, captions):

@@ -220,5 +220,5 @@ def test_images_are_shown_in_a_conversation(lm, generator):
 
 
 def test_an_unknown_task_is_named(generator, tasks, tmp_path):
-    with pytest.raises(ValueError, match="no task 'mmlu' in .*, which has facts, mmlu_csv"):
-        run_lm_eval(generator, LmEvalOptions(str(tasks), ("mmlu",)), tmp_path, no_progress)
+    with pytest.raises(ValueError, match="no task 'mmlu_pro' in .*, which has facts, mmlu, mmlu_"):
+        run_lm_eval(generator, LmEvalOptions(str(tasks), ("mmlu_pro",)), tmp_path, no_progress)
