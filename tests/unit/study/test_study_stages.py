@@ -160,22 +160,24 @@ def test_the_shared_expert_of_two_systems_is_scored_alone():
 
 def test_fewer_steps_shorten_the_pre_training_too_and_move_the_start():
     found = made("standard_moe", "symbiotic", scale=Scale(steps=90))
-    assert options_of(found["seed-0/vlm/train"])["--training.steps"] == "400"
+    assert options_of(found["seed-0/vlm/train"])["--training.steps"] == "300"
     train = options_of(found["seed-0/standard_moe/train"])
-    vlm = f"{OUT}/seed-0/vlm/checkpoint/step-400"
+    vlm = f"{OUT}/seed-0/vlm/checkpoint/step-300"
     assert (train["--training.steps"], train["--checkpoint.initial_load_path"]) == ("90", vlm)
     assert "--checkpoint.initial_load_path" not in options_of(found["seed-0/symbiotic/train"])
     assert words_after(found["seed-0/24_8/partition"], "--checkpoint") == vlm
 
 
 @pytest.mark.parametrize(
-    ("scale", "first"), [(Scale(), 1401), (Scale(steps=90), 281), (Scale(factor=2), 2801)]
+    ("scale", "starts"),
+    [(Scale(), [151, 1201]), (Scale(steps=90), [31, 241]), (Scale(factor=2), [301, 2401])],
 )
-def test_the_mixture_of_the_pre_training_changes_where_the_scale_has_it(scale, first):
+def test_the_mixture_of_the_pre_training_changes_where_the_scale_has_it(scale, starts):
     train = made("symbiotic", seeds=[0], scale=scale)["seed-0/vlm/train"]
     config = load_job_config(["--job.config_file", words_after(train, "train")])
-    [stage] = config.data.stages
-    assert (stage.from_step, stage.weights) == (first, {"lm": 1.5})
+    changes = [{"reading": 0, "mmu": 1}, {"lm": 1.5}]
+    found = [(stage.from_step, stage.weights) for stage in config.data.stages]
+    assert found == list(zip(starts, changes, strict=True))
 
 
 @pytest.mark.parametrize("name", ["symbiotic", "standard_moe"])
