@@ -148,9 +148,14 @@ class ToyCheckout:
             shutil.copytree(ROOT / name, folder / name)
         (folder / "demo_data").symlink_to(demo)
         study = folder / f"outputs/{SEED}/data"
-        study.mkdir(parents=True)
-        for name, part in (("train", "train"), ("heldout", "heldout"), ("pretrain", "train")):
-            (study / name).symlink_to(demo / part)
+        (study / "pretrain/reading").mkdir(parents=True)
+        for name in ("train", "heldout"):
+            (study / name).symlink_to(demo / name)
+        for name in ("mmu", "lm"):
+            (study / "pretrain" / name).symlink_to(demo / "train" / name)
+        for shard in demo.glob("train/mmu/*.tar"):
+            name = shard.name.replace("mmu", "reading")
+            (study / "pretrain/reading" / name).symlink_to(shard)
         texts = [path.read_text() for path in sorted(demo.glob("train/lm/*.jsonl"))]
         (study / VOCABULARY).write_text(vocabulary_of(texts, 300))
         released_data.bagel_t2i(folder / "bagel_example")
