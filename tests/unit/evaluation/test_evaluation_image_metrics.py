@@ -112,7 +112,7 @@ def test_the_distance_is_that_of_the_formula(fid_options, tmp_path, caplog):
     wanted = ((real.mean(0) - drawn.mean(0)) ** 2).sum() + np.trace(one + other - 2 * root)
     assert scores["fid/distance"]["score"] == pytest.approx(wanted, rel=1e-3)
     assert scores["fid/distance"]["number"] == len(CAPTIONS)
-    assert "7 real and 5 drawn images for 5 features" in caplog.text
+    assert "7 real and 5 generated images for 5 features" in caplog.text
 
 
 def test_images_are_not_drawn_for_a_network_that_does_not_fit(fid_options, tmp_path):
