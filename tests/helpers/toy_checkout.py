@@ -259,7 +259,8 @@ class ToyCheckout:
         if is_training(command):
             config = str(config_of(command))
             reads += [self.job(config).checkpoint.initial_load_path or "", config]
-        paths = [word for word in reads if "/" in word or word.endswith((".json", ".png"))]
+        parts = [part for word in reads for part in word.split(",")]
+        paths = [part for part in parts if "/" in part or part.endswith((".json", ".png"))]
         return [p for p in paths if not self._is_made(self.existing(p))]
 
     def _is_made(self, path: str) -> bool:
