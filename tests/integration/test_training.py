@@ -154,8 +154,9 @@ def test_a_model_whose_queries_read_the_images_trains_alike_on_one_process_and_o
         **settings,
     )
     assert_same(two, one, tags=(*LOSSES, "tokens/vit"), rtol=TOLERANCE)
-    answers = one.scalars("loss/by_task/mmu_text")
-    assert answers[NUM_STEPS] < 0.8 * answers[1]
+    answers = one.scalars("loss/by_task/mmu_text")  # of the steps that hold questions
+    assert len(answers) > NUM_STEPS / 2
+    assert answers[max(answers)] < 0.8 * answers[min(answers)]
 
 
 def test_a_run_begins_with_an_export_as_with_the_checkpoint_it_was_made_of(tmp_path, demo):

@@ -18,7 +18,7 @@ FILES = {path.stem: path for path in FOLDER.rglob("*.toml")}
 SYSTEMS = sorted(FILES.keys() - PARTS)
 
 SEED = "outputs/reproduce/seed-0"
-VLM = f"{SEED}/vlm/checkpoint/step-2000"
+VLM = f"{SEED}/vlm/checkpoint/step-1500"
 START = "checkpoint.initial_load_path"
 ONE_POOL = {"experts.partition": {}, START: VLM}
 NO_SHIELD = {"shielding.steps": 0, "shielding.after_scale": 1.0}
@@ -64,20 +64,23 @@ DIFFERENCES = {
     "vlm": {
         **NO_SHIELD,
         **ONE_RATE,
-        **SOURCES,
+        "data.sources": ["lm", "reading", "mmu"],
         "experts.partition": {},
         START: None,
-        "optimizer.lr": 1e-3,
+        "optimizer.lr": 1.5e-3,
         "optimizer.beta2": 0.99,
         "lr_scheduler.warmup_steps": 50,
-        "lr_scheduler.decay_ratio": 0.3,
+        "lr_scheduler.decay_ratio": 0.5,
         "losses.balance": 0.001,
         "losses.task_weights": {"mmu": 4.0},
-        "data.stages": [{"from_step": 1401, "weights": {"lm": 1.5}, "lr": {}}],
-        "training.local_batch_size": 1,
-        "training.global_batch_size": 1,
-        "training.steps": 2000,
-        "validation.steps": 32,
+        "data.stages": [
+            {"from_step": 151, "weights": {"reading": 0, "mmu": 1}, "lr": {}},
+            {"from_step": 1201, "weights": {"lm": 1.5}, "lr": {}},
+        ],
+        "training.local_batch_size": 2,
+        "training.global_batch_size": 2,
+        "training.steps": 1500,
+        "validation.steps": 16,
         "validation.freq": 200,
     },
 }
