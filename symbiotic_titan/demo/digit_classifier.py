@@ -3,6 +3,7 @@
 Scoring needs the extra ``demo``: scikit-learn, and scipy, on which it depends.
 """
 
+from functools import lru_cache
 from importlib import import_module
 from random import Random
 from typing import Any
@@ -38,7 +39,7 @@ KERNEL = {"gamma": 0.2, "C": 10.0}
 
 
 class DigitReader:
-    """Make one and use it for many pictures: training takes one to two seconds, and gives the same classifier every time."""
+    """Training takes one to two seconds, and gives the same classifier every time; ``digit_reader`` does it once."""
 
     def __init__(self) -> None:
         """ValueError: scikit-learn is missing."""
@@ -54,6 +55,16 @@ class DigitReader:
         """0 to 9, or None where ``image`` is blank."""
         cells = _cells(image)
         return None if cells is None else int(self._classifier.predict(cells.reshape(1, -1))[0])
+
+
+@lru_cache
+def digit_reader() -> DigitReader:
+    """The one of this process, trained by the first call.
+
+    Raises:
+        ValueError: scikit-learn is missing.
+    """
+    return DigitReader()
 
 
 def _cells(image: Image.Image) -> np.ndarray | None:

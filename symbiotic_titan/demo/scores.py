@@ -25,7 +25,7 @@ from symbiotic_titan.demo.captions import (
     ParsedCaption,
     parse_caption,
 )
-from symbiotic_titan.demo.digit_classifier import DigitReader
+from symbiotic_titan.demo.digit_classifier import DigitReader, digit_reader
 from symbiotic_titan.demo.frechet import frechet_distance
 from symbiotic_titan.demo.held_out import PictureSample
 from symbiotic_titan.demo.pictures import (
@@ -59,15 +59,10 @@ PICTURE_SCORES = (
 NEW_SETS = 4
 
 
-def demo_world_score(
-    images: Sequence[Picture],
-    samples: Sequence[PictureSample],
-    reader: DigitReader | None = None,
-) -> Scores:
+def demo_world_score(images: Sequence[Picture], samples: Sequence[PictureSample]) -> Scores:
     """Scores of ``images``, each made from the caption of the sample at its position; those of PICTURE_SCORES that apply.
 
-    Passing a ``reader`` saves training one per call. ``number`` counts the captions with a fact of the kind, or for the Fréchet
-    distance the images; it needs two.
+    ``number`` counts the captions with a fact of the kind, or for the Fréchet distance the images; it needs two.
 
     Raises:
         ValueError: there are no samples, or not as many images; a caption is none of the demo world's; scikit-learn is missing.
@@ -84,7 +79,7 @@ def demo_world_score(
         with_pixels(image, n)
         for image, n in zip(_new_pictures(captions * NEW_SETS), pixels * NEW_SETS, strict=True)
     ]
-    reader = reader or DigitReader()
+    reader = digit_reader()
     facts, at_best = (_facts(captions, pictures, reader) for pictures in (made, real))
     by_chance = _facts(captions * NEW_SETS, new, reader)
     scores = {

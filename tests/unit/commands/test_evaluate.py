@@ -212,7 +212,7 @@ class Blind:
 def test_the_demo_world_is_measured_in_all_its_parts(
     run_folder, demo_data, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(demo_world, "DigitReader", Blind)
+    monkeypatch.setattr(demo_world, "digit_reader", Blind)
     small = {"data": demo_data, "pictures": 4, "steps": 1, "questions": 2, "knowledge": 2}
     options = [str(v) for k, v in small.items() for v in (f"--demo_world.{k}", v)]
     options += ["--demo_world.loss_rows", "2", "--demo_world.batch_size", "4"]

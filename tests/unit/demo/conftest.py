@@ -8,12 +8,12 @@ from symbiotic_titan.demo import (
     digits,
     scenes,
 )
-from symbiotic_titan.demo.digit_classifier import DigitReader
+from symbiotic_titan.demo.digit_classifier import digit_reader
 
 
 @pytest.fixture(scope="session")
 def reader():
-    return DigitReader()
+    return digit_reader()
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ def test_by_turns_takes_one_of_each_until_all_have_ended():
 def test_perfect_pictures_reach_the_upper_bound_in_the_shape_of_the_real_ones(
     world_folder, options, tmp_path, reader, monkeypatch
 ):
-    monkeypatch.setattr(demo_world, "DigitReader", lambda: reader)
+    monkeypatch.setattr(demo_world, "digit_reader", lambda: reader)
     perfect = Perfect(world_folder)
     scores = score_pictures(perfect, options(), tmp_path, no_progress)
     numbers = ("digit", "scene/all_correct", "writing/character")

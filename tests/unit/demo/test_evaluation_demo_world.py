@@ -52,8 +52,8 @@ def test_samples_are_read_from_the_worlds_files(folder, samples):
         read_questions(demo_source(folder / "nowhere", "heldout", "mmu"))
 
 
-def test_real_pictures_reach_the_upper_bound_and_every_score_is_plain_data(samples, reader):
-    scores = demo_world_score([sample.image for sample in samples], samples, reader)
+def test_real_pictures_reach_the_upper_bound_and_every_score_is_plain_data(samples):
+    scores = demo_world_score([sample.image for sample in samples], samples)
     assert tuple(scores) == PICTURE_SCORES
     assert json.loads(json.dumps(scores)) == scores
     assert scores.pop("frechet")["score"] == pytest.approx(0.0, abs=1e-6)
@@ -65,17 +65,17 @@ def test_real_pictures_reach_the_upper_bound_and_every_score_is_plain_data(sampl
     assert scores["scene/count"]["number"] == scores["scene/all_correct"]["number"] > 10
 
 
-def test_pictures_of_other_captions_score_about_chance(samples, reader):
+def test_pictures_of_other_captions_score_about_chance(samples):
     others = [sample.image for sample in samples[1:] + samples[:1]]
-    scores = demo_world_score(others, samples, reader)
+    scores = demo_world_score(others, samples)
     for name in ("digit", "scene/all_correct", "scene/colour", "scene/shape", "scene/count"):
         assert scores[name]["score"] < scores[name]["chance"] + 0.25, name
     assert scores["frechet"]["score"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_blank_pictures_score_nothing_and_are_chance_for_the_distance(samples, reader):
+def test_blank_pictures_score_nothing_and_are_chance_for_the_distance(samples):
     blank = [torch.full((3, s.image.height, s.image.width), 128 / 127.5 - 1) for s in samples]
-    scores = demo_world_score(blank, samples, reader)
+    scores = demo_world_score(blank, samples)
     distance = scores.pop("frechet")
     assert distance["score"] == pytest.approx(distance["chance"])
     assert distance["upper_bound"] < 0.2 * distance["chance"]
@@ -84,9 +84,9 @@ def test_blank_pictures_score_nothing_and_are_chance_for_the_distance(samples, r
     assert {measure["score"] for measure in scores.values()} == {0.0}
 
 
-def test_bound_is_measured_at_the_resolution_of_the_pictures(samples, reader):
+def test_bound_is_measured_at_the_resolution_of_the_pictures(samples):
     tiny = [with_pixels(sample.image, 64) for sample in samples]
-    scores = demo_world_score(tiny, samples, reader)
+    scores = demo_world_score(tiny, samples)
     assert scores["scene/shape"]["score"] == scores["scene/shape"]["upper_bound"] < 0.9
 
 
@@ -99,9 +99,9 @@ def test_tensors_and_images_are_the_same_pictures(samples):
     assert outside.size == (4, 2) and outside.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_single_picture_has_no_distance_but_its_facts(samples, reader):
+def test_single_picture_has_no_distance_but_its_facts(samples):
     scene = next(s for s in samples if "digit" not in s.caption)
-    scores = demo_world_score([scene.image], [scene], reader)
+    scores = demo_world_score([scene.image], [scene])
     assert "frechet" not in scores and "digit" not in scores
     assert scores["scene/all_correct"]["score"] == 1.0
 
