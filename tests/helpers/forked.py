@@ -28,6 +28,9 @@ _SERVER_ENVIRONMENT = {
 _PRELOADED = [
     *(f"symbiotic_titan.training.{name}" for name in ("checks", "train_spec", "trainer")),
     "symbiotic_titan.data.pipeline",
+    # Of runs that log heat maps of routing, and of those that compile: a program imports them only then.
+    "symbiotic_titan.plots.expert_maps",
+    *("torch._functorch.aot_autograd", "torch._inductor.pattern_matcher", "torch._inductor.debug"),
 ]
 _CONTEXT = multiprocessing.get_context("forkserver")
 
