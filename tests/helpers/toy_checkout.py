@@ -22,6 +22,7 @@ from PIL import Image
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.load import load_job_config
 from symbiotic_titan.demo.vocabulary import VOCABULARY, vocabulary_of
+from symbiotic_titan.demo.write import WorldSize, write_world
 from symbiotic_titan.model.args import ModelArgs
 from symbiotic_titan.model.flavors import FLAVORS
 from symbiotic_titan.model.model_config import write_model_config
@@ -59,7 +60,7 @@ TRAIN: Options = CONFIG | {
 # (program and subcommands) -> options with toy values.
 TOY: dict[str, Options] = {
     "symbiotic cache-latents": {},
-    "symbiotic check-data": {"--share": "0.01", "--workers": "1"},
+    "symbiotic check-data": {"--share": "0.1", "--workers": "1"},
     "symbiotic show-batch": {"--batches": "8"},
     "symbiotic profile-experts": {"--batches": "1"},
     "symbiotic convert check": {"--batches": "1"},
@@ -140,13 +141,14 @@ def releases() -> dict[str, dict[str, Any]]:
 
 
 class ToyCheckout:
-    """A folder in which documented commands are run. What a user brings is there: data, releases, the demo world."""
+    """A folder in which documented commands are run. What a user brings is there: data, releases, a small demo world."""
 
-    def __init__(self, folder: Path, demo: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name in ("train_configs", "docs/examples"):
             shutil.copytree(ROOT / name, folder / name)
-        (folder / "demo_data").symlink_to(demo)
+        demo = folder / "demo_data"
+        write_world(demo, 0, WorldSize(80, 30, 160, 40))
         study = folder / f"outputs/{SEED}/data"
         (study / "pretrain/reading").mkdir(parents=True)
         for name in ("train", "heldout"):

@@ -111,9 +111,9 @@ def maker(toy, waiting: dict[str, Command], found: Collection[str]) -> str | Non
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, demo):
+def results(tmp_path_factory):
     """Command -> what became of it. Those of .ci/run are run here where another one reads what they write."""
-    toy = ToyCheckout(tmp_path_factory.mktemp("toy"), demo)
+    toy = ToyCheckout(tmp_path_factory.mktemp("toy"))
     found, waiting = {}, dict(TOY)
     try:
         while waiting:
