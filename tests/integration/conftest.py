@@ -19,6 +19,7 @@ def demo(tmp_path_factory) -> Path:
 def reference(tmp_path_factory, demo) -> Run:
     """An uninterrupted run of one process, started as a program; those compared with it are forked."""
     folder = tmp_path_factory.mktemp("reference")
-    run = launch_program(folder, demo, training__steps=NUM_STEPS, checkpoint__interval=7)
+    settings = {"training__steps": NUM_STEPS, "checkpoint__interval": 7}
+    run = launch_program(folder, demo, **settings, metrics__routing_freq=100)
     assert run.status == 0, run.text[-3000:]
     return run
