@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,25 +14,11 @@ import yaml
 from symbiotic_titan.cli import COMMANDS
 from symbiotic_titan.config.job import JobConfig
 from symbiotic_titan.config.upstream import settings
+from tests.helpers.browser import page_widths
 from tests.helpers.built_site import nav_files, pages_of
 
 ROOT = Path(__file__).parents[2]
 PHONE = 390  # pixels of a narrow screen
-# In an inner frame each page has the width of a phone; the outer page writes how wide each one wants to be.
-MEASURE = """<!doctype html><body><pre id="widths"></pre><script>
-(async () => {
-  for (const page of PAGES) {
-    const frame = document.createElement("iframe");
-    frame.style = "width: WIDTHpx; height: 800px; border: 0";
-    document.body.append(frame);
-    await new Promise((done) => { frame.onload = done; frame.src = page; });
-    const width = frame.contentDocument.documentElement.scrollWidth;
-    document.getElementById("widths").append(page + " " + width + "\\n");
-    frame.remove();
-  }
-  document.title = "measured";
-})();
-</script></body>"""
 
 
 @pytest.fixture(scope="module")
@@ -148,22 +133,7 @@ def test_every_link_leads_to_a_page_and_a_place_on_it(pages, built):
 
 
 @pytest.mark.slow
-def test_no_page_is_wider_than_a_phone(built, pages, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")  # fmt: skip
-    if browser is None:
-        pytest.skip("there is no Chromium")
-    names = [path.as_uri() for path in pages if path.name != "404.html"]
-    outer = tmp_path / "measure.html"
-    outer.write_text(MEASURE.replace("PAGES", str(names)).replace("WIDTH", str(PHONE)))
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]  # fmt: skip
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=60000"]
-    done = subprocess.run(
-        [*command, "--dump-dom", outer.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    widths = dict(line.rsplit(" ", 1) for line in re.findall(r"file:\S+ \d+", done.stdout))
-    assert set(widths) == set(names), done.stderr[-2000:]
-    assert not {name: width for name, width in widths.items() if int(width) > PHONE}
+def test_no_page_is_wider_than_a_phone(pages, tmp_path):
+    shown = [path for path in pages if path.name != "404.html"]
+    widths = page_widths(shown, PHONE, tmp_path)
+    assert not {name: width for name, width in widths.items() if width > PHONE}
