@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from symbiotic_titan.build import build_tokenizer
@@ -134,6 +135,30 @@ def test_mmlus_own_files_are_asked_with_letters_behind_examples(generator, tasks
     texts = {(decode(context), decode(answer)) for context, answer in asked}
     example = f"{shown(items[0])} {'ABCD'[items[0].answer]}\n\n"
     assert texts == {(example + shown(i), f" {letter}") for i in items[:5] for letter in "ABCD"}
+
+
+def test_the_mmlu_group_asks_each_of_its_57_subjects_for_its_own_files(
+    generator, tasks, items, tmp_path
+):
+    """A subject has as many questions as the one before it and one more, up to three, then one again."""
+    group = yaml.safe_load((tasks / "mmlu.yaml").read_text())
+    subjects = [task["task"] for task in group["task"]]
+    assert len(set(subjects)) == 57
+    for number, subject in enumerate(subjects):
+        for kind, count in (("dev", 1), ("test", 1 + number % 3)):
+            path = tasks / "data" / kind / f"{subject}_{kind}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="") as file:
+                rows = [[i.question, *i.choices, "ABCD"[i.answer]] for i in items[:count]]
+                csv.writer(file).writerows(rows)
+    scores = run_lm_eval(generator, LmEvalOptions(str(tasks), ("mmlu",)), tmp_path, no_progress)
+    own = [scores[f"lm_eval/mmlu::{subject}/acc"] for subject in subjects]
+    assert [score["number"] for score in own] == [1 + number % 3 for number in range(57)]
+    right = sum(score["score"] * score["number"] for score in own)
+    assert scores["lm_eval/mmlu/acc"]["score"] == pytest.approx(right / 114)
+    assert scores["lm_eval/mmlu/acc"]["number"] == 114
+    said = {task["task"]: task["description"] for task in group["task"]}
+    assert all(name.replace("_", " ") in text for name, text in said.items())
 
 
 def test_a_group_is_scored_over_all_questions_of_its_tasks(generator, tasks, tmp_path):
