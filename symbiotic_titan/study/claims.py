@@ -154,6 +154,6 @@ def order(measure: Measure, *systems: str) -> tuple[Comparison, ...]:
 
 
 def below(measure: Measure, *systems: str) -> tuple[Comparison, ...]:
-    """Each of ``systems`` is lower than the next, seed by seed: of losses before the first step, whose level depends on the seed."""
+    """Each of ``systems`` is lower than the next, seed by seed: of measures before the first step, whose level depends on the seed."""
     pairs = zip(systems, systems[1:], strict=False)
     return tuple(Comparison(measure, a, "<", b) for a, b in pairs)

@@ -41,6 +41,7 @@ from symbiotic_titan.study.paper import (
     SPLITS,
     STEP_ZERO,
     STEP_ZERO_ANSWERS,
+    STEP_ZERO_READING,
     SYSTEMS,
     UNTRAINED,
 )
@@ -54,7 +55,7 @@ PAPER = {"mmlu": "MMLU", "ocrbench": "OCRBench", "t2i": "T2I-CompBench", "fid": 
 DIFFERENCES = {"language": LANGUAGE, "flow": FLOW} | {
     f"answers_{kind}": ANSWERS[kind] for kind in ("all", "ocr")
 }
-COLUMNS_OF_STEP_ZERO = (STEP_ZERO, STEP_ZERO_ANSWERS)
+COLUMNS_OF_STEP_ZERO = (STEP_ZERO, STEP_ZERO_ANSWERS, STEP_ZERO_READING)
 
 
 def write_page(out: Path) -> Path:

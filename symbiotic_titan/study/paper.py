@@ -2,6 +2,10 @@
 
 A pilot had been seen when they were written: one seed at this size, of an earlier world and earlier configs. Where a reason names it,
 its numbers are in LOG.md.
+
+One measure changed after two seeds had been seen: what a split does to answers before the first step is judged by right answers, as in
+the paper's Table 2, and no longer by their loss. The VLM is asked questions of kinds that it never saw and is sure of wrong answers to
+them, so any damage lowers that loss.
 """
 
 from dataclasses import dataclass
@@ -154,6 +158,9 @@ LARGER = Measure(
 )
 STEP_ZERO = Measure("text loss before the first step", "before", "text")
 STEP_ZERO_ANSWERS = Measure("loss of answers before the first step", "before", "by_task/mmu_text")
+STEP_ZERO_READING = Measure(
+    "right answers, ocr, before the first step", "first", "answers/ocr", better="higher"
+)
 
 # What tables of final scores and of paired differences show.
 FINAL = (
@@ -320,8 +327,8 @@ CLAIMS = (
         "Table 2: OCRBench 109 and 179, below the 532 of the smallest common group.",
         _OPEN,
         "In the study of mini they lost most in answers about images, but not in text.",
-        below(STEP_ZERO_ANSWERS, "bimodal_8_24", "tripartite_8_8_16")
-        + below(STEP_ZERO_ANSWERS, "bimodal_16_16", "tripartite_11_11_10"),
+        below(STEP_ZERO_READING, "tripartite_8_8_16", "bimodal_8_24")
+        + below(STEP_ZERO_READING, "tripartite_11_11_10", "bimodal_16_16"),
     ),
     Claim(
         "The shared expert carries understanding",
@@ -329,7 +336,7 @@ CLAIMS = (
         _HOLDS,
         "It has half of the active width here; in mini, with a fifth of it, text lost 1.5 %.",
         below(STEP_ZERO, "original", "wo_shared_expert")
-        + below(STEP_ZERO_ANSWERS, "original", "wo_shared_expert")
+        + below(STEP_ZERO_READING, "wo_shared_expert", "original")
         + below(STEP_ZERO, "symbiotic", "mot"),
     ),
     Claim(

@@ -3,6 +3,7 @@
     OUT/settings.json                  what the study was begun with;  record.json: on what it was run, and for how long
     OUT/seed-N/SYSTEM/tb/              curves, as every run logs them
     OUT/seed-N/SYSTEM/before.json      losses before the first step: symbiotic convert check --json
+    OUT/seed-N/SYSTEM/scores_before.json       answers before the first step: symbiotic evaluate
     OUT/seed-N/SYSTEM/scores.json      scores after the last one: symbiotic evaluate
     OUT/seed-N/SYSTEM/scores_shared_only.json  optional: the same with --probe shared_only
     OUT/seed-N/SYSTEM/gradients.json   optional: norms in the shared expert, tag -> number
@@ -14,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from symbiotic_titan.config.files import read_json
 from symbiotic_titan.evaluation.suite import Scores
 from symbiotic_titan.plots.logs import Run, event_files, read_run
 from symbiotic_titan.study.record import read_record
+from symbiotic_titan.study.runs import START
 from symbiotic_titan.study.statistics import Estimate, differences, estimate
 
 # Columns of a report on the split model that are measured before the first step as if they were systems of their own.
@@ -35,9 +37,9 @@ OF_A_SPLIT = "symbiotic"  # whose report has them
 class Measure:
     """One number of a run.
 
-    source   ``before``, ``scores``, ``alone`` (scores of the shared expert alone) or ``gradients``: ``key`` is a name in that file. Or
-             what of the curve ``key``: ``start`` its first value, ``end`` the mean of its last tenth, ``change`` end - start, ``peak``
-             its highest value.
+    source   ``before``, ``first`` (answers before the first step), ``scores``, ``alone`` (scores of the shared expert alone) or
+             ``gradients``: ``key`` is a name in that file. Or what of the curve ``key``: ``start`` its first value, ``end`` the mean of
+             its last tenth, ``change`` end - start, ``peak`` its highest value.
     minus    another key of the source, whose number is subtracted.
     after    the first step of a curve that counts.
     better   ``lower`` or ``higher``; empty where neither is.
@@ -56,6 +58,7 @@ class SystemRun:
     """What one system left for one seed."""
 
     before: Mapping[str, float] = field(default_factory=dict)
+    first: Scores = field(default_factory=dict)
     scores: Scores = field(default_factory=dict)
     alone: Scores = field(default_factory=dict)
     gradients: Mapping[str, float] = field(default_factory=dict)
@@ -71,8 +74,8 @@ class SystemRun:
         return first - sum(second)
 
     def _number(self, source: str, key: str, after: int) -> float | None:
-        if source in ("scores", "alone"):
-            scores = self.scores if source == "scores" else self.alone
+        if source in ("first", "scores", "alone"):
+            scores: Scores = getattr(self, source)
             return scores[key]["score"] if key in scores else None
         if source in ("before", "gradients"):
             return (self.before if source == "before" else self.gradients).get(key)
@@ -145,6 +148,8 @@ def read_study(folder: Path, trained: Iterable[str], untrained: Iterable[str] = 
             values = _columns(place / OF_A_SPLIT).get(column)
             if values and column not in found:
                 found[column] = SystemRun(before=values)
+        if "original" in found and START in found:
+            found["original"] = replace(found["original"], first=found[START].scores)
         missing += [
             f"seed {seed}, {name}: {what}"
             for name in expected
@@ -185,6 +190,7 @@ def read_system(folder: Path) -> SystemRun:
     gradients = _read_object(folder / "gradients.json")
     return SystemRun(
         before=_columns(folder).get("partitioned", {}),
+        first=_scores(folder / "scores_before.json"),
         scores=_scores(folder / "scores.json"),
         alone=_scores(folder / "scores_shared_only.json"),
         gradients={k: float(v) for k, v in gradients.items() if isinstance(v, int | float)},

@@ -38,6 +38,7 @@ SEED_FOLDER = "outputs/reproduce/seed-0"  # of the configs
 STAGE = re.compile(r"^from_step = (\d+)$", re.MULTILINE)
 BEFORE = "before.json"
 SCORE_FILE, SCORES_ALONE = "scores.json", "scores_shared_only.json"
+SCORES_BEFORE = "scores_before.json"
 # Systems whose shared expert is scored alone, as in the paper's Figure 6a.
 ALONE = ("symbiotic", "only_lm_mmu")
 
@@ -58,6 +59,7 @@ SECONDS = {
     "plan": 7.0,
     "partition": 7.0,
     "check": 15.0,
+    "answers": 20.0,
     "evaluate": 40.0,
     "gradients": 10.0,
     "shared_only": 25.0,
@@ -188,7 +190,7 @@ class SeedStages:
         return self.original if run.start == self.vlm.last_checkpoint else run.start
 
     def _train(self, run: StudyRun, need: str) -> Iterator[Stage]:
-        """Training; of systems scores, and where there are target images and a shared expert its gradients."""
+        """Training and scores; of systems with target images and a shared expert its gradients."""
         what, steps = f"{run.name}/train", self.scale.steps_of(run)
         values: dict[str, Any] = {"debug.seed": self.seed, "data.seed": self.seed}
         if run.start is not None and self._start_of(run) != run.start:
@@ -198,9 +200,9 @@ class SeedStages:
         seconds = STARTUP + SECONDS_PER_ROW[run.makes_images] * run.rows * self.scale.factor * steps
         result = last / ".metadata"
         yield self._stage(what, result, command, (need,), seconds=seconds, steps=steps)
+        yield self._evaluate(run, last, self._name(what))
         if run.start is None:
             return
-        yield self._evaluate(run, last, self._name(what))
         if run.name in ALONE:
             yield self._evaluate_alone(run, last, self._name(what))
         if run.has_shared and run.makes_images:
@@ -217,44 +219,63 @@ class SeedStages:
         yield self._stage(f"{start.name}/partition", start, command, (planned.name,))
 
     def _checks(self) -> Iterator[Stage]:
-        """A report of every system. Those that begin with the same model share one."""
+        """A report and the answers of every system before its first step. Those that begin with the same model share them."""
         rows = ("--training.local_batch_size", str(ROWS), "--training.global_batch_size", str(ROWS))
         check = Check(self.vlm, self.original, CHECK_BATCHES, rows)
         first: dict[Any, StudyRun] = {}
         for run in self.chosen:
-            start, out, what = self._start_of(run), run.dump_folder / BEFORE, f"{run.name}/check"
+            start, out = self._start_of(run), run.dump_folder / BEFORE
             same = first.setdefault((start, run.groups, run.has_shared), run)
             if same is run:
                 words = (start.name, "partition") if run.groups else (runs.START, "train")
                 command = check.command(run.config, start, out)
-                yield self._stage(what, out, command, (self._name(*words),))
+                yield self._stage(f"{run.name}/check", out, command, (self._name(*words),))
+                yield self._answers_before(run, start, self._name(*words))
             else:
-                finish = partial(copy_file, same.dump_folder / BEFORE, out)
-                yield self._stage(what, out, [], (self._name(same.name, "check"),), finish=finish)
+                yield self._copied(f"{run.name}/check", same, BEFORE, out)
+                out = run.dump_folder / SCORES_BEFORE
+                yield self._copied(f"{run.name}/answers", same, SCORES_BEFORE, out)
+
+    def _copied(self, what: str, other: StudyRun, file: str, out: Path) -> Stage:
+        """``file`` of the system ``other``, whose stage ends with the same word as ``what``."""
+        need = self._name(other.name, what.rpartition("/")[2])
+        return self._stage(
+            what, out, [], (need,), finish=partial(copy_file, other.dump_folder / file, out)
+        )
+
+    def _answers_before(self, run: StudyRun, start: Path, need: str) -> Stage:
+        draws = dict.fromkeys(SCORES, 0) | {name: SCORES[name] for name in ("steps", "questions")}
+        return self._scores(
+            run, "answers", start, need, SCORES_BEFORE, draws, "--config", str(run.config)
+        )
 
     def _evaluate(self, run: StudyRun, checkpoint: Path, need: str) -> Stage:
         draws = SCORES if run.makes_images else SCORES | {"pictures": 0}
-        return self._scores(f"{run.name}/evaluate", checkpoint, need, SCORE_FILE, draws)
+        return self._scores(run, "evaluate", checkpoint, need, SCORE_FILE, draws)
 
     def _evaluate_alone(self, run: StudyRun, checkpoint: Path, need: str) -> Stage:
         """Answers and losses with all routed experts masked."""
         draws, probe = SCORES | {"pictures": 0, "knowledge": 0}, ("--probe", "shared_only")
-        return self._scores(
-            f"{run.name}/shared_only", checkpoint, need, SCORES_ALONE, draws, *probe
-        )
+        return self._scores(run, "shared_only", checkpoint, need, SCORES_ALONE, draws, *probe)
 
     def _scores(
-        self, what: str, checkpoint: Path, need: str, file: str, draws: dict[str, int], *more: str
+        self,
+        run: StudyRun,
+        what: str,
+        checkpoint: Path,
+        need: str,
+        file: str,
+        draws: dict[str, int],
+        *more: str,
     ) -> Stage:
         """``draws``: options of the suite.   file: below the run's folder, where the scores are kept."""
-        folder = checkpoint.parents[1]
-        results = folder / Path(what).name
+        results, out = run.dump_folder / what, run.dump_folder / file
         options = _options({f"demo_world.{key}": value for key, value in draws.items()})
         data = ("--demo_world.data", str(self.folder / "data"))
         where = (checkpoint, "--suite", "demo_world", "--out", results)
         command = runs.tool("evaluate", *where, *data, *options, *more)
-        finish = partial(keep_scores, checkpoint, results, folder / file)
-        return self._stage(what, folder / file, command, (need,), finish=finish)
+        finish = partial(keep_scores, checkpoint, results, out)
+        return self._stage(f"{run.name}/{what}", out, command, (need,), finish=finish)
 
 
 # ---- what is done with the results of a command --------------------------------------------------------------------------

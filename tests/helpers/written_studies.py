@@ -11,20 +11,22 @@ def write_system(
     folder: Path,
     *,
     before: Mapping[str, float] | None = None,
+    first: Mapping[str, float] | None = None,
     scores: Mapping[str, float] | None = None,
     alone: Mapping[str, float] | None = None,
     curves: Mapping[str, Mapping[int, float]] | None = None,
     gradients: Mapping[str, float] | None = None,
     columns: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
-    """What one run leaves.   before: its losses before the first step.   columns: of its report, besides ``partitioned``.
-    alone: scores of its shared expert alone.
+    """What one run leaves.   before, first: its losses and answers before the first step.   columns: of its report, besides
+    ``partitioned``.   alone: scores of its shared expert alone.
     """
     folder.mkdir(parents=True)
     if before:
         report = {"kind": "step zero report", "columns": {"partitioned": before, **(columns or {})}}
         (folder / "before.json").write_text(json.dumps(report))
-    for name, values in (("scores", scores), ("scores_shared_only", alone)):
+    files = {"scores_before": first, "scores": scores, "scores_shared_only": alone}
+    for name, values in files.items():
         if values:
             write_scores(folder / f"{name}.json", values)
     if gradients:

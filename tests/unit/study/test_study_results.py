@@ -22,12 +22,17 @@ def study(tmp_path_factory):
         curve = {TAG: {step: value + step for step in range(10, 210, 10)}}
         whole = {"before": {"text": value}, "scores": {LANGUAGE: value}, "curves": curve}
         write_system(
-            place / "a", **whole, gradients={"norm": 2 * value, "unit": "x"}, alone={LANGUAGE: 7.0}
+            place / "a",
+            **whole,
+            gradients={"norm": 2 * value, "unit": "x"},
+            alone={LANGUAGE: 7.0},
+            first={LANGUAGE: 5.0},
         )
         write_system(place / "b", **whole if seed == 2 else {"before": {"text": value}})
         write_system(place / "split", before={"text": value})
         columns = {"original": {"text": value - 1}, "shared_only": {"text": value + 1}}
         write_system(place / "symbiotic", before={"text": value}, columns=columns)
+        write_system(place / "vlm", scores={LANGUAGE: value - 2})
         (place / "start").mkdir()
     (out / "settings.json").write_text('{"steps": 200}')
     return read_study(out, trained=("a", "b", "c"), untrained=("split", "shared_only"))
@@ -35,7 +40,8 @@ def study(tmp_path_factory):
 
 def test_seeds_are_in_order_and_folders_without_results_are_no_systems(study):
     assert study.seeds == (2, 7) and study.settings == {"steps": 200}
-    assert set(study.runs) == {"a", "b", "split", "symbiotic", "original", "shared_only"}
+    found = {"a", "b", "split", "symbiotic", "original", "shared_only", "vlm"}
+    assert set(study.runs) == found
 
 
 def test_what_is_missing_is_named(study):
@@ -59,6 +65,7 @@ def test_what_is_missing_is_named(study):
         (Measure("late", "start", TAG, after=55), {2: 63.0, 7: 61.0}),
         (Measure("too late", "start", TAG, after=500), {}),
         (Measure("alone", "alone", LANGUAGE), {2: 7.0, 7: 7.0}),
+        (Measure("first", "first", LANGUAGE), {2: 5.0, 7: 5.0}),
         (Measure("less", "scores", LANGUAGE, minus=LANGUAGE), {2: 0.0, 7: 0.0}),
         (Measure("no text", "gradients", "unit"), {}),
         (Measure("absent", "end", "no/tag"), {}),
@@ -74,6 +81,13 @@ def test_columns_of_the_split_models_report_are_systems(study):
     assert study.values("original", text) == {2: 2.0, 7: 0.0}
     assert study.values("shared_only", text) == {2: 4.0, 7: 2.0}
     assert study.difference("original", "symbiotic", text).mean == -1.0
+
+
+def test_the_original_answers_before_the_first_step_as_the_model_that_all_begin_with(study):
+    first = Measure("first", "first", LANGUAGE)
+    assert study.values("original", first) == {2: 1.0, 7: -1.0}
+    assert study.values("vlm", Measure("scores", "scores", LANGUAGE)) == {2: 1.0, 7: -1.0}
+    assert study.values("shared_only", first) == {}
 
 
 def test_one_seed_of_a_system_has_a_value_and_no_interval(study):

@@ -64,9 +64,10 @@ def test_all_stages_of_a_seed_are_in_an_order_that_a_queue_can_keep():
         seen.add(stage.name)
     of_seed = {name.removeprefix("seed-3/") for name in found if name.startswith("seed-3/")}
     assert {f"{name}/train" for name in TRAINED | {"vlm"}} < of_seed
-    assert {f"{name}/check" for name in TRAINED | SPLITS} < of_seed
+    assert {f"{name}/evaluate" for name in TRAINED | {"vlm"}} < of_seed
+    for what in ("check", "answers"):
+        assert {f"{name}/{what}" for name in TRAINED | SPLITS} < of_seed
     assert not {f"{name}/train" for name in SPLITS} & of_seed
-    assert "vlm/evaluate" not in of_seed
     assert len(found) == 2 * len(of_seed)
 
 
@@ -95,17 +96,32 @@ def test_a_seed_has_its_own_data_weights_order_and_folders():
         assert train.result == Path(folder, "symbiotic/checkpoint/step-450/.metadata")
 
 
-def test_systems_that_begin_with_the_same_model_share_a_report():
+@pytest.mark.parametrize(
+    ("what", "file"), [("check", "before.json"), ("answers", "scores_before.json")]
+)
+def test_systems_that_begin_with_the_same_model_share_its_losses_and_answers(what, file):
     found = made("symbiotic", "wo_shield", "only_lm_mmu", "mot", "standard_moe")
-    checked = {n.split("/")[1] for n, s in found.items() if n.endswith("check") and s.command}
-    assert checked == {"symbiotic", "mot", "standard_moe"}
-    copied = found["seed-0/wo_shield/check"]
-    assert copied.needs == ("seed-0/symbiotic/check",)
-    report = OUT / "seed-0/symbiotic/before.json"
+    measured = {n.split("/")[1] for n, s in found.items() if n.endswith(what) and s.command}
+    assert measured == {"symbiotic", "mot", "standard_moe"}
+    copied = found[f"seed-0/wo_shield/{what}"]
+    assert copied.needs == (f"seed-0/symbiotic/{what}",)
+    report = OUT / "seed-0/symbiotic" / file
     report.parent.mkdir(parents=True)
     report.write_text("{}")
     copied.finish()
     assert copied.result.read_text() == "{}"
+
+
+def test_a_start_is_asked_with_the_config_of_the_system_that_begins_with_it():
+    found = made("symbiotic", "mot", "standard_moe", seeds=[0])
+    starts = {"symbiotic": "start/24_8", "mot": "start/24_8"}
+    starts["standard_moe"] = "vlm/checkpoint/step-1500"
+    for name, start in starts.items():
+        stage = found[f"seed-0/{name}/answers"]
+        assert stage.command[4] == str(OUT / "seed-0" / start)
+        assert Path(words_after(stage, "--config")).stem == name
+        asked = {k: words_after(stage, f"--demo_world.{k}") for k in ("questions", "pictures")}
+        assert asked == {"questions": "300", "pictures": "0"}
 
 
 def test_the_commands_take_their_arguments(monkeypatch):
