@@ -12,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from types import FrameType
@@ -182,8 +183,25 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
         )
 
 
+def longest_first(stages: Iterable[Stage]) -> list[Stage]:
+    """``stages``, those first that the most seconds of others wait for: in any other order a long chain may begin last, and run alone.
+    None of them may need itself, by whatever way."""
+    stages = list(stages)
+    waiting: dict[str, list[Stage]] = {}
+    for stage in stages:
+        for need in stage.needs:
+            waiting.setdefault(need, []).append(stage)
+
+    @cache
+    def seconds_of(stage: Stage) -> float:
+        """Of the longest chain that begins with ``stage``."""
+        return stage.seconds + max(map(seconds_of, waiting.get(stage.name, ())), default=0.0)
+
+    return sorted(stages, key=seconds_of, reverse=True)
+
+
 class Queue:
-    """Runs ``stages``, at most ``at_once`` of them at a time, in their order as far as their needs allow.
+    """Runs ``stages``, at most ``at_once`` of them at a time: of those whose needs are done, the one with the longest chain behind it.
 
     Raises:
         ValueError: a stage needs one that does not exist, or two need each other.
@@ -193,11 +211,12 @@ class Queue:
         self, stages: Sequence[Stage], at_once: int, environment: Mapping[str, str] | None = None
     ) -> None:
         self.stages, self.at_once = list(stages), at_once
+        self._check_needs()
+        self.stages = longest_first(self.stages)
         self.environment = {**os.environ, **(environment or {})}
         self.running: dict[str, tuple[Stage, Started, float]] = {}
         self.done: set[str] = set()
         self.num_stops, self._line = 0, ProgressLine()
-        self._check_needs()
 
     def _check_needs(self) -> None:
         names = {stage.name for stage in self.stages}

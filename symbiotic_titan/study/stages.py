@@ -52,17 +52,17 @@ SCORES = {"pictures": 32, "steps": 10, "questions": 300, "knowledge": 60, "loss_
 # Seconds on one core of the machine that train_configs/study/base.toml names.
 STARTUP = 10.0
 # Of a row by whether the run trains on target images, whose positions cost least. A row of questions alone has 18 pictures.
-SECONDS_PER_ROW = {True: 0.145, False: 0.32}
+SECONDS_PER_ROW = {True: 0.2, False: 0.4}
 SECONDS = {
-    "data": 38.0,
-    "profile": 14.0,
-    "plan": 7.0,
-    "partition": 7.0,
-    "check": 15.0,
-    "answers": 20.0,
-    "evaluate": 40.0,
-    "gradients": 10.0,
-    "shared_only": 25.0,
+    "data": 34.0,
+    "profile": 18.0,
+    "plan": 2.0,
+    "partition": 4.0,
+    "check": 18.0,
+    "answers": 14.0,
+    "evaluate": 31.0,
+    "gradients": 8.0,
+    "shared_only": 14.0,
 }
 # Bytes of a checkpoint of the flavor study with its optimizer, and without.
 WHOLE_CHECKPOINT, MODEL_CHECKPOINT = 39 * 10**6, 13 * 10**6

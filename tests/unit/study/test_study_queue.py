@@ -58,6 +58,19 @@ def test_a_stage_waits_for_those_that_it_needs(stage, order):
     assert sorted(done[:2]) == ["data", "vlm"]
 
 
+def test_the_stage_that_the_longest_chain_waits_for_is_begun_first(stage, order):
+    """By the seconds of whole chains, not by those of a stage; without chains in the order that they have."""
+    run(
+        stage("one", seconds=5.0),
+        stage("two", seconds=5.0),
+        stage("vlm", seconds=1.0),
+        stage("system", "", "vlm", seconds=3.0),
+        stage("scores", "", "system", seconds=2.0),
+        at_once=1,
+    )
+    assert order() == ["vlm", "one", "two", "system", "scores"]
+
+
 def test_no_more_run_at_once_than_may(stage, tmp_path):
     script = (
         f"mkdir {tmp_path}/busy\nsleep 0.02\nrmdir {tmp_path}/busy"  # mkdir fails where it exists

@@ -334,9 +334,10 @@ def test_a_disk_without_room_is_one_line(command, capsys, monkeypatch):
     assert not ran and not (OUT / "settings.json").exists()
 
 
-def test_three_seeds_are_estimated_at_an_hour_and_a_half_on_two_cores():
+def test_three_seeds_are_estimated_at_two_hours_on_two_cores():
+    """A run took as long: benchmarks/reproduce_cpu-2core-avx2_202611.md."""
     found = made(*sorted(TRAINED | SPLITS), seeds=(0, 1, 2))
-    assert 80 * 60 < sum(stage.seconds for stage in found.values()) / 2 < 100 * 60
+    assert 100 * 60 < sum(stage.seconds for stage in found.values()) / 2 < 130 * 60
 
 
 def test_bytes_grow_with_seeds_and_systems():
