@@ -9,8 +9,8 @@ For every seed the demo world is made, a model is pre-trained on text and on que
 split, every system is checked before its first step, trained on the same samples from the same start, and scored. The systems are
 the configs of train_configs/study; those in its folder step_zero are measured before the first step only.
 
-Started again with the same command it goes on where it was stopped. What the stages print is below OUT/seed-N/logs. The default is
-estimated at one to two hours on 2 cores, where two single-thread processes run side by side.
+Started again with the same command it goes on where it was stopped. What the stages print is below OUT/seed-N/logs. The default
+takes about two hours on 2 cores, where two single-thread processes run side by side.
 """
 
 import argparse
