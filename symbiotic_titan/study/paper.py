@@ -159,7 +159,7 @@ LARGER = Measure(
 STEP_ZERO = Measure("text loss before the first step", "before", "text")
 STEP_ZERO_ANSWERS = Measure("loss of answers before the first step", "before", "by_task/mmu_text")
 STEP_ZERO_READING = Measure(
-    "right answers, ocr, before the first step", "first", "answers/ocr", better="higher"
+    "right answers (ocr) before the first step", "first", "answers/ocr", better="higher"
 )
 
 # What tables of final scores and of paired differences show.

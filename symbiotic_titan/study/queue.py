@@ -201,7 +201,7 @@ def longest_first(stages: Iterable[Stage]) -> list[Stage]:
 
 
 class Queue:
-    """Runs ``stages``, at most ``at_once`` of them at a time: of those whose needs are done, the one with the longest chain behind it.
+    """Runs ``stages``, at most ``at_once`` of them at a time: of those whose needs are done, the one that the longest chain waits for.
 
     Raises:
         ValueError: a stage needs one that does not exist, or two need each other.
