@@ -6,8 +6,8 @@ Examples: symbiotic reproduce                                            all sys
           symbiotic reproduce --page-only --out outputs/short            its page again, of what there is
 
 For every seed the demo world is made, a model is pre-trained on text and on questions about images, its experts are profiled and
-split, every system is checked before its first step, trained on the same samples from the same start, and scored. The systems are
-the configs of train_configs/study; those in its folder step_zero are measured before the first step only.
+split, every system is checked and asked before its first step, trained on the same samples from the same start, and scored. The
+systems are the configs of train_configs/study; those in its folder step_zero are measured before the first step only.
 
 Started again with the same command it goes on where it was stopped. What the stages print is below OUT/seed-N/logs. The default
 takes about two hours on 2 cores, where two single-thread processes run side by side.
