@@ -40,6 +40,7 @@ class Measure:
     source   ``before``, ``first`` (answers before the first step), ``scores``, ``alone`` (scores of the shared expert alone) or
              ``gradients``: ``key`` is a name in that file. Or what of the curve ``key``: ``start`` its first value, ``end`` the mean of
              its last tenth, ``change`` end - start, ``peak`` its highest value.
+    also     further keys of a source of scores: the share of all their samples together.
     minus    another key of the source, whose number is subtracted.
     after    the first step of a curve that counts.
     better   ``lower`` or ``higher``; empty where neither is.
@@ -50,6 +51,7 @@ class Measure:
     key: str
     minus: str = ""
     better: str = "lower"
+    also: tuple[str, ...] = ()
     after: int = 0
 
 
@@ -67,7 +69,10 @@ class SystemRun:
     def value(self, measure: Measure) -> float | None:
         """None where it was not measured, or is not a finite number."""
         keys = [measure.key, measure.minus] if measure.minus else [measure.key]
-        values = [self._number(measure.source, key, measure.after) for key in keys]
+        if measure.also:
+            values = [pooled(getattr(self, measure.source), (measure.key, *measure.also))]
+        else:
+            values = [self._number(measure.source, key, measure.after) for key in keys]
         if any(value is None or not math.isfinite(value) for value in values):
             return None
         first, *second = [float(value) for value in values if value is not None]
@@ -89,6 +94,15 @@ class SystemRun:
         start = float(values[0])
         of_curve = {"start": start, "end": end, "peak": float(values.max()), "change": end - start}
         return of_curve[source]
+
+
+def pooled(scores: Scores, keys: Iterable[str]) -> float | None:
+    """The mean score of all samples of ``keys``; None where one is missing."""
+    found = [scores.get(key) for key in keys]
+    parts = [(score["score"], score["number"]) for score in found if score is not None]
+    if len(parts) < len(found):
+        return None
+    return sum(score * number for score, number in parts) / sum(number for _, number in parts)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,18 @@ def test_a_measure_is_a_number_of_each_seed(study, measure, values):
     assert study.values("a", measure) == values
 
 
+def test_several_scores_are_one_by_the_numbers_of_their_samples():
+    scores = {
+        "answers/digit": {"score": 1.0, "number": 10},
+        "answers/word": {"score": 0.25, "number": 40},
+    }
+    run = SystemRun(scores=scores)
+    digits = Measure("reading", "scores", "answers/digit", also=("answers/word",))
+    assert run.value(digits) == pytest.approx((10 + 10) / 50)
+    absent = Measure("reading", "scores", "answers/digit", also=("answers/number",))
+    assert run.value(absent) is None
+
+
 def test_columns_of_the_split_models_report_are_systems(study):
     text = Measure("text", "before", "text")
     assert study.values("original", text) == {2: 2.0, 7: 0.0}
