@@ -13,8 +13,9 @@ from symbiotic_titan.signals import StopRequest
 from tests.helpers.structure import ROOT
 
 PROGRAM = """
-import ctypes, sys, time
+import ctypes, signal, sys, time
 from symbiotic_titan import signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that nohup runs are started with it ignored
 signals.GRACE, signals.APART = 0.2, 0.3
 stop = signals.StopRequest()
 try:
