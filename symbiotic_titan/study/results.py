@@ -40,7 +40,7 @@ class Measure:
     source   ``before``, ``first`` (answers before the first step), ``scores``, ``alone`` (scores of the shared expert alone) or
              ``gradients``: ``key`` is a name in that file. Or what of the curve ``key``: ``start`` its first value, ``end`` the mean of
              its last tenth, ``change`` end - start, ``peak`` its highest value.
-    also     further keys of a source of scores: the share of all their samples together.
+    also     further keys of a source of scores: the share of all their samples together. Not with ``minus``.
     minus    another key of the source, whose number is subtracted.
     after    the first step of a curve that counts.
     better   ``lower`` or ``higher``; empty where neither is.
